@@ -1,0 +1,5 @@
+"""`python -m bifocal` is the `bifocal` command."""
+
+from bifocal.cli import main
+
+main()

@@ -1,0 +1,75 @@
+"""The `bifocal` command."""
+
+import errno
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="bifocal",
+    help=(
+        "One model for image search and text search.\n\n"
+        "Bifocal trains, evaluates and publishes models that embed pictures and texts into one space, in the three "
+        "stages of Jina CLIP (arXiv 2405.20204)."
+    ),
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def _main() -> None:
+    """Keeps `bifocal COMMAND` the form of every call, however few commands there are."""
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of the run; a killed run there goes on.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="Of the split, the weights and the order of the batches.")] = 0,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Seconds instead of minutes; too short to learn much.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Start anew where a run is already.")] = False,
+) -> None:
+    """Train a small model through the three stages, search with it and write a report."""
+    from bifocal.demo import DemoError, full_settings, quick_settings, run_demo
+
+    try:
+        run_demo(out, quick_settings(seed) if quick else full_settings(seed), force)
+    except DemoError as error:
+        _fail(str(error))
+    except Exception as error:
+        if not _cannot_write(error, out):
+            raise
+        _fail(f"Cannot write to {out} ({error}); free space or choose another --out. The run goes on from there.")
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    from importlib.metadata import version as installed
+
+    typer.echo(f"bifocal {installed('bifocal')}")
+
+
+def _cannot_write(error: Exception, folder: Path) -> bool:
+    """Whether an error means that the disk is full or may not be written.
+
+    Not every library says so with an OSError: safetensors has an error of its own and torch a RuntimeError.
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+    existing = next(path for path in [folder, *folder.absolute().parents] if path.exists())
+    return "No space left" in str(error) or shutil.disk_usage(existing).free < 2**20
+
+
+def _fail(message: str) -> None:
+    typer.echo(f"Error: {message}", err=True)
+    raise typer.Exit(1)
+
+
+def main() -> None:
+    app()

@@ -1,0 +1,42 @@
+"""Bifocal's model, configuration and processor. Importing registers them with transformers' Auto classes.
+
+The files of this folder are what a Hub repository ships as remote code: flat, importing only each other (relatively),
+torch, transformers, numpy and Pillow.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoProcessor
+
+from .configuration_bifocal import BifocalConfig, BifocalTextConfig, BifocalVisionConfig
+from .image_bifocal import load_image
+from .modeling_bifocal import BifocalModel, BifocalOutput
+from .modeling_bifocal_text import BifocalTextForMaskedLM, BifocalTextModel
+from .modeling_bifocal_vision import BifocalVisionModel
+from .processing_bifocal import BifocalProcessor
+
+for _config, _model in (
+    (BifocalConfig, BifocalModel),
+    (BifocalTextConfig, BifocalTextModel),
+    (BifocalVisionConfig, BifocalVisionModel),
+):
+    AutoConfig.register(_config.model_type, _config)
+    AutoModel.register(_config, _model)
+    # What is registered "for auto class" is saved with its code and named in `auto_map`.
+    _config.register_for_auto_class()
+    _model.register_for_auto_class("AutoModel")
+AutoModelForMaskedLM.register(BifocalTextConfig, BifocalTextForMaskedLM)
+BifocalTextForMaskedLM.register_for_auto_class("AutoModelForMaskedLM")
+AutoProcessor.register(BifocalConfig, BifocalProcessor)
+BifocalProcessor.register_for_auto_class()
+
+__all__ = [
+    "BifocalConfig",
+    "BifocalModel",
+    "BifocalOutput",
+    "BifocalProcessor",
+    "BifocalTextConfig",
+    "BifocalTextForMaskedLM",
+    "BifocalTextModel",
+    "BifocalVisionConfig",
+    "BifocalVisionModel",
+    "load_image",
+]

@@ -1,0 +1,286 @@
+# Copyright 2026 The Bifocal authors. Licensed under the Apache License, Version 2.0.
+"""Configurations of the text tower, the image tower and the joint model.
+
+The defaults are the base size of Jina CLIP v1 (arXiv 2405.20204, section 3): a JinaBERT v2 base text tower
+(arXiv 2310.19923) and an EVA02-B/16 image tower (arXiv 2303.11331) with a linear head into the shared space.
+"""
+
+import difflib
+import math
+from typing import Any
+
+from transformers.configuration_utils import PreTrainedConfig
+
+# Keys that transformers itself (its Trainer, too) writes into or passes through a config, beside the attributes of its
+# base class.
+_KEYS_OF_TRANSFORMERS = frozenset(
+    [
+        "architectures",
+        "attn_implementation",
+        "auto_map",
+        "dtype",
+        "experts_implementation",
+        "id2label",
+        "label2id",
+        "model_type",
+        "name_or_path",
+        "num_labels",
+        "output_attentions",
+        "output_hidden_states",
+        "problem_type",
+        "processor_class",
+        "quantization_config",
+        "return_dict",
+        "tie_word_embeddings",
+        "tokenizer_class",
+        "torch_dtype",
+        "transformers_version",
+        "transformers_weights",
+        "use_cache",
+    ]
+)
+
+
+def _reject_unknown_keys(config: PreTrainedConfig, given: dict[str, Any]) -> None:
+    """Raise for a key that neither this config nor transformers knows: a misspelt size must not be ignored."""
+    own = {name for name in vars(config) if not name.startswith("_")}
+    known = own | _KEYS_OF_TRANSFORMERS | set(PreTrainedConfig().to_dict())
+    for key in given:
+        if key in known or key.startswith("_"):
+            continue
+        near = difflib.get_close_matches(key, sorted(own), n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"its own keys are {', '.join(sorted(own))}."
+        raise ValueError(f"{type(config).__name__} has no key '{key}'; {hint}")
+
+
+def _require_positive_ints(config: PreTrainedConfig, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+            raise ValueError(f"{type(config).__name__}.{name} must be a positive integer, but it is {value!r}.")
+
+
+def _require_probabilities(config: PreTrainedConfig, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, int | float) or not 0.0 <= value < 1.0:
+            raise ValueError(f"{type(config).__name__}.{name} must be at least 0 and below 1, but it is {value!r}.")
+
+
+def _require_heads_divide_width(config: PreTrainedConfig) -> None:
+    if config.hidden_size % config.num_attention_heads:
+        raise ValueError(
+            f"{type(config).__name__}.hidden_size ({config.hidden_size}) must be a multiple of num_attention_heads "
+            f"({config.num_attention_heads}); change one of them."
+        )
+
+
+class BifocalTextConfig(PreTrainedConfig):
+    """Configuration of [`BifocalTextModel`], a BERT with symmetric ALiBi and a GEGLU feed-forward.
+
+    Args:
+        vocab_size: number of rows of the word embedding; 30,522 WordPieces padded to a multiple of 64.
+        hidden_size, num_hidden_layers, num_attention_heads: width, depth and heads; the heads divide the width.
+        intermediate_size: width between the two matrices of the feed-forward.
+        hidden_act: activation of the gate, a name of `transformers.activations.ACT2FN`.
+        hidden_dropout_prob, attention_probs_dropout_prob: dropout in training.
+        max_position_embeddings: longest input in tokens, special tokens included. ALiBi has no table, so this is a
+            limit and not a shape: 512 in training, 8,192 in use.
+        type_vocab_size: rows of the token-type embedding.
+        initializer_range: standard deviation of new weights.
+        layer_norm_eps: epsilon of every LayerNorm.
+        pad_token_id: id of the padding token.
+        tie_word_embeddings: whether the masked-language-modelling head shares the word embedding.
+    """
+
+    model_type = "bifocal_text"
+    base_config_key = "text_config"
+
+    def __init__(
+        self,
+        vocab_size: int = 30528,
+        hidden_size: int = 768,
+        num_hidden_layers: int = 12,
+        num_attention_heads: int = 12,
+        intermediate_size: int = 3072,
+        hidden_act: str = "gelu",
+        hidden_dropout_prob: float = 0.1,
+        attention_probs_dropout_prob: float = 0.0,
+        max_position_embeddings: int = 8192,
+        type_vocab_size: int = 2,
+        initializer_range: float = 0.02,
+        layer_norm_eps: float = 1e-12,
+        pad_token_id: int = 0,
+        tie_word_embeddings: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.intermediate_size = intermediate_size
+        self.hidden_act = hidden_act
+        self.hidden_dropout_prob = hidden_dropout_prob
+        self.attention_probs_dropout_prob = attention_probs_dropout_prob
+        self.max_position_embeddings = max_position_embeddings
+        self.type_vocab_size = type_vocab_size
+        self.initializer_range = initializer_range
+        self.layer_norm_eps = layer_norm_eps
+        self.pad_token_id = pad_token_id
+        self.tie_word_embeddings = tie_word_embeddings
+        _reject_unknown_keys(self, kwargs)
+        super().__init__(**kwargs)
+
+        _require_positive_ints(
+            self, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+            "max_position_embeddings", "type_vocab_size",
+        )  # fmt: skip
+        _require_probabilities(self, "hidden_dropout_prob", "attention_probs_dropout_prob")
+        _require_heads_divide_width(self)
+
+    __eq__ = PreTrainedConfig.__eq__
+
+
+class BifocalVisionConfig(PreTrainedConfig):
+    """Configuration of [`BifocalVisionModel`], an EVA02 vision transformer with sub-LN and 2D rotary embedding.
+
+    Args:
+        hidden_size, num_hidden_layers, num_attention_heads: width, depth and heads. The head width is a multiple of
+            four: one half turns by the row, the other by the column, both in pairs.
+        intermediate_size: width of the SwiGLU feed-forward.
+        hidden_act: activation of the gate.
+        num_channels, image_size, patch_size: the picture the tower is trained on, in pixels; the patch divides it.
+        hidden_dropout_prob, attention_probs_dropout_prob: dropout in training.
+        patch_dropout: share of the patches left out of each picture in training (arXiv 2212.00794).
+        rope_theta: base of the rotary frequencies.
+        rope_reference_grid: side, in patches, of the grid the rotary positions are scaled to: position i of a grid
+            of g counts as i / g * reference. 14 for jina-clip-v1, 16 for EVA02-CLIP; None leaves positions as they
+            are.
+        initializer_range: standard deviation of new weights.
+        layer_norm_eps: epsilon of every LayerNorm.
+    """
+
+    model_type = "bifocal_vision"
+    base_config_key = "vision_config"
+
+    def __init__(
+        self,
+        hidden_size: int = 768,
+        num_hidden_layers: int = 12,
+        num_attention_heads: int = 12,
+        intermediate_size: int = 2048,
+        hidden_act: str = "silu",
+        num_channels: int = 3,
+        image_size: int = 224,
+        patch_size: int = 16,
+        hidden_dropout_prob: float = 0.0,
+        attention_probs_dropout_prob: float = 0.0,
+        patch_dropout: float = 0.1,
+        rope_theta: float = 10000.0,
+        rope_reference_grid: int | None = 14,
+        initializer_range: float = 0.02,
+        layer_norm_eps: float = 1e-6,
+        **kwargs: Any,
+    ) -> None:
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.intermediate_size = intermediate_size
+        self.hidden_act = hidden_act
+        self.num_channels = num_channels
+        self.image_size = image_size
+        self.patch_size = patch_size
+        self.hidden_dropout_prob = hidden_dropout_prob
+        self.attention_probs_dropout_prob = attention_probs_dropout_prob
+        self.patch_dropout = patch_dropout
+        self.rope_theta = rope_theta
+        self.rope_reference_grid = rope_reference_grid
+        self.initializer_range = initializer_range
+        self.layer_norm_eps = layer_norm_eps
+        _reject_unknown_keys(self, kwargs)
+        super().__init__(**kwargs)
+
+        _require_positive_ints(
+            self, "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels",
+            "image_size", "patch_size",
+        )  # fmt: skip
+        if rope_reference_grid is not None:
+            _require_positive_ints(self, "rope_reference_grid")
+        _require_probabilities(self, "hidden_dropout_prob", "attention_probs_dropout_prob", "patch_dropout")
+        _require_heads_divide_width(self)
+        if (hidden_size // num_attention_heads) % 4:
+            raise ValueError(
+                f"BifocalVisionConfig needs a head width that is a multiple of 4 for the 2D rotary embedding, but "
+                f"hidden_size {hidden_size} over {num_attention_heads} heads gives "
+                f"{hidden_size // num_attention_heads}."
+            )
+        if image_size % patch_size:
+            raise ValueError(
+                f"BifocalVisionConfig.image_size ({image_size}) must be a multiple of patch_size ({patch_size}); the "
+                f"nearest are {image_size - image_size % patch_size} and "
+                f"{image_size - image_size % patch_size + patch_size}."
+            )
+
+    __eq__ = PreTrainedConfig.__eq__
+
+
+class BifocalConfig(PreTrainedConfig):
+    """Configuration of [`BifocalModel`]: both towers and the shared space.
+
+    Args:
+        text_config, vision_config: a config or a dict of its keys; None means the base size.
+        projection_dim: width of the shared space.
+        text_projection, vision_projection: whether a linear head with bias leads from the tower into the shared
+            space. Without one the tower's width must be `projection_dim`. The base model has one for images only.
+        logit_scale_init_value: where ln(1/tau) of the image-text temperature starts; 2.6592 is tau = 0.07.
+        logit_scale_max: largest value of ln(1/tau); ln 100 as in CLIP.
+        initializer_range: standard deviation of new projection weights.
+    """
+
+    model_type = "bifocal"
+    sub_configs = {"text_config": BifocalTextConfig, "vision_config": BifocalVisionConfig}
+    sub_configs_defaults = dict(sub_configs)  # what later transformers 5 releases read in its place
+
+    def __init__(
+        self,
+        text_config: BifocalTextConfig | dict[str, Any] | None = None,
+        vision_config: BifocalVisionConfig | dict[str, Any] | None = None,
+        projection_dim: int = 768,
+        text_projection: bool = False,
+        vision_projection: bool = True,
+        logit_scale_init_value: float = 2.6592,
+        logit_scale_max: float = math.log(100.0),
+        initializer_range: float = 0.02,
+        **kwargs: Any,
+    ) -> None:
+        self.text_config = _as_config(text_config, BifocalTextConfig)
+        self.vision_config = _as_config(vision_config, BifocalVisionConfig)
+        self.projection_dim = projection_dim
+        self.text_projection = text_projection
+        self.vision_projection = vision_projection
+        self.logit_scale_init_value = logit_scale_init_value
+        self.logit_scale_max = logit_scale_max
+        self.initializer_range = initializer_range
+        _reject_unknown_keys(self, kwargs)
+        super().__init__(**kwargs)
+
+        _require_positive_ints(self, "projection_dim")
+        for side in ("text", "vision"):
+            width = getattr(self, f"{side}_config").hidden_size
+            if not getattr(self, f"{side}_projection") and width != projection_dim:
+                raise ValueError(
+                    f"BifocalConfig: without {side}_projection the {side} tower's hidden_size ({width}) must equal "
+                    f"projection_dim ({projection_dim}); set {side}_projection=True or change one of them."
+                )
+
+    __eq__ = PreTrainedConfig.__eq__
+
+
+def _as_config(given: Any, config_class: type[PreTrainedConfig]) -> Any:
+    if given is None:
+        return config_class()
+    if isinstance(given, dict):
+        return config_class(**given)
+    if isinstance(given, PreTrainedConfig):
+        return given
+    raise ValueError(f"{config_class.base_config_key} must be a {config_class.__name__} or a dict, not {type(given)}.")

@@ -1,0 +1,86 @@
+# Copyright 2026 The Bifocal authors. Licensed under the Apache License, Version 2.0.
+"""What both towers and the joint model share: the base class and the plain form of attention."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_utils import PreTrainedModel
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax(q k^T * scaling + mask) v, the form that returns its weights.
+
+    Args:
+        query, key, value: (batch, heads, length, head width).
+        attention_mask: additive, broadcastable to (batch, heads, queries, keys), or None.
+
+    Returns:
+        The output (batch, queries, heads, head width) and the weights (batch, heads, queries, keys).
+    """
+    scores = torch.matmul(query, key.transpose(-1, -2)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+def split_heads(states: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """(batch, length, width) to (batch, heads, length, head width)."""
+    return states.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def run_layers(
+    layers: Iterable[nn.Module],
+    hidden_states: torch.Tensor,
+    positions: Any,
+    output_attentions: bool | None,
+    output_hidden_states: bool | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, tuple | None, tuple | None]:
+    """Pass the states through a tower's layers; `positions` is what they share, the ALiBi bias or the rotary tables.
+
+    Returns:
+        The last states, all states (the input's first) if asked for, and the attention weights if asked for and if the
+        attention implementation gives them (only eager does).
+    """
+    all_states: tuple[torch.Tensor, ...] = (hidden_states,)
+    all_weights: tuple[torch.Tensor, ...] = ()
+    for layer in layers:
+        hidden_states, weights = layer(hidden_states, positions, output_attentions=output_attentions, **kwargs)
+        if output_hidden_states:
+            all_states += (hidden_states,)
+        if output_attentions and weights is not None:
+            all_weights += (weights,)
+    return hidden_states, all_states if output_hidden_states else None, all_weights or None
+
+
+class BifocalPreTrainedModel(PreTrainedModel):
+    """Weights initialisation and the abilities every Bifocal model declares to transformers.
+
+    No Bifocal model registers a buffer: transformers 5 builds models on the meta device and does not rebuild
+    non-persistent buffers, so what follows from the configuration (ALiBi slopes, rotary tables) is made in `forward`.
+    """
+
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    def _requested(self, output_attentions: bool | None, output_hidden_states: bool | None) -> tuple[bool, bool]:
+        """What a call asks for, the configuration's defaults filled in."""
+        attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        return bool(attentions), bool(states)

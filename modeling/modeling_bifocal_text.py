@@ -1,0 +1,264 @@
+# Copyright 2026 The Bifocal authors. Licensed under the Apache License, Version 2.0.
+"""The text tower: JinaBERT v2 (arXiv 2310.19923), a post-norm BERT with symmetric ALiBi and a GEGLU feed-forward."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import can_return_tuple
+
+from .alibi_bifocal import AlibiBias
+from .configuration_bifocal import BifocalTextConfig
+from .modeling_bifocal_base import BifocalPreTrainedModel, eager_attention_forward, run_layers, split_heads
+
+
+class BifocalTextEmbeddings(nn.Module):
+    """Word plus token-type embedding, LayerNorm, dropout. Order comes from ALiBi alone."""
+
+    def __init__(self, config: BifocalTextConfig) -> None:
+        super().__init__()
+        self.word_embeddings: nn.Module = nn.Embedding(
+            config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
+        )
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        token_type_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+    ) -> torch.Tensor:
+        words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        if token_type_ids is None:
+            token_type_ids = torch.zeros(words.shape[:2], dtype=torch.long, device=words.device)
+        return self.dropout(self.norm(words + self.token_type_embeddings(token_type_ids)))
+
+
+class BifocalTextAttention(nn.Module):
+    """softmax(q k^T / sqrt(d) - slope_h |i - j|) v, all four matrices biased."""
+
+    def __init__(self, config: BifocalTextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.is_causal = False
+        self.scaling = (config.hidden_size // config.num_attention_heads) ** -0.5
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self, hidden_states: torch.Tensor, bias: AlibiBias, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        heads = self.config.num_attention_heads
+        query = split_heads(self.q_proj(hidden_states), heads)
+        key = split_heads(self.k_proj(hidden_states), heads)
+        value = split_heads(self.v_proj(hidden_states), heads)
+
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        outputs, weights = [], []
+        for rows, block in bias.blocks():  # a single block unless the text is very long
+            output, weight = attention(
+                self,
+                query[:, :, rows],
+                key,
+                value,
+                scaling=self.scaling,
+                dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
+                **bias.as_arguments(block, self.config._attn_implementation),
+                **kwargs,
+            )
+            outputs.append(output)
+            weights.append(weight)
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        weight = weights[0] if len(weights) == 1 or weights[0] is None else torch.cat(weights, dim=2)
+        return self.out_proj(output.flatten(2)), weight
+
+
+class BifocalTextMLP(nn.Module):
+    """GEGLU (arXiv 2002.05202): W_down (gelu(W_gate x) * W_up x) + b, the gate and the other half in one matrix."""
+
+    def __init__(self, config: BifocalTextConfig) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.activation = ACT2FN[config.hidden_act]
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
+        return self.down_proj(self.dropout(self.activation(gate) * up))
+
+
+class BifocalTextLayer(GradientCheckpointingLayer):
+    """Attention and feed-forward, each followed by residual and LayerNorm (post-norm, as in BERT)."""
+
+    def __init__(self, config: BifocalTextConfig) -> None:
+        super().__init__()
+        self.attention = BifocalTextAttention(config)
+        self.attention_dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = BifocalTextMLP(config)
+        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(
+        self, hidden_states: torch.Tensor, bias: AlibiBias, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        attended, weights = self.attention(hidden_states, bias, **kwargs)
+        hidden_states = self.attention_norm(hidden_states + self.attention_dropout(attended))
+        return self.mlp_norm(hidden_states + self.mlp(hidden_states)), weights
+
+
+class BifocalTextPreTrainedModel(BifocalPreTrainedModel):
+    config_class = BifocalTextConfig
+    base_model_prefix = "text_model"
+    input_modalities = "text"
+    _no_split_modules = ["BifocalTextEmbeddings", "BifocalTextLayer"]
+
+
+class BifocalTextModel(BifocalTextPreTrainedModel):
+    """The text tower: token ids to token states and their mean over the unpadded tokens.
+
+    Loading it from a folder of the joint model takes the text tower's weights and leaves the rest.
+    """
+
+    _keys_to_ignore_on_load_unexpected = [r"^vision_model\.", r"_projection\.", r"^logit_scale$", r"^lm_head\."]
+
+    def __init__(self, config: BifocalTextConfig) -> None:
+        super().__init__(config)
+        self.embeddings = BifocalTextEmbeddings(config)
+        self.layers = nn.ModuleList(BifocalTextLayer(config) for _ in range(config.num_hidden_layers))
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings.word_embeddings = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """
+        Args:
+            input_ids: (batch, length) token ids; or give `inputs_embeds` (batch, length, width) in their place.
+            attention_mask: (batch, length), 1 for a token and 0 for padding; None means no padding.
+            token_type_ids: (batch, length); all 0 when None.
+
+        Returns:
+            `last_hidden_state` (batch, length, width) and `pooler_output` (batch, width), the mean of the unpadded
+            tokens' states; `hidden_states` and (eager attention only) `attentions` on request.
+
+        Raises:
+            ValueError: neither or both inputs given, or a text longer than `config.max_position_embeddings`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("The text tower needs exactly one of input_ids and inputs_embeds.")
+        hidden_states = self.embeddings(input_ids, token_type_ids, inputs_embeds)
+        batch, length = hidden_states.shape[:2]
+        if length > self.config.max_position_embeddings:
+            raise ValueError(
+                f"The text is {length} tokens long, but this model takes at most {self.config.max_position_embeddings} "
+                "(config.max_position_embeddings); truncate it."
+            )
+        if attention_mask is None:
+            attention_mask = torch.ones(batch, length, dtype=torch.long, device=hidden_states.device)
+            padding = None
+        else:
+            padding = attention_mask == 0
+        bias = AlibiBias(self.config.num_attention_heads, hidden_states, padding)
+
+        requested = self._requested(output_attentions, output_hidden_states)
+        hidden_states, all_states, all_weights = run_layers(self.layers, hidden_states, bias, *requested, **kwargs)
+
+        # In float32: a mean over 8,192 tokens does not fit the mantissa of bfloat16.
+        mask = attention_mask.unsqueeze(-1).float()
+        pooled = (hidden_states.float() * mask).sum(1) / mask.sum(1).clamp(min=1.0)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=hidden_states,
+            pooler_output=pooled.to(hidden_states.dtype),
+            hidden_states=all_states,
+            attentions=all_weights,
+        )
+
+
+class BifocalMLMHead(nn.Module):
+    """BERT's head for masked language modelling: dense, activation, LayerNorm, decoder tied to the word embedding."""
+
+    def __init__(self, config: BifocalTextConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.decoder(self.norm(self.activation(self.dense(hidden_states))))
+
+
+class BifocalTextForMaskedLM(BifocalTextPreTrainedModel):
+    """The text tower with a masked-language-modelling head, for stage 0 of the recipe."""
+
+    _tied_weights_keys = {"lm_head.decoder.weight": "text_model.embeddings.word_embeddings.weight"}
+
+    def __init__(self, config: BifocalTextConfig) -> None:
+        super().__init__(config)
+        self.text_model = BifocalTextModel(config)
+        self.lm_head = BifocalMLMHead(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.text_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head.decoder
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head.decoder = new_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> MaskedLMOutput:
+        """
+        Args:
+            labels: (batch, length) token ids to predict, -100 where nothing is to be predicted. The other arguments
+                are those of [`BifocalTextModel`].
+
+        Returns:
+            `logits` (batch, length, vocabulary) and, with labels, `loss`, the mean cross-entropy.
+        """
+        outputs = self.text_model(input_ids, attention_mask, token_type_ids, inputs_embeds, return_dict=True, **kwargs)
+        logits = self.lm_head(outputs.last_hidden_state)
+        loss = None
+        if labels is not None:
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )

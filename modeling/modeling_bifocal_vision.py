@@ -1,0 +1,261 @@
+# Copyright 2026 The Bifocal authors. Licensed under the Apache License, Version 2.0.
+"""The image tower: EVA02 as in EVA-CLIP (arXiv 2303.11331, 2303.15389).
+
+A pre-norm vision transformer with sub-LN (a LayerNorm on the attention output and one inside the SwiGLU feed-forward),
+an absolute position embedding, and a 2D rotary embedding on the patch tokens' queries and keys.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import can_return_tuple
+
+from .configuration_bifocal import BifocalVisionConfig
+from .modeling_bifocal_base import BifocalPreTrainedModel, eager_attention_forward, run_layers, split_heads
+
+Rotary = tuple[torch.Tensor, torch.Tensor]
+
+
+def rotary_tables(config: BifocalVisionConfig, rows: int, columns: int, device: torch.device | None = None) -> Rotary:
+    """cos and sin of the 2D rotary angles of the class token and a grid of patches, in float32.
+
+    The head width d gives d / 4 frequencies theta^(-4k/d), each repeated for an interleaved pair of channels; the first
+    half of the channels turns by the patch's row, the second by its column. The class token is not turned.
+
+    Returns:
+        Two tables (1 + rows * columns, head width), the class token first.
+    """
+    head_dim = config.hidden_size // config.num_attention_heads
+    exponents = torch.arange(0, head_dim // 2, 2, dtype=torch.float32, device=device) / (head_dim // 2)
+    frequencies = config.rope_theta**-exponents
+
+    def angles(count: int) -> torch.Tensor:
+        positions = torch.arange(count, dtype=torch.float32, device=device)
+        if config.rope_reference_grid is not None:
+            positions = positions / count * config.rope_reference_grid
+        return torch.outer(positions, frequencies).repeat_interleave(2, dim=-1)
+
+    by_row = angles(rows)[:, None, :].expand(rows, columns, -1)
+    by_column = angles(columns)[None, :, :].expand(rows, columns, -1)
+    patches = torch.cat([by_row, by_column], dim=-1).flatten(0, 1)
+    table = torch.cat([torch.zeros_like(patches[:1]), patches])
+    return table.cos(), table.sin()
+
+
+def rotate(states: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+    """Turn each interleaved pair (x0, x1) by its angle: x cos + (-x1, x0) sin."""
+    cos, sin = rotary
+    pairs = states.unflatten(-1, (-1, 2))
+    turned = torch.stack([-pairs[..., 1], pairs[..., 0]], dim=-1).flatten(-2)
+    return states * cos + turned * sin
+
+
+class BifocalVisionEmbeddings(nn.Module):
+    """Patches, class token and absolute position embedding; in training some patches are dropped."""
+
+    def __init__(self, config: BifocalVisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.grid = config.image_size // config.patch_size
+        self.patch_embedding: nn.Module = nn.Conv2d(
+            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
+        )
+        self.class_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.position_embedding = nn.Parameter(torch.zeros(1, 1 + self.grid**2, config.hidden_size))
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def positions(self, rows: int, columns: int) -> torch.Tensor:
+        """The absolute embedding for a grid of patches; bicubic for another grid than the trained one, as EVA-CLIP."""
+        if rows == self.grid and columns == self.grid:
+            return self.position_embedding
+        classes, patches = self.position_embedding[:, :1], self.position_embedding[:, 1:]
+        trained = patches.unflatten(1, (self.grid, self.grid)).permute(0, 3, 1, 2).float()
+        resized = nn.functional.interpolate(trained, size=(rows, columns), mode="bicubic", align_corners=False)
+        return torch.cat([classes, resized.flatten(2).transpose(1, 2).to(classes.dtype)], dim=1)
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, Rotary]:
+        patch = self.config.patch_size
+        if pixel_values.dim() != 4 or pixel_values.shape[1] != self.config.num_channels:
+            raise ValueError(
+                f"The image tower needs pixel_values of shape (batch, {self.config.num_channels}, height, width), "
+                f"not {tuple(pixel_values.shape)}."
+            )
+        if pixel_values.shape[2] % patch or pixel_values.shape[3] % patch:
+            raise ValueError(
+                f"The image tower needs height and width to be multiples of its patch size {patch}, not "
+                f"{pixel_values.shape[2]} x {pixel_values.shape[3]}; resize the images."
+            )
+        features = self.patch_embedding(pixel_values.to(self.class_token.dtype))
+        rows, columns = features.shape[2:]
+        tokens = features.flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.class_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
+        tokens = self.dropout(tokens + self.positions(rows, columns))
+
+        cos, sin = rotary_tables(self.config, rows, columns, tokens.device)
+        if self.training and self.config.patch_dropout > 0:
+            kept = self._kept(tokens)
+            tokens = torch.gather(tokens, 1, kept.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+            cos, sin = cos[kept].unsqueeze(1), sin[kept].unsqueeze(1)  # a kept patch keeps its own angles
+        return tokens, (cos.to(tokens.dtype), sin.to(tokens.dtype))
+
+    def _kept(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Indices (batch, kept) of the tokens that stay: the class token and a random draw of patches per picture."""
+        batch, length = tokens.shape[:2]
+        count = max(1, int((length - 1) * (1.0 - self.config.patch_dropout)))
+        patches = 1 + torch.rand(batch, length - 1, device=tokens.device).topk(count, dim=1).indices
+        return torch.cat([torch.zeros_like(patches[:, :1]), patches], dim=1)
+
+
+class BifocalVisionAttention(nn.Module):
+    """Rotary attention with biased q and v, unbiased k, and a LayerNorm before the output projection (sub-LN)."""
+
+    def __init__(self, config: BifocalVisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.is_causal = False
+        self.scaling = (config.hidden_size // config.num_attention_heads) ** -0.5
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.inner_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self, hidden_states: torch.Tensor, rotary: Rotary, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        heads = self.config.num_attention_heads
+        query = rotate(split_heads(self.q_proj(hidden_states), heads), rotary)
+        key = rotate(split_heads(self.k_proj(hidden_states), heads), rotary)
+        value = split_heads(self.v_proj(hidden_states), heads)
+
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention(
+            self,
+            query.to(value.dtype),
+            key.to(value.dtype),
+            value,
+            attention_mask=None,
+            scaling=self.scaling,
+            dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
+            **kwargs,
+        )
+        return self.out_proj(self.inner_norm(output.flatten(2))), weights
+
+
+class BifocalVisionMLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202) with sub-LN: W3 LayerNorm(silu(W1 x) * W2 x), all biased."""
+
+    def __init__(self, config: BifocalVisionConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.inner_norm = nn.LayerNorm(config.intermediate_size, eps=config.layer_norm_eps)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        gated = self.activation(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
+        return self.down_proj(self.inner_norm(gated))
+
+
+class BifocalVisionLayer(GradientCheckpointingLayer):
+    """LayerNorm before attention and before the feed-forward, residuals around both (pre-norm)."""
+
+    def __init__(self, config: BifocalVisionConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = BifocalVisionAttention(config)
+        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = BifocalVisionMLP(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self, hidden_states: torch.Tensor, rotary: Rotary, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        attended, weights = self.attention(self.attention_norm(hidden_states), rotary, **kwargs)
+        hidden_states = hidden_states + self.dropout(attended)
+        return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states))), weights
+
+
+class BifocalVisionModel(BifocalPreTrainedModel):
+    """The image tower: pixels to patch states and the class token's state.
+
+    Loading it from a folder of the joint model takes the image tower's weights and leaves the rest.
+    """
+
+    config_class = BifocalVisionConfig
+    base_model_prefix = "vision_model"
+    main_input_name = "pixel_values"
+    input_modalities = "image"
+    _no_split_modules = ["BifocalVisionEmbeddings", "BifocalVisionLayer"]
+    _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"_projection\.", r"^logit_scale$"]
+
+    def __init__(self, config: BifocalVisionConfig) -> None:
+        super().__init__(config)
+        self.embeddings = BifocalVisionEmbeddings(config)
+        self.layers = nn.ModuleList(BifocalVisionLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, BifocalVisionEmbeddings):
+            init.normal_(module.class_token, std=self.config.initializer_range)
+            init.normal_(module.position_embedding, std=self.config.initializer_range)
+        elif isinstance(module, BifocalVisionLayer):
+            # EVA divides what each layer n adds to the residual stream by sqrt(2n).
+            depth = 1 + next(n for n, layer in enumerate(self.layers) if layer is module)
+            std = self.config.initializer_range / (2.0 * depth) ** 0.5
+            init.normal_(module.attention.out_proj.weight, std=std)
+            init.normal_(module.mlp.down_proj.weight, std=std)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.patch_embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings.patch_embedding = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """
+        Args:
+            pixel_values: (batch, channels, height, width), normalised; height and width may differ from the trained
+                size as long as the patch divides them.
+
+        Returns:
+            `last_hidden_state` (batch, 1 + patches, width) after the final LayerNorm and `pooler_output` (batch,
+            width), its class token; `hidden_states` and (eager attention only) `attentions` on request.
+
+        Raises:
+            ValueError: no pixels, or pixels of a wrong shape.
+        """
+        if pixel_values is None:
+            raise ValueError("The image tower needs pixel_values.")
+        hidden_states, rotary = self.embeddings(pixel_values)
+
+        requested = self._requested(output_attentions, output_hidden_states)
+        hidden_states, all_states, all_weights = run_layers(self.layers, hidden_states, rotary, *requested, **kwargs)
+
+        hidden_states = self.norm(hidden_states)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=hidden_states,
+            pooler_output=hidden_states[:, 0],
+            hidden_states=all_states,
+            attentions=all_weights,
+        )

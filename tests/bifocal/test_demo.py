@@ -1,0 +1,142 @@
+"""The main job, quick: from nothing to a report, killed and resumed, and what is said of a wrong folder."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bifocal.modeling import BifocalModel
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def command(cache: Path, *arguments: str) -> subprocess.Popen:
+    environment = {**os.environ, "BIFOCAL_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "bifocal", "demo", "--quick", *arguments], env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=cache,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+    output, errors = process.communicate(timeout=300)
+    return process.returncode, output, errors
+
+
+@pytest.fixture(scope="module")
+def run(cache) -> Path:
+    out = cache / "whole"
+    code, output, errors = finish(command(cache, "--out", str(out)))
+    assert code == 0, errors
+    (cache / "output.txt").write_text(output)
+    return out
+
+
+def test_it_does_all_it_says(run, cache):
+    output = (cache / "output.txt").read_text()
+    for number in (1, 2, 3):
+        assert f"After stage {number}:" in output
+    assert "AutoModel and SentenceTransformer load" in output
+    assert output.count("right answer at rank") == 12
+    results = json.loads((run / "results.json").read_text())
+    assert results["load difference"] <= 1e-6
+    assert [len(stage["losses"]) for stage in results["stages"]] == [2, 2, 2]
+    page = (run / "report.html").read_text()
+    assert "3: triplets + long captions" in page
+    assert page.count('class="search"') == 32
+    model = BifocalModel.from_pretrained(run / "model")
+    assert model.encode_text(["black star"]).shape == (1, 64)
+
+
+def test_a_finished_run_is_not_trained_again(run, cache):
+    before = (run / "results.json").stat().st_mtime_ns
+    code, output, _ = finish(command(cache, "--out", str(run)))
+    assert code == 0
+    assert "This run is finished" in output
+    assert "--force" in output
+    assert (run / "results.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("moment", ["stage1/checkpoint-8", "stage1/result.json", "stage2/result.json", "stage3/model"])
+def test_killed_and_started_again_it_ends_the_same(run, cache, moment):
+    """SIGKILL as soon as a file appears; then the run goes on and ends with the very same weights."""
+    out = cache / moment.replace("/", "-")
+    process = command(cache, "--out", str(out))
+    deadline = time.monotonic() + 200
+    while not (out / moment).exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, "the run ended before it was killed"
+    code, output, errors = finish(command(cache, "--out", str(out)))
+    assert code == 0, errors
+    assert "goes on from checkpoint" in output or "is done already" in output
+    whole, resumed = (BifocalModel.from_pretrained(folder / "model") for folder in (run, out))
+    for (name, expected), value in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        np.testing.assert_array_equal(value, expected, err_msg=name)
+
+
+def test_another_seed_is_another_run(run, cache):
+    code, _, errors = finish(command(cache, "--out", str(run), "--seed", "1"))
+    assert code == 1
+    assert "holds a run with other settings" in errors
+    assert "Traceback" not in errors
+
+
+def test_force_trains_anew_and_touches_nothing_else(run, cache):
+    (run / "notes.txt").write_text("mine")
+    code, output, errors = finish(command(cache, "--out", str(run), "--force"))
+    assert code == 0, errors
+    assert "After stage 3:" in output
+    assert (run / "notes.txt").read_text() == "mine"
+
+
+def test_a_folder_with_something_else_in_it(cache, tmp_path):
+    (tmp_path / "thesis.tex").write_text("important")
+    code, _, errors = finish(command(cache, "--out", str(tmp_path)))
+    assert code == 1
+    assert f"Error: '{tmp_path}' holds other files and no run of the demo; choose another folder" in errors
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    code, _, errors = finish(command(cache, "--out", str(tmp_path / "thesis.tex")))
+    assert code == 1
+    assert "is a file; choose another folder with --out" in errors
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of 300 KiB; needs the right to mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk(cache, run, small_disk):
+    code, _, errors = finish(command(cache, "--out", str(small_disk / "run")))
+    assert code == 1
+    last = errors.strip().splitlines()[-1]
+    assert last.startswith(f"Error: Cannot write to {small_disk / 'run'} (")
+    assert "free space or choose another --out" in last
+    assert "Traceback" not in errors
+
+
+def test_a_read_only_disk(cache, run, small_disk):
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    code, _, errors = finish(command(cache, "--out", str(small_disk / "run")))
+    assert code == 1
+    assert errors.strip().splitlines()[-1].startswith(f"Error: Cannot write to {small_disk / 'run'} ([Errno 30]")
+    assert "Traceback" not in errors

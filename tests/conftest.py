@@ -1,0 +1,77 @@
+"""Small seeded models shared by the tests."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach the network
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from bifocal.modeling import BifocalConfig, BifocalModel, BifocalProcessor
+from bifocal.training.tokenizer import train_wordpiece
+
+TEXTS = [
+    "latin small letter a with acute",
+    "greek capital letter omega",
+    "black star",
+    "box drawings heavy down and horizontal",
+    "a long description of a sign that goes on for rather more words than any of the others here do",
+]
+
+
+def small_config(**changes) -> BifocalConfig:
+    settings: dict = {
+        "text_config": {
+            "vocab_size": 320, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6,
+            "intermediate_size": 80, "max_position_embeddings": 64, "hidden_dropout_prob": 0.0,
+        },
+        "vision_config": {
+            "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 72,
+            "image_size": 32, "patch_size": 8, "patch_dropout": 0.0,
+        },
+        "projection_dim": 40, "text_projection": True,
+    }  # fmt: skip
+    for key, value in changes.items():
+        settings[key] = {**settings[key], **value} if isinstance(value, dict) else value
+    return BifocalConfig(**settings)
+
+
+@pytest.fixture(scope="session")
+def processor() -> BifocalProcessor:
+    from transformers.models.clip import CLIPImageProcessorPil
+
+    tokenizer = train_wordpiece(TEXTS * 10, 300, max_length=64)
+    images = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    return BifocalProcessor(images, tokenizer)
+
+
+@pytest.fixture
+def model(processor) -> BifocalModel:
+    torch.manual_seed(0)
+    built = BifocalModel(small_config()).eval()
+    built.processor = processor
+    return built
+
+
+@pytest.fixture(scope="session")
+def saved(processor, tmp_path_factory) -> Path:
+    """A folder with a small seeded model and its processor."""
+    folder = tmp_path_factory.mktemp("saved") / "small-model"
+    torch.manual_seed(0)
+    BifocalModel(small_config()).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def inputs(processor) -> dict[str, torch.Tensor]:
+    """Padded texts and random pictures, five of each."""
+    generator = torch.Generator().manual_seed(1)
+    encoded = processor.tokenizer(TEXTS, padding=True, return_tensors="pt")
+    return {
+        "input_ids": encoded["input_ids"],
+        "attention_mask": encoded["attention_mask"],
+        "pixel_values": torch.randn(len(TEXTS), 3, 32, 32, generator=generator),
+    }

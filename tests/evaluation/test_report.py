@@ -1,0 +1,72 @@
+"""The report, opened in a real browser: figures visible, nothing asked for over the network, no error."""
+
+import shutil
+
+import pytest
+from PIL import Image
+
+from bifocal.evaluation.report import Gallery, Hit, Item, Report, Search, Stage, write_report
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def example() -> Report:
+    picture = Item("black star", Image.new("RGB", (32, 32), "black"), "★")
+    other = Item("white star", Image.new("RGB", (32, 32), "white"), "☆")
+    found = Search(Item("a star <b>& more</b>"), [Hit(picture, 0.91, True), Hit(other, 0.5, False)], picture, 1)
+    missed = Search(Item(None, Image.new("RGB", (32, 32)), "★"), [Hit(Item("omega"), 0.4, False)], Item("star"), 17)
+    stages = [
+        Stage(f"{number}: a stage", 20, 3.4, {"R@5": 0.1 * number, "R@1": 0.05},
+              {"image-text": [(10, 4.0), (20, 2.0 / number)]}, {"text to picture": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]})
+        for number in (1, 2, 3)
+    ]  # fmt: skip
+    galleries = [Gallery("Pictures found", "Drawn at random.", [found]), Gallery("Names found", "Too.", [missed])]
+    return Report("A report", "What it is about.", {"Recall@5": "0.71"}, stages, galleries, {"seed": "0"})
+
+
+@pytest.fixture
+def page_file(tmp_path):
+    path = tmp_path / "report.html"
+    write_report(example(), path)
+    return path
+
+
+def test_nothing_is_outside_the_page(page_file):
+    text = page_file.read_text()
+    assert "http://" not in text.replace("http://www.w3.org", "")
+    assert "https://" not in text
+    assert "a star &lt;b&gt;&amp; more&lt;/b&gt;" in text, "texts are escaped"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine to open the page with")
+@pytest.mark.parametrize("width", [1200, 390])
+def test_in_a_browser(page_file, width):
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page(viewport={"width": width, "height": 900})
+        problems, requests = [], []
+        page.on("console", lambda message: problems.append(message.text))
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("request", lambda request: requests.append(request.url))
+        page.goto(page_file.as_uri())
+        assert page.title() == "A report"
+        assert page.locator("h1").inner_text() == "A report"
+        pictures = page.locator("img")
+        assert pictures.count() == 2 + 2 + 1
+        for number in range(pictures.count()):
+            image = pictures.nth(number)
+            assert image.evaluate("image => image.complete && image.naturalWidth > 0")
+            assert image.get_attribute("alt")
+        assert page.locator(".figures strong").inner_text() == "0.71"
+        assert page.locator("tbody tr").count() == 3
+        assert "0.300" in page.locator("tbody tr").nth(2).inner_text()
+        assert page.locator(".hit.right").count() == 1
+        missed = page.locator(".hit.answer")
+        assert missed.count() == 1
+        assert "star" in missed.inner_text()
+        assert "right answer at rank 17" in page.locator("main").inner_text()
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "no sideways scrolling"
+        browser.close()
+    assert problems == []
+    assert [url for url in requests if not url.startswith(("file:", "data:"))] == []

@@ -1,0 +1,145 @@
+"""The text tower: ALiBi, padding, long texts, masked language modelling."""
+
+import pytest
+import torch
+
+from bifocal.modeling import BifocalTextConfig, BifocalTextForMaskedLM, BifocalTextModel
+from bifocal.modeling import alibi_bifocal as alibi
+
+
+def small_tower(**changes) -> BifocalTextModel:
+    settings = dict(
+        vocab_size=97, hidden_size=48, num_hidden_layers=2, num_attention_heads=6, intermediate_size=80,
+        max_position_embeddings=512,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return BifocalTextModel(BifocalTextConfig(**{**settings, **changes})).eval()
+
+
+def test_slopes_are_those_of_the_paper():
+    """8 heads: 1/2 ... 1/256 (arXiv 2108.12409, section 3); 12 heads as the authors' code gives them."""
+    assert alibi.alibi_slopes(8) == [2.0**-k for k in range(1, 9)]
+    twelve = alibi.alibi_slopes(12)
+    assert twelve[:8] == [2.0**-k for k in range(1, 9)]
+    assert twelve[8:] == pytest.approx([0.7071067811865476, 0.35355339059327384, 0.17677669529663692, 0.0883883476483])
+    assert alibi.alibi_slopes(1) == [2.0**-8]
+    assert all(len(set(alibi.alibi_slopes(heads))) == heads for heads in range(1, 33))
+
+
+@torch.no_grad()
+def test_a_row_of_a_padded_batch_equals_the_row_alone():
+    tower = small_tower()
+    ids = torch.randint(1, 97, (4, 20), generator=torch.Generator().manual_seed(2))
+    lengths = (20, 11, 5, 1)
+    mask = torch.arange(20)[None] < torch.tensor(lengths)[:, None]
+    batch = tower(ids, mask.long())
+    for row, length in enumerate(lengths):
+        alone = tower(ids[row : row + 1, :length])
+        torch.testing.assert_close(batch.pooler_output[row], alone.pooler_output[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(batch.last_hidden_state[row, :length], alone.last_hidden_state[0], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_padding_may_stand_on_the_left():
+    """ALiBi knows distances only, so the same text at the right end of its row is the same text."""
+    tower = small_tower()
+    ids = torch.tensor([[0, 0, 0, 5, 9, 7]])
+    padded = tower(ids, (ids != 0).long()).pooler_output
+    torch.testing.assert_close(padded, tower(ids[:, 3:]).pooler_output, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_order_matters_and_so_does_distance():
+    tower = small_tower()
+    there, back = torch.tensor([[5, 9, 7, 3]]), torch.tensor([[3, 9, 7, 5]])
+    assert (tower(there).pooler_output - tower(back).pooler_output).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@torch.no_grad()
+def test_a_bias_made_in_blocks_gives_the_same(monkeypatch, padded):
+    tower = small_tower()
+    ids = torch.randint(1, 97, (2, 50), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[1, 30:] = 0
+    whole = tower(ids, mask)
+    monkeypatch.setattr(alibi, "_LARGEST_WHOLE", 100)
+    monkeypatch.setattr(alibi, "_BLOCK", 2 * 6 * 50 * 7)  # blocks of 7 queries and a remainder of one
+    bias = alibi.AlibiBias(6, whole.last_hidden_state, mask == 0)
+    assert [rows.stop - rows.start for rows, _ in bias.blocks()] == [7] * 7 + [1]
+    blocks = tower(ids, mask)
+    torch.testing.assert_close(blocks.last_hidden_state, whole.last_hidden_state, atol=1e-5, rtol=0)
+    tower.set_attn_implementation("eager")
+    attentions = tower(ids, mask, output_attentions=True).attentions
+    assert attentions[0].shape == (2, 6, 50, 50)
+    torch.testing.assert_close(attentions[0].sum(-1), torch.ones(2, 6, 50), atol=1e-5, rtol=0)
+
+
+def test_with_gradients_the_bias_is_always_whole(monkeypatch):
+    monkeypatch.setattr(alibi, "_LARGEST_WHOLE", 100)
+    assert alibi.AlibiBias(6, torch.zeros(1, 50, 48), None).whole is not None
+    with torch.no_grad():
+        assert alibi.AlibiBias(6, torch.zeros(1, 50, 48), None).whole is None
+
+
+def test_the_bias_moves_with_a_model_spread_over_devices():
+    bias = alibi.AlibiBias(6, torch.zeros(1, 5, 48), torch.zeros(1, 5, dtype=torch.bool))
+    moved = bias.to("meta")
+    assert {moved.slopes.device.type, moved.whole.device.type, moved.padding.device.type} == {"meta"}
+    assert bias.to("cpu") is bias
+
+
+@torch.no_grad()
+def test_a_row_that_is_all_padding_gives_zeros_and_no_nan():
+    output = small_tower()(torch.tensor([[5, 6], [0, 0]]), torch.tensor([[1, 1], [0, 0]]))
+    assert torch.isfinite(output.last_hidden_state).all()
+    assert (output.pooler_output[1] == 0).all()
+
+
+@torch.no_grad()
+def test_embeddings_may_be_given_in_place_of_ids():
+    tower = small_tower()
+    ids = torch.tensor([[5, 9, 7]])
+    given = tower(inputs_embeds=tower.get_input_embeddings()(ids))
+    torch.testing.assert_close(given.pooler_output, tower(ids).pooler_output)
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        tower()
+
+
+def test_a_text_longer_than_the_model_takes_is_refused():
+    tower = small_tower(max_position_embeddings=8)
+    with pytest.raises(ValueError, match="9 tokens long, but this model takes at most 8"):
+        tower(torch.ones(1, 9, dtype=torch.long))
+
+
+def test_masked_language_modelling_head():
+    torch.manual_seed(0)
+    config = small_tower().config
+    model = BifocalTextForMaskedLM(config)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    ids = torch.tensor([[5, 9, 7, 3], [4, 4, 2, 0]])
+    labels = torch.tensor([[-100, 9, -100, -100], [-100, -100, 2, -100]])
+    output = model(ids, (ids != 0).long(), labels=labels)
+    assert output.logits.shape == (2, 4, 97)
+    picked = torch.stack([output.logits[0, 1], output.logits[1, 2]]).log_softmax(-1)
+    expected = -(picked[0, 9] + picked[1, 2]) / 2
+    torch.testing.assert_close(output.loss, expected)
+    output.loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_masked_language_model_survives_saving_and_its_tower_loads_alone(tmp_path):
+    torch.manual_seed(0)
+    model = BifocalTextForMaskedLM(small_tower().config).eval()
+    model.save_pretrained(tmp_path)
+    again, info = BifocalTextForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
+    tower, info = BifocalTextModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    ids = torch.tensor([[5, 9, 7]])
+    with torch.no_grad():
+        assert torch.equal(tower(ids).pooler_output, model.text_model(ids).pooler_output)
+        assert torch.equal(again(ids).logits, model(ids).logits)

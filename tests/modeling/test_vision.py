@@ -1,0 +1,136 @@
+"""The image tower: rotary tables, patch dropout, other sizes, bad pixels."""
+
+import pytest
+import torch
+
+from bifocal.modeling import BifocalVisionConfig, BifocalVisionModel
+from bifocal.modeling.modeling_bifocal_vision import rotary_tables, rotate
+
+
+def small_tower(**changes) -> BifocalVisionModel:
+    settings = dict(
+        hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=72, image_size=32, patch_size=8,
+        patch_dropout=0.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return BifocalVisionModel(BifocalVisionConfig(**{**settings, **changes})).eval()
+
+
+def pictures(count: int, height: int, width: int) -> torch.Tensor:
+    return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(4))
+
+
+def test_the_class_token_is_not_turned_and_lengths_stay():
+    config = small_tower().config
+    states = torch.randn(1, 3, 17, 16)
+    turned = rotate(states, rotary_tables(config, 4, 4))
+    assert torch.equal(turned[:, :, 0], states[:, :, 0])
+    torch.testing.assert_close(turned.norm(dim=-1), states.norm(dim=-1))
+    assert not torch.allclose(turned[:, :, -1], states[:, :, -1])
+
+
+def test_rotary_scores_depend_on_the_difference_of_places_only():
+    config = small_tower(rope_reference_grid=None).config
+    cos, sin = rotary_tables(config, 4, 4)
+    query, key = torch.randn(16), torch.randn(16)
+
+    def score(a: int, b: int) -> torch.Tensor:
+        return rotate(query, (cos[1 + a], sin[1 + a])) @ rotate(key, (cos[1 + b], sin[1 + b]))
+
+    torch.testing.assert_close(score(0, 5), score(5, 10))  # one row down, one column right
+    torch.testing.assert_close(score(1, 4), score(6, 9))  # one row down, one column left
+    assert (score(0, 5) - score(0, 4)).abs() > 1e-4
+
+
+@pytest.mark.parametrize(("reference", "second"), [(None, 1.0), (4, 1.0), (14, 3.5)])
+def test_positions_are_scaled_to_the_reference_grid(reference, second):
+    config = small_tower(rope_reference_grid=reference).config
+    cos, sin = rotary_tables(config, 4, 4)
+    angle = torch.atan2(sin[2], cos[2])  # the second patch: row 0, column 1; frequency 1 in its first column pair
+    assert angle[8] == pytest.approx(torch.atan2(torch.tensor(second).sin(), torch.tensor(second).cos()).item())
+    assert angle[0] == 0
+
+
+@torch.no_grad()
+def test_any_size_that_the_patch_divides():
+    tower = small_tower()
+    assert tower(pictures(2, 48, 48)).last_hidden_state.shape == (2, 37, 48)
+    assert tower(pictures(2, 24, 40)).last_hidden_state.shape == (2, 16, 48)
+
+
+@torch.no_grad()
+def test_the_position_embedding_is_interpolated():
+    """A table that is a plane over the grid stays one: an exact property of bicubic interpolation inside the grid."""
+    tower = small_tower(image_size=64)  # 8 x 8 patches
+    ramp = torch.arange(8, dtype=torch.float32)
+    table = tower.embeddings.position_embedding
+    table[:, 1:] = (ramp[:, None] * 10 + ramp[None, :]).reshape(1, 64, 1)
+    larger = tower.embeddings.positions(16, 16)
+    assert torch.equal(larger[:, :1], table[:, :1])
+    grid = larger[0, 1:, 0].view(16, 16)
+    inside = (torch.arange(16, dtype=torch.float32) + 0.5) / 2 - 0.5
+    expected = inside[:, None] * 10 + inside[None, :]
+    torch.testing.assert_close(grid[4:12, 4:12], expected[4:12, 4:12], atol=1e-4, rtol=0)
+    assert tower.embeddings.positions(8, 8) is table
+
+
+def test_patch_dropout_drops_in_training_only():
+    tower = small_tower(patch_dropout=0.5)
+    pixels = pictures(3, 32, 32)
+    assert tower.eval()(pixels).last_hidden_state.shape[1] == 17
+    torch.manual_seed(0)
+    output = tower.train()(pixels)
+    assert output.last_hidden_state.shape == (3, 1 + 8, 48)
+
+
+def test_kept_patches_keep_their_own_angles():
+    """All patches kept but shuffled: attention is blind to order, so the class token must come out the same."""
+    tower = small_tower(patch_dropout=1e-9).train()
+    pixels = pictures(3, 32, 32)
+    torch.manual_seed(0)
+    tokens, _ = tower.embeddings(pixels)
+    kept = tower.embeddings._kept(tokens)
+    assert kept.shape == (3, 16)
+    assert (kept[:, 0] == 0).all()
+    tower.embeddings._kept = lambda t: torch.stack(  # type: ignore[method-assign]
+        [torch.cat([torch.tensor([0]), 1 + torch.randperm(16)]) for _ in range(len(t))]
+    )
+    shuffled = tower(pixels).pooler_output
+    torch.testing.assert_close(shuffled, tower.eval()(pixels).pooler_output, atol=1e-5, rtol=1e-5)
+
+
+def test_different_pictures_lose_different_patches():
+    tower = small_tower(patch_dropout=0.5).train()
+    torch.manual_seed(0)
+    kept = tower.embeddings._kept(torch.zeros(64, 17, 48))
+    assert all(len(set(row.tolist())) == 9 for row in kept)
+    assert len({tuple(sorted(row.tolist())) for row in kept}) > 50
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((2, 3, 30, 32), "multiples of its patch size 8, not 30 x 32"),
+        ((2, 1, 32, 32), r"shape \(batch, 3, height, width\), not \(2, 1, 32, 32\)"),
+        ((3, 32, 32), r"shape \(batch, 3, height, width\), not \(3, 32, 32\)"),
+    ],
+)
+def test_wrong_pixels_are_refused(shape, message):
+    with pytest.raises(ValueError, match=message):
+        small_tower()(torch.zeros(shape))
+
+
+def test_no_key_bias():
+    names = dict(small_tower().named_parameters())
+    assert "layers.0.attention.q_proj.bias" in names
+    assert "layers.0.attention.v_proj.bias" in names
+    assert "layers.0.attention.k_proj.bias" not in names
+
+
+def test_deeper_layers_add_less_at_first():
+    """EVA divides the initial output matrices of layer n by sqrt(2n)."""
+    tower = small_tower(hidden_size=192, num_attention_heads=12, num_hidden_layers=4)
+    for depth, layer in enumerate(tower.layers, start=1):
+        for matrix in (layer.attention.out_proj.weight, layer.mlp.down_proj.weight):
+            assert matrix.std().item() == pytest.approx(0.02 / (2 * depth) ** 0.5, rel=0.05)
+    assert tower.embeddings.position_embedding.std().item() == pytest.approx(0.02, rel=0.1)
