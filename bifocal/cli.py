@@ -2,8 +2,9 @@
 
 import errno
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -35,6 +36,7 @@ def demo(
     force: Annotated[bool, typer.Option("--force", help="Start anew where a run is already.")] = False,
 ) -> None:
     """Train a small model through the three stages, search with it and write a report."""
+    _require("accelerate", "datasets", "fontTools", "jinja2", "matplotlib", "sentence_transformers")
     from bifocal.demo import DemoError, full_settings, quick_settings, run_demo
 
     try:
@@ -55,6 +57,13 @@ def version() -> None:
     typer.echo(f"bifocal {installed('bifocal')}")
 
 
+def _require(*modules: str) -> None:
+    """Stop now, and not after the training, if an extra is not installed."""
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        _fail(f"This command needs {', '.join(missing)}, not installed here; pip install 'bifocal[all]' brings them.")
+
+
 def _cannot_write(error: Exception, folder: Path) -> bool:
     """Whether an error means that the disk is full or may not be written.
 
@@ -66,7 +75,7 @@ def _cannot_write(error: Exception, folder: Path) -> bool:
     return "No space left" in str(error) or shutil.disk_usage(existing).free < 2**20
 
 
-def _fail(message: str) -> None:
+def _fail(message: str) -> NoReturn:
     typer.echo(f"Error: {message}", err=True)
     raise typer.Exit(1)
 

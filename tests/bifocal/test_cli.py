@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 import bifocal
+from bifocal import cli
 from bifocal.cli import app
 
 
@@ -46,3 +47,13 @@ assert type(AutoConfig.for_model("bifocal")).__name__ == "BifocalConfig"
 assert not [name for name in ("datasets", "sentence_transformers", "matplotlib") if name in sys.modules]
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_missing_extra_is_named_at_once(monkeypatch):
+    real = cli.find_spec
+    monkeypatch.setattr(cli, "find_spec", lambda name: None if name in ("jinja2", "datasets") else real(name))
+    result = CliRunner().invoke(app, ["demo", "--out", "never-made"])
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "Error: This command needs datasets, jinja2, not installed here; pip install 'bifocal[all]' brings them.\n"
+    )

@@ -1,0 +1,71 @@
+"""The package as pip installs it, as a wheel and editable, imported from another working directory."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CHECK = """
+import importlib.resources, importlib.util, pathlib, sys
+import bifocal, bifocal.modeling, bifocal.training.trainer, bifocal.training.data.symbols, bifocal.cli
+import bifocal.evaluation.report, bifocal.hub.export
+print(pathlib.Path(bifocal.modeling.__file__).resolve())
+for package, template in (("bifocal.evaluation", "report.html.j2"), ("bifocal.hub", "card.md.j2")):
+    assert (importlib.resources.files(package) / "templates" / template).is_file(), template
+assert (importlib.resources.files("bifocal") / "py.typed").is_file()
+for name in ("modeling", "training", "evaluation", "hub", "tests"):
+    assert importlib.util.find_spec(name) is None, f"{name} is in everyone's namespace"
+"""
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, cwd=cwd, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    """A copy of the project, so that building leaves nothing in the checkout."""
+    folder = tmp_path / "source"
+    ignored = shutil.ignore_patterns(".git", ".venv", "build", "runs", "*.egg-info", "__pycache__", ".*_cache")
+    shutil.copytree(ROOT, folder, ignore=ignored)
+    return folder
+
+
+@pytest.fixture
+def python(tmp_path) -> Path:
+    """The interpreter of a fresh environment that sees the dependencies installed here, but not Bifocal.
+
+    Links stand for the packages: a path to the whole folder would bring an editable Bifocal's import hook with it.
+    """
+    environment = tmp_path / "environment"
+    venv.create(environment, with_pip=False, symlinks=True)
+    packages = next((environment / "lib").glob("python3*")) / "site-packages"
+    for path in Path(sysconfig.get_paths()["purelib"]).iterdir():
+        if "bifocal" not in path.name.lower() and path.suffix != ".pth":
+            (packages / path.name).symlink_to(path)
+    return environment / "bin" / "python"
+
+
+@pytest.mark.parametrize("options", [[], ["--editable"]], ids=["wheel", "editable"])
+def test_installed(options, source, python, tmp_path):
+    pip = (sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check")
+    missing = subprocess.run([python, "-c", "import bifocal"], capture_output=True, cwd=tmp_path, check=False)
+    assert missing.returncode != 0, "the environment must not see Bifocal before it is installed"
+    run(*pip, "install", "--no-deps", "--no-build-isolation", *options, source, cwd=tmp_path)
+
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    where = Path(run(python, "-c", CHECK, cwd=elsewhere).strip())
+    assert where.is_relative_to(source / "modeling" if options else python.parents[1] / "lib")
+    assert run(python.parent / "bifocal", "version", cwd=elsewhere).startswith("bifocal 0.")
