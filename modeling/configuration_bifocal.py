@@ -234,6 +234,8 @@ class BifocalConfig(PreTrainedConfig):
             space. Without one the tower's width must be `projection_dim`. The base model has one for images only.
         logit_scale_init_value: where ln(1/tau) of the image-text temperature starts; 2.6592 is tau = 0.07.
         logit_scale_max: largest value of ln(1/tau); ln 100 as in CLIP.
+        logit_bias_init_value: where the learned bias of SigLIP's loss (arXiv 2303.15343) starts, usually -10; None for
+            a model without one, as Jina CLIP.
         initializer_range: standard deviation of new projection weights.
     """
 
@@ -250,6 +252,7 @@ class BifocalConfig(PreTrainedConfig):
         vision_projection: bool = True,
         logit_scale_init_value: float = 2.6592,
         logit_scale_max: float = math.log(100.0),
+        logit_bias_init_value: float | None = None,
         initializer_range: float = 0.02,
         **kwargs: Any,
     ) -> None:
@@ -260,6 +263,7 @@ class BifocalConfig(PreTrainedConfig):
         self.vision_projection = vision_projection
         self.logit_scale_init_value = logit_scale_init_value
         self.logit_scale_max = logit_scale_max
+        self.logit_bias_init_value = logit_bias_init_value
         self.initializer_range = initializer_range
         _reject_unknown_keys(self, kwargs)
         super().__init__(**kwargs)

@@ -22,7 +22,8 @@ class BifocalOutput(ModelOutput):
     """
     Args:
         loss: scalar, the InfoNCE loss of both directions, with `return_loss=True`.
-        logits_per_image: (images, texts), cosine similarity over the temperature; None unless both are given.
+        logits_per_image: (images, texts), cosine similarity over the temperature, plus `logit_bias` if the model has
+            one; None unless both are given.
         logits_per_text: (texts, images), its transpose.
         text_embeds: (texts, projection_dim), of length 1; None without texts.
         image_embeds: (images, projection_dim), of length 1; None without images.
@@ -59,7 +60,11 @@ class BifocalModel(EncodingMixin, BifocalPreTrainedModel):
             self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim)
         if config.vision_projection:
             self.vision_projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim)
-        self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
+        # One element and no scalar: FSDP does not shard scalars.
+        self.logit_scale = nn.Parameter(torch.full((1,), float(config.logit_scale_init_value)))
+        self.logit_bias: nn.Parameter | None = None
+        if config.logit_bias_init_value is not None:
+            self.logit_bias = nn.Parameter(torch.full((1,), float(config.logit_bias_init_value)))
         self.post_init()
 
     @torch.no_grad()
@@ -67,6 +72,8 @@ class BifocalModel(EncodingMixin, BifocalPreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, BifocalModel):
             init.constant_(module.logit_scale, float(self.config.logit_scale_init_value))
+            if module.logit_bias is not None:
+                init.constant_(module.logit_bias, float(self.config.logit_bias_init_value))
 
     def get_input_embeddings(self) -> nn.Module:
         return self.text_model.get_input_embeddings()
@@ -76,7 +83,7 @@ class BifocalModel(EncodingMixin, BifocalPreTrainedModel):
 
     def get_logit_scale(self) -> torch.Tensor:
         """1 / tau, the factor on image-text cosines: exp(logit_scale), clamped to [1, exp(config.logit_scale_max)]."""
-        return self.logit_scale.clamp(0.0, self.config.logit_scale_max).exp()
+        return self.logit_scale.clamp(0.0, self.config.logit_scale_max).exp().reshape(())
 
     @can_return_tuple
     def get_text_features(
@@ -140,6 +147,8 @@ class BifocalModel(EncodingMixin, BifocalPreTrainedModel):
         if text_embeds is not None and image_embeds is not None:
             logits_per_text = text_embeds @ image_embeds.t().to(text_embeds.device)
             logits_per_text = logits_per_text * self.get_logit_scale().to(text_embeds.device)
+            if self.logit_bias is not None:
+                logits_per_text = logits_per_text + self.logit_bias.to(text_embeds.device)
             logits_per_image = logits_per_text.t()
         if return_loss:
             if logits_per_text is None or logits_per_text.shape[0] != logits_per_text.shape[1]:

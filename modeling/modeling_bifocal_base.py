@@ -2,6 +2,7 @@
 """What both towers and the joint model share: the base class and the plain form of attention."""
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -34,6 +35,17 @@ def eager_attention_forward(
     weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+def attention_context(implementation: str | None, device: torch.device) -> AbstractContextManager:
+    """What an attention function must run in: flex attention on the CPU runs uncompiled.
+
+    Compiled there, it fails from the second input shape on, since Inductor's C++ for shapes that vary does not compile
+    (torch 2.13: "cur_kvSplitSize2 was not declared").
+    """
+    if implementation == "flex_attention" and device.type == "cpu" and not torch.compiler.is_compiling():
+        return torch.compiler.set_stance("force_eager")
+    return nullcontext()
 
 
 def split_heads(states: torch.Tensor, num_heads: int) -> torch.Tensor:

@@ -14,7 +14,13 @@ from transformers.utils import can_return_tuple
 
 from .alibi_bifocal import AlibiBias
 from .configuration_bifocal import BifocalTextConfig
-from .modeling_bifocal_base import BifocalPreTrainedModel, eager_attention_forward, run_layers, split_heads
+from .modeling_bifocal_base import (
+    BifocalPreTrainedModel,
+    attention_context,
+    eager_attention_forward,
+    run_layers,
+    split_heads,
+)
 
 
 class BifocalTextEmbeddings(nn.Module):
@@ -66,19 +72,20 @@ class BifocalTextAttention(nn.Module):
             self.config._attn_implementation, eager_attention_forward
         )
         outputs, weights = [], []
-        for rows, block in bias.blocks():  # a single block unless the text is very long
-            output, weight = attention(
-                self,
-                query[:, :, rows],
-                key,
-                value,
-                scaling=self.scaling,
-                dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
-                **bias.as_arguments(block, self.config._attn_implementation),
-                **kwargs,
-            )
-            outputs.append(output)
-            weights.append(weight)
+        with attention_context(self.config._attn_implementation, query.device):
+            for rows, block in bias.blocks():  # a single block unless the text is very long
+                output, weight = attention(
+                    self,
+                    query[:, :, rows],
+                    key,
+                    value,
+                    scaling=self.scaling,
+                    dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
+                    **bias.as_arguments(block, self.config._attn_implementation),
+                    **kwargs,
+                )
+                outputs.append(output)
+                weights.append(weight)
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
         weight = weights[0] if len(weights) == 1 or weights[0] is None else torch.cat(weights, dim=2)
         return self.out_proj(output.flatten(2)), weight
@@ -131,7 +138,7 @@ class BifocalTextModel(BifocalTextPreTrainedModel):
     Loading it from a folder of the joint model takes the text tower's weights and leaves the rest.
     """
 
-    _keys_to_ignore_on_load_unexpected = [r"^vision_model\.", r"_projection\.", r"^logit_scale$", r"^lm_head\."]
+    _keys_to_ignore_on_load_unexpected = [r"^vision_model\.", r"_projection\.", r"^logit_(scale|bias)$", r"^lm_head\."]
 
     def __init__(self, config: BifocalTextConfig) -> None:
         super().__init__(config)

@@ -18,7 +18,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 
 from .configuration_bifocal import BifocalVisionConfig
-from .modeling_bifocal_base import BifocalPreTrainedModel, eager_attention_forward, run_layers, split_heads
+from .modeling_bifocal_base import (
+    BifocalPreTrainedModel,
+    attention_context,
+    eager_attention_forward,
+    run_layers,
+    split_heads,
+)
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
 
@@ -138,16 +144,17 @@ class BifocalVisionAttention(nn.Module):
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        output, weights = attention(
-            self,
-            query.to(value.dtype),
-            key.to(value.dtype),
-            value,
-            attention_mask=None,
-            scaling=self.scaling,
-            dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
-            **kwargs,
-        )
+        with attention_context(self.config._attn_implementation, query.device):
+            output, weights = attention(
+                self,
+                query.to(value.dtype),
+                key.to(value.dtype),
+                value,
+                attention_mask=None,
+                scaling=self.scaling,
+                dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
+                **kwargs,
+            )
         return self.out_proj(self.inner_norm(output.flatten(2))), weights
 
 
@@ -170,12 +177,15 @@ class BifocalVisionMLP(nn.Module):
 class BifocalVisionLayer(GradientCheckpointingLayer):
     """LayerNorm before attention and before the feed-forward, residuals around both (pre-norm)."""
 
-    def __init__(self, config: BifocalVisionConfig) -> None:
+    def __init__(self, config: BifocalVisionConfig, depth: int) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attention = BifocalVisionAttention(config)
         self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = BifocalVisionMLP(config)
+        # Read by `_init_weights`; transformers does not hand it modules of remote code without parameters of their own.
+        for matrix in (self.attention.out_proj, self.mlp.down_proj):
+            matrix.depth = depth  # type: ignore[assignment]
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(
@@ -197,12 +207,12 @@ class BifocalVisionModel(BifocalPreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = "image"
     _no_split_modules = ["BifocalVisionEmbeddings", "BifocalVisionLayer"]
-    _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"_projection\.", r"^logit_scale$"]
+    _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"_projection\.", r"^logit_(scale|bias)$"]
 
     def __init__(self, config: BifocalVisionConfig) -> None:
         super().__init__(config)
         self.embeddings = BifocalVisionEmbeddings(config)
-        self.layers = nn.ModuleList(BifocalVisionLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(BifocalVisionLayer(config, n) for n in range(1, config.num_hidden_layers + 1))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
@@ -212,12 +222,9 @@ class BifocalVisionModel(BifocalPreTrainedModel):
         if isinstance(module, BifocalVisionEmbeddings):
             init.normal_(module.class_token, std=self.config.initializer_range)
             init.normal_(module.position_embedding, std=self.config.initializer_range)
-        elif isinstance(module, BifocalVisionLayer):
+        elif isinstance(module, nn.Linear) and hasattr(module, "depth"):
             # EVA divides what each layer n adds to the residual stream by sqrt(2n).
-            depth = 1 + next(n for n, layer in enumerate(self.layers) if layer is module)
-            std = self.config.initializer_range / (2.0 * depth) ** 0.5
-            init.normal_(module.attention.out_proj.weight, std=std)
-            init.normal_(module.mlp.down_proj.weight, std=std)
+            init.normal_(module.weight, std=self.config.initializer_range / (2.0 * module.depth) ** 0.5)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.patch_embedding

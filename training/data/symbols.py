@@ -162,18 +162,25 @@ def _rows(config: SymbolsConfig, fonts: dict[str, Path]) -> list[dict[str, Any]]
 
     covered = {face: covered_symbols(path) for face, path in fonts.items()}
     symbols = sorted(set().union(*covered.values()))
+    wanted = len(symbols)
     if config.limit is not None:
-        symbols = sorted(random.Random(config.seed).sample(symbols, config.limit))
-    rows = []
-    for symbol in tqdm(symbols, desc="Drawing symbols", unit="symbol"):
-        faces, images = [], []
-        for face, path in fonts.items():
-            picture = draw(symbol, path, config.image_size) if symbol in covered[face] else None
-            if picture is not None:
-                faces.append(face)
-                images.append({"bytes": _png(picture), "path": None})
-        if images:
-            rows.append({"symbol": symbol, "faces": faces, "images": images})
+        random.Random(config.seed).shuffle(symbols)
+        wanted = min(wanted, config.limit)
+    rows: list[dict[str, Any]] = []
+    with tqdm(total=wanted, desc="Drawing symbols", unit="symbol") as bar:
+        for symbol in symbols:
+            faces, images = [], []
+            for face, path in fonts.items():
+                picture = draw(symbol, path, config.image_size) if symbol in covered[face] else None
+                if picture is not None:
+                    faces.append(face)
+                    images.append({"bytes": _png(picture), "path": None})
+            if images:  # some, such as the empty braille cell, have no ink
+                rows.append({"symbol": symbol, "faces": faces, "images": images})
+                bar.update()
+            if len(rows) == wanted:
+                break
+    rows.sort(key=lambda row: row["symbol"])
     return rows
 
 
