@@ -2,15 +2,24 @@
 
 import hashlib
 import random
+import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from PIL import Image
 
 from bifocal.modeling import BifocalProcessor, load_image
+from bifocal.training.tasks import COLUMNS, Task
 
 Augmentation = Callable[[Image.Image, random.Random], Image.Image]
+Inputs = dict[str, torch.Tensor]
+
+# A bucket of texts ends where a text has fewer than this share of the tokens of the bucket's longest, if the bucket
+# holds at least so many texts.
+_SHORTEST, _FEWEST = 0.8, 8
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 
 def content_id(text: str) -> int:
@@ -18,64 +27,161 @@ def content_id(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
+@dataclass
+class Columns:
+    """Where a task's embeddings lie, and by which ids equal pictures and texts are known.
+
+    Args:
+        rows: names of the rows, for errors.
+        spans: first and last place (exclusive) of each column among all texts or all images of the step.
+        ids: (rows,) integers of each column, (rows, negatives) of the negatives.
+    """
+
+    rows: list[Any]
+    spans: dict[str, tuple[int, int]] = field(default_factory=dict)
+    ids: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+class StepInputs(dict):
+    """What a step embeds and how its losses are made of it.
+
+    Items:
+        texts: the tower's inputs for all texts of all tasks, sorted by length and cut into buckets, so that little is
+            padded.
+        order: (texts,) the place of each text among the sorted ones.
+        images: the tower's inputs for all images, one entry per task with images.
+        tasks: `Columns` by task.
+        step, position: the step, and where the streams stand after it (see `StepStream`).
+    """
+
+    def to(self, device: Any, **options: Any) -> "StepInputs":
+        moved = StepInputs(self)
+        for kind in ("texts", "images"):
+            moved[kind] = [{k: v.to(device, **options) for k, v in part.items()} for part in self[kind]]
+        moved["order"] = self["order"].to(device)
+        moved["tasks"] = {
+            name: Columns(c.rows, c.spans, {k: v.to(device) for k, v in c.ids.items()})
+            for name, c in self["tasks"].items()
+        }
+        return moved
+
+    def pin_memory(self) -> "StepInputs":
+        for kind in ("texts", "images"):
+            self[kind] = [{k: v.pin_memory() for k, v in part.items()} for part in self[kind]]
+        return self
+
+
 class MultiTaskCollator:
     """Draws one of several pictures or texts of a row, augments, tokenises and stacks.
 
-    What is drawn at a step is a function of the seed, the step and the task.
+    What is drawn at a step is a function of the seed, the step, the task and the process.
 
     Args:
         processor: tokenizer and image processor.
         max_length: tokens kept of a text, special tokens included.
         seed: of the draws.
         augment: applied to each picture with a random generator.
+        rank: of the process.
+
+    Attributes:
+        bucketed: whether texts are cut into buckets of similar length; if not, all are padded to the longest.
     """
 
+    bucketed = True
+
     def __init__(
-        self, processor: BifocalProcessor, max_length: int, seed: int, augment: Augmentation | None = None
+        self,
+        processor: BifocalProcessor,
+        max_length: int,
+        seed: int,
+        augment: Augmentation | None = None,
+        rank: int = 0,
     ) -> None:
         self.processor = processor
         self.max_length = max_length
         self.seed = seed
         self.augment = augment
+        self.rank = rank
 
-    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    def __call__(self, items: Sequence[dict[str, Any] | None]) -> StepInputs | None:
         """
         Args:
-            items: exactly one item of `StepBatches`.
+            items: exactly one item of `StepBatches` or `StepStream`.
 
-        Returns:
-            For each task by name: the inputs of each of its columns (`pixel_values`, or `input_ids` and
-            `attention_mask`; the negatives of all rows flattened) and integer `ids` of each column by which equal
-            pictures and texts are known.
+        Raises:
+            ValueError: an empty text, negatives that differ in number, or a picture that cannot be read; task, row and
+                column are named.
         """
         (item,) = items
-        batch = {}
+        if item is None:  # a step before the one to resume from
+            return None
+        texts: list[str] = []
+        images: list[Inputs] = []
+        tasks: dict[str, Columns] = {}
+        pictures = 0
         for task, rows, columns in item["tasks"]:
-            generator = random.Random(f"{self.seed}/{item['step']}/{task.name}")
-            features: dict[str, Any] = {}
-            ids: dict[str, torch.Tensor] = {}
-            for column, values in columns.items():
+            generator = random.Random(f"{self.seed}/{item['step']}/{task.name}/{self.rank}")
+            found = tasks[task.name] = Columns(rows)
+            for column in COLUMNS[task.kind]:
+                values = columns[column]
                 if column == "image":
-                    features[column] = self._pictures(values, generator)
-                    known = columns.get("image_id", rows.tolist())
-                    ids[column] = torch.tensor([content_id(str(image_id)) for image_id in known])
+                    images.append(self._pictures(task, rows, values, generator))
+                    found.spans[column] = (pictures, pictures + len(values))
+                    pictures += len(values)
+                    known = columns.get("image_id", rows)
+                    found.ids[column] = torch.tensor([content_id(f"image {image_id}") for image_id in known])
                 elif column == "negatives":
-                    features[column] = self._texts([text for texts in values for text in texts])
-                    ids[column] = torch.tensor([[content_id(text) for text in texts] for texts in values])
-                elif column in ("caption", "query", "positive"):
-                    texts = [generator.choice(value) if isinstance(value, list) else value for value in values]
-                    features[column] = self._texts(texts)
-                    ids[column] = torch.tensor([content_id(text) for text in texts])
-            batch[task.name] = {"features": features, "ids": ids}
-        return batch
+                    flat = self._negatives(task, rows, values)
+                    found.spans[column] = (len(texts), len(texts) + len(flat))
+                    texts += flat
+                    found.ids[column] = torch.tensor([content_id(text) for text in flat]).view(len(values), -1)
+                else:
+                    drawn = [
+                        self._one_of(task, row, column, value, generator)
+                        for row, value in zip(rows, values, strict=True)
+                    ]
+                    found.spans[column] = (len(texts), len(texts) + len(drawn))
+                    texts += drawn
+                    found.ids[column] = torch.tensor([content_id(text) for text in drawn])
+        buckets, order = self._buckets(texts)
+        return StepInputs(
+            texts=buckets, order=order, images=images, tasks=tasks, step=item["step"], position=item.get("position")
+        )
 
-    def _pictures(self, values: list[Any], generator: random.Random) -> dict[str, torch.Tensor]:
+    @staticmethod
+    def _one_of(task: Task, row: Any, column: str, value: Any, generator: random.Random) -> str:
+        text = generator.choice(value) if isinstance(value, list) and value else value
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(
+                f"Row {row} of task '{task.name}' has no text in its column '{column}'; remove the row or fill it."
+            )
+        if column == "caption" and task.captions != "whole":
+            sentences = _SENTENCE_END.split(text.strip())
+            text = sentences[0] if task.captions == "first sentence" else generator.choice(sentences)
+        return text
+
+    @staticmethod
+    def _negatives(task: Task, rows: Sequence[Any], values: list[list[str]]) -> list[str]:
+        for row, negatives in zip(rows, values, strict=True):
+            if not negatives or len(negatives) != len(values[0]):
+                raise ValueError(
+                    f"Row {row} of task '{task.name}' has {len(negatives or [])} negatives and row {rows[0]} has "
+                    f"{len(values[0] or [])}; give every row the same number, at least one."
+                )
+            if not all(isinstance(text, str) and text.strip() for text in negatives):
+                raise ValueError(
+                    f"Row {row} of task '{task.name}' has no text in its column 'negatives'; remove the row or fill it."
+                )
+        return [text for negatives in values for text in negatives]
+
+    def _pictures(self, task: Task, rows: Sequence[Any], values: list[Any], generator: random.Random) -> Inputs:
         pictures = []
-        for value in values:
+        for row, value in zip(rows, values, strict=True):
             chosen = generator.choice(value) if isinstance(value, list) else value
             if isinstance(chosen, dict):  # an undecoded `datasets.Image`
                 chosen = chosen["bytes"] if chosen["bytes"] is not None else chosen["path"]
-            picture = load_image(chosen)
+            name = None if isinstance(chosen, str) else f"The image of row {row} of task '{task.name}'"
+            picture = load_image(chosen, name)
             pictures.append(self.augment(picture, generator) if self.augment else picture)
         processor = self.processor.image_processor
         crop = processor.crop_size
@@ -84,8 +190,29 @@ class MultiTaskCollator:
         resize = {"do_resize": False, "do_center_crop": False} if fits else {}
         return {"pixel_values": processor(pictures, return_tensors="pt", **resize)["pixel_values"]}
 
-    def _texts(self, texts: list[str]) -> dict[str, torch.Tensor]:
-        encoded = self.processor.tokenizer(
-            texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
-        )
-        return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
+    def _buckets(self, texts: list[str]) -> tuple[list[Inputs], torch.Tensor]:
+        """Token ids and attention masks of the texts, longest first, in buckets of similar length."""
+        if not texts:
+            return [], torch.empty(0, dtype=torch.long)
+        tokenizer = self.processor.tokenizer
+        encoded = tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
+        longest_first = sorted(range(len(texts)), key=lambda text: (-len(encoded[text]), text))
+        order = torch.empty(len(texts), dtype=torch.long)
+        order[torch.tensor(longest_first)] = torch.arange(len(texts))
+        buckets: list[list[int]] = [[]]
+        for text in longest_first:
+            current = buckets[-1]
+            if self.bucketed and len(current) >= _FEWEST and len(encoded[text]) < _SHORTEST * len(encoded[current[0]]):
+                buckets.append([])
+            buckets[-1].append(text)
+        if len(buckets) > 1 and len(buckets[-1]) < _FEWEST:
+            buckets[-2].extend(buckets.pop())
+        padded = []
+        for bucket in buckets:
+            ids = torch.full((len(bucket), len(encoded[bucket[0]])), tokenizer.pad_token_id or 0)
+            mask = torch.zeros_like(ids)
+            for row, text in enumerate(bucket):
+                ids[row, : len(encoded[text])] = torch.tensor(encoded[text])
+                mask[row, : len(encoded[text])] = 1
+            padded.append({"input_ids": ids, "attention_mask": mask})
+        return padded, order

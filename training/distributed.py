@@ -1,5 +1,6 @@
 """Gathering embeddings of all processes so that every process sees every candidate, gradients included."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,3 +61,11 @@ class World:
         numbers = torch.tensor(values, dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
         dist.all_reduce(numbers)
         return (numbers / self.size).tolist()
+
+    def smallest(self, values: Sequence[int], device: torch.device) -> list[int]:
+        """The smallest of each number over the processes."""
+        if self.size == 1:
+            return list(values)
+        numbers = torch.tensor(values, device=device)
+        dist.all_reduce(numbers, op=dist.ReduceOp.MIN)
+        return numbers.tolist()

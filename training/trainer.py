@@ -1,156 +1,397 @@
-"""`MultiTaskTrainer`: transformers' Trainer with one batch of every task in each step and their losses added up."""
+"""`MultiTaskTrainer`: transformers' Trainer for joint losses over pictures and texts, on one process or many."""
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
+from transformers.utils import logging
 
-from bifocal.modeling import BifocalModel, BifocalProcessor
-from bifocal.training.batches import StepBatches
-from bifocal.training.collator import Augmentation, MultiTaskCollator
-from bifocal.training.losses import info_nce, info_nce_plus
+from bifocal.modeling import BifocalProcessor
+from bifocal.training.arguments import BifocalTrainingArguments
+from bifocal.training.averaging import WeightAverage
+from bifocal.training.batches import StepBatches, StepStream
+from bifocal.training.chunk_size import find_chunk_sizes
+from bifocal.training.collator import Augmentation, MultiTaskCollator, StepInputs
+from bifocal.training.distributed import World
+from bifocal.training.gradient_cache import cached_step, into_chunks
+from bifocal.training.joint_forward import joint_forward, temperature_of
+from bifocal.training.meters import Meters, norms_by_tower
+from bifocal.training.objective import Objective
+from bifocal.training.parameters import decays, freeze, parameter_groups
 from bifocal.training.tasks import Task
 
-# As EVA: neither learned positions nor the class token decay; nor does what is no matrix (norms, biases, logit_scale).
-_NO_DECAY = ("class_token", "position_embedding", "word_embeddings", "token_type_embeddings")
+logger = logging.get_logger(__name__)
+STATE = "bifocal_state"
 
 
 class _ClampLogitScale(TrainerCallback):
     """Keeps ln(1/tau) between 0 and its maximum, as CLIP does: beyond it the clamp in `forward` passes no gradient."""
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        with torch.no_grad():
-            model.logit_scale.clamp_(0.0, model.config.logit_scale_max)
+        scale = getattr(model, "logit_scale", None)
+        if scale is not None and scale.requires_grad:
+            with torch.no_grad():
+                scale.clamp_(0.0, getattr(model.config, "logit_scale_max", 4.6052))
 
 
 class MultiTaskTrainer(Trainer):
-    """Trains both towers together on several tasks (arXiv 2405.20204, section 3).
+    """Trains a dual encoder on several tasks together (arXiv 2405.20204, section 3).
 
-    The loss of a step is the sum over the tasks of weight times InfoNCE (with hard negatives InfoNCE+). The number of
-    steps is `args.max_steps`; batch sizes are the tasks' own. The order of the batches is a function of `args.seed` and
-    the step, so `train(resume_from_checkpoint=...)` goes on with the rows that follow.
+    Each step takes one image-text batch and one text batch and the weighted sum of their losses; a batch comes from one
+    task (see `Task`). With chunk sizes in the arguments, batches of any size fit (gradient cache). The order of the
+    batches is a function of `args.seed` and the step, and where streams stand is part of a checkpoint, so
+    `train(resume_from_checkpoint=...)` goes on with the rows that follow.
+
+    Every callback, checkpoint and reporting feature of the Trainer works. `gradient_accumulation_steps` adds up the
+    losses of that many batches, each with its own negatives only; for more negatives raise the tasks' batch sizes and
+    set chunk sizes.
 
     Args:
-        model: the model to train.
-        args: of transformers; `per_device_train_batch_size` is not used.
+        model: with `get_text_features` and `get_image_features`: `BifocalModel`, transformers' CLIP or SigLIP, or one
+            of them under peft.
+        args: `BifocalTrainingArguments`, or transformers' own, whose fields they take over.
         tasks: what to train on.
         processor: saved with every checkpoint; `model.processor` when None.
         max_length: tokens kept of a text, special tokens included: 77 in stage 1, 512 later (the paper); as many as
             the text tower takes when None.
+        eval_tasks: what to evaluate on: the loss and the in-batch accuracy of each, and the sum of the losses as
+            `eval_loss`.
         augment: applied to training pictures.
         callbacks: as for the Trainer.
 
     Raises:
-        ValueError: `args.max_steps` not given, no tasks, two of one name, or more than one process.
+        ValueError: `args.max_steps` not given, no tasks, or two of one name.
     """
 
     def __init__(
         self,
-        model: BifocalModel,
-        args: TrainingArguments,
+        model: Any,
+        args: Any,
         tasks: Sequence[Task],
         processor: BifocalProcessor | None = None,
         max_length: int | None = None,
+        eval_tasks: Sequence[Task] | None = None,
         augment: Augmentation | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        names = [task.name for task in tasks]
-        if not names or len(set(names)) < len(names):
-            raise ValueError(f"A stage needs at least one task and a name of its own for each, but it has {names}.")
+        if not isinstance(args, BifocalTrainingArguments):
+            args = BifocalTrainingArguments(**_given(args))
+        for named in (tasks, eval_tasks or []):
+            names = [task.name for task in named]
+            if (named is tasks and not names) or len(set(names)) < len(names):
+                raise ValueError(f"A stage needs at least one task and a name of its own for each, but it has {names}.")
         if args.max_steps <= 0:
             raise ValueError("MultiTaskTrainer counts steps, not epochs; set max_steps in the training arguments.")
-        if args.world_size > 1:
-            raise ValueError("MultiTaskTrainer runs in one process; start it without torchrun or accelerate launch.")
+        streamed = [task.name for task in eval_tasks or [] if task.streams]
+        if streamed:
+            raise ValueError(f"The evaluation task '{streamed[0]}' streams; give it a data set that is read whole.")
+        needs_bias = [task.name for task in tasks if task.loss == "sigmoid" and "bias" not in temperature_of(model)]
+        if needs_bias:
+            raise ValueError(
+                f"The sigmoid loss of task '{needs_bias[0]}' learns a bias, which this model has not; set "
+                "logit_bias_init_value=-10.0 in its config."
+            )
         processor = processor or model.processor
-        max_length = max_length or model.config.text_config.max_position_embeddings
+        text_config = getattr(model.config, "text_config", model.config)
+        max_length = max_length or text_config.max_position_embeddings
+        self.world = World.current() if args.world_size > 1 else World()
         self.tasks = {task.name: task for task in tasks}
-        self.dual_encoder = model
-        self.step_batches = StepBatches(tasks, args.max_steps, args.seed)
+        self.eval_tasks = {task.name: task for task in eval_tasks or []}
+        self.max_length = max_length
+        self.frozen = freeze(model, args.freeze_text_layers, args.freeze_image_layers)
+        batches = args.max_steps * args.gradient_accumulation_steps
+        stream = any(task.streams for task in tasks)
+        self.step_batches: Any = (StepStream if stream else StepBatches)(tasks, batches, args.seed, self.world)
+        self.meters = Meters(self.world)
+        self.average: WeightAverage | None = None
+        self._positions: dict[int, dict[str, Any]] = {}
+        self._restored_average: Path | None = None
         super().__init__(
             model=model,
             args=args,
-            data_collator=MultiTaskCollator(processor, max_length, args.seed, augment),
+            data_collator=MultiTaskCollator(processor, max_length, args.seed, augment, self.world.rank),
             train_dataset=self.step_batches,
+            eval_dataset=list(self.eval_tasks.values()) or None,
             processing_class=processor,
             callbacks=[*(callbacks or []), _ClampLogitScale()],
         )
         self.model_accepts_loss_kwargs = False  # the losses are means over the batch, not sums over its tokens
-        self._task_losses: dict[str, list[float]] = {name: [] for name in names}
+        self.can_return_loss = True
+        # Where a forward pass is itself a collective, all processes must make as many.
+        self.data_collator.bucketed = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        if args.gradient_accumulation_steps > 1:
+            logger.warning(
+                f"gradient_accumulation_steps={args.gradient_accumulation_steps} adds up losses whose negatives come "
+                "from their own batch only; for more negatives raise batch_size of the tasks and set text_chunk_size "
+                "and image_chunk_size."
+            )
+
+    # The steps
 
     def get_train_dataloader(self) -> DataLoader:
         """One item is one step. A sampler of its own per item lets the Trainer skip done steps without loading them."""
-        loader = DataLoader(
+        return DataLoader(
             self.step_batches,
             batch_size=1,
-            shuffle=False,
+            shuffle=False if not isinstance(self.step_batches, StepStream) else None,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
             persistent_workers=self.args.dataloader_persistent_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
         )
-        return self.accelerator.prepare(loader)
 
-    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
-        return [
-            name
-            for name, parameter in model.named_parameters()
-            if parameter.ndim >= 2 and not any(part in name for part in _NO_DECAY)
-        ]
+    def get_batch_samples(self, *arguments: Any) -> tuple[list, Any]:
+        with self.meters.waiting():
+            return super().get_batch_samples(*arguments)
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """The weighted sum of the tasks' losses.
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        return inputs.to(self.args.device) if isinstance(inputs, StepInputs) else super()._prepare_inputs(inputs)
+
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+        """As the Trainer's.
 
         Raises:
-            FloatingPointError: a loss that is not finite, with the step and the task.
+            ValueError: the checkpoint belongs to another model, or to another number of processes or workers.
         """
-        total, outputs = torch.zeros((), device=self.args.device), {}
-        for name, batch in inputs.items():
-            task = self.tasks[name]
-            temperature = 1.0 / model.get_logit_scale() if task.temperature is None else task.temperature
-            outputs[name] = {column: self._embed(model, tensors) for column, tensors in batch["features"].items()}
-            loss = _task_loss(task, outputs[name], batch["ids"], temperature)
-            value = loss.item()
-            if value != value or value in (float("inf"), float("-inf")):
-                raise FloatingPointError(
-                    f"The loss of task '{name}' is {value} at step {self.state.global_step + 1}; lower the learning "
-                    "rate and resume from the last checkpoint."
-                )
-            self._task_losses[name].append(value)
-            total = total + task.weight * loss
-        return (total, outputs) if return_outputs else total
+        if resume_from_checkpoint:
+            self._restore(resume_from_checkpoint)
+        if self.args.auto_chunk:
+            self._choose_chunks()
+        with joint_forward(self.model):
+            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if self.average is not None:
+            self.average.copy_to(self.accelerator.unwrap_model(self.model))
+        return result
 
-    @staticmethod
-    def _embed(model: Any, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-        encode = model.get_image_features if "pixel_values" in tensors else model.get_text_features
-        return F.normalize(encode(**tensors).pooler_output, dim=-1)
+    def _choose_chunks(self) -> None:
+        sizes = find_chunk_sizes(self.model, self.tasks.values(), self.max_length, self.data_collator.processor, self.args)
+        sizes = self.world.smallest(sizes, self.args.device)
+        self.args.text_chunk_size, self.args.image_chunk_size = sizes
+        logger.warning(f"auto_chunk embeds {sizes[0]} texts and {sizes[1]} images at once.")
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """One batch of each sort, directly or through the gradient cache.
+
+        Raises:
+            FloatingPointError: a loss that is not finite, with the step, the task and its rows.
+        """
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        if inputs["position"] is not None:
+            worker, states = inputs["position"]
+            self._positions[worker] = states
+        accumulated = self.current_gradient_accumulation_steps
+        results: dict[str, Any] = {}
+
+        def objective(embedded: dict[str, torch.Tensor]) -> torch.Tensor:
+            with torch.autocast(self.args.device.type, enabled=False):
+                loss, found = self._objective()(embedded, inputs)
+            results.update(found)
+            self._require_finite(loss, found, inputs)
+            return loss / accumulated
+
+        def forward(texts: Any, images: Any) -> dict[str, torch.Tensor]:
+            return model(step_texts=texts, step_images=images)
+
+        text_rows, image_rows = self.args.text_chunk_size, self.args.image_chunk_size
+        if text_rows is None and image_rows is None:
+            with self.compute_loss_context_manager():
+                loss = objective(forward(inputs["texts"], inputs["images"]))
+            self.accelerator.backward(loss)
+            loss = loss.detach()
+        else:
+            if self.is_deepspeed_enabled:
+                raise ValueError("The gradient cache does not work with DeepSpeed; use DDP or FSDP, or no chunk sizes.")
+            loss = cached_step(
+                into_chunks(inputs["texts"], inputs["images"], text_rows, image_rows),
+                forward,
+                objective,
+                self.accelerator.backward,
+                lambda: self.accelerator.no_sync(model),
+            )
+        self.meters.add(loss, results, inputs)
+        return loss
+
+    def _objective(self) -> Objective:
+        return Objective({**self.tasks, **self.eval_tasks}, self.world, self.args.loss_form, self.args.loss_reduction)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss of a step's inputs, all embedded at once; the outputs are the embeddings."""
+        inputs = self._prepare_inputs(inputs)
+        with joint_forward(self.model):
+            embedded = model(step_texts=inputs["texts"], step_images=inputs["images"])
+        loss, results = self._objective()(embedded, inputs)
+        return (loss, {"loss": loss, **embedded, "results": results}) if return_outputs else loss
+
+    def _require_finite(self, loss: torch.Tensor, results: dict[str, Any], inputs: StepInputs) -> None:
+        """Stop before a step that would spoil the weights, and keep those from before it."""
+        broken = not bool(torch.isfinite(loss))
+        if self.world.size > 1:  # all stop together
+            broken = self.world.mean([float(broken)], self.args.device)[0] > 0
+        if not broken:
+            return
+        checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.state.global_step and not checkpoint.exists():
+            self._save_checkpoint(self.model, trial=None)
+        name, value = next(
+            ((n, r.loss.item()) for n, r in results.items() if not torch.isfinite(r.loss)), (next(iter(results)), float("nan"))
+        )
+        rows = inputs["tasks"][name].rows
+        shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
+        where = f"; {checkpoint} has the weights from before it" if checkpoint.exists() else ""
+        raise FloatingPointError(
+            f"The loss of task '{name}' is {value} at step {self.state.global_step + 1} (rows {shown}){where}. Look at "
+            "those rows, or lower the learning rate and resume."
+        )
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        if (self.state.global_step + 1) % max(1, int(self.state.logging_steps or 1)) == 0:
+            self.meters.norms = norms_by_tower(self.model)
+        return super()._clip_grad_norm(model)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        return 0  # the Trainer's estimate knows one tower
+
+    # Optimiser, weights
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        return [name for name, parameter in model.named_parameters() if decays(name, parameter)]
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW, or what `args.optim` names, over the groups of `parameter_groups`."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = optimizer(parameter_groups(model, self.args), **options)
+        if self.args.ema_decay is not None and self.average is None:
+            self.average = WeightAverage(self.model, self.args.ema_decay)
+            if self._restored_average is not None:
+                self.average.load(self._restored_average)
+            self.add_callback(self.average)
+        return self.optimizer
+
+    # Checkpoints
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Also what the Trainer does not know: where the streams stand, sums not yet logged, averaged weights."""
+        super()._save_rng_state(output_dir)
+        state = {
+            "processes": self.world.size,
+            "workers": self.args.dataloader_num_workers,
+            "positions": self._positions,
+            "meters": self.meters.state(),
+        }
+        path = Path(output_dir) / f"{STATE}_{self.world.rank}.json"
+        path.write_text(json.dumps(state), encoding="utf-8")
+        if self.average is not None and self.args.should_save:
+            self.average.save(Path(output_dir))
+
+    def _restore(self, checkpoint: Any) -> None:
+        from transformers.trainer_utils import get_last_checkpoint
+
+        found = get_last_checkpoint(self.args.output_dir) if checkpoint is True else checkpoint
+        path = Path(found or self.args.output_dir) / f"{STATE}_{self.world.rank}.json"
+        if not path.exists():
+            return  # another trainer's; its weights and optimiser still serve
+        state = json.loads(path.read_text(encoding="utf-8"))
+        streams = isinstance(self.step_batches, StepStream)
+        now = {"processes": self.world.size, "workers": self.args.dataloader_num_workers}
+        if streams and any(state[name] != value for name, value in now.items()):
+            raise ValueError(
+                f"{found} was made with {state['processes']} processes of {state['workers']} data workers, and streams "
+                "cannot go on exactly with another number of either; start this run with the same."
+            )
+        self.meters.load_state(state["meters"])
+        self._positions = {int(worker): position for worker, position in state["positions"].items()}
+        if streams:
+            done = json.loads((Path(found) / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+            self.step_batches.start = done * self.args.gradient_accumulation_steps
+            self.step_batches.positions = self._positions
+        if self.args.ema_decay is not None:
+            self._restored_average = Path(found)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        except RuntimeError as error:
+            if "size mismatch" not in str(error) and "Missing key" not in str(error):
+                raise
+            raise ValueError(
+                f"{resume_from_checkpoint} is a checkpoint of another model ({_first_line(error)}); resume with the model "
+                "it was made with, or start anew."
+            ) from error
+
+    # Evaluation and logs
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Mean loss and in-batch accuracy of each evaluation task over its whole batches, in the order of its rows.
+
+        Returns:
+            `eval_{task}_loss`, `eval_{task}_accuracy`, and `eval_loss`, the weighted sum of the losses.
+
+        Raises:
+            ValueError: no evaluation tasks.
+        """
+        tasks = list(eval_dataset or self.eval_tasks.values())
+        if not tasks:
+            raise ValueError("There is nothing to evaluate on; give the trainer eval_tasks.")
+        model = self.model
+        was_training = model.training
+        model.eval()
+        metrics: dict[str, float] = {f"{metric_key_prefix}_loss": 0.0}
+        collate = MultiTaskCollator(self.data_collator.processor, self.max_length, self.args.seed, None, self.world.rank)
+        with torch.no_grad():
+            for task in tasks:
+                joint = task.batch_size * self.world.size
+                values = []
+                for start in range(0, len(task.dataset) - joint + 1, joint):
+                    first = start + self.world.rank * task.batch_size
+                    rows = list(range(first, first + task.batch_size))
+                    inputs = collate([{"step": start, "tasks": [(task, rows, task.dataset[rows])]}])
+                    wrapped = self.model_wrapped if self.world.size == 1 or self.is_fsdp_enabled else model
+                    _, outputs = self.compute_loss(wrapped, inputs, return_outputs=True)
+                    result = outputs["results"][task.name]
+                    values.append([result.loss.item(), result.accuracy.item()])
+                mean = torch.tensor(values, dtype=torch.float64).mean(0).tolist()
+                loss, accuracy = self.world.mean(mean, self.args.device)
+                metrics[f"{metric_key_prefix}_{task.name}_loss"] = loss
+                metrics[f"{metric_key_prefix}_{task.name}_accuracy"] = accuracy
+                metrics[f"{metric_key_prefix}_loss"] += task.loss_weight * loss
+        model.train(was_training)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds each task's mean loss since the last log and the learned temperature."""
+        """Adds what the meters saw since the last log, and the learned temperature."""
         if "loss" in logs:
-            for name, values in self._task_losses.items():
-                if values:
-                    logs[f"loss/{name}"] = sum(values) / len(values)
-                    values.clear()
-            logs["temperature"] = 1.0 / self.dual_encoder.get_logit_scale().item()
+            logs |= self.meters.take(self.args.device, self.args.gradient_accumulation_steps)
+            scale = temperature_of(self.accelerator.unwrap_model(self.model)).get("scale")
+            if scale is not None and not self.is_fsdp_enabled:
+                logs["temperature"] = 1.0 / scale.item()
         super().log(logs, *args, **kwargs)
 
 
-def _task_loss(
-    task: Task,
-    embedded: dict[str, torch.Tensor],
-    ids: dict[str, torch.Tensor],
-    temperature: float | torch.Tensor,
-) -> torch.Tensor:
-    if task.kind == "image-text":
-        return info_nce(embedded["caption"], embedded["image"], temperature, ids["caption"], ids["image"])
-    query, positive = embedded["query"], embedded["positive"]
-    if task.kind == "text-pair":
-        return info_nce(query, positive, temperature, ids["query"], ids["positive"])
-    negatives = embedded["negatives"].unflatten(0, (len(query), -1))
-    return info_nce_plus(query, positive, negatives, temperature, ids["query"], ids["positive"], ids["negatives"])
+def _given(args: Any) -> dict[str, Any]:
+    """The fields of transformers' arguments that are not at their default, as given to a new object."""
+    import dataclasses
+
+    given = {}
+    for item in dataclasses.fields(args):
+        if item.init and getattr(args, item.name) != item.default:
+            given[item.name] = getattr(args, item.name)
+    return given
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[1] if len(lines) > 1 else lines[0]

@@ -1,6 +1,8 @@
 """Tasks, the batches of each step, and their tensors."""
 
 import random
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from datasets import Dataset
 
 from bifocal.training.batches import StepBatches
 from bifocal.training.collator import MultiTaskCollator
+from bifocal.training.distributed import World
 from bifocal.training.tasks import Task
 from tests.conftest import TEXTS
 from tests.modeling.test_images import photo, png
@@ -20,18 +23,48 @@ def pairs(count: int = 10, batch_size: int = 4, name: str = "pairs") -> Task:
 
 def test_every_row_once_an_epoch_in_a_new_order():
     batches = StepBatches([pairs(12)], steps=9, seed=0)
-    epochs = [[row for step in steps for row in batches.rows(0, step)] for steps in (range(3), range(3, 6))]
+    epochs = [[row for use in uses for row in batches.rows(0, use)] for uses in (range(3), range(3, 6))]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(12))
     assert epochs[0] != epochs[1]
     assert len(batches) == 9
 
 
 def test_batches_are_a_function_of_seed_and_step():
-    first, second = StepBatches([pairs(), pairs(name="b")], 20, seed=3), StepBatches([pairs(), pairs(name="b")], 20, 3)
-    backwards = [second.rows(0, step).tolist() for step in reversed(range(20))][::-1]
-    assert [first.rows(0, step).tolist() for step in range(20)] == backwards
-    assert first.rows(0, 5).tolist() != first.rows(1, 5).tolist(), "tasks are shuffled apart"
-    assert first.rows(0, 5).tolist() != StepBatches([pairs()], 20, seed=4).rows(0, 5).tolist()
+    both = [pairs(), pairs(name="b")]
+    first, second = StepBatches(both, 20, seed=3), StepBatches(both, 20, 3)
+
+    def seen(batches, step: int):
+        return [(task.name, rows) for task, rows, _ in batches[step]["tasks"]]
+
+    backwards = [seen(second, step) for step in reversed(range(20))][::-1]
+    assert [seen(first, step) for step in range(20)] == backwards
+    assert [seen(StepBatches(both, 30, seed=3), step) for step in range(20)] == backwards, "nor of the number of steps"
+    assert backwards != [seen(StepBatches(both, 20, seed=4), step) for step in range(20)]
+
+
+def test_a_step_has_one_batch_of_each_sort_drawn_by_size_times_weight():
+    small, large, light = pairs(100, name="small"), pairs(300, name="large"), pairs(400, name="light")
+    light = replace(light, weight=0.25)
+    pictures = Task("pictures", "image-text", small.dataset.rename_columns({"query": "image", "positive": "caption"}), 4)
+    batches = StepBatches([small, pictures, large, light], 4000, seed=0)
+    drawn = [[batches.tasks[number].name for number, _ in batches.schedule.at(step)] for step in range(4000)]
+    assert {names[0] for names in drawn} == {"pictures"}
+    assert {len(names) for names in drawn} == {2}
+    counts = Counter(names[1] for names in drawn)
+    assert counts["small"] / 4000 == pytest.approx(0.2, abs=0.03)
+    assert counts["large"] / 4000 == pytest.approx(0.6, abs=0.03)
+    assert batches.schedule.shares["light"] == pytest.approx(0.2)
+    uses = [use for step in range(4000) for number, use in batches.schedule.at(step) if number == 2]
+    assert uses == list(range(counts["large"])), "each use goes on where the last one ended"
+
+
+def test_two_processes_share_the_batches_of_one():
+    one = StepBatches([pairs(24, batch_size=6)], 10, seed=0)
+    two = [StepBatches([pairs(24, batch_size=3)], 10, 0, World(rank, 2)) for rank in range(2)]
+    for step in range(10):
+        assert one[step]["tasks"][0][1] == [row for part in two for row in part[step]["tasks"][0][1]]
+    uneven = [StepBatches([pairs(25, batch_size=3)], 10, 0, World(rank, 2)) for rank in range(2)]
+    assert {len(part) for part in uneven} == {10}, "all make the same number of steps"
 
 
 @pytest.mark.parametrize(
@@ -40,7 +73,13 @@ def test_batches_are_a_function_of_seed_and_step():
         (lambda data: Task("t", "text-triplet", data, 2), "task 't' lacks the column 'negatives' .it has query, pos"),
         (lambda data: Task("t", "image-text", data, 2), "task 't' lacks the column 'image'"),
         (lambda data: Task("t", "pairs", data, 2), "unknown kind 'pairs'"),
+        (lambda data: Task("t", "text-pair", data, 2, loss="triplet"), "unknown loss 'triplet'"),
+        (lambda data: Task("t", "text-pair", data, 2, loss="sigmoid"), "sigmoid loss is for image-text"),
+        (lambda data: Task("t", "text-pair", data, 2, captions="last"), "unknown captions 'last'"),
+        (lambda data: Task("t", "text-pair", data, 0), "batch_size of at least 1, not 0"),
         (lambda data: Task("t", "text-pair", data, 11), "10 rows, fewer than its batch of 11"),
+        (lambda data: StepBatches([Task("t", "text-pair", data, 6)], 1, 0, World(0, 2)), "fewer than the 12"),
+        (lambda data: StepBatches([Task("t", "text-pair", data, 6, weight=0.0)], 1, 0), "one of each sort must be above"),
     ],
 )
 def test_wrong_tasks_are_named(build, message):
@@ -48,58 +87,123 @@ def test_wrong_tasks_are_named(build, message):
         build(pairs().dataset)
 
 
-def collate(processor, task: Task, step: int = 0, augment=None, seed: int = 0) -> dict:
+def collate(processor, task: Task, step: int = 0, augment=None, seed: int = 0):
     collator = MultiTaskCollator(processor, max_length=16, seed=seed, augment=augment)
-    return collator([StepBatches([task], 10, seed=0)[step]])[task.name]
+    return collator([StepBatches([task], 10, seed=0)[step]])
+
+
+def words(processor, batch, name: str, column: str) -> list[str]:
+    """The texts of a column, decoded, in the order of its rows."""
+    texts = [
+        processor.tokenizer.decode(ids[mask.bool()], skip_special_tokens=True)
+        for bucket in batch["texts"]
+        for ids, mask in zip(bucket["input_ids"], bucket["attention_mask"], strict=True)
+    ]
+    first, last = batch["tasks"][name].spans[column]
+    return [texts[place] for place in batch["order"][first:last]]
 
 
 def test_texts_are_tokenised_and_known_by_id(processor):
     data = Dataset.from_dict({"query": TEXTS, "positive": [TEXTS] * 5, "negatives": [[TEXTS[0], "omega", "star"]] * 5})
     batch = collate(processor, Task("t", "text-triplet", data, 5))
-    assert batch["features"]["query"]["input_ids"].shape[1] == 16, "cut to max_length"
-    assert batch["features"]["negatives"]["input_ids"].shape[0] == 15
-    rows = StepBatches([Task("t", "text-triplet", data, 5)], 10, seed=0).rows(0, 0)
-    decoded = processor.tokenizer.batch_decode(batch["features"]["query"]["input_ids"], skip_special_tokens=True)
-    assert all(TEXTS[row].startswith(text) for row, text in zip(rows, decoded, strict=True))
-    ids = batch["ids"]
-    assert len(set(ids["query"].tolist())) == 5
-    assert (ids["negatives"][:, 0] == ids["query"][rows.tolist().index(0)]).all(), "equal texts have equal ids"
-    assert ids["negatives"].shape == (5, 3)
+    found = batch["tasks"]["t"]
+    assert all(TEXTS[row].startswith(text) for row, text in zip(found.rows, words(processor, batch, "t", "query")))
+    assert words(processor, batch, "t", "negatives")[:2] == [TEXTS[0], "omega"]
+    assert max(bucket["input_ids"].shape[1] for bucket in batch["texts"]) == 16, "cut to max_length"
+    assert len(set(found.ids["query"].tolist())) == 5
+    assert (found.ids["negatives"][:, 0] == found.ids["query"][found.rows.index(0)]).all(), "equal texts, equal ids"
+    assert found.ids["negatives"].shape == (5, 3)
 
 
 def test_one_of_several_wordings_is_drawn_anew_at_each_use(processor):
     data = Dataset.from_dict({"query": ["a"] * 4, "positive": [TEXTS] * 4})
     task = Task("t", "text-pair", data, 4)
-    drawn = [collate(processor, task, step)["ids"]["positive"].tolist() for step in range(6)]
+    drawn = [collate(processor, task, step)["tasks"]["t"].ids["positive"].tolist() for step in range(6)]
     assert len({tuple(ids) for ids in drawn}) > 3
-    assert drawn[2] == collate(processor, task, 2)["ids"]["positive"].tolist(), "a function of the step"
-    assert drawn[2] != collate(processor, task, 2, seed=9)["ids"]["positive"].tolist()
+    assert drawn[2] == collate(processor, task, 2)["tasks"]["t"].ids["positive"].tolist(), "a function of the step"
+    assert drawn[2] != collate(processor, task, 2, seed=9)["tasks"]["t"].ids["positive"].tolist()
+
+
+def test_a_long_caption_may_stand_for_a_short_one(processor):
+    from datasets import Features, Image, Value
+
+    caption = "black star. greek capital letter omega! latin small letter a"
+    data = Dataset.from_dict(
+        {"image": [photo(32, 32)] * 4, "caption": [caption] * 4},
+        features=Features({"image": Image(), "caption": Value("string")}),
+    )
+    task = Task("t", "image-text", data, 4, captions="first sentence")
+    assert set(words(processor, collate(processor, task), "t", "caption")) == {"black star"}, "this tokenizer knows no full stop"
+    task = replace(task, captions="any sentence")
+    drawn = {text for step in range(6) for text in words(processor, collate(processor, task, step), "t", "caption")}
+    assert drawn == {"black star", "greek capital letter omega", "latin small letter a"}
+
+
+def test_little_is_padded(processor):
+    """A realistic mix: human captions and what questions and paragraphs have, log-normal with a long tail."""
+    rng = random.Random(0)
+    lengths = [min(500, max(1, round(rng.lognormvariate(3.2, 0.9)))) for _ in range(256)]
+    data = Dataset.from_dict({"query": ["star " * (1 + n // 8) for n in lengths], "positive": ["box " * n for n in lengths]})
+    collator = MultiTaskCollator(processor, 512, 0)
+    batch = collator([StepBatches([Task("t", "text-pair", data, 128)], 2, 0)[0]])
+    tokens = sum(int(bucket["attention_mask"].sum()) for bucket in batch["texts"])
+    places = sum(bucket["attention_mask"].numel() for bucket in batch["texts"])
+    longest = max(bucket["attention_mask"].shape[1] for bucket in batch["texts"])
+    assert 1 - tokens / places < 0.15
+    assert 1 - tokens / (256 * longest) > 0.5, "padded to the longest, most would be padding"
 
 
 def test_pictures(processor):
     from datasets import Features, Image, List, Value
 
+    def pixels(task: Task, step: int = 0, augment=None):
+        return collate(processor, task, step, augment)["images"][0]["pixel_values"]
+
+    def ids(task: Task):
+        return set(collate(processor, task)["tasks"]["t"].ids["image"].tolist())
+
     stored = {"bytes": png(photo(32, 32)), "path": None}
     shapes = {"image": List(Image(decode=False)), "caption": Value("string")}
     data = Dataset.from_dict({"image": [[stored] * 3] * 4, "caption": TEXTS[:4]}, features=Features(shapes))
-    batch = collate(processor, Task("t", "image-text", data, 4))
+    task = Task("t", "image-text", data, 4)
     expected = processor(images=photo(32, 32), return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(batch["features"]["image"]["pixel_values"], expected.expand(4, -1, -1, -1))
-    assert len(set(batch["ids"]["image"].tolist())) == 4
-    same = collate(processor, Task("t", "image-text", data.add_column("image_id", ["a", "b", "a", "a"]), 4))
-    assert len(set(same["ids"]["image"].tolist())) == 2
+    torch.testing.assert_close(pixels(task), expected.expand(4, -1, -1, -1))
+    assert len(ids(task)) == 4
+    assert len(ids(Task("t", "image-text", data.add_column("image_id", ["a", "b", "a", "a"]), 4))) == 2
 
     decoded = Dataset.from_dict(
         {"image": [photo(50, 40)] * 4, "caption": TEXTS[:4]},
         features=Features({"image": Image(), "caption": Value("string")}),
     )
-    batch = collate(processor, Task("t", "image-text", decoded, 4))
+    task = Task("t", "image-text", decoded, 4)
     expected = processor(images=photo(50, 40), return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(batch["features"]["image"]["pixel_values"][:1], expected)
+    torch.testing.assert_close(pixels(task)[:1], expected)
 
     def darken(image, generator: random.Random):
         return image.point(lambda value: value * generator.choice([0, 0.5]))
 
-    batches = [collate(processor, Task("t", "image-text", decoded, 4), step, darken) for step in range(3)]
-    pixels = [batch["features"]["image"]["pixel_values"] for batch in batches]
-    assert not torch.equal(pixels[0], pixels[1]) or not torch.equal(pixels[0], pixels[2])
+    drawn = [pixels(task, step, darken) for step in range(3)]
+    assert not torch.equal(drawn[0], drawn[1]) or not torch.equal(drawn[0], drawn[2])
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"query": ["a", " "], "positive": ["b", "c"]}, "Row 1 of task 't' has no text in its column 'query'"),
+        ({"query": ["a", None], "positive": ["b", "c"]}, "Row 1 of task 't' has no text in its column 'query'"),
+        (
+            {"query": ["a", "b"], "positive": ["b", "c"], "negatives": [["x"], ["x", "y"]]},
+            "Row . of task 't' has . negatives and row . has .; give every row the same number",
+        ),
+    ],
+)
+def test_broken_rows_are_named(processor, columns, message):
+    kind = "text-triplet" if "negatives" in columns else "text-pair"
+    with pytest.raises(ValueError, match=message):
+        collate(processor, Task("t", kind, Dataset.from_dict(columns), 2))
+
+
+def test_a_broken_picture_is_named(processor):
+    data = Dataset.from_dict({"image": [b"no picture"] * 2, "caption": ["a", "b"]})
+    with pytest.raises(ValueError, match=r"The image of row \d of task 't' is not an image"):
+        collate(processor, Task("t", "image-text", data, 2))

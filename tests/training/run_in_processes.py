@@ -1,0 +1,78 @@
+"""A short training run for torchrun: every process takes its part, process 0 writes what came out.
+
+    torchrun --nproc-per-node 2 run_in_processes.py OUT BATCH STEPS '{"text_chunk_size": 3, ...}' KIND
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from datasets import Dataset, Features, Image, Value
+
+from bifocal.modeling import BifocalModel, BifocalProcessor
+from bifocal.training.arguments import BifocalTrainingArguments
+from bifocal.training.tasks import Task
+from bifocal.training.trainer import MultiTaskTrainer
+from tests.conftest import TEXTS, small_config
+from tests.modeling.test_images import photo
+
+
+def tasks(batch: int, kind: str, **options) -> list[Task]:
+    """Data in which pictures, captions, queries and negatives occur several times."""
+    rows = range(16)
+    pictures = Dataset.from_dict(
+        {
+            "image": [photo(32 + n % 6, 32) for n in rows],
+            "image_id": [n % 6 for n in rows],
+            "caption": [f"{TEXTS[n % 5]} {n % 7}" for n in rows],
+        },
+        features=Features({"image": Image(), "image_id": Value("int64"), "caption": Value("string")}),
+    )
+    texts = Dataset.from_dict(
+        {
+            "query": [f"{TEXTS[n % 4]} {n % 9}" for n in rows],
+            "positive": [f"{TEXTS[n % 5]} star {n % 8}" for n in rows],
+            "negatives": [[f"{TEXTS[(n + k) % 5]} star {(n + k) % 8}" for k in (1, 4, 5)] for n in rows],
+        }
+    )
+    return [Task("pictures", "image-text", pictures, batch, **options), Task("texts", kind, texts, batch, **options)]
+
+
+class Recorder(MultiTaskTrainer):
+    """Keeps the gradients of the first step, as they are after all processes have shared theirs."""
+
+    gradients: dict[str, torch.Tensor] | None = None
+
+    def _clip_grad_norm(self, model):
+        if self.gradients is None:
+            named = self.accelerator.unwrap_model(model).named_parameters()
+            self.gradients = {n: p.grad.clone() for n, p in named if p.grad is not None}
+        return super()._clip_grad_norm(model)
+
+
+def main() -> None:
+    out, batch, steps, options, kind = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5]
+    given = json.loads(options)
+    dims = given.pop("matryoshka", None)
+    loss = given.pop("image_loss", "info_nce")
+    processor = BifocalProcessor.from_pretrained(out.parent / "processor")
+    torch.manual_seed(0)
+    args = BifocalTrainingArguments(
+        output_dir=str(out), max_steps=steps, learning_rate=1e-3, logging_steps=1, report_to="none", use_cpu=True,
+        save_strategy="no", disable_tqdm=True, optim="sgd", lr_scheduler_type="constant", **given,
+    )  # fmt: skip
+    model = BifocalModel(small_config(**({"logit_bias_init_value": -5.0} if loss == "sigmoid" else {})))
+    parts = tasks(batch, kind, matryoshka_dims=dims)
+    if loss != "info_nce":
+        parts[0] = Task("pictures", "image-text", parts[0].dataset, batch, loss=loss)
+    trainer = Recorder(model=model, args=args, tasks=parts, processor=processor, max_length=32)
+    trainer.train()
+    if trainer.is_world_process_zero():
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        weights = dict(trainer.accelerator.unwrap_model(trainer.model).state_dict())
+        torch.save({"losses": losses, "gradients": trainer.gradients, "weights": weights}, out / "result.pt")
+
+
+if __name__ == "__main__":
+    main()

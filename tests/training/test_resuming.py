@@ -1,0 +1,62 @@
+"""A run that is killed and started again ends to the bit as one that was not."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).with_name("run_until_killed.py")
+ROOT = Path(__file__).parents[2]
+
+
+def run(out: Path, step: int, way: str, workers: int) -> subprocess.CompletedProcess:
+    out.mkdir(exist_ok=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(SCRIPT), str(out), str(step), way, str(workers)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+
+
+def assert_equal(left, right, name: str = "") -> None:
+    if isinstance(left, dict):
+        assert left.keys() == right.keys(), name
+        for key in left:
+            assert_equal(left[key], right[key], f"{name}/{key}")
+    elif isinstance(left, list):
+        assert len(left) == len(right), name
+        for number, (a, b) in enumerate(zip(left, right, strict=True)):
+            assert_equal(a, b, f"{name}/{number}")
+    elif isinstance(left, torch.Tensor):
+        assert torch.equal(left, right), name
+    else:
+        assert left == right, name
+
+
+@pytest.mark.parametrize(("way", "workers"), [("map", 0), ("map", 2), ("stream", 0), ("stream", 2)])
+def test_killed_and_resumed_it_ends_the_same(way, workers, processor, tmp_path):
+    processor.save_pretrained(tmp_path / "processor")
+    done = run(tmp_path / "whole", -1, way, workers)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first = random.Random(f"{way}{workers}").randint(4, 12)
+    for step in (first, first + 9):
+        killed = run(tmp_path / "cut", step, way, workers)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
+    done = run(tmp_path / "cut", -1, way, workers)
+    assert done.returncode == 0, done.stderr[-3000:]
+    whole, cut = (torch.load(tmp_path / name / "result.pt") for name in ("whole", "cut"))
+    assert len(whole["logs"]) >= 5
+    assert_equal(whole, cut)
+
+
+def test_a_stream_needs_as_many_workers_as_before(processor, tmp_path):
+    processor.save_pretrained(tmp_path / "processor")
+    assert run(tmp_path / "cut", 8, "stream", 0).returncode == -signal.SIGKILL
+    again = run(tmp_path / "cut", -1, "stream", 1)
+    assert again.returncode == 1
+    last = again.stderr.strip().splitlines()[-1]
+    assert "was made with 1 processes of 0 data workers" in last
+    assert "start this run with the same" in last

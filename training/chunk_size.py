@@ -1,0 +1,86 @@
+"""`auto_chunk`: how many rows of each tower may be embedded at once."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from bifocal.modeling import BifocalProcessor
+from bifocal.training.joint_forward import embed
+from bifocal.training.tasks import Task
+
+_SHARE = 0.6  # of the free memory; the rest is for gradients, optimiser states and what libraries need
+
+
+def find_chunk_sizes(
+    model: nn.Module, tasks: Iterable[Task], max_length: int, processor: BifocalProcessor, args: Any
+) -> tuple[int, int]:
+    """The largest powers of two whose activations, measured on this model, fit into the free memory.
+
+    What autograd keeps for the backward pass is measured at one and two rows of the longest text and the largest image;
+    it grows with the rows. Nothing is risked: no attempt runs out of memory.
+
+    Returns:
+        Texts and images, each at most the largest batch of its sort.
+    """
+    largest = {"text": 1, "image": 1}
+    for task in tasks:
+        negatives = len(task.dataset[0]["negatives"]) if task.kind == "text-triplet" and not task.streams else 7
+        texts = {"image-text": 1, "text-pair": 2, "text-triplet": 2 + negatives}[task.kind] * task.batch_size
+        largest["text"] = max(largest["text"], texts)
+        if task.sort == "image":
+            largest["image"] = max(largest["image"], task.batch_size)
+    crop = processor.image_processor.crop_size
+    channels = getattr(getattr(model.config, "vision_config", None), "num_channels", 3)
+    device = next(model.parameters()).device
+    free = _free_memory(device) - 3 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    model.train()
+
+    def inputs(sort: str, rows: int) -> tuple[list[Any], list[Any]]:
+        if sort == "image":
+            pixels = torch.zeros(rows, channels, crop["height"], crop["width"], device=device)
+            return [], [{"pixel_values": pixels}]
+        ids = torch.ones(rows, max_length, dtype=torch.long, device=device)
+        return [{"input_ids": ids, "attention_mask": ids}], []
+
+    sizes = {}
+    for sort in largest:
+        if sort == "image" and all(task.sort != "image" for task in tasks):
+            sizes[sort] = 1
+            continue
+        one, two = (_kept_for_backward(model, *inputs(sort, rows), args) for rows in (1, 2))
+        affordable = int(max(0, _SHARE * free / 2 - one) / max(1, two - one)) + 1
+        sizes[sort] = min(2 ** (affordable.bit_length() - 1), largest[sort])
+    return sizes["text"], sizes["image"]
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
+def _kept_for_backward(model: nn.Module, texts: list[Any], images: list[Any], args: Any) -> int:
+    """Bytes of distinct tensors, parameters aside, that autograd keeps from one forward pass."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    half = torch.bfloat16 if args.bf16 else torch.float16
+    random_state = torch.get_rng_state()
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast(next(model.parameters()).device.type, dtype=half, enabled=args.bf16 or args.fp16),
+    ):
+        outputs = embed(model, texts, images)
+    del outputs
+    torch.set_rng_state(random_state)
+    return sum(kept.values())

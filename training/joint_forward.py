@@ -1,0 +1,74 @@
+"""One forward pass over everything a step embeds, through whatever a model is wrapped in.
+
+DDP, FSDP and accelerate's mixed precision work through a model's `forward`, called once before a backward pass. So the
+trainer gives a dual encoder a `forward` that also takes a step's inputs and calls the two methods itself.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+Inputs = dict[str, torch.Tensor]
+
+
+def embed(model: nn.Module, texts: Sequence[Inputs], images: Sequence[Inputs]) -> dict[str, torch.Tensor]:
+    """Unit vectors of texts and images, and what the image-text loss needs of the model.
+
+    Args:
+        model: with `get_text_features` and `get_image_features`, as Bifocal and transformers' CLIP and SigLIP have.
+        texts, images: inputs of the two methods, any number of parts.
+
+    Returns:
+        `texts` (all texts, D) and `images` (all images, D), each only if given; `scale`, 1 / tau; `bias`, if learned.
+    """
+    outputs = {}
+    for name, parts, encode in (("texts", texts, "get_text_features"), ("images", images, "get_image_features")):
+        if parts:
+            features = [_pooled(getattr(model, encode)(**part)) for part in parts]
+            outputs[name] = F.normalize(torch.cat(features).float(), dim=-1)
+    outputs |= temperature_of(model)
+    return outputs
+
+
+def temperature_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """`scale` and `bias` of a dual encoder, each if it has one."""
+    found = {}
+    scale = getattr(model, "logit_scale", None)
+    if hasattr(model, "get_logit_scale"):
+        found["scale"] = model.get_logit_scale()
+    elif scale is not None:
+        found["scale"] = scale.clamp(0.0, math.log(100.0)).exp().reshape(())
+    bias = getattr(model, "logit_bias", None)
+    if bias is not None:
+        found["bias"] = bias.reshape(())
+    return found
+
+
+def _pooled(output: Any) -> torch.Tensor:
+    return output if isinstance(output, torch.Tensor) else output.pooler_output
+
+
+@contextmanager
+def joint_forward(model: nn.Module) -> Iterator[None]:
+    """Within, `model(step_texts=..., step_images=...)` is `embed`; every other call goes on as before."""
+    before: Callable[..., Any] | None = vars(model).get("forward")
+    original = model.forward
+
+    def forward(*args: Any, step_texts: Any = None, step_images: Any = None, **kwargs: Any) -> Any:
+        if step_texts is None and step_images is None:
+            return original(*args, **kwargs)
+        return embed(model, step_texts or [], step_images or [])
+
+    model.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if before is None:
+            del model.forward
+        else:
+            model.forward = before  # type: ignore[method-assign]

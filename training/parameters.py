@@ -1,0 +1,68 @@
+"""Which parameters learn, how fast, and which decay."""
+
+import re
+from typing import Any
+
+from torch import nn
+
+from bifocal.training.arguments import BifocalTrainingArguments
+
+# As EVA: neither learned positions nor the class token decay; nor does what is no matrix (norms, biases, logit_scale).
+_NO_DECAY = re.compile("class_token|class_embedding|position_embedding|word_embeddings|token_type_embeddings|embed_tokens")
+_LAYER = re.compile(r"\blayers?\.(\d+)\.")
+_TOWERS = {"text": re.compile(r"\btext_(model|projection)\b"), "image": re.compile(r"\b(vision|visual)_(model|projection)\b")}
+
+
+def tower_of(name: str) -> str:
+    """"text", "image" or "shared", by the names that Bifocal and transformers' dual encoders give their parts."""
+    return next((tower for tower, pattern in _TOWERS.items() if pattern.search(name)), "shared")
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    return parameter.ndim >= 2 and not _NO_DECAY.search(name)
+
+
+def depth_of(name: str) -> int | None:
+    """0 for a tower's embeddings, n for its n-th layer, None for what stands above the layers."""
+    layer = _LAYER.search(name)
+    if layer:
+        return int(layer[1]) + 1
+    return 0 if re.search(r"\bembeddings?\b", name) else None
+
+
+def freeze(model: nn.Module, text_layers: int, image_layers: int) -> list[str]:
+    """Stop the gradients of the first layers of each tower, or with -1 of the whole tower without its projection.
+
+    Returns:
+        The names of the frozen parameters.
+    """
+    frozen = []
+    for name, parameter in model.named_parameters():
+        layers = {"text": text_layers, "image": image_layers}.get(tower_of(name), 0)
+        depth = depth_of(name)
+        whole = layers < 0 and "_projection" not in name
+        if whole or (layers > 0 and depth is not None and depth <= layers):
+            parameter.requires_grad_(False)
+            frozen.append(name)
+    return frozen
+
+
+def parameter_groups(model: nn.Module, args: BifocalTrainingArguments) -> list[dict[str, Any]]:
+    """Groups for an optimiser, one for each learning rate and weight decay that occur, in a fixed order."""
+    depths: dict[str, int] = {}
+    for name, _ in model.named_parameters():
+        depths[tower_of(name)] = max(depths.get(tower_of(name), 0), depth_of(name) or 0)
+    rates = {"text": args.text_learning_rate, "image": args.image_learning_rate}
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        tower, depth = tower_of(name), depth_of(name)
+        rate = args.learning_rate if rates.get(tower) is None else rates[tower]
+        below = 0 if depth is None or tower == "shared" else depths[tower] + 1 - depth
+        rate = float(rate) * args.layer_decay**below
+        decay = args.weight_decay if decays(name, parameter) else 0.0
+        group = groups.setdefault((rate, decay), {"params": [], "lr": rate, "weight_decay": decay, "names": []})
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return [groups[key] for key in sorted(groups, reverse=True)]
