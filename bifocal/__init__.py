@@ -21,10 +21,12 @@ from bifocal.modeling import (
 
 if TYPE_CHECKING:
     from bifocal.hub.export import export_model as export_model
+    from bifocal.training.arguments import BifocalTrainingArguments as BifocalTrainingArguments
     from bifocal.training.tasks import Task as Task
     from bifocal.training.trainer import MultiTaskTrainer as MultiTaskTrainer
 
 _AT_FIRST_USE = {
+    "BifocalTrainingArguments": "bifocal.training.arguments",
     "MultiTaskTrainer": "bifocal.training.trainer",
     "Task": "bifocal.training.tasks",
     "export_model": "bifocal.hub.export",
@@ -37,6 +39,7 @@ __all__ = [
     "BifocalTextConfig",
     "BifocalTextForMaskedLM",
     "BifocalTextModel",
+    "BifocalTrainingArguments",
     "BifocalVisionConfig",
     "BifocalVisionModel",
     "MultiTaskTrainer",

@@ -50,6 +50,66 @@ def demo(
 
 
 @app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a recipe that comes with Bifocal.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, such as training.max_steps=100 or tasks.pairs.batch_size=64.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and stop.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Start anew where a run is already.")] = False,
+) -> None:
+    """Carry out a recipe: train one stage, from its last checkpoint if it was killed, and export the model."""
+    _require("accelerate", "datasets", "pydantic", "sentence_transformers")
+    from bifocal import commands
+    from bifocal.training.recipe import find_recipe, load_recipe
+    from bifocal.training.tasks import TrainingError
+
+    folder = Path()
+    try:
+        loaded = load_recipe(find_recipe(recipe), overrides)
+        folder = loaded.folder
+        typer.echo(commands.plan(loaded) if dry_run else commands.train(loaded, force))
+    except (TrainingError, FloatingPointError) as error:
+        _fail(_sentence(error))
+    except Exception as error:
+        if not _cannot_write(error, folder):
+            raise
+        _fail(f"Cannot write to {folder} ({error}); free space or set another output_dir. The run goes on from there.")
+
+
+@app.command()
+def mine(
+    source: Annotated[str, typer.Argument(help="A file, folder or Hub id with queries and positives, or images.")],
+    out: Annotated[Path, typer.Argument(help="Parquet file to write.")],
+    model: Annotated[str, typer.Option(help="A sentence-transformers model; a Bifocal model across modalities.")],
+    direction: Annotated[str, typer.Option(help="text-to-text, text-to-image or image-to-text.")] = "text-to-text",
+    column: Annotated[list[str] | None, typer.Option(help="ours=theirs, such as query=question.")] = None,
+    negatives: Annotated[int, typer.Option(help="How many for each query.")] = 7,
+    skip: Annotated[int, typer.Option(help="Leave out the first so many candidates.")] = 0,
+    depth: Annotated[int, typer.Option(help="Look at so many candidates.")] = 100,
+    margin: Annotated[
+        float | None, typer.Option(help="A negative is at least so much less similar than the positive.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Of embedding.")] = 64,
+    cache: Annotated[Path | None, typer.Option(help="Folder for embeddings; a killed run finds them again.")] = None,
+) -> None:
+    """Find hard negatives for text pairs, or across pictures and texts, and write them with their scores."""
+    _require("datasets", "pydantic", "sentence_transformers")
+    from bifocal import commands
+    from bifocal.training.tasks import TrainingError
+
+    settings = dict(negatives=negatives, skip=skip, depth=depth, margin=margin, batch_size=batch_size)
+    try:
+        typer.echo(commands.mine(source, out, model, direction, column or [], cache, settings))
+    except TrainingError as error:
+        _fail(_sentence(error))
+    except Exception as error:
+        if not _cannot_write(error, out.parent):
+            raise
+        _fail(f"Cannot write to {out.parent} ({error}); free space or choose another place.")
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     from importlib.metadata import version as installed
@@ -73,6 +133,11 @@ def _cannot_write(error: Exception, folder: Path) -> bool:
         return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
     existing = next(path for path in [folder, *folder.absolute().parents] if path.exists())
     return "No space left" in str(error) or shutil.disk_usage(existing).free < 2**20
+
+
+def _sentence(error: Exception) -> str:
+    """What an error says; one that comes from a data worker brings that worker's traceback before it."""
+    return str(error).strip().splitlines()[-1].rpartition("Error: ")[2]
 
 
 def _fail(message: str) -> NoReturn:

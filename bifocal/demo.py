@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,79 +12,79 @@ from typing import Any
 from bifocal.demo_results import evaluate_symbols, example_searches, searches_as_text, write_demo_report
 from bifocal.evaluation.report import Stage
 from bifocal.hub.export import Card, export_model
-from bifocal.modeling import BifocalConfig, BifocalModel, BifocalProcessor
+from bifocal.modeling import BifocalModel, BifocalProcessor
 from bifocal.training.callbacks import StageProgress, Stopwatch
 from bifocal.training.checkpoints import last_complete_checkpoint
-from bifocal.training.data.symbols import SymbolsConfig, build_symbols, random_shift
-from bifocal.training.tasks import Task
+from bifocal.training.data.symbols import SymbolsConfig, build_symbols
+from bifocal.training.recipe import Recipe, find_recipe, load_recipe
+from bifocal.training.run import prepare
+from bifocal.training.sources import with_columns
 from bifocal.training.tokenizer import train_wordpiece
-from bifocal.training.trainer import MultiTaskTrainer
 
-TEXT_TEMPERATURE = 0.05
-MAX_LENGTH = 96
-
-
-@dataclass(frozen=True)
-class StageSettings:
-    """One stage of the recipe (arXiv 2405.20204, section 3) at the demo's size.
-
-    Args:
-        captions: "name" or "long_captions", what is paired with the pictures.
-        texts: "text-pair" (name, description) or "text-triplet" (description, name, 7 confusable names).
-        image_batch, text_batch: rows of each per step.
-    """
-
-    name: str
-    title: str
-    captions: str
-    texts: str
-    steps: int
-    image_batch: int
-    text_batch: int
-    learning_rate: float
+STAGES = {
+    "stage1": "1: names + text pairs",
+    "stage2": "2: long captions + text pairs",
+    "stage3": "3: triplets + long captions",
+}
 
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """All that the demo's result is a function of."""
+    """All that the demo's result is a function of, beside the recipes of its stages.
+
+    Args:
+        data: the symbols.
+        overrides: of the recipe of each stage.
+    """
 
     data: SymbolsConfig
-    width: int
-    image_layers: int
-    text_layers: int
-    patch_size: int
-    patch_dropout: float
     vocab_size: int
-    stages: tuple[StageSettings, ...]
+    overrides: dict[str, list[str]]
     seed: int = 0
+
+    def recipe(self, stage: str, out: Path) -> Recipe:
+        """The recipe of a stage (training/recipes/demo) at its place in this run."""
+        start = [] if stage == "stage1" else [f"start_from={out / f'stage{int(stage[-1]) - 1}' / 'model'}"]
+        placed = [
+            f"output_dir={out / stage}",
+            f"processor={out / 'processor'}",
+            f"seed={self.seed}",
+            "train_tokenizer=null",
+        ]
+        return load_recipe(find_recipe(f"demo/{stage}"), [*placed, *start, *self.overrides.get(stage, [])])
 
 
 def full_settings(seed: int) -> DemoSettings:
     """The demo as users run it: about six minutes on two cores."""
-    return DemoSettings(
-        data=SymbolsConfig(image_size=32, seed=seed),
-        width=128, image_layers=3, text_layers=2, patch_size=8, patch_dropout=0.0, vocab_size=4000,
-        stages=(
-            StageSettings("stage1", "1: names + text pairs", "name", "text-pair", 550, 256, 32, 1.5e-3),
-            StageSettings("stage2", "2: long captions + text pairs", "long_captions", "text-pair", 50, 128, 32, 4e-4),
-            StageSettings("stage3", "3: triplets + long captions", "long_captions", "text-triplet", 40, 128, 32, 2e-4),
-        ),
-        seed=seed,
-    )  # fmt: skip
+    return DemoSettings(SymbolsConfig(image_size=32, seed=seed), 4000, {}, seed)
 
 
 def quick_settings(seed: int) -> DemoSettings:
     """The same path in seconds, for tests: too short to learn much."""
+    small = [
+        "model.projection_dim=64", "model.text_config.hidden_size=64", "model.text_config.num_attention_heads=2",
+        "model.text_config.intermediate_size=128", "model.text_config.num_hidden_layers=1",
+        "model.vision_config.hidden_size=64", "model.vision_config.num_attention_heads=2",
+        "model.vision_config.intermediate_size=170", "model.vision_config.num_hidden_layers=2",
+    ]  # fmt: skip
+
+    def short(text_task: str, steps: int) -> list[str]:
+        return [
+            f"training.max_steps={steps}", "training.warmup_steps=1", "training.logging_steps=1",
+            f"training.save_steps={steps // 3}", "tasks.image-text.batch_size=64", f"tasks.{text_task}.batch_size=16",
+        ]  # fmt: skip
+
     full = full_settings(seed)
-    short = {"stage1": 12, "stage2": 6, "stage3": 6}
     return replace(
         full,
         data=replace(full.data, limit=400, test_symbols=50, validation_symbols=50),
-        width=64, image_layers=2, text_layers=1, vocab_size=1000,
-        stages=tuple(
-            replace(stage, steps=short[stage.name], image_batch=64, text_batch=16) for stage in full.stages
-        ),
-    )  # fmt: skip
+        vocab_size=1000,
+        overrides={
+            "stage1": [*small, *short("text-pair", 12)],
+            "stage2": short("text-pair", 6),
+            "stage3": short("text-triplet", 6),
+        },
+    )
 
 
 class DemoError(Exception):
@@ -102,18 +103,17 @@ def run_demo(out: Path, settings: DemoSettings, force: bool = False) -> None:
     _leave_progress_to_the_stages()
     symbols = build_symbols(settings.data)
     processor = _processor(out, settings, symbols["train"])
-    model = _new_model(settings, len(processor.tokenizer))
-    model.processor = processor
     stages = []
-    for stage in settings.stages:
-        result = _read_json(out / stage.name / "result.json")
+    for stage, title in STAGES.items():
+        result = _read_json(out / stage / "result.json")
         if result is None:
-            result = _train_stage(out, settings, stage, model, processor, symbols)
+            result = _train_stage(settings.recipe(stage, out), title, symbols)
         else:
-            print(f"{stage.title} is done already.")
-            model = _load_weights(model, out / stage.name / "model")
+            print(f"{title} is done already.")
         stages.append(result)
-        print(_metrics_line(stage, result["metrics"]))
+        print(_metrics_line(title, result["metrics"]))
+    model = BifocalModel.from_pretrained(out / "stage3" / "model")
+    model.processor = processor
     _finish(out, settings, model, processor, symbols["test"], stages, started)
 
 
@@ -128,14 +128,15 @@ def _leave_progress_to_the_stages() -> None:
 
 def _open_run(out: Path, settings: DemoSettings, force: bool) -> bool:
     """Claim the folder; False if a finished run is there already."""
-    wanted = json.loads(json.dumps(asdict(settings)))
+    recipes = {stage: json.loads(settings.recipe(stage, Path()).model_dump_json()) for stage in STAGES}
+    wanted = json.loads(json.dumps({"data": asdict(settings.data), "vocab_size": settings.vocab_size} | recipes))
     found = _read_json(out / "settings.json")
     if out.exists() and not out.is_dir():
         raise DemoError(f"'{out}' is a file; choose another folder with --out.")
     if found is None and out.exists() and any(out.iterdir()):
         raise DemoError(f"'{out}' holds other files and no run of the demo; choose another folder with --out.")
     if found is not None and force:
-        _clear(out, settings)
+        _clear(out)
     elif found is not None and found != wanted:
         raise DemoError(
             f"'{out}' holds a run with other settings; choose another folder with --out, or start anew with --force."
@@ -154,10 +155,11 @@ def _processor(out: Path, settings: DemoSettings, train: Any) -> BifocalProcesso
     folder = out / "processor"
     if (folder / "processor_config.json").exists():
         return BifocalProcessor.from_pretrained(folder)
+    max_length = settings.recipe("stage1", out).max_length
     texts = list(train["name"])
     for column in ("long_captions", "descriptions"):
         texts += [text for wordings in train[column] for text in wordings]
-    tokenizer = train_wordpiece(texts, settings.vocab_size, MAX_LENGTH)
+    tokenizer = train_wordpiece(texts, settings.vocab_size, max_length)
     side = settings.data.image_size
     images = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     processor = BifocalProcessor(images, tokenizer)
@@ -167,103 +169,32 @@ def _processor(out: Path, settings: DemoSettings, train: Any) -> BifocalProcesso
     return processor
 
 
-def _new_model(settings: DemoSettings, tokens: int) -> BifocalModel:
-    from transformers import set_seed
-
-    set_seed(settings.seed)
-    heads = settings.width // 32
-    config = BifocalConfig(
-        text_config={
-            "vocab_size": -(-tokens // 64) * 64, "hidden_size": settings.width,
-            "num_hidden_layers": settings.text_layers, "num_attention_heads": heads,
-            "intermediate_size": 2 * settings.width, "max_position_embeddings": 512, "hidden_dropout_prob": 0.0,
-            "initializer_range": 0.05,
-        },
-        vision_config={
-            "hidden_size": settings.width, "num_hidden_layers": settings.image_layers, "num_attention_heads": heads,
-            "intermediate_size": 8 * settings.width // 3, "image_size": settings.data.image_size,
-            "patch_size": settings.patch_size, "patch_dropout": settings.patch_dropout,
-            "rope_reference_grid": settings.data.image_size // settings.patch_size, "initializer_range": 0.05,
-        },
-        projection_dim=settings.width, initializer_range=0.05,
-    )  # fmt: skip
-    return BifocalModel(config)
+def _from(train: Any) -> Callable[..., Any]:
+    """Reads the sources of the demo's recipes from the symbols that are here already."""
+    return lambda source, columns, seed: with_columns(train, source, columns)
 
 
-def _tasks(stage: StageSettings, train: Any) -> list[Task]:
-    """The two tasks of a stage, as views of the data set's columns."""
-    from datasets import Image, List
-
-    pictures = train.select_columns(["images", stage.captions]).cast_column("images", List(Image(decode=False)))
-    pictures = pictures.rename_columns({"images": "image", stage.captions: "caption"})
-    columns = {"name": "query", "descriptions": "positive"}
-    if stage.texts == "text-triplet":  # the other way round: the hard negatives are names
-        columns = {"descriptions": "query", "name": "positive", "negatives": "negatives"}
-    texts = train.select_columns(list(columns))
-    texts = texts.rename_columns({old: new for old, new in columns.items() if old != new})
-    return [
-        Task("image-text", "image-text", pictures, stage.image_batch),
-        Task(stage.texts, stage.texts, texts, stage.text_batch, temperature=TEXT_TEMPERATURE),
-    ]
-
-
-def _train_stage(
-    out: Path,
-    settings: DemoSettings,
-    stage: StageSettings,
-    model: BifocalModel,
-    processor: BifocalProcessor,
-    symbols: Any,
-) -> dict[str, Any]:
+def _train_stage(recipe: Recipe, title: str, symbols: Any) -> dict[str, Any]:
     """Train one stage from its last checkpoint, if there is one, and keep its weights and result."""
-    from transformers import TrainingArguments
     from transformers.trainer_callback import ProgressCallback
 
-    folder = out / stage.name
+    folder = recipe.folder
     checkpoint = last_complete_checkpoint(folder)
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=stage.steps,
-        learning_rate=stage.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=max(1, stage.steps // 10),
-        adam_beta2=0.98,
-        weight_decay=0.05,
-        max_grad_norm=1.0,
-        logging_steps=max(1, stage.steps // 20),
-        save_steps=min(50, max(1, stage.steps // 3)),
-        save_total_limit=2,
-        seed=settings.seed,
-        dataloader_pin_memory=False,
-        remove_unused_columns=False,
-        report_to="none",
-        restore_callback_states_from_checkpoint=True,
-    )
     watch = Stopwatch()
-    trainer = MultiTaskTrainer(
-        model=model,
-        args=arguments,
-        tasks=_tasks(stage, symbols["train"]),
-        processor=processor,
-        max_length=MAX_LENGTH,
-        augment=random_shift,
-        callbacks=[watch],
-    )
+    prepared = prepare(recipe, [watch], _from(symbols["train"]), dataloader_pin_memory=False)
+    trainer = prepared.trainer
+    model = trainer.model
     trainer.remove_callback(ProgressCallback)
-    progress = StageProgress(f"Stage {stage.title}")
-    trainer.add_callback(progress)
+    trainer.add_callback(StageProgress(f"Stage {title}"))
     if checkpoint is not None:
-        print(f"Stage {stage.title} goes on from {checkpoint.name}.")
-    try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    finally:
-        progress.close()
+        print(f"Stage {title} goes on from {checkpoint.name}.")
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     evaluation = evaluate_symbols(model, symbols["test"])
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     names = [name for name in logs[0] if name.startswith("loss/")]
     result = {
-        "name": stage.title,
-        "steps": stage.steps,
+        "name": title,
+        "steps": trainer.args.max_steps,
         "seconds": watch.seconds,
         "metrics": evaluation.metrics,
         "recall": evaluation.recall,
@@ -309,7 +240,7 @@ def _finish(
         "minutes of training": f"{seconds / 60:.1f}",
     }
     write_demo_report(
-        out / "report.html", [Stage(**stage) for stage in stages], galleries, figures, _described(settings, model)
+        out / "report.html", [Stage(**stage) for stage in stages], galleries, figures, _described(settings, out, model)
     )
     _write_json(out / "results.json", {"stages": stages, "seconds": seconds, "load difference": difference})
     print(
@@ -333,7 +264,7 @@ def _check_folder(folder: Path, test: Any) -> float:
     )
 
 
-def _described(settings: DemoSettings, model: BifocalModel) -> dict[str, str]:
+def _described(settings: DemoSettings, out: Path, model: BifocalModel) -> dict[str, str]:
     import sys
 
     import torch
@@ -341,13 +272,16 @@ def _described(settings: DemoSettings, model: BifocalModel) -> dict[str, str]:
 
     described = {
         "parameters": f"{sum(parameter.numel() for parameter in model.parameters()):,}",
-        "towers": f"width {settings.width}, {settings.image_layers} image and {settings.text_layers} text layers",
-        "pictures": f"{settings.data.image_size} x {settings.data.image_size} pixels, patches of {settings.patch_size}",
+        "towers": f"width {model.config.projection_dim}, {model.config.vision_config.num_hidden_layers} image and "
+        f"{model.config.text_config.num_hidden_layers} text layers",
+        "pictures": f"{model.config.vision_config.image_size} pixels wide and high, patches of "
+        f"{model.config.vision_config.patch_size}",
     }
-    for stage in settings.stages:
-        described[f"stage {stage.title}"] = (
-            f"{stage.steps} steps of {stage.image_batch} pictures and {stage.text_batch} text rows, learning rate "
-            f"{stage.learning_rate:g}"
+    for stage, title in STAGES.items():
+        recipe = settings.recipe(stage, out)
+        batches = " and ".join(f"{task.batch_size} rows of {task.name}" for task in recipe.tasks)
+        described[f"stage {title}"] = (
+            f"{recipe.training['max_steps']} steps of {batches}, learning rate {recipe.training['learning_rate']:g}"
         )
     described["seed"] = str(settings.seed)
     described["versions"] = (
@@ -356,20 +290,14 @@ def _described(settings: DemoSettings, model: BifocalModel) -> dict[str, str]:
     return described
 
 
-def _metrics_line(stage: StageSettings, metrics: dict[str, float]) -> str:
+def _metrics_line(title: str, metrics: dict[str, float]) -> str:
     shown = ", ".join(f"{name} {metrics[name]:.3f}" for name in metrics if name.endswith("R@5"))
-    return f"After stage {stage.title}: {shown}"
+    return f"After stage {title}: {shown}"
 
 
-def _load_weights(model: BifocalModel, folder: Path) -> BifocalModel:
-    loaded = BifocalModel.from_pretrained(folder)
-    loaded.processor = model.processor
-    return loaded
-
-
-def _clear(out: Path, settings: DemoSettings) -> None:
+def _clear(out: Path) -> None:
     """Remove what a run of the demo makes, and nothing else."""
-    for name in ("processor", ".processor", "model", *(stage.name for stage in settings.stages)):
+    for name in ("processor", ".processor", "model", *STAGES):
         shutil.rmtree(out / name, ignore_errors=True)
     for name in ("settings.json", "results.json", "report.html"):
         (out / name).unlink(missing_ok=True)

@@ -222,9 +222,10 @@ class BifocalVisionModel(BifocalPreTrainedModel):
         if isinstance(module, BifocalVisionEmbeddings):
             init.normal_(module.class_token, std=self.config.initializer_range)
             init.normal_(module.position_embedding, std=self.config.initializer_range)
-        elif isinstance(module, nn.Linear) and hasattr(module, "depth"):
+        depth = getattr(module, "depth", None)
+        if isinstance(module, nn.Linear) and isinstance(depth, int):
             # EVA divides what each layer n adds to the residual stream by sqrt(2n).
-            init.normal_(module.weight, std=self.config.initializer_range / (2.0 * module.depth) ** 0.5)
+            init.normal_(module.weight, std=self.config.initializer_range / (2.0 * depth) ** 0.5)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.patch_embedding

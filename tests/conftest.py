@@ -12,6 +12,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from bifocal.modeling import BifocalConfig, BifocalModel, BifocalProcessor
 from bifocal.training.tokenizer import train_wordpiece
 
+# Real data beside the project, for those who have it; tests that need it are skipped elsewhere.
+SHARED = Path(os.environ.get("BIFOCAL_SHARED_DATA") or Path(__file__).parents[2] / "shared" / "data")
+
 TEXTS = [
     "latin small letter a with acute",
     "greek capital letter omega",

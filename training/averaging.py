@@ -8,6 +8,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback
 
+from bifocal.training.tasks import TrainingError
+
 FILE = "average.safetensors"
 
 
@@ -39,9 +41,9 @@ class WeightAverage(TrainerCallback):
     def load(self, folder: Path) -> None:
         """
         Raises:
-            ValueError: the checkpoint has no average.
+            TrainingError: the checkpoint has no average.
         """
         if not (folder / FILE).exists():
-            raise ValueError(f"{folder} has no averaged weights ({FILE}); resume without ema_decay.")
+            raise TrainingError(f"{folder} has no averaged weights ({FILE}); resume without ema_decay.")
         for name, weight in load_file(folder / FILE).items():
             self.weights[name].copy_(weight)

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from bifocal.training.distributed import World
 from bifocal.training.streams import BlockReader
-from bifocal.training.tasks import Task
+from bifocal.training.tasks import Task, TrainingError
 
 SORTS = ("image", "text")
 
@@ -23,7 +23,7 @@ class Schedule:
         seed: of the draws.
 
     Raises:
-        ValueError: several tasks of one sort, one of which streams and does not say its rows.
+        TrainingError: several tasks of one sort, one of which streams and does not say its rows.
     """
 
     def __init__(self, tasks: Sequence[Task], steps: int, seed: int) -> None:
@@ -37,10 +37,14 @@ class Schedule:
             sizes = [tasks[number].size for number in members]
             if len(members) > 1 and None in sizes:
                 name = tasks[members[sizes.index(None)]].name
-                raise ValueError(f"Task '{name}' streams beside others of its sort; say how many rows it has (rows=...).")
-            weights = np.array([(size or 1) * tasks[number].weight for number, size in zip(members, sizes, strict=True)])
+                raise TrainingError(
+                    f"Task '{name}' streams beside others of its sort; say how many rows it has (rows=...)."
+                )
+            weights = np.array(
+                [(size or 1) * tasks[number].weight for number, size in zip(members, sizes, strict=True)]
+            )
             if weights.min() < 0 or not weights.sum() > 0:
-                raise ValueError("Weights of tasks must not be negative, and one of each sort must be above 0.")
+                raise TrainingError("Weights of tasks must not be negative, and one of each sort must be above 0.")
             share = weights / weights.sum()
             self.shares |= {tasks[number].name: float(part) for number, part in zip(members, share, strict=True)}
             drawn = np.array(members)[np.random.default_rng([seed, order]).choice(len(members), steps, p=share)]
@@ -78,9 +82,10 @@ class Batches:
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
         for task in tasks:
             if not task.streams and len(task.dataset) < task.batch_size * world.size:
-                raise ValueError(
+                raise TrainingError(
                     f"The data set of task '{task.name}' has {len(task.dataset)} rows, fewer than the "
-                    f"{task.batch_size * world.size} of its batches in {world.size} processes; give a smaller batch_size."
+                    f"{task.batch_size * world.size} of its batches in {world.size} processes; give a smaller "
+                    "batch_size."
                 )
 
     def rows(self, number: int, use: int) -> np.ndarray:
@@ -141,9 +146,7 @@ class StepStream(Batches, IterableDataset):
         info = torch.utils.data.get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
         readers = {
-            number: BlockReader(
-                task, self.seed + number, self.world.rank * workers + worker, self.world.size * workers
-            )
+            number: BlockReader(task, self.seed + number, self.world.rank * workers + worker, self.world.size * workers)
             for number, task in enumerate(self.tasks)
             if task.streams
         }

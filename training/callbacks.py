@@ -39,11 +39,6 @@ class StageProgress(ProgressCallback):
         if self.training_bar is not None:
             self.training_bar.set_description(self.name)
 
-    def close(self) -> None:
-        """End the bar after a failure, which does not reach `on_train_end`: it would draw itself again at exit."""
-        if self.training_bar is not None:
-            self.training_bar.close()
-
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.training_bar is not None and logs and "loss" in logs:
             self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")

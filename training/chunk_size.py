@@ -31,28 +31,33 @@ def find_chunk_sizes(
         largest["text"] = max(largest["text"], texts)
         if task.sort == "image":
             largest["image"] = max(largest["image"], task.batch_size)
+    device = next(model.parameters()).device
+    free = _free_memory(device) - 3 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    per_row = dict(zip(largest, kept_per_row(model, max_length, processor, args), strict=True))
+    sizes = {}
+    for sort, most in largest.items():
+        affordable = max(1, int(_SHARE * free / 2 / max(1, per_row[sort])))
+        # A power of two, or the whole batch.
+        sizes[sort] = most if affordable >= most else 2 ** (affordable.bit_length() - 1)
+    return sizes["text"], sizes["image"]
+
+
+def kept_per_row(model: nn.Module, max_length: int, processor: BifocalProcessor, args: Any) -> tuple[int, int]:
+    """Bytes that autograd keeps for one text of `max_length` tokens and for one image of the processor's size."""
     crop = processor.image_processor.crop_size
     channels = getattr(getattr(model.config, "vision_config", None), "num_channels", 3)
     device = next(model.parameters()).device
-    free = _free_memory(device) - 3 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     model.train()
 
-    def inputs(sort: str, rows: int) -> tuple[list[Any], list[Any]]:
-        if sort == "image":
-            pixels = torch.zeros(rows, channels, crop["height"], crop["width"], device=device)
-            return [], [{"pixel_values": pixels}]
+    def text(rows: int) -> int:
         ids = torch.ones(rows, max_length, dtype=torch.long, device=device)
-        return [{"input_ids": ids, "attention_mask": ids}], []
+        return _kept_for_backward(model, [{"input_ids": ids, "attention_mask": ids}], [], args)
 
-    sizes = {}
-    for sort in largest:
-        if sort == "image" and all(task.sort != "image" for task in tasks):
-            sizes[sort] = 1
-            continue
-        one, two = (_kept_for_backward(model, *inputs(sort, rows), args) for rows in (1, 2))
-        affordable = int(max(0, _SHARE * free / 2 - one) / max(1, two - one)) + 1
-        sizes[sort] = min(2 ** (affordable.bit_length() - 1), largest[sort])
-    return sizes["text"], sizes["image"]
+    def image(rows: int) -> int:
+        pixels = torch.zeros(rows, channels, crop["height"], crop["width"], device=device)
+        return _kept_for_backward(model, [], [{"pixel_values": pixels}], args)
+
+    return text(2) - text(1), image(2) - image(1)
 
 
 def _free_memory(device: torch.device) -> int:

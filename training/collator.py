@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from bifocal.modeling import BifocalProcessor, load_image
-from bifocal.training.tasks import COLUMNS, Task
+from bifocal.training.tasks import COLUMNS, Task, TrainingError
 
 Augmentation = Callable[[Image.Image, random.Random], Image.Image]
 Inputs = dict[str, torch.Tensor]
@@ -109,8 +109,8 @@ class MultiTaskCollator:
             items: exactly one item of `StepBatches` or `StepStream`.
 
         Raises:
-            ValueError: an empty text, negatives that differ in number, or a picture that cannot be read; task, row and
-                column are named.
+            TrainingError: an empty text, negatives that differ in number, or a picture that cannot be read, with
+                task, row and column.
         """
         (item,) = items
         if item is None:  # a step before the one to resume from
@@ -152,7 +152,7 @@ class MultiTaskCollator:
     def _one_of(task: Task, row: Any, column: str, value: Any, generator: random.Random) -> str:
         text = generator.choice(value) if isinstance(value, list) and value else value
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(
+            raise TrainingError(
                 f"Row {row} of task '{task.name}' has no text in its column '{column}'; remove the row or fill it."
             )
         if column == "caption" and task.captions != "whole":
@@ -164,12 +164,12 @@ class MultiTaskCollator:
     def _negatives(task: Task, rows: Sequence[Any], values: list[list[str]]) -> list[str]:
         for row, negatives in zip(rows, values, strict=True):
             if not negatives or len(negatives) != len(values[0]):
-                raise ValueError(
+                raise TrainingError(
                     f"Row {row} of task '{task.name}' has {len(negatives or [])} negatives and row {rows[0]} has "
                     f"{len(values[0] or [])}; give every row the same number, at least one."
                 )
             if not all(isinstance(text, str) and text.strip() for text in negatives):
-                raise ValueError(
+                raise TrainingError(
                     f"Row {row} of task '{task.name}' has no text in its column 'negatives'; remove the row or fill it."
                 )
         return [text for negatives in values for text in negatives]
@@ -181,7 +181,11 @@ class MultiTaskCollator:
             if isinstance(chosen, dict):  # an undecoded `datasets.Image`
                 chosen = chosen["bytes"] if chosen["bytes"] is not None else chosen["path"]
             name = None if isinstance(chosen, str) else f"The image of row {row} of task '{task.name}'"
-            picture = load_image(chosen, name)
+            try:
+                picture = load_image(chosen, name)
+            except (OSError, ValueError) as error:
+                where = "" if name else f" It is in row {row} of task '{task.name}'."
+                raise TrainingError(f"{error}{where}") from error
             pictures.append(self.augment(picture, generator) if self.augment else picture)
         processor = self.processor.image_processor
         crop = processor.crop_size

@@ -65,7 +65,9 @@ def cached_step(
             parts.append(forward(texts, images))
     names = {name for part in parts for name in part}
     leaves = {
-        name: (torch.cat([part[name] for part in parts if name in part]) if name in ("texts", "images") else parts[0][name])
+        name: (
+            torch.cat([part[name] for part in parts if name in part]) if name in ("texts", "images") else parts[0][name]
+        )
         .detach()
         .requires_grad_()
         for name in sorted(names)

@@ -35,7 +35,7 @@ def embed(model: nn.Module, texts: Sequence[Inputs], images: Sequence[Inputs]) -
     return outputs
 
 
-def temperature_of(model: nn.Module) -> dict[str, torch.Tensor]:
+def temperature_of(model: Any) -> dict[str, torch.Tensor]:
     """`scale` and `bias` of a dual encoder, each if it has one."""
     found = {}
     scale = getattr(model, "logit_scale", None)
@@ -54,7 +54,7 @@ def _pooled(output: Any) -> torch.Tensor:
 
 
 @contextmanager
-def joint_forward(model: nn.Module) -> Iterator[None]:
+def joint_forward(model: Any) -> Iterator[None]:
     """Within, `model(step_texts=..., step_images=...)` is `embed`; every other call goes on as before."""
     before: Callable[..., Any] | None = vars(model).get("forward")
     original = model.forward
@@ -64,11 +64,11 @@ def joint_forward(model: nn.Module) -> Iterator[None]:
             return original(*args, **kwargs)
         return embed(model, step_texts or [], step_images or [])
 
-    model.forward = forward  # type: ignore[method-assign]
+    model.forward = forward
     try:
         yield
     finally:
         if before is None:
             del model.forward
         else:
-            model.forward = before  # type: ignore[method-assign]
+            model.forward = before

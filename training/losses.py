@@ -137,7 +137,9 @@ def info_nce_plus(
     row_means = None
     if there.row_means is not None and hard.row_means is not None:
         # The mean over both kinds of candidates, by their number.
-        counts = [_counts(e, len(query), m) for e, m in ((exclusions, len(own) * world.size), (hard_exclusions, len(flat)))]
+        counts = [
+            _counts(e, len(query), m) for e, m in ((exclusions, len(own) * world.size), (hard_exclusions, len(flat)))
+        ]
         row_means = (there.row_means * counts[0] + hard.row_means * counts[1]) / (counts[0] + counts[1])
     forward = _cross_entropy(own, torch.logaddexp(there.rows, hard.rows), row_means, label_smoothing)
     if world.size == 1:

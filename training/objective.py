@@ -1,6 +1,8 @@
 """The loss of a step: the sum over its tasks (arXiv 2405.20204, section 3: L1, L2 and L3)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -8,7 +10,7 @@ from bifocal.training.collator import Columns, StepInputs
 from bifocal.training.distributed import World
 from bifocal.training.losses import info_nce, info_nce_plus, matryoshka, sigmoid_loss
 from bifocal.training.similarity import Exclusions
-from bifocal.training.tasks import TEXT_TEMPERATURE, Task
+from bifocal.training.tasks import TEXT_TEMPERATURE, Task, TrainingError
 
 _RATED = 1024  # rows of a batch that the in-batch accuracy looks at
 
@@ -75,9 +77,10 @@ class Objective:
         elif "scale" in embedded:
             temperature = 1.0 / embedded["scale"]
         else:
-            raise ValueError(f"Task '{task.name}' needs a temperature, since the model has no logit_scale.")
+            raise TrainingError(f"Task '{task.name}' needs a temperature, since the model has no logit_scale.")
         negatives = sides["negatives"].unflatten(0, (len(a), -1)) if "negatives" in sides else None
-        function, options = info_nce, dict(form=self.form, world=self.world)
+        function: Callable[..., torch.Tensor] = info_nce
+        options: dict[str, Any] = dict(form=self.form, world=self.world)
         if task.loss == "sigmoid":
             function = sigmoid_loss
             options["bias"] = embedded.get("bias", -10.0)

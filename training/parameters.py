@@ -8,13 +8,18 @@ from torch import nn
 from bifocal.training.arguments import BifocalTrainingArguments
 
 # As EVA: neither learned positions nor the class token decay; nor does what is no matrix (norms, biases, logit_scale).
-_NO_DECAY = re.compile("class_token|class_embedding|position_embedding|word_embeddings|token_type_embeddings|embed_tokens")
+_NO_DECAY = re.compile(
+    "class_token|class_embedding|position_embedding|word_embeddings|token_type_embeddings|embed_tokens"
+)
 _LAYER = re.compile(r"\blayers?\.(\d+)\.")
-_TOWERS = {"text": re.compile(r"\btext_(model|projection)\b"), "image": re.compile(r"\b(vision|visual)_(model|projection)\b")}
+_TOWERS = {
+    "text": re.compile(r"\btext_(model|projection)\b"),
+    "image": re.compile(r"\b(vision|visual)_(model|projection)\b"),
+}
 
 
 def tower_of(name: str) -> str:
-    """"text", "image" or "shared", by the names that Bifocal and transformers' dual encoders give their parts."""
+    """ "text", "image" or "shared", by the names that Bifocal and transformers' dual encoders give their parts."""
     return next((tower for tower, pattern in _TOWERS.items() if pattern.search(name)), "shared")
 
 
@@ -58,9 +63,9 @@ def parameter_groups(model: nn.Module, args: BifocalTrainingArguments) -> list[d
         if not parameter.requires_grad:
             continue
         tower, depth = tower_of(name), depth_of(name)
-        rate = args.learning_rate if rates.get(tower) is None else rates[tower]
+        own = rates.get(tower)
         below = 0 if depth is None or tower == "shared" else depths[tower] + 1 - depth
-        rate = float(rate) * args.layer_decay**below
+        rate = (args.learning_rate if own is None else own) * args.layer_decay**below
         decay = args.weight_decay if decays(name, parameter) else 0.0
         group = groups.setdefault((rate, decay), {"params": [], "lr": rate, "weight_decay": decay, "names": []})
         group["params"].append(parameter)

@@ -291,5 +291,3 @@ class TiledSigmoid(torch.autograd.Function):
                 d_bias += tile.sum()
         d_scale = (rows * d_rows).sum().view_as(scale)
         return d_rows.mul_(scale), d_columns, d_scale, d_bias, None
-
-

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from bifocal.training.tasks import COLUMNS, Task
+from bifocal.training.tasks import COLUMNS, Task, TrainingError
 
 BLOCK = 1024
 
@@ -39,7 +39,7 @@ class BlockReader:
         """Names of the next `count` rows, and their columns.
 
         Raises:
-            ValueError: the stream has no rows for this reader, or lacks a column.
+            TrainingError: the stream has no rows for this reader, or lacks a column.
         """
         names: list[str] = []
         columns: dict[str, list[Any]] = {}
@@ -61,15 +61,15 @@ class BlockReader:
         found = self._read()
         if found is None:  # the end of an epoch
             if self.block == 0:
-                raise ValueError(
-                    f"The stream of task '{self.task.name}' has no rows for reader {self.key[1]}; give fewer workers or "
-                    "processes, or more rows."
+                raise TrainingError(
+                    f"The stream of task '{self.task.name}' has no rows for reader {self.key[1]}; give fewer workers "
+                    "or processes, or more rows."
                 )
             self.epoch, self.block = self.epoch + 1, 0
             self._open()
             found = self._read()
             if found is None:
-                raise ValueError(f"The stream of task '{self.task.name}' had rows once and has none now.")
+                raise TrainingError(f"The stream of task '{self.task.name}' had rows once and has none now.")
         self._arrange(found)
 
     def _open(self) -> None:
@@ -84,7 +84,7 @@ class BlockReader:
     def _arrange(self, rows: dict[str, list[Any]]) -> None:
         missing = [column for column in COLUMNS[self.task.kind] if column not in rows]
         if missing:
-            raise ValueError(
+            raise TrainingError(
                 f"The stream of task '{self.task.name}' lacks the column '{missing[0]}' (it has {', '.join(rows)}); "
                 "rename or add it."
             )
@@ -108,9 +108,9 @@ class BlockReader:
         assert self._blocks is not None
         found = next(self._blocks, None)
         if found is None:
-            raise ValueError(
-                f"The stream of task '{self.task.name}' ends before the place where the checkpoint was made; resume with "
-                "the data it was made with."
+            raise TrainingError(
+                f"The stream of task '{self.task.name}' ends before the place where the checkpoint was made; resume "
+                "with the data it was made with."
             )
         self._before = state["stream"]
         self._arrange(found)

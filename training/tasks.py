@@ -14,6 +14,10 @@ CAPTIONS = ("whole", "first sentence", "any sentence")
 TEXT_TEMPERATURE = 0.05  # of text-text losses (arXiv 2405.20204, section 3.2)
 
 
+class TrainingError(ValueError):
+    """What stops a training run, in one sentence for the user."""
+
+
 @dataclass(frozen=True)
 class Task:
     """A data set and how it enters the joint loss.
@@ -41,7 +45,7 @@ class Task:
         rows: how many rows a streamed data set has, where its share of the steps depends on it.
 
     Raises:
-        ValueError: an unknown kind, loss or use of captions, a missing column, or fewer rows than a batch.
+        TrainingError: an unknown kind, loss or use of captions, a missing column, or fewer rows than a batch.
     """
 
     name: str
@@ -60,30 +64,32 @@ class Task:
     def __post_init__(self) -> None:
         for field, known in (("kind", list(COLUMNS)), ("loss", list(LOSSES)), ("captions", list(CAPTIONS))):
             if getattr(self, field) not in known:
-                raise ValueError(
+                raise TrainingError(
                     f"Task '{self.name}' has the unknown {field} '{getattr(self, field)}'; it must be one of {known}."
                 )
         if self.loss == "sigmoid" and self.kind != "image-text":
-            raise ValueError(f"Task '{self.name}': the sigmoid loss is for image-text tasks; use 'info_nce' for texts.")
+            raise TrainingError(
+                f"Task '{self.name}': the sigmoid loss is for image-text tasks; use 'info_nce' for texts."
+            )
         if self.batch_size < 1:
-            raise ValueError(f"Task '{self.name}' needs a batch_size of at least 1, not {self.batch_size}.")
+            raise TrainingError(f"Task '{self.name}' needs a batch_size of at least 1, not {self.batch_size}.")
         names = self.dataset.column_names
         if names is not None:  # a stream may not know its columns before it is read
             missing = [column for column in COLUMNS[self.kind] if column not in names]
             if missing:
-                raise ValueError(
+                raise TrainingError(
                     f"The data set of task '{self.name}' lacks the column '{missing[0]}' (it has "
                     f"{', '.join(names)}); rename or add it."
                 )
         if not self.streams and len(self.dataset) < self.batch_size:
-            raise ValueError(
+            raise TrainingError(
                 f"The data set of task '{self.name}' has {len(self.dataset)} rows, fewer than its batch of "
                 f"{self.batch_size}; give a smaller batch_size or more rows."
             )
 
     @property
     def sort(self) -> str:
-        """"image" or "text": each step has one task of each."""
+        """ "image" or "text": each step has one task of each."""
         return "image" if self.kind == "image-text" else "text"
 
     @property

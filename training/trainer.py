@@ -22,7 +22,7 @@ from bifocal.training.joint_forward import joint_forward, temperature_of
 from bifocal.training.meters import Meters, norms_by_tower
 from bifocal.training.objective import Objective
 from bifocal.training.parameters import decays, freeze, parameter_groups
-from bifocal.training.tasks import Task
+from bifocal.training.tasks import Task, TrainingError
 
 logger = logging.get_logger(__name__)
 STATE = "bifocal_state"
@@ -64,8 +64,12 @@ class MultiTaskTrainer(Trainer):
         callbacks: as for the Trainer.
 
     Raises:
-        ValueError: `args.max_steps` not given, no tasks, or two of one name.
+        TrainingError: `args.max_steps` not given, no tasks, or two of one name.
     """
+
+    args: BifocalTrainingArguments
+    model: Any
+    data_collator: Any
 
     def __init__(
         self,
@@ -83,21 +87,24 @@ class MultiTaskTrainer(Trainer):
         for named in (tasks, eval_tasks or []):
             names = [task.name for task in named]
             if (named is tasks and not names) or len(set(names)) < len(names):
-                raise ValueError(f"A stage needs at least one task and a name of its own for each, but it has {names}.")
+                raise TrainingError(
+                    f"A stage needs at least one task and a name of its own for each, but it has {names}."
+                )
         if args.max_steps <= 0:
-            raise ValueError("MultiTaskTrainer counts steps, not epochs; set max_steps in the training arguments.")
+            raise TrainingError("MultiTaskTrainer counts steps, not epochs; set max_steps in the training arguments.")
         streamed = [task.name for task in eval_tasks or [] if task.streams]
         if streamed:
-            raise ValueError(f"The evaluation task '{streamed[0]}' streams; give it a data set that is read whole.")
+            raise TrainingError(f"The evaluation task '{streamed[0]}' streams; give it a data set that is read whole.")
         needs_bias = [task.name for task in tasks if task.loss == "sigmoid" and "bias" not in temperature_of(model)]
         if needs_bias:
-            raise ValueError(
+            raise TrainingError(
                 f"The sigmoid loss of task '{needs_bias[0]}' learns a bias, which this model has not; set "
                 "logit_bias_init_value=-10.0 in its config."
             )
         processor = processor or model.processor
         text_config = getattr(model.config, "text_config", model.config)
-        max_length = max_length or text_config.max_position_embeddings
+        limit = text_config.max_position_embeddings
+        max_length = min(max_length or limit, limit)
         self.world = World.current() if args.world_size > 1 else World()
         self.tasks = {task.name: task for task in tasks}
         self.eval_tasks = {task.name: task for task in eval_tasks or []}
@@ -113,7 +120,9 @@ class MultiTaskTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=MultiTaskCollator(processor, max_length, args.seed, augment, self.world.rank),
+            data_collator=MultiTaskCollator(  # type: ignore[arg-type]
+                processor, max_length, args.seed, augment, self.world.rank
+            ),
             train_dataset=self.step_batches,
             eval_dataset=list(self.eval_tasks.values()) or None,
             processing_class=processor,
@@ -152,27 +161,38 @@ class MultiTaskTrainer(Trainer):
     def _prepare_inputs(self, inputs: Any) -> Any:
         return inputs.to(self.args.device) if isinstance(inputs, StepInputs) else super()._prepare_inputs(inputs)
 
-    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+    def train(  # type: ignore[override]
+        self, resume_from_checkpoint: Any = None, **kwargs: Any
+    ) -> Any:
         """As the Trainer's.
 
         Raises:
-            ValueError: the checkpoint belongs to another model, or to another number of processes or workers.
+            TrainingError: the checkpoint belongs to another model, or to another number of processes or workers.
         """
         if resume_from_checkpoint:
             self._restore(resume_from_checkpoint)
         if self.args.auto_chunk:
             self._choose_chunks()
-        with joint_forward(self.model):
-            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        try:
+            with joint_forward(self.model):
+                result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        except BaseException:
+            # A failure does not reach `on_train_end`: the bar would draw itself again over the message.
+            for callback in self.callback_handler.callbacks:
+                if getattr(callback, "training_bar", None) is not None:
+                    callback.training_bar.close()
+            raise
         if self.average is not None:
             self.average.copy_to(self.accelerator.unwrap_model(self.model))
         return result
 
     def _choose_chunks(self) -> None:
-        sizes = find_chunk_sizes(self.model, self.tasks.values(), self.max_length, self.data_collator.processor, self.args)
-        sizes = self.world.smallest(sizes, self.args.device)
-        self.args.text_chunk_size, self.args.image_chunk_size = sizes
-        logger.warning(f"auto_chunk embeds {sizes[0]} texts and {sizes[1]} images at once.")
+        sizes = find_chunk_sizes(
+            self.model, self.tasks.values(), self.max_length, self.data_collator.processor, self.args
+        )
+        texts, images = self.world.smallest(sizes, self.args.device)
+        self.args.text_chunk_size, self.args.image_chunk_size = texts, images
+        logger.warning(f"auto_chunk embeds {texts} texts and {images} images at once.")
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """One batch of each sort, directly or through the gradient cache.
@@ -199,14 +219,17 @@ class MultiTaskTrainer(Trainer):
             return model(step_texts=texts, step_images=images)
 
         text_rows, image_rows = self.args.text_chunk_size, self.args.image_chunk_size
-        if text_rows is None and image_rows is None:
+        images = sum(len(part["pixel_values"]) for part in inputs["images"])
+        if (text_rows or len(inputs["order"])) >= len(inputs["order"]) and (image_rows or images) >= images:
             with self.compute_loss_context_manager():
                 loss = objective(forward(inputs["texts"], inputs["images"]))
             self.accelerator.backward(loss)
             loss = loss.detach()
         else:
             if self.is_deepspeed_enabled:
-                raise ValueError("The gradient cache does not work with DeepSpeed; use DDP or FSDP, or no chunk sizes.")
+                raise TrainingError(
+                    "The gradient cache does not work with DeepSpeed; use DDP or FSDP, or no chunk sizes."
+                )
             loss = cached_step(
                 into_chunks(inputs["texts"], inputs["images"], text_rows, image_rows),
                 forward,
@@ -237,11 +260,12 @@ class MultiTaskTrainer(Trainer):
             broken = self.world.mean([float(broken)], self.args.device)[0] > 0
         if not broken:
             return
-        checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        checkpoint = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         if self.state.global_step and not checkpoint.exists():
             self._save_checkpoint(self.model, trial=None)
         name, value = next(
-            ((n, r.loss.item()) for n, r in results.items() if not torch.isfinite(r.loss)), (next(iter(results)), float("nan"))
+            ((n, r.loss.item()) for n, r in results.items() if not torch.isfinite(r.loss)),
+            (next(iter(results)), float("nan")),
         )
         rows = inputs["tasks"][name].rows
         shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
@@ -297,14 +321,14 @@ class MultiTaskTrainer(Trainer):
         from transformers.trainer_utils import get_last_checkpoint
 
         found = get_last_checkpoint(self.args.output_dir) if checkpoint is True else checkpoint
-        path = Path(found or self.args.output_dir) / f"{STATE}_{self.world.rank}.json"
+        path = Path(str(found or self.args.output_dir)) / f"{STATE}_{self.world.rank}.json"
         if not path.exists():
             return  # another trainer's; its weights and optimiser still serve
         state = json.loads(path.read_text(encoding="utf-8"))
         streams = isinstance(self.step_batches, StepStream)
         now = {"processes": self.world.size, "workers": self.args.dataloader_num_workers}
         if streams and any(state[name] != value for name, value in now.items()):
-            raise ValueError(
+            raise TrainingError(
                 f"{found} was made with {state['processes']} processes of {state['workers']} data workers, and streams "
                 "cannot go on exactly with another number of either; start this run with the same."
             )
@@ -323,9 +347,9 @@ class MultiTaskTrainer(Trainer):
         except RuntimeError as error:
             if "size mismatch" not in str(error) and "Missing key" not in str(error):
                 raise
-            raise ValueError(
-                f"{resume_from_checkpoint} is a checkpoint of another model ({_first_line(error)}); resume with the model "
-                "it was made with, or start anew."
+            raise TrainingError(
+                f"{resume_from_checkpoint} is a checkpoint of another model ({_first_line(error)}); resume with the "
+                "model it was made with, or start anew."
             ) from error
 
     # Evaluation and logs
@@ -339,16 +363,18 @@ class MultiTaskTrainer(Trainer):
             `eval_{task}_loss`, `eval_{task}_accuracy`, and `eval_loss`, the weighted sum of the losses.
 
         Raises:
-            ValueError: no evaluation tasks.
+            TrainingError: no evaluation tasks.
         """
         tasks = list(eval_dataset or self.eval_tasks.values())
         if not tasks:
-            raise ValueError("There is nothing to evaluate on; give the trainer eval_tasks.")
+            raise TrainingError("There is nothing to evaluate on; give the trainer eval_tasks.")
         model = self.model
         was_training = model.training
         model.eval()
         metrics: dict[str, float] = {f"{metric_key_prefix}_loss": 0.0}
-        collate = MultiTaskCollator(self.data_collator.processor, self.max_length, self.args.seed, None, self.world.rank)
+        collate = MultiTaskCollator(
+            self.data_collator.processor, self.max_length, self.args.seed, None, self.world.rank
+        )
         with torch.no_grad():
             for task in tasks:
                 joint = task.batch_size * self.world.size

@@ -1,6 +1,6 @@
 """A short training run for torchrun: every process takes its part, process 0 writes what came out.
 
-    torchrun --nproc-per-node 2 run_in_processes.py OUT BATCH STEPS '{"text_chunk_size": 3, ...}' KIND
+torchrun --nproc-per-node 2 run_in_processes.py OUT BATCH STEPS '{"text_chunk_size": 3, ...}' KIND
 """
 
 import json

@@ -1,6 +1,6 @@
 """A run that kills itself: after STEP steps, with checkpoints on the way; started again it resumes.
 
-    python run_until_killed.py OUT STEP {map,stream} WORKERS
+python run_until_killed.py OUT STEP {map,stream} WORKERS
 """
 
 import os

@@ -45,7 +45,9 @@ def test_batches_are_a_function_of_seed_and_step():
 def test_a_step_has_one_batch_of_each_sort_drawn_by_size_times_weight():
     small, large, light = pairs(100, name="small"), pairs(300, name="large"), pairs(400, name="light")
     light = replace(light, weight=0.25)
-    pictures = Task("pictures", "image-text", small.dataset.rename_columns({"query": "image", "positive": "caption"}), 4)
+    pictures = Task(
+        "pictures", "image-text", small.dataset.rename_columns({"query": "image", "positive": "caption"}), 4
+    )
     batches = StepBatches([small, pictures, large, light], 4000, seed=0)
     drawn = [[batches.tasks[number].name for number, _ in batches.schedule.at(step)] for step in range(4000)]
     assert {names[0] for names in drawn} == {"pictures"}
@@ -79,7 +81,10 @@ def test_two_processes_share_the_batches_of_one():
         (lambda data: Task("t", "text-pair", data, 0), "batch_size of at least 1, not 0"),
         (lambda data: Task("t", "text-pair", data, 11), "10 rows, fewer than its batch of 11"),
         (lambda data: StepBatches([Task("t", "text-pair", data, 6)], 1, 0, World(0, 2)), "fewer than the 12"),
-        (lambda data: StepBatches([Task("t", "text-pair", data, 6, weight=0.0)], 1, 0), "one of each sort must be above"),
+        (
+            lambda data: StepBatches([Task("t", "text-pair", data, 6, weight=0.0)], 1, 0),
+            "one of each sort must be above",
+        ),
     ],
 )
 def test_wrong_tasks_are_named(build, message):
@@ -133,7 +138,9 @@ def test_a_long_caption_may_stand_for_a_short_one(processor):
         features=Features({"image": Image(), "caption": Value("string")}),
     )
     task = Task("t", "image-text", data, 4, captions="first sentence")
-    assert set(words(processor, collate(processor, task), "t", "caption")) == {"black star"}, "this tokenizer knows no full stop"
+    assert set(words(processor, collate(processor, task), "t", "caption")) == {"black star"}, (
+        "this tokenizer knows no full stop"
+    )
     task = replace(task, captions="any sentence")
     drawn = {text for step in range(6) for text in words(processor, collate(processor, task, step), "t", "caption")}
     assert drawn == {"black star", "greek capital letter omega", "latin small letter a"}
@@ -143,7 +150,9 @@ def test_little_is_padded(processor):
     """A realistic mix: human captions and what questions and paragraphs have, log-normal with a long tail."""
     rng = random.Random(0)
     lengths = [min(500, max(1, round(rng.lognormvariate(3.2, 0.9)))) for _ in range(256)]
-    data = Dataset.from_dict({"query": ["star " * (1 + n // 8) for n in lengths], "positive": ["box " * n for n in lengths]})
+    data = Dataset.from_dict(
+        {"query": ["star " * (1 + n // 8) for n in lengths], "positive": ["box " * n for n in lengths]}
+    )
     collator = MultiTaskCollator(processor, 512, 0)
     batch = collator([StepBatches([Task("t", "text-pair", data, 128)], 2, 0)[0]])
     tokens = sum(int(bucket["attention_mask"].sum()) for bucket in batch["texts"])

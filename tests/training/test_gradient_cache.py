@@ -98,7 +98,9 @@ def test_chunks_cover_every_row_once(processor):
     assert max(len(part["input_ids"]) for texts, _ in chunks for part in texts) == 3
     assert max(len(part["pixel_values"]) for _, images in chunks for part in images) == 5
     assert sum(len(part["input_ids"]) for texts, _ in chunks for part in texts) == 8 + 8 * (2 + 3)
-    assert torch.equal(torch.cat([p["pixel_values"] for _, i in chunks for p in i]), inputs["images"][0]["pixel_values"])
+    assert torch.equal(
+        torch.cat([p["pixel_values"] for _, i in chunks for p in i]), inputs["images"][0]["pixel_values"]
+    )
     texts, images = chunks[-1]
     assert texts
     assert images, "the last pass takes part in both towers"

@@ -96,7 +96,9 @@ def test_large_batches_are_tiled(monkeypatch):
 def test_label_smoothing_is_that_of_torch(form):
     a, b = unit(9, 6), unit(9, 6, seed=1)
     logits, targets = a @ b.T / 0.1, torch.arange(9)
-    expected = cross_entropy(logits, targets, label_smoothing=0.1) + cross_entropy(logits.T, targets, label_smoothing=0.1)
+    expected = cross_entropy(logits, targets, label_smoothing=0.1) + cross_entropy(
+        logits.T, targets, label_smoothing=0.1
+    )
     torch.testing.assert_close(info_nce(a, b, 0.1, label_smoothing=0.1, form=form), expected)
     n = unit(9, 2, 6, seed=2)
     wide = torch.cat([logits, a @ n.flatten(0, 1).T / 0.1], dim=1)
@@ -175,7 +177,9 @@ def test_against_sentence_transformers_cached_loss(form):
     torch.testing.assert_close(info_nce(q, p, 0.05, reduction="mean", form=form), value)
     hard = losses.CachedMultipleNegativesRankingLoss(Given(), scale=20.0, mini_batch_size=5)
     there = hard.calculate_loss([[q], [p], *([n[:, k]] for k in range(2))], with_backward=False)
-    back = losses.CachedMultipleNegativesRankingLoss(Given(), scale=20.0).calculate_loss([[p], [q]], with_backward=False)
+    back = losses.CachedMultipleNegativesRankingLoss(Given(), scale=20.0).calculate_loss(
+        [[p], [q]], with_backward=False
+    )
     torch.testing.assert_close(info_nce_plus(q, p, n, 0.05, form=form), there + back)
 
 

@@ -18,9 +18,7 @@ def arguments(tmp_path, **options) -> BifocalTrainingArguments:
 
 def settings(model, args) -> dict[str, tuple[float, float]]:
     return {
-        name: (group["lr"], group["weight_decay"])
-        for group in parameter_groups(model, args)
-        for name in group["names"]
+        name: (group["lr"], group["weight_decay"]) for group in parameter_groups(model, args) for name in group["names"]
     }
 
 

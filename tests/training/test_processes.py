@@ -18,7 +18,14 @@ def run(out: Path, processes: int, batch: int, options: dict, kind: str, steps: 
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, str(SCRIPT)]
     if processes > 1:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", str(SCRIPT)]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={processes}",
+            str(SCRIPT),
+        ]
     command += [str(out), str(batch), str(steps), json.dumps(options), kind]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -50,3 +57,23 @@ def test_two_processes_equal_one(case, processor, tmp_path):
             torch.testing.assert_close(two[part][name], value, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
     moved = max(float((value - one["weights"][name]).abs().max()) for name, value in two["weights"].items())
     assert moved < 1e-5
+
+
+def test_sharded_weights_give_the_same_gradients(processor, tmp_path):
+    """FSDP 2 by torch itself: accelerate shards on accelerators only."""
+    processor.save_pretrained(tmp_path / "processor")
+    script = str(SCRIPT.with_name("run_sharded.py"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script]
+    results = []
+    for command, processes in (([sys.executable, script], 1), (torchrun, 2)):
+        done = subprocess.run(
+            [*command, str(tmp_path), str(processes)], capture_output=True, text=True, env=environment, timeout=200,
+            check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        results.append(torch.load(tmp_path / f"sharded-{processes}.pt"))
+    one, two = results
+    assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
+    for name, value in one["gradients"].items():
+        torch.testing.assert_close(two["gradients"][name], value, atol=1e-5, rtol=1e-4)

@@ -34,7 +34,9 @@ def texts(kind: str = "text-triplet", **options) -> Task:
     return Task(name, kind, data, 3, temperature=temperature, **options)
 
 
-def trainer(tmp_path, processor, steps: int = 6, tasks=None, model=None, **options) -> MultiTaskTrainer:
+def trainer(
+    tmp_path, processor, steps: int = 6, tasks=None, model=None, eval_tasks=None, **options
+) -> MultiTaskTrainer:
     torch.manual_seed(0)
     settings = dict(
         output_dir=str(tmp_path), max_steps=steps, learning_rate=1e-3, logging_steps=2, report_to="none",
@@ -46,6 +48,7 @@ def trainer(tmp_path, processor, steps: int = 6, tasks=None, model=None, **optio
         tasks=tasks or [pictures(), texts()],
         processor=processor,
         max_length=32,
+        eval_tasks=eval_tasks,
         callbacks=[Stopwatch()],
     )
 
@@ -131,7 +134,9 @@ def test_a_loss_that_is_not_finite_stops_with_its_task(tmp_path, processor):
     it = trainer(tmp_path, processor, steps=2)
     with torch.no_grad():
         it.model.vision_projection.weight.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match=r"loss of task 'pictures' is nan at step 1 .rows \d, \d, \d, \d.. Look"):
+    with pytest.raises(
+        FloatingPointError, match=r"loss of task 'pictures' is nan at step 1 .rows \d, \d, \d, \d.. Look"
+    ):
         it.train()
 
 

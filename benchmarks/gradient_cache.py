@@ -1,0 +1,112 @@
+"""Memory and time of the gradient cache: a batch of 1,024 in chunks of 32 against a plain step of 32.
+
+Prints one JSON line. Peak memory is that of a process of its own, weights and inputs included, read from /proc (Linux
+only); time per sample is compared where both fit, at 128 samples.
+
+    python benchmarks/gradient_cache.py [--batch 1024] [--chunk 32] [--width 384] [--layers 6]
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+MIB = 2**20
+TOKENS = 64
+
+
+def measured(batch: int, chunk: int | None, width: int, layers: int, repeats: int) -> dict[str, float]:
+    from bifocal.modeling import BifocalConfig, BifocalModel
+    from bifocal.training.gradient_cache import cached_step, into_chunks
+    from bifocal.training.joint_forward import embed
+    from bifocal.training.losses import info_nce
+
+    torch.manual_seed(0)
+    size = dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64)
+    model = BifocalModel(
+        BifocalConfig(
+            text_config={**size, "intermediate_size": 4 * width},
+            vision_config={**size, "intermediate_size": 8 * width // 3},
+            projection_dim=width,
+        )
+    ).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    ids = torch.randint(1000, 30000, (batch, TOKENS))
+    texts = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
+    images = [{"pixel_values": torch.randn(batch, 3, 224, 224)}]
+
+    def objective(embedded: dict[str, torch.Tensor]) -> torch.Tensor:
+        return info_nce(embedded["texts"], embedded["images"], 1.0 / embedded["scale"])
+
+    def step() -> None:
+        if chunk is None:
+            objective(embed(model, texts, images)).backward()
+        else:
+            cached_step(
+                into_chunks(texts, images, chunk, chunk),
+                lambda t, i: embed(model, t, i),
+                objective,
+                lambda scalar: scalar.backward(),
+                nullcontext,
+            )
+        optimizer.step()
+        optimizer.zero_grad()
+
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - started)
+    return {"seconds": min(times), "mib": _memory("VmHWM") / MIB, "inputs_mib": batch * 3 * 224 * 224 * 4 / MIB}
+
+
+def _memory(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}; this benchmark needs Linux.")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, default in (("batch", 1024), ("chunk", 32), ("width", 384), ("layers", 6), ("both", 128)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--one", nargs=3, type=int, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.one:
+        batch, chunk, repeats = given.one
+        print(json.dumps(measured(batch, chunk or None, given.width, given.layers, repeats)))
+        return
+
+    def run(batch: int, chunk: int, repeats: int) -> dict[str, float]:
+        size = ["--width", str(given.width), "--layers", str(given.layers)]
+        done = subprocess.run(
+            [sys.executable, __file__, *size, "--one", str(batch), str(chunk), str(repeats)],
+            stdout=subprocess.PIPE, check=True,
+        )  # fmt: skip
+        return json.loads(done.stdout.splitlines()[-1])
+
+    plain_small = run(given.chunk, 0, 2)
+    cached_large = run(given.batch, given.chunk, 1)
+    ratios, line = [], {}
+    for _ in range(3):  # in turn
+        plain, cached = run(given.both, 0, 2), run(given.both, given.chunk, 2)
+        ratios.append(cached["seconds"] / plain["seconds"])
+    line = {
+        "benchmark": "gradient_cache", "batch": given.batch, "chunk": given.chunk, "width": given.width,
+        "layers": given.layers, "plain_mib": round(plain_small["mib"]), "cached_mib": round(cached_large["mib"]),
+        "inputs_mib": round(cached_large["inputs_mib"]),
+        "memory_ratio": round(cached_large["mib"] / plain_small["mib"], 3),
+        "compared_at": given.both, "time_ratio": round(sorted(ratios)[1], 3),
+        "time_ratios": [round(ratio, 3) for ratio in ratios],
+    }  # fmt: skip
+    print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    main()

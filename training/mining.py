@@ -1,0 +1,276 @@
+"""Hard negatives: texts for texts with any sentence-transformers model, and across modalities with a dual encoder."""
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bifocal.training.tasks import TrainingError
+
+_NO_WORD = re.compile(r"[\W_]+")
+
+
+class MiningError(TrainingError):
+    """What cannot be mined, in one sentence."""
+
+
+@dataclass(frozen=True)
+class MiningSettings:
+    """
+    Args:
+        negatives: how many for each query.
+        skip: leave out the first so many candidates, which may be right answers nobody marked.
+        depth: look at so many candidates, the skipped ones included.
+        margin: a negative's similarity is at least so much below the positive's; None sets no such bound.
+        batch_size: of embedding.
+    """
+
+    negatives: int = 7
+    skip: int = 0
+    depth: int = 100
+    margin: float | None = None
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        if self.negatives < 1 or self.skip < 0 or self.depth < self.skip + self.negatives:
+            raise MiningError(
+                f"Mining needs at least one negative and depth >= skip + negatives, not negatives={self.negatives}, "
+                f"skip={self.skip}, depth={self.depth}."
+            )
+
+
+def mine_texts(pairs: Any, model: Any, settings: MiningSettings = MiningSettings(), cache: Path | None = None) -> Any:
+    """Negatives for text pairs, by sentence-transformers' `mine_hard_negatives`.
+
+    Texts that differ in case, spaces or punctuation only count as one, so neither a positive nor its duplicate comes
+    back as a negative; nor does the query itself.
+
+    Args:
+        pairs: a `datasets.Dataset` with `query` and `positive`. Rows with the same query have several positives.
+        model: a `SentenceTransformer`.
+        cache: folder for embeddings, which a run that was killed finds again.
+
+    Returns:
+        A data set with `query`, `positive`, `negatives`, `positive_score` and `negative_scores`, ready for a
+        text-triplet task. Queries for which too few negatives are left are not in it.
+
+    Raises:
+        MiningError: missing columns, or no query with enough negatives.
+    """
+    from datasets import Dataset
+    from sentence_transformers.util import mine_hard_negatives
+
+    _require_columns(pairs, "query", "positive")
+    first: dict[str, str] = {}
+    queries = [first.setdefault(_key(text), text) for text in pairs["query"]]
+    positives = [first.setdefault(_key(text), text) for text in pairs["positive"]]
+    rows = [pair for pair in dict.fromkeys(zip(queries, positives, strict=True)) if pair[0] != pair[1]]
+    if len(rows) <= settings.negatives:
+        raise MiningError(f"{len(rows)} different pairs are too few to find {settings.negatives} negatives for each.")
+    wanted = min(settings.negatives + 1, len({positive for _, positive in rows}) - 1)  # one may be the query itself
+    mined = mine_hard_negatives(
+        Dataset.from_dict({"query": [query for query, _ in rows], "positive": [positive for _, positive in rows]}),
+        model,
+        num_negatives=wanted,
+        range_min=settings.skip,
+        range_max=max(settings.depth, settings.skip + wanted),
+        absolute_margin=settings.margin,
+        batch_size=settings.batch_size,
+        output_format="labeled-list",
+        output_scores=True,
+        cache_folder=None if cache is None else str(cache),
+        verbose=False,
+    )
+    return _as_triplets(mined, settings)
+
+
+def _as_triplets(mined: Any, settings: MiningSettings) -> Any:
+    from datasets import Dataset
+
+    found: dict[str, list[Any]] = {name: [] for name in _TRIPLET}
+    for row in mined:  # with scores, the list begins with the positive
+        query, texts, scores = row["query"], row["positive"], row["scores"]
+        chosen = [n for n in range(1, len(texts)) if texts[n] != query][: settings.negatives]
+        if len(chosen) == settings.negatives:
+            values = (query, texts[0], [texts[n] for n in chosen], float(scores[0]), [float(scores[n]) for n in chosen])
+            for name, value in zip(found, values, strict=True):
+                found[name].append(value)
+    if not found["query"]:
+        raise MiningError("No query has enough negatives; ask for fewer, look deeper or lower the margin.")
+    return Dataset.from_dict(found)
+
+
+_TRIPLET = ("query", "positive", "negatives", "positive_score", "negative_scores")
+
+
+def mine_across(
+    pairs: Any, model: Any, direction: str, cache: Path, settings: MiningSettings = MiningSettings()
+) -> Any:
+    """Pictures that a text is confused with, or texts that a picture is confused with.
+
+    Embeddings go to files in `cache` batch by batch, so that neither they nor a killed run's work must fit anywhere
+    else. A candidate with the same picture, the same `image_id` or the same caption as the query's row is no negative.
+
+    Args:
+        pairs: a `datasets.Dataset` with `image` and `caption`, perhaps `image_id`.
+        model: with `encode_text` and `encode_image`.
+        direction: "text-to-image" or "image-to-text".
+
+    Returns:
+        A data set with, for each row of `pairs`: `row`, `negative_rows` (numbers of rows whose pictures, or captions,
+        are the negatives), `positive_score`, `negative_scores`, and `caption` and `negative_captions` for reading. Rows
+        for which too few negatives are left are not in it.
+
+    Raises:
+        MiningError: missing columns, an unknown direction, or no row with enough negatives.
+    """
+    from datasets import Dataset
+
+    if direction not in ("text-to-image", "image-to-text"):
+        raise MiningError(f"direction must be 'text-to-image' or 'image-to-text', but it is '{direction}'.")
+    _require_columns(pairs, "image", "caption")
+    captions = [text[0] if isinstance(text, list) else text for text in pairs["caption"]]
+    texts = _embedded(captions, model.encode_text, cache / "captions", settings)
+    images = _embedded(_Pictures(pairs), model.encode_image, cache / "images", settings)
+    known = pairs["image_id"] if "image_id" in pairs.column_names else _picture_ids(pairs)
+    same_picture = _numbers([str(value) for value in known])
+    same_caption = _numbers([_key(text) for text in captions])
+    queries, candidates = (texts, images) if direction == "text-to-image" else (images, texts)
+    of_candidate = same_picture if direction == "text-to-image" else same_caption
+    found: dict[str, list[Any]] = {
+        name: []
+        for name in ("row", "negative_rows", "positive_score", "negative_scores", "caption", "negative_captions")
+    }
+    for start in range(0, len(queries), 256):
+        rows = np.arange(start, min(start + 256, len(queries)))
+        block = np.asarray(queries[rows])
+        positive = np.einsum("nd,nd->n", block, np.asarray(candidates[rows]))
+        best, scores = _nearest(block, candidates, settings.depth, rows, same_picture, same_caption)
+        for place, row in enumerate(rows):
+            chosen: list[int] = []
+            seen: set[int] = set()
+            for rank, (other, score) in enumerate(zip(best[place], scores[place], strict=True)):
+                if not np.isfinite(score) or len(chosen) == settings.negatives:
+                    break
+                allowed = settings.margin is None or score <= positive[place] - settings.margin
+                if rank >= settings.skip and allowed and of_candidate[other] not in seen:
+                    chosen.append(rank)
+                    seen.add(of_candidate[other])
+            if len(chosen) == settings.negatives:
+                others = best[place][chosen]
+                found["row"].append(int(row))
+                found["negative_rows"].append(others.tolist())
+                found["positive_score"].append(float(positive[place]))
+                found["negative_scores"].append(scores[place][chosen].tolist())
+                found["caption"].append(captions[row])
+                found["negative_captions"].append([captions[other] for other in others])
+    if not found["row"]:
+        raise MiningError("No row has enough negatives; ask for fewer, look deeper or lower the margin.")
+    return Dataset.from_dict(found)
+
+
+def _nearest(
+    queries: np.ndarray, candidates: np.ndarray, depth: int, rows: np.ndarray, *same: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The `depth` most similar candidates of each query, most similar first, and how similar they are.
+
+    Candidates that share a number with the query's row come last, at minus infinity.
+    """
+    best = np.zeros((len(queries), 0), dtype=np.int64)
+    scores = np.zeros((len(queries), 0), dtype=np.float32)
+    for start in range(0, len(candidates), 16384):
+        block = np.asarray(candidates[start : start + 16384])
+        here = queries @ block.T
+        for numbers in same:
+            here[numbers[rows][:, None] == numbers[start : start + len(block)][None, :]] = -np.inf
+        ids = np.broadcast_to(np.arange(start, start + len(block)), here.shape)
+        best, scores = np.concatenate([best, ids], axis=1), np.concatenate([scores, here], axis=1)
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :depth]
+        best, scores = np.take_along_axis(best, order, axis=1), np.take_along_axis(scores, order, axis=1)
+    return best, scores
+
+
+class _Pictures(Sequence):
+    """The pictures of a data set, read when they are asked for."""
+
+    def __init__(self, pairs: Any) -> None:
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, rows: Any) -> Any:
+        return [_one(value) for value in self.pairs[rows]["image"]]
+
+
+def _one(value: Any) -> Any:
+    chosen = value[0] if isinstance(value, list) else value
+    if isinstance(chosen, dict):
+        return chosen["bytes"] if chosen["bytes"] is not None else chosen["path"]
+    return chosen
+
+
+def _picture_ids(pairs: Any) -> list[str]:
+    """Equal for pictures of equal bytes."""
+    found = []
+    for batch in _slices(len(pairs), 256):
+        for value in pairs[batch]["image"]:
+            picture = _one(value)
+            content = Path(picture).read_bytes() if isinstance(picture, str) else picture
+            content = content if isinstance(content, bytes) else np.asarray(content).tobytes()
+            found.append(hashlib.blake2b(content, digest_size=16).hexdigest())
+    return found
+
+
+def _embedded(items: Sequence[Any], encode: Any, path: Path, settings: MiningSettings) -> np.ndarray:
+    """(items, dimensions) in a file; what a killed run left there is not embedded again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file, progress = path.with_suffix(".npy"), path.with_suffix(".json")
+    done = json.loads(progress.read_text())["done"] if progress.exists() and file.exists() else 0
+    vectors = np.load(file, mmap_mode="r+") if done else None
+    if vectors is not None and len(vectors) != len(items):
+        raise MiningError(f"'{file}' holds {len(vectors)} embeddings of other data; remove it or use another folder.")
+    for batch in _slices(len(items), 16 * settings.batch_size, done):
+        found = encode(items[batch], batch_size=settings.batch_size, show_progress=False)
+        if vectors is None:
+            vectors = np.lib.format.open_memmap(file, "w+", np.float32, (len(items), found.shape[1]))
+        vectors[batch] = found
+        vectors.flush()
+        progress.write_text(json.dumps({"done": batch.stop}))
+    assert vectors is not None
+    return vectors
+
+
+def _slices(count: int, size: int, start: int = 0) -> Iterator[slice]:
+    for first in range(start, count, size):
+        yield slice(first, min(first + size, count))
+
+
+def _numbers(values: list[str]) -> np.ndarray:
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(value, len(numbers)) for value in values])
+
+
+def _key(text: str) -> str:
+    """Equal for texts that differ in case, spaces and punctuation only."""
+    return _NO_WORD.sub(" ", text.casefold()).strip() or text
+
+
+def _require_columns(data: Any, *columns: str) -> None:
+    missing = [column for column in columns if column not in data.column_names]
+    if missing:
+        raise MiningError(f"The data has no column '{missing[0]}' (it has {', '.join(data.column_names)}).")
+
+
+def write_parquet(mined: Any, path: Path) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}")
+    mined.to_parquet(str(scratch))
+    shutil.move(scratch, path)

@@ -1,0 +1,99 @@
+"""Stage 0: masked language modelling of the text tower (arXiv 2310.19923, section 4.1: 30 % of the tokens)."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import DataCollatorForLanguageModeling
+
+from bifocal.modeling import BifocalProcessor, BifocalTextConfig, BifocalTextForMaskedLM
+from bifocal.training.checkpoints import last_complete_checkpoint
+from bifocal.training.recipe import Recipe, RecipeError
+from bifocal.training.run import require_device, training_arguments
+from bifocal.training.sources import load_source
+
+
+def train_mlm(recipe: Recipe) -> Path:
+    """Train with transformers' Trainer and collator, whole words masked; go on from the last checkpoint.
+
+    Returns:
+        A folder with the text tower and its processor, from which a stage starts by `start_from: {text: ...}`.
+
+    Raises:
+        RecipeError: no rows, an empty text, or a model that cannot be made.
+    """
+    from transformers import Trainer, set_seed
+
+    require_device(recipe)
+    assert recipe.mlm is not None
+    data = load_source(recipe.mlm.data, ("text",), recipe.seed)
+    processor = _processor(recipe, data)
+    tokenizer = processor.tokenizer
+    set_seed(recipe.seed)
+    model = _model(recipe, len(tokenizer))
+
+    def tokenize(rows: dict[str, list[Any]]) -> dict[str, Any]:
+        texts = [t for text in rows["text"] for t in (text if isinstance(text, list) else [text])]
+        if not all(isinstance(text, str) and text.strip() for text in texts):
+            raise RecipeError(f"'{recipe.mlm.data.path}' has rows without text; remove or fill them.")  # type: ignore[union-attr]
+        options = dict(truncation=True, max_length=recipe.max_length, return_special_tokens_mask=True)
+        return dict(tokenizer(texts, return_offsets_mapping=True, **options))
+
+    tokenized = data.map(tokenize, batched=True, remove_columns=data.column_names)
+    arguments = training_arguments(recipe, per_device_train_batch_size=recipe.mlm.batch_size)
+    arguments.remove_unused_columns = False
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=tokenized,
+        data_collator=WholeWordCollator(
+            tokenizer, whole_word_mask=True, mlm_probability=recipe.mlm.probability, mask_replace_prob=1.0,
+            random_replace_prob=0.0,
+        ),
+        processing_class=processor,
+    )  # fmt: skip
+    checkpoint = last_complete_checkpoint(recipe.folder)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    folder = recipe.folder / "model"
+    if trainer.is_world_process_zero():
+        scratch = recipe.folder / ".model"
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(scratch)
+        processor.save_pretrained(scratch)
+        os.replace(scratch, folder)
+    trainer.accelerator.wait_for_everyone()
+    return folder
+
+
+class WholeWordCollator(DataCollatorForLanguageModeling):
+    """transformers' collator, which needs the places of tokens in the text to find words, but does not pad them."""
+
+    def torch_call(self, examples: Any) -> dict[str, Any]:
+        longest = max(len(example["input_ids"]) for example in examples)
+        padded: list[Any] = []
+        for example in examples:
+            missing = longest - len(example["input_ids"])
+            places = [list(place) for place in example["offset_mapping"]] + [[0, 0]] * missing
+            padded.append({**example, "offset_mapping": places})
+        return super().torch_call(padded)
+
+
+def _processor(recipe: Recipe, data: Any) -> BifocalProcessor:
+    from bifocal.training.run import load_processor
+    from bifocal.training.tasks import Task
+
+    if recipe.train_tokenizer is None:
+        return load_processor(recipe, [])
+    # A tokenizer is trained on what tasks hold; the texts stand in for both sides of one.
+    pairs = data.rename_column("text", "query")
+    pairs = pairs.add_column("positive", pairs["query"])
+    return load_processor(recipe, [Task("texts", "text-pair", pairs, 1)])
+
+
+def _model(recipe: Recipe, tokens: int) -> BifocalTextForMaskedLM:
+    settings = dict(recipe.model.get("text_config", recipe.model))
+    try:
+        if isinstance(recipe.start_from, str):
+            return BifocalTextForMaskedLM.from_pretrained(recipe.start_from, **settings)
+        return BifocalTextForMaskedLM(BifocalTextConfig(**{"vocab_size": -(-tokens // 64) * 64, **settings}))
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"Recipe '{recipe.name}', model: {error}") from error

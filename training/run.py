@@ -1,0 +1,337 @@
+"""Carrying out a recipe: load, train, and keep all that is needed to go on or to do it again."""
+
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers.utils import logging
+
+from bifocal.modeling import (
+    BifocalConfig,
+    BifocalModel,
+    BifocalProcessor,
+    BifocalTextModel,
+    BifocalVisionModel,
+)
+from bifocal.training.arguments import BifocalTrainingArguments
+from bifocal.training.checkpoints import last_complete_checkpoint
+from bifocal.training.recipe import Recipe, RecipeError, StartFrom
+from bifocal.training.sources import load_source
+from bifocal.training.tasks import COLUMNS, Task
+from bifocal.training.trainer import MultiTaskTrainer
+
+logger = logging.get_logger(__name__)
+RESOLVED = "recipe.yaml"
+
+
+@dataclass
+class Prepared:
+    """A recipe whose data, model and trainer are ready."""
+
+    recipe: Recipe
+    tasks: list[Task]
+    processor: BifocalProcessor
+    trainer: MultiTaskTrainer
+
+
+def prepare(
+    recipe: Recipe, callbacks: Sequence[Any] = (), load: Callable[..., Any] = load_source, **changes: Any
+) -> Prepared:
+    """Load everything a recipe of tasks names.
+
+    Args:
+        load: reads a `Source`, as `load_source` does.
+        changes: training arguments that the recipe does not decide, such as `disable_tqdm`.
+
+    Raises:
+        RecipeError: what the recipe asks for is not here.
+    """
+    from transformers import set_seed
+
+    require_device(recipe)
+    # Before loading: under torchrun the arguments start the process group, and the first process prepares data alone.
+    arguments = training_arguments(recipe, **changes)
+    with arguments.main_process_first(desc="loading data"):
+        tasks = _tasks(recipe, recipe.tasks, load)
+        eval_tasks = _tasks(recipe, recipe.eval_tasks, load)
+        processor = load_processor(recipe, tasks)
+    set_seed(recipe.seed)
+    model = load_model(recipe, processor)
+    model.processor = processor
+    if recipe.lora is not None:
+        model = _with_lora(recipe, model)
+    from bifocal.training.data.symbols import random_shift
+
+    trainer = MultiTaskTrainer(
+        model, arguments, tasks, processor, recipe.max_length, eval_tasks,
+        random_shift if recipe.augment == "shift" else None, list(callbacks),
+    )  # fmt: skip
+    return Prepared(recipe, tasks, processor, trainer)
+
+
+def training_arguments(recipe: Recipe, **changes: Any) -> BifocalTrainingArguments:
+    settings = {"report_to": "none", "save_total_limit": 2, "logging_steps": 10, **recipe.training, **changes}
+    settings |= {"output_dir": str(recipe.folder), "seed": recipe.seed, "restore_callback_states_from_checkpoint": True}
+    if recipe.device == "cpu" or not torch.accelerator.is_available():
+        settings["use_cpu"] = True
+        if settings.get("bf16") or settings.get("fp16"):
+            logger.warning("Half precision is off: it is slower than float32 on the CPU.")
+            settings |= {"bf16": False, "fp16": False}
+    try:
+        return BifocalTrainingArguments(**settings)
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"Recipe '{recipe.name}', training: {error}") from error
+
+
+def require_device(recipe: Recipe) -> None:
+    if recipe.device == "cuda" and not torch.cuda.is_available():
+        raise RecipeError(f"Recipe '{recipe.name}' asks for CUDA, and this machine has none; set device=cpu or auto.")
+
+
+def _tasks(recipe: Recipe, given: Sequence[Any], load: Callable[..., Any]) -> list[Task]:
+    tasks = []
+    for item in given:
+        options = item.model_dump(exclude={"data"})
+        try:
+            tasks.append(Task(dataset=load(item.data, COLUMNS[item.kind], recipe.seed), **options))
+        except ValueError as error:
+            raise RecipeError(f"Recipe '{recipe.name}', task '{item.name}': {error}") from error
+    return tasks
+
+
+def load_processor(recipe: Recipe, tasks: Sequence[Task]) -> BifocalProcessor:
+    """The recipe's, or that of what it starts from, or one whose tokenizer is trained here; with this stage's sizes.
+
+    A tokenizer trained here is kept in the run's folder, so that a resumed run has the same.
+    """
+    kept = recipe.folder / "processor"
+    source = recipe.processor or (None if recipe.start_from is None else _place(recipe, "text"))
+    if kept.exists():
+        processor = BifocalProcessor.from_pretrained(kept)
+    elif recipe.train_tokenizer is not None:
+        processor = _new_processor(recipe, tasks)
+    elif source is not None:
+        processor = _saved_processor(recipe, source)
+    else:
+        raise RecipeError(f"Recipe '{recipe.name}' starts from nothing; name a processor, or train_tokenizer.")
+    if recipe.image_size is not None:
+        side = recipe.image_size
+        processor.image_processor.size = {"shortest_edge": side}
+        processor.image_processor.crop_size = {"height": side, "width": side}
+    if not kept.exists() and int(os.environ.get("RANK", "0")) == 0 and recipe.folder.exists():
+        scratch = recipe.folder / ".processor"
+        processor.save_pretrained(scratch)
+        os.replace(scratch, kept)
+    return processor
+
+
+def _saved_processor(recipe: Recipe, source: str) -> BifocalProcessor:
+    """A Bifocal processor, or any WordPiece tokenizer with the image processor of the towers."""
+    from transformers import AutoTokenizer
+
+    try:
+        if not Path(source).exists() or (Path(source) / "processor_config.json").exists():
+            try:
+                return BifocalProcessor.from_pretrained(source)
+            except (OSError, ValueError, TypeError):
+                if Path(source).exists():
+                    raise
+        return _with_images(recipe, AutoTokenizer.from_pretrained(source))
+    except (OSError, ValueError) as error:
+        line = str(error).strip().splitlines()[0]
+        raise RecipeError(f"Recipe '{recipe.name}': there is no processor at '{source}' ({line}).") from error
+
+
+def _with_images(recipe: Recipe, tokenizer: Any) -> BifocalProcessor:
+    from transformers.models.clip import CLIPImageProcessorPil
+
+    side = recipe.image_size or 224
+    images = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    return BifocalProcessor(images, tokenizer)
+
+
+def _new_processor(recipe: Recipe, tasks: Sequence[Task]) -> BifocalProcessor:
+    from bifocal.training.tokenizer import train_wordpiece
+
+    texts: list[str] = []
+    for task in tasks:
+        for column in COLUMNS[task.kind]:
+            if column != "image":
+                for value in task.dataset.select_columns([column])[column]:
+                    texts += value if isinstance(value, list) else [value]
+    assert recipe.train_tokenizer is not None
+    # Each text once: a tokenizer is a function of the texts, whatever tasks they come from.
+    tokenizer = train_wordpiece(sorted(set(texts)), recipe.train_tokenizer, recipe.max_length)
+    return _with_images(recipe, tokenizer)
+
+
+def _place(recipe: Recipe, tower: str) -> str:
+    """Folder or Hub id that a recipe starts from.
+
+    Raises:
+        RecipeError: the stage before has not been trained.
+    """
+    start = recipe.start_from
+    if isinstance(start, str):
+        return start
+    assert start is not None
+    if start.stage is not None:
+        folder = Path("runs") / start.stage / "model"
+        if not (folder / "config.json").exists():
+            raise RecipeError(
+                f"Recipe '{recipe.name}' starts from stage '{start.stage}', of which there is no {folder}; run "
+                f"bifocal train {start.stage} first."
+            )
+        return str(folder)
+    place = getattr(start, tower)
+    if place is None:
+        raise RecipeError(f"Recipe '{recipe.name}', start_from: give a stage, or both text and image.")
+    return place
+
+
+def load_model(recipe: Recipe, processor: BifocalProcessor) -> BifocalModel:
+    """A new model of the recipe's size, or what it starts from.
+
+    Raises:
+        RecipeError: sizes that do not go together, or nothing to load.
+    """
+    start = recipe.start_from
+    try:
+        if start is None:
+            settings = {key: value for key, value in recipe.model.items() if key != "text_config"}
+            tokens = -(-len(processor.tokenizer) // 64) * 64
+            text = {"vocab_size": tokens, **recipe.model.get("text_config", {})}
+            return BifocalModel(BifocalConfig(text_config=text, **settings))
+        if isinstance(start, StartFrom) and start.stage is None:
+            text_tower: Any = BifocalTextModel.from_pretrained(_place(recipe, "text"))
+            image_tower: Any = BifocalVisionModel.from_pretrained(_place(recipe, "image"))
+            config = BifocalConfig(text_config=text_tower.config, vision_config=image_tower.config, **recipe.model)
+            model = BifocalModel(config)
+            model.text_model.load_state_dict(text_tower.state_dict())
+            model.vision_model.load_state_dict(image_tower.state_dict())
+            return model
+        place = _place(recipe, "text")
+        kept = BifocalConfig.from_pretrained(place).to_dict()
+        for key, value in recipe.model.items():
+            kept[key] = {**kept[key], **value} if isinstance(value, dict) and key in kept else value
+        return BifocalModel.from_pretrained(place, config=BifocalConfig(**kept))
+    except (OSError, ValueError) as error:
+        if isinstance(error, RecipeError):
+            raise
+        raise RecipeError(f"Recipe '{recipe.name}', model: {error}") from error
+
+
+def _with_lora(recipe: Recipe, model: BifocalModel) -> Any:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise RecipeError(f"Recipe '{recipe.name}' has lora, which needs peft; pip install peft.") from error
+    assert recipe.lora is not None
+    processor = model.processor
+    settings = recipe.lora
+    config = LoraConfig(
+        r=settings.r, lora_alpha=settings.alpha, lora_dropout=settings.dropout,
+        target_modules=list(settings.target_modules),
+    )  # fmt: skip
+    adapted = get_peft_model(model, config)
+    model.processor = processor
+    return adapted
+
+
+def open_run(recipe: Recipe, force: bool) -> bool:
+    """Claim the run's folder and write the resolved recipe and the versions into it; False if it is finished.
+
+    Raises:
+        RecipeError: the folder holds something else, or a run of another recipe.
+    """
+    folder = recipe.folder
+    wanted = json.loads(recipe.model_dump_json())
+    if folder.exists() and not folder.is_dir():
+        raise RecipeError(f"'{folder}' is a file; set another output_dir.")
+    kept = folder / RESOLVED
+    if folder.exists() and any(folder.iterdir()) and not kept.exists():
+        raise RecipeError(f"'{folder}' holds other files and no run; set another output_dir.")
+    trained = any(folder.glob("checkpoint-*")) or (folder / "model").exists()
+    if kept.exists() and (force or not trained):
+        for path in folder.iterdir():
+            if path.name.startswith("checkpoint-") or path.name in ("model", "processor", ".processor"):
+                shutil.rmtree(path)
+        kept.unlink()
+    elif kept.exists():
+        found = yaml.safe_load(kept.read_text(encoding="utf-8"))
+        changed = sorted(_changes(found, wanted))
+        if changed:
+            raise RecipeError(
+                f"'{folder}' holds a run of this recipe with other values of {', '.join(changed[:5])}; set another "
+                "output_dir, or start anew with --force."
+            )
+        if (folder / "model" / "config.json").exists():
+            return False
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n", encoding="utf-8")
+    scratch = folder / f".{RESOLVED}"
+    scratch.write_text(yaml.safe_dump(wanted, sort_keys=False), encoding="utf-8")
+    os.replace(scratch, kept)
+    return True
+
+
+def _changes(old: Any, new: Any, name: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = old.keys() | new.keys()
+        return [c for key in keys for c in _changes(old.get(key), new.get(key), f"{name}.{key}".strip("."))]
+    return [] if old == new else [name]
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in ("bifocal", "torch", "transformers", "datasets", "accelerate", "tokenizers", "peft"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def run_recipe(recipe: Recipe, save: Callable[[Any, BifocalProcessor, Path], Any], force: bool = False) -> Path | None:
+    """Train as the recipe says, from the last checkpoint if there is one, and save into its folder's `model`.
+
+    Args:
+        save: writes a model and its processor into a folder that load everywhere.
+
+    Returns:
+        The model's folder; None if the run was finished before.
+
+    Raises:
+        RecipeError: what the recipe asks for is not here, or the folder holds something else.
+    """
+    first = int(os.environ.get("RANK", "0")) == 0
+    if first and not open_run(recipe, force):
+        return None
+    if recipe.mlm is not None:
+        from bifocal.training.mlm import train_mlm
+
+        return train_mlm(recipe)
+    prepared = prepare(recipe)
+    checkpoint = last_complete_checkpoint(recipe.folder)
+    trainer = prepared.trainer
+    if checkpoint is not None and first:
+        print(f"'{recipe.name}' goes on from {checkpoint.name}.")
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if recipe.eval_tasks:
+        trainer.evaluate()
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload()
+    folder = recipe.folder / "model"
+    if trainer.is_world_process_zero():
+        save(model, prepared.processor, folder)
+    trainer.accelerator.wait_for_everyone()
+    return folder
