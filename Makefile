@@ -11,7 +11,7 @@ demo: $(INSTALLED)
 	$(BIN)/bifocal demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: $(INSTALLED) build/types/bifocal
 	$(BIN)/ruff check .

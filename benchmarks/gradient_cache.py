@@ -1,7 +1,7 @@
 """Memory and time of the gradient cache: a batch of 1,024 in chunks of 32 against a plain step of 32.
 
 Prints one JSON line. Peak memory is that of a process of its own, weights and inputs included, read from /proc (Linux
-only); time per sample is compared where both fit, at 128 samples.
+only); time per sample is compared where both fit, at 64 samples.
 
     python benchmarks/gradient_cache.py [--batch 1024] [--chunk 32] [--width 384] [--layers 6]
 """
@@ -74,7 +74,7 @@ def _memory(field: str) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in (("batch", 1024), ("chunk", 32), ("width", 384), ("layers", 6), ("both", 128)):
+    for name, default in (("batch", 1024), ("chunk", 32), ("width", 384), ("layers", 6), ("both", 64)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--one", nargs=3, type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()

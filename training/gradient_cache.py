@@ -17,16 +17,21 @@ Chunk = tuple[list[Inputs], list[Inputs]]
 
 
 def into_chunks(
-    texts: Sequence[Inputs], images: Sequence[Inputs], text_rows: int | None, image_rows: int | None
+    texts: Sequence[Inputs],
+    images: Sequence[Inputs],
+    text_rows: int | None,
+    image_rows: int | None,
+    both_last: bool = False,
 ) -> list[Chunk]:
     """Parts of at most so many rows, each for one forward pass: (texts, images).
 
-    The last part holds texts and images if there are both: DDP sends the gradients of the pass in which all parameters
-    take part.
+    Args:
+        both_last: the last part holds texts and images if there are both. DDP needs that, which sends the gradients of
+            one pass in which all parameters take part; elsewhere it only costs memory.
     """
     text_parts = [{k: v[s] for k, v in part.items()} for part in texts for s in _slices(part, text_rows)]
     image_parts = [{k: v[s] for k, v in part.items()} for part in images for s in _slices(part, image_rows)]
-    if not text_parts or not image_parts:
+    if not (both_last and text_parts and image_parts):
         return [([part], []) for part in text_parts] + [([], [part]) for part in image_parts]
     alone: list[Chunk] = [([part], []) for part in text_parts[:-1]]
     alone += [([], [part]) for part in image_parts[:-1]]

@@ -23,6 +23,7 @@ from bifocal.modeling import (
 )
 from bifocal.training.arguments import BifocalTrainingArguments
 from bifocal.training.checkpoints import last_complete_checkpoint
+from bifocal.training.distributed import World
 from bifocal.training.recipe import Recipe, RecipeError, StartFrom
 from bifocal.training.sources import load_source
 from bifocal.training.tasks import COLUMNS, Task
@@ -126,7 +127,7 @@ def load_processor(recipe: Recipe, tasks: Sequence[Task]) -> BifocalProcessor:
         side = recipe.image_size
         processor.image_processor.size = {"shortest_edge": side}
         processor.image_processor.crop_size = {"height": side, "width": side}
-    if not kept.exists() and int(os.environ.get("RANK", "0")) == 0 and recipe.folder.exists():
+    if not kept.exists() and World.current().rank == 0 and recipe.folder.exists():
         scratch = recipe.folder / ".processor"
         processor.save_pretrained(scratch)
         os.replace(scratch, kept)
@@ -283,6 +284,22 @@ def open_run(recipe: Recipe, force: bool) -> bool:
     return True
 
 
+def _open_together(recipe: Recipe, force: bool) -> bool:
+    """`open_run` by the first process, with what came of it for all."""
+    world = World.current()
+    result: list[Any] = [None]
+    if world.rank == 0:
+        try:
+            result = [open_run(recipe, force)]
+        except RecipeError as error:
+            result = [error]
+    if world.size > 1:
+        torch.distributed.broadcast_object_list(result)
+    if isinstance(result[0], RecipeError):
+        raise result[0]
+    return bool(result[0])
+
+
 def _changes(old: Any, new: Any, name: str = "") -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         keys = old.keys() | new.keys()
@@ -312,8 +329,9 @@ def run_recipe(recipe: Recipe, save: Callable[[Any, BifocalProcessor, Path], Any
     Raises:
         RecipeError: what the recipe asks for is not here, or the folder holds something else.
     """
-    first = int(os.environ.get("RANK", "0")) == 0
-    if first and not open_run(recipe, force):
+    require_device(recipe)
+    training_arguments(recipe)  # under torchrun this starts the process group
+    if not _open_together(recipe, force):
         return None
     if recipe.mlm is not None:
         from bifocal.training.mlm import train_mlm
@@ -322,7 +340,7 @@ def run_recipe(recipe: Recipe, save: Callable[[Any, BifocalProcessor, Path], Any
     prepared = prepare(recipe)
     checkpoint = last_complete_checkpoint(recipe.folder)
     trainer = prepared.trainer
-    if checkpoint is not None and first:
+    if checkpoint is not None and World.current().rank == 0:
         print(f"'{recipe.name}' goes on from {checkpoint.name}.")
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if recipe.eval_tasks:

@@ -231,7 +231,7 @@ class MultiTaskTrainer(Trainer):
                     "The gradient cache does not work with DeepSpeed; use DDP or FSDP, or no chunk sizes."
                 )
             loss = cached_step(
-                into_chunks(inputs["texts"], inputs["images"], text_rows, image_rows),
+                into_chunks(inputs["texts"], inputs["images"], text_rows, image_rows, both_last=self.world.size > 1),
                 forward,
                 objective,
                 self.accelerator.backward,

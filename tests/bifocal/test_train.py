@@ -193,3 +193,24 @@ def test_bad_input_gets_one_sentence(reader, change, message):
     assert last.startswith("Error: "), done.stderr[-2000:]
     assert message in last
     assert "Traceback" not in done.stderr
+
+
+def test_two_processes_by_torchrun(reader):
+    """As `accelerate launch -m bifocal train` starts them: the losses of one process with the whole batch."""
+    common = [*commands()[0][:-1], "training.max_steps=3", "training.logging_steps=1", "training.auto_chunk=false"]
+
+    def losses(output: str) -> list[float]:
+        return [float(value) for value in re.findall(r"'loss': '([\d.]+)'", output)]
+
+    sizes = ["tasks.pictures.batch_size=32", "tasks.pairs.batch_size=32"]
+    one = run(reader, *common, "output_dir=runs/one")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "bifocal"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    two = subprocess.run(
+        [*command, *common, *sizes, "output_dir=runs/two"], cwd=reader, capture_output=True, text=True, env=environment,
+        timeout=300, check=False,
+    )  # fmt: skip
+    assert one.returncode == two.returncode == 0, two.stderr[-3000:]
+    assert len(losses(one.stdout)) == 3
+    assert losses(two.stdout) == pytest.approx(losses(one.stdout), abs=0.011), "as printed, to two places"
+    assert BifocalModel.from_pretrained(reader / "runs" / "two" / "model").encode_text("star").shape == (40,)

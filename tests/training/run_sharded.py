@@ -52,7 +52,7 @@ def main() -> None:
 
     with joint_forward(model):
         loss = cached_step(
-            into_chunks(inputs["texts"], inputs["images"], 6, 2),
+            into_chunks(inputs["texts"], inputs["images"], 6, 2, True),
             lambda texts, images: model(step_texts=texts, step_images=images),
             lambda embedded: objective(embedded, inputs)[0],
             lambda scalar: scalar.backward(),

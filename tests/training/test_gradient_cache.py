@@ -41,7 +41,7 @@ def test_same_gradients_as_a_direct_step(processor, text_rows, image_rows, check
     """The direct step embeds the same chunks, since a draw of dropout depends on the shape it is drawn for."""
     named, inputs = inputs_of(processor)
     objective = Objective(named)
-    chunks = into_chunks(inputs["texts"], inputs["images"], text_rows, image_rows)
+    chunks = into_chunks(inputs["texts"], inputs["images"], text_rows, image_rows, both_last=checkpointing)
     direct, cached = dropping_model(), dropping_model()
     if checkpointing:
         cached.gradient_checkpointing_enable()
@@ -94,7 +94,7 @@ def test_without_chunks_it_is_the_plain_forward(processor):
 
 def test_chunks_cover_every_row_once(processor):
     _, inputs = inputs_of(processor)
-    chunks = into_chunks(inputs["texts"], inputs["images"], 3, 5)
+    chunks = into_chunks(inputs["texts"], inputs["images"], 3, 5, both_last=True)
     assert max(len(part["input_ids"]) for texts, _ in chunks for part in texts) == 3
     assert max(len(part["pixel_values"]) for _, images in chunks for part in images) == 5
     assert sum(len(part["input_ids"]) for texts, _ in chunks for part in texts) == 8 + 8 * (2 + 3)
@@ -104,6 +104,9 @@ def test_chunks_cover_every_row_once(processor):
     texts, images = chunks[-1]
     assert texts
     assert images, "the last pass takes part in both towers"
+    apart = into_chunks(inputs["texts"], inputs["images"], 3, 5)
+    assert len(apart) == len(chunks) + 1
+    assert not any(texts and images for texts, images in apart)
 
 
 def test_the_trainer_uses_it(tmp_path, processor):
