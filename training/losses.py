@@ -56,19 +56,13 @@ def info_nce(
         ValueError: shapes that do not pair up, or an unknown option.
     """
     _check(a, b, reduction, label_smoothing)
+    means = label_smoothing > 0
+    if world.size == 1 and not means and not is_tiled(form, len(a), len(b)):
+        return _info_nce_whole(a, b, temperature, a_ids, b_ids, reduction)
     a, b, scale = _prepared(a, b, temperature)
     start = world.rank * len(a)
     all_a_ids, all_b_ids = _gathered(world, a_ids, b_ids)
-    means = label_smoothing > 0
     exclusions = Exclusions(_pairs((a_ids, all_a_ids), (b_ids, all_b_ids), (a_ids, all_b_ids)), start)
-    if world.size == 1 and not means and not is_tiled(form, len(a), len(b)):
-        # What the rest comes to for a small batch, in torch's fused form.
-        logits = a @ b.t() * scale
-        excluded = exclusions.matrix(slice(0, len(a)), slice(0, len(b)))
-        if excluded is not None:
-            logits = logits.masked_fill(excluded, float("-inf"))
-        targets = torch.arange(len(a), device=a.device)
-        return _reduced(F.cross_entropy(logits, targets), F.cross_entropy(logits.t(), targets), reduction)
     positive = (a * b).sum(1) * scale
     if world.size == 1:  # one matrix, its rows and its columns
         both = statistics(a, b, scale, exclusions, True, means, form)
@@ -80,6 +74,27 @@ def info_nce(
     back = statistics(b, world.gather(a), scale, exclusions, False, means, form)
     forward = _cross_entropy(positive, there.rows, there.row_means, label_smoothing)
     return _reduced(forward, _cross_entropy(positive, back.rows, back.row_means, label_smoothing), reduction)
+
+
+def _info_nce_whole(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    temperature: float | torch.Tensor,
+    a_ids: torch.Tensor | None,
+    b_ids: torch.Tensor | None,
+    reduction: str,
+) -> torch.Tensor:
+    """What the general form comes to for a small batch of one process, in torch's fused cross-entropy."""
+    if a.dtype in (torch.float16, torch.bfloat16):
+        a, b = a.float(), b.float()
+    logits = a @ b.t() / temperature
+    if a_ids is not None or b_ids is not None:
+        rows = slice(0, len(a))
+        excluded = Exclusions(_pairs((a_ids, a_ids), (b_ids, b_ids), (a_ids, b_ids)), 0).matrix(rows, rows)
+        assert excluded is not None
+        logits = logits.masked_fill(excluded, float("-inf"))
+    targets = torch.arange(len(a), device=a.device)
+    return _reduced(F.cross_entropy(logits, targets), F.cross_entropy(logits.t(), targets), reduction)
 
 
 def info_nce_plus(

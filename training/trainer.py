@@ -17,6 +17,7 @@ from bifocal.training.batches import StepBatches, StepStream
 from bifocal.training.chunk_size import find_chunk_sizes
 from bifocal.training.collator import Augmentation, MultiTaskCollator, StepInputs
 from bifocal.training.distributed import World
+from bifocal.training.evaluating import evaluate_tasks
 from bifocal.training.gradient_cache import cached_step, into_chunks
 from bifocal.training.joint_forward import joint_forward, temperature_of
 from bifocal.training.meters import Meters, norms_by_tower
@@ -368,31 +369,7 @@ class MultiTaskTrainer(Trainer):
         tasks = list(eval_dataset or self.eval_tasks.values())
         if not tasks:
             raise TrainingError("There is nothing to evaluate on; give the trainer eval_tasks.")
-        model = self.model
-        was_training = model.training
-        model.eval()
-        metrics: dict[str, float] = {f"{metric_key_prefix}_loss": 0.0}
-        collate = MultiTaskCollator(
-            self.data_collator.processor, self.max_length, self.args.seed, None, self.world.rank
-        )
-        with torch.no_grad():
-            for task in tasks:
-                joint = task.batch_size * self.world.size
-                values = []
-                for start in range(0, len(task.dataset) - joint + 1, joint):
-                    first = start + self.world.rank * task.batch_size
-                    rows = list(range(first, first + task.batch_size))
-                    inputs = collate([{"step": start, "tasks": [(task, rows, task.dataset[rows])]}])
-                    wrapped = self.model_wrapped if self.world.size == 1 or self.is_fsdp_enabled else model
-                    _, outputs = self.compute_loss(wrapped, inputs, return_outputs=True)
-                    result = outputs["results"][task.name]
-                    values.append([result.loss.item(), result.accuracy.item()])
-                mean = torch.tensor(values, dtype=torch.float64).mean(0).tolist()
-                loss, accuracy = self.world.mean(mean, self.args.device)
-                metrics[f"{metric_key_prefix}_{task.name}_loss"] = loss
-                metrics[f"{metric_key_prefix}_{task.name}_accuracy"] = accuracy
-                metrics[f"{metric_key_prefix}_loss"] += task.loss_weight * loss
-        model.train(was_training)
+        metrics = evaluate_tasks(self, tasks, metric_key_prefix)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
