@@ -66,7 +66,7 @@ def train(
 
     folder = Path()
     try:
-        loaded = load_recipe(find_recipe(recipe), overrides)
+        loaded = load_recipe(find_recipe(recipe), overrides, files=True)
         folder = loaded.folder
         typer.echo(commands.plan(loaded) if dry_run else commands.train(loaded, force))
     except (TrainingError, FloatingPointError) as error:

@@ -11,6 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from bifocal.training.arguments import BifocalTrainingArguments
 from bifocal.training.tasks import TrainingError
 
+# The builder of `datasets` for each kind of file.
+BUILDERS = {
+    ".jsonl": "json", ".json": "json", ".gz": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
+    ".arrow": "arrow",
+}  # fmt: skip
 SHIPPED = Path(__file__).parent / "recipes"
 
 
@@ -154,14 +159,16 @@ def find_recipe(given: str) -> Path:
     raise RecipeError(f"There is no recipe '{given}'; give a file or one of {', '.join(shipped)}.")
 
 
-def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
+def load_recipe(path: Path, overrides: list[str] | None = None, files: bool = False) -> Recipe:
     """Read and check a recipe.
 
     Args:
+        files: also look whether the files and folders that it names are there.
         overrides: "key=value" with dots between keys; tasks go by their names, as in `tasks.pictures.batch_size=64`.
 
     Raises:
-        RecipeError: no YAML, an unknown key (and the nearest known one), a wrong type, or a missing key, by line.
+        RecipeError: no YAML, an unknown key (and the nearest known one), a wrong type, a missing key or (with `files`)
+            a missing file; with the line.
     """
     try:
         node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
@@ -184,7 +191,34 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
         raise RecipeError(_sentence(path, node, given, first["loc"], _problem(first, values))) from error
     except _TrainingKeyError as error:
         raise RecipeError(_sentence(path, node, given, ("training", error.key), str(error))) from error
+    for loc, source in _sources(recipe) if files else []:
+        missing = _missing_file(source.path)
+        if missing:
+            raise RecipeError(_sentence(path, node, given, (*loc, "path"), missing))
     return recipe
+
+
+def _sources(recipe: Recipe) -> list[tuple[tuple[Any, ...], Source]]:
+    """Every source with its place in the recipe."""
+    found: list[tuple[tuple[Any, ...], Source]] = []
+    for name in ("tasks", "eval_tasks"):
+        found += [((name, number, "data"), task.data) for number, task in enumerate(getattr(recipe, name))]
+    if recipe.mlm is not None:
+        found.append((("mlm", "data"), recipe.mlm.data))
+    return found
+
+
+def _missing_file(given: str) -> str | None:
+    """What to say of a path that can only be a file or folder here and is none."""
+    path = Path(given).expanduser()
+    local = path.suffix in BUILDERS or path.is_absolute() or given.startswith((".", "~")) or given.count("/") > 1
+    if not local or path.exists():
+        return None
+    beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, beside, n=1)
+    return f"there is nothing at '{given}'; " + (
+        f"did you mean '{path.parent / near[0]}'?" if near else "check the path"
+    )
 
 
 def _override(values: dict[str, Any], override: str) -> tuple[Any, ...]:

@@ -3,12 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from bifocal.training.recipe import RecipeError, Source
-
-_BUILDERS = {
-    ".jsonl": "json", ".json": "json", ".gz": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
-    ".arrow": "arrow",
-}  # fmt: skip
+from bifocal.training.recipe import BUILDERS, RecipeError, Source
 
 
 def load_source(source: Source, columns: tuple[str, ...], seed: int = 0) -> Any:
@@ -65,12 +60,12 @@ def _load(source: Source, seed: int) -> Any:
         if metadata:
             return load_dataset("imagefolder", data_dir=str(path), **options)
         return load_dataset(str(path), source.name, **options)
-    if path.suffix in _BUILDERS:
+    if path.suffix in BUILDERS:
         if not path.exists():
             raise RecipeError(f"There is no file '{path}'; check the path.")
         extra = {"delimiter": "\t"} if path.suffix == ".tsv" else {}
         try:
-            return load_dataset(_BUILDERS[path.suffix], data_files=str(path), **options, **extra)
+            return load_dataset(BUILDERS[path.suffix], data_files=str(path), **options, **extra)
         except Exception as error:
             raise RecipeError(f"'{path}' cannot be read ({_innermost(error)}); mend the file.") from error
     if path.is_absolute() or source.path.startswith((".", "~")) or source.path.count("/") > 1:

@@ -162,8 +162,11 @@ def test_stage_0_and_a_stage_that_starts_from_it(reader):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("tasks.pairs.data.path=nothing.jsonl", "task 'pairs': There is no file 'nothing.jsonl'; check the path."),
-        ("tasks.pairs.data.path=./no/folder", "task 'pairs': There is nothing at 'no/folder'; check the path."),
+        (
+            "tasks.pairs.data.path=nothing.jsonl",
+            "'tasks.pairs.data.path=nothing.jsonl': there is nothing at 'nothing.jsonl'; check the path.",
+        ),
+        ("tasks.pairs.data.path=pairs.json", "there is nothing at 'pairs.json'; did you mean 'pairs.jsonl'?"),
         ("tasks.pairs.data.columns.query=question", "'pairs.jsonl' has no column 'question' (it has query, positive)"),
         ("tasks.pairs.kind=text-triplet", "has no column 'negatives' (it has query, positive); name the right one"),
         (

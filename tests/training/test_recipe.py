@@ -102,6 +102,21 @@ def test_what_is_wrong_is_named_with_its_line(tmp_path, old, new, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_missing_file_is_named_with_its_line(tmp_path):
+    (tmp_path / "pairs.jsonl").touch()
+    path = write(tmp_path, GOOD.replace("{path: pictures}", f"{{path: {tmp_path}/pairs.json}}"))
+    with pytest.raises(
+        RecipeError, match=r"line 6: there is nothing at .*pairs.json'; did you mean '.*/pairs.jsonl'\?$"
+    ):
+        load_recipe(path, files=True)
+    load_recipe(path)
+    load_recipe(path, [f"tasks.pictures.data.path={tmp_path}/pairs.jsonl"], files=True)
+    with pytest.raises(
+        RecipeError, match=r"^'tasks.pictures.data.path=./no': there is nothing at './no'; check the path.$"
+    ):
+        load_recipe(path, ["tasks.pictures.data.path=./no"], files=True)
+
+
 def test_wrong_overrides(tmp_path):
     path = write(tmp_path, GOOD)
     with pytest.raises(
