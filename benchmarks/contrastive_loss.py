@@ -12,10 +12,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from process_memory import memory, restart_peak
 from torch.nn.functional import cross_entropy, normalize
 
 MIB = 2**20
@@ -58,10 +58,10 @@ def measured(way: str, rows: int, dimensions: int, repeats: int) -> dict[str, fl
     loss = loss_of(way)
     small = [side.detach()[:64].clone().requires_grad_() for side in (a, b)]
     _step(loss, *small, tau, way)  # whatever the first call sets up once
-    before = _memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    before = memory("VmRSS")
+    restart_peak()
     _step(loss, a, b, tau, way)
-    peak = _memory("VmHWM") - before
+    peak = memory("VmHWM") - before
     best = min(_step(loss, a, b, tau, way) for _ in range(repeats))
     return {"seconds": best, "mib": peak / MIB}
 
@@ -72,13 +72,6 @@ def _step(loss: Callable[..., torch.Tensor], a: Any, b: Any, tau: torch.Tensor, 
     if not way.startswith("cached"):
         value.backward()
     return time.perf_counter() - started
-
-
-def _memory(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}; this benchmark needs Linux.")
 
 
 def main() -> None:

@@ -12,9 +12,9 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
+from process_memory import memory
 
 MIB = 2**20
 TOKENS = 64
@@ -62,14 +62,7 @@ def measured(batch: int, chunk: int | None, width: int, layers: int, repeats: in
         started = time.perf_counter()
         step()
         times.append(time.perf_counter() - started)
-    return {"seconds": min(times), "mib": _memory("VmHWM") / MIB, "inputs_mib": batch * 3 * 224 * 224 * 4 / MIB}
-
-
-def _memory(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}; this benchmark needs Linux.")
+    return {"seconds": min(times), "mib": memory("VmHWM") / MIB, "inputs_mib": batch * 3 * 224 * 224 * 4 / MIB}
 
 
 def main() -> None:

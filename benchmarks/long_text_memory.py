@@ -11,7 +11,8 @@ import json
 import subprocess
 import sys
 import time
-from pathlib import Path
+
+from process_memory import memory, restart_peak
 
 MIB = 2**20
 
@@ -30,20 +31,13 @@ def peak_above_weights(tokens: int, layers: int, whole: bool) -> dict[str, float
     mask = torch.ones_like(ids)
     with torch.no_grad():
         tower(ids[:, :64], mask[:, :64])  # whatever the first pass sets up once
-        before = _memory("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        before = memory("VmRSS")
+        restart_peak()
         started = time.monotonic()
         finite = bool(torch.isfinite(tower(ids, mask).pooler_output).all())
     if not finite:
         raise ArithmeticError("The embedding is not finite.")
-    return {"bytes": _memory("VmHWM") - before, "seconds": time.monotonic() - started}
-
-
-def _memory(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}; this benchmark needs Linux.")
+    return {"bytes": memory("VmHWM") - before, "seconds": time.monotonic() - started}
 
 
 def main() -> None:
