@@ -31,7 +31,7 @@ def test_the_tiled_loss_holds_no_matrix():
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         found[way] = json.loads(done.stdout.splitlines()[-1])["mib"]
-    assert found["tiled"] < 32 < 128 < found["plain"]
+    assert found["tiled"] < 64 < 128 < found["plain"]
 
 
 def test_the_benchmark_of_the_gradient_cache_runs():
