@@ -215,7 +215,7 @@ def _missing_file(given: str) -> str | None:
     if not local or path.exists():
         return None
     beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, beside, n=1)
+    near = difflib.get_close_matches(path.name, beside, n=1, cutoff=0.8)
     return f"there is nothing at '{given}'; " + (
         f"did you mean '{path.parent / near[0]}'?" if near else "check the path"
     )
