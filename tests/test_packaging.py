@@ -14,11 +14,13 @@ ROOT = Path(__file__).parents[1]
 CHECK = """
 import importlib.resources, importlib.util, pathlib, sys
 import bifocal, bifocal.modeling, bifocal.training.trainer, bifocal.training.data.symbols, bifocal.cli
-import bifocal.evaluation.report, bifocal.hub.export
+import bifocal.evaluation.report, bifocal.hub.export, bifocal.training.run, bifocal.training.mining
 print(pathlib.Path(bifocal.modeling.__file__).resolve())
 for package, template in (("bifocal.evaluation", "report.html.j2"), ("bifocal.hub", "card.md.j2")):
     assert (importlib.resources.files(package) / "templates" / template).is_file(), template
 assert (importlib.resources.files("bifocal") / "py.typed").is_file()
+for recipe in ("finetune.yaml", "demo/stage1.yaml", "accelerate/fsdp.yaml"):
+    assert (importlib.resources.files("bifocal.training") / "recipes" / recipe).is_file(), recipe
 for name in ("modeling", "training", "evaluation", "hub", "tests"):
     assert importlib.util.find_spec(name) is None, f"{name} is in everyone's namespace"
 """
