@@ -64,7 +64,7 @@ def test_same_gradients_as_a_direct_step(processor, text_rows, image_rows, check
     torch.testing.assert_close(loss, expected.detach())
     assert torch.equal(torch.rand(1), drawn_after), "the random state goes on as after the direct step"
     for (name, left), right in zip(direct.named_parameters(), cached.parameters(), strict=True):
-        torch.testing.assert_close(right.grad, left.grad, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(right.grad, left.grad, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
     assert direct.logit_scale.grad.abs() > 0
 
 
@@ -89,7 +89,7 @@ def test_without_chunks_it_is_the_plain_forward(processor):
             )
         results.append({name: p.grad for name, p in model.named_parameters()})
     for name, expected in results[0].items():
-        torch.testing.assert_close(results[1][name], expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(results[1][name], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_chunks_cover_every_row_once(processor):

@@ -54,7 +54,7 @@ def test_two_processes_equal_one(case, processor, tmp_path):
     assert len(one["gradients"]) > 30
     for part in ("gradients", "weights"):
         for name, value in one[part].items():
-            torch.testing.assert_close(two[part][name], value, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(two[part][name], value, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
     moved = max(float((value - one["weights"][name]).abs().max()) for name, value in two["weights"].items())
     assert moved < 1e-5
 
@@ -76,4 +76,4 @@ def test_sharded_weights_give_the_same_gradients(processor, tmp_path):
     one, two = results
     assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
     for name, value in one["gradients"].items():
-        torch.testing.assert_close(two["gradients"][name], value, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(two["gradients"][name], value, atol=1e-5, rtol=1e-5)
