@@ -1,12 +1,12 @@
 """The `bifocal` command."""
 
-import errno
-import shutil
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
+
+from bifocal.console import cannot_write, fail, require, sentence
+from bifocal.data_commands import data
 
 app = typer.Typer(
     name="bifocal",
@@ -19,6 +19,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+app.add_typer(data)
 
 
 @app.callback()
@@ -36,17 +39,17 @@ def demo(
     force: Annotated[bool, typer.Option("--force", help="Start anew where a run is already.")] = False,
 ) -> None:
     """Train a small model through the three stages, search with it and write a report."""
-    _require("accelerate", "datasets", "fontTools", "jinja2", "matplotlib", "sentence_transformers")
+    require("accelerate", "datasets", "fontTools", "jinja2", "matplotlib", "sentence_transformers")
     from bifocal.demo import DemoError, full_settings, quick_settings, run_demo
 
     try:
         run_demo(out, quick_settings(seed) if quick else full_settings(seed), force)
     except DemoError as error:
-        _fail(str(error))
+        fail(str(error))
     except Exception as error:
-        if not _cannot_write(error, out):
+        if not cannot_write(error, out):
             raise
-        _fail(f"Cannot write to {out} ({error}); free space or choose another --out. The run goes on from there.")
+        fail(f"Cannot write to {out} ({error}); free space or choose another --out. The run goes on from there.")
 
 
 @app.command()
@@ -59,7 +62,7 @@ def train(
     force: Annotated[bool, typer.Option("--force", help="Start anew where a run is already.")] = False,
 ) -> None:
     """Carry out a recipe: train one stage, from its last checkpoint if it was killed, and export the model."""
-    _require("accelerate", "datasets", "pydantic", "sentence_transformers")
+    require("accelerate", "datasets", "pydantic", "sentence_transformers")
     from bifocal import commands
     from bifocal.training.recipe import find_recipe, load_recipe
     from bifocal.training.tasks import TrainingError
@@ -70,11 +73,11 @@ def train(
         folder = loaded.folder
         typer.echo(commands.plan(loaded) if dry_run else commands.train(loaded, force))
     except (TrainingError, FloatingPointError) as error:
-        _fail(_sentence(error))
+        fail(sentence(error))
     except Exception as error:
-        if not _cannot_write(error, folder):
+        if not cannot_write(error, folder):
             raise
-        _fail(f"Cannot write to {folder} ({error}); free space or set another output_dir. The run goes on from there.")
+        fail(f"Cannot write to {folder} ({error}); free space or set another output_dir. The run goes on from there.")
 
 
 @app.command()
@@ -94,7 +97,7 @@ def mine(
     cache: Annotated[Path | None, typer.Option(help="Folder for embeddings; a killed run finds them again.")] = None,
 ) -> None:
     """Find hard negatives for text pairs, or across pictures and texts, and write them with their scores."""
-    _require("datasets", "pydantic", "sentence_transformers")
+    require("datasets", "pydantic", "sentence_transformers")
     from bifocal import commands
     from bifocal.training.tasks import TrainingError
 
@@ -102,11 +105,11 @@ def mine(
     try:
         typer.echo(commands.mine(source, out, model, direction, column or [], cache, settings))
     except TrainingError as error:
-        _fail(_sentence(error))
+        fail(sentence(error))
     except Exception as error:
-        if not _cannot_write(error, out.parent):
+        if not cannot_write(error, out.parent):
             raise
-        _fail(f"Cannot write to {out.parent} ({error}); free space or choose another place.")
+        fail(f"Cannot write to {out.parent} ({error}); free space or choose another place.")
 
 
 @app.command()
@@ -115,34 +118,6 @@ def version() -> None:
     from importlib.metadata import version as installed
 
     typer.echo(f"bifocal {installed('bifocal')}")
-
-
-def _require(*modules: str) -> None:
-    """Stop now, and not after the training, if an extra is not installed."""
-    missing = [name for name in modules if find_spec(name) is None]
-    if missing:
-        _fail(f"This command needs {', '.join(missing)}, not installed here; pip install 'bifocal[all]' brings them.")
-
-
-def _cannot_write(error: Exception, folder: Path) -> bool:
-    """Whether an error means that the disk is full or may not be written.
-
-    Not every library says so with an OSError: safetensors has an error of its own and torch a RuntimeError.
-    """
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
-    existing = next(path for path in [folder, *folder.absolute().parents] if path.exists())
-    return "No space left" in str(error) or shutil.disk_usage(existing).free < 2**20
-
-
-def _sentence(error: Exception) -> str:
-    """What an error says; one that comes from a data worker brings that worker's traceback before it."""
-    return str(error).strip().splitlines()[-1].rpartition("Error: ")[2]
-
-
-def _fail(message: str) -> NoReturn:
-    typer.echo(f"Error: {message}", err=True)
-    raise typer.Exit(1)
 
 
 def main() -> None:

@@ -103,7 +103,7 @@ def mine(
             raise RecipeError(f"'{column}' is no column; write ours=theirs, such as query=question.")
         renamed[ours] = theirs
     kind = "text-pair" if direction == "text-to-text" else "image-text"
-    data = load_source(Source(path=source, columns=renamed), COLUMNS[kind])
+    data = load_source(Source(path=source, columns=renamed), kind)
     chosen = mining.MiningSettings(**settings)
     if direction == "text-to-text":
         from sentence_transformers import SentenceTransformer

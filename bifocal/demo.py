@@ -19,6 +19,7 @@ from bifocal.training.data.symbols import SymbolsConfig, build_symbols
 from bifocal.training.recipe import Recipe, find_recipe, load_recipe
 from bifocal.training.run import prepare
 from bifocal.training.sources import with_columns
+from bifocal.training.tasks import COLUMNS
 from bifocal.training.tokenizer import train_wordpiece
 
 STAGES = {
@@ -171,7 +172,7 @@ def _processor(out: Path, settings: DemoSettings, train: Any) -> BifocalProcesso
 
 def _from(train: Any) -> Callable[..., Any]:
     """Reads the sources of the demo's recipes from the symbols that are here already."""
-    return lambda source, columns, seed: with_columns(train, source, columns)
+    return lambda source, kind, *_: with_columns(train, source, COLUMNS[kind])
 
 
 def _train_stage(recipe: Recipe, title: str, symbols: Any) -> dict[str, Any]:

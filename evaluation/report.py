@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-COLOURS = ("#2f6db3", "#c2571a", "#3c8d4f", "#7a4fa3", "#8a6d1f", "#6b6b6b")
+from bifocal.evaluation.plots import COLOURS, blank, svg
 
 
 @dataclass
@@ -112,7 +112,7 @@ def _plots(stages: Sequence[Stage]) -> list[dict[str, str]]:
 
 
 def _loss_plot(stages: Sequence[Stage]) -> dict[str, str]:
-    figure, axes = _figure()
+    figure, axes = blank()
     tasks = list(dict.fromkeys(task for stage in stages for task in stage.losses))
     start = 0
     for stage in stages:
@@ -129,11 +129,11 @@ def _loss_plot(stages: Sequence[Stage]) -> dict[str, str]:
     axes.set_ylabel("loss")
     axes.legend(frameon=False, fontsize=8)
     last = "; ".join(f"{task} ends at {points[-1][1]:.2f}" for task, points in stages[-1].losses.items() if points)
-    return {"title": "Losses", "uri": _svg(figure), "alt": f"Loss of each task over the steps of all stages. {last}."}
+    return {"title": "Losses", "uri": svg(figure), "alt": f"Loss of each task over the steps of all stages. {last}."}
 
 
 def _recall_plot(stages: Sequence[Stage]) -> dict[str, str]:
-    figure, axes = _figure()
+    figure, axes = blank()
     styles = ("-", "--", ":")
     for number, stage in enumerate(stages):
         for direction, (name, values) in enumerate(stage.recall.items()):
@@ -153,21 +153,6 @@ def _recall_plot(stages: Sequence[Stage]) -> dict[str, str]:
     last = "; ".join(f"{name} {values[4]:.2f} at 5" for name, values in stages[-1].recall.items() if len(values) > 4)
     return {
         "title": "Recall@k after each stage",
-        "uri": _svg(figure),
+        "uri": svg(figure),
         "alt": f"Recall at k after each stage. Last stage: {last}.",
     }
-
-
-def _figure() -> tuple[Any, Any]:
-    from matplotlib.figure import Figure  # not pyplot: no display, no global state
-
-    figure = Figure(figsize=(6.2, 3.6), layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _svg(figure: Any) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()

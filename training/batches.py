@@ -1,6 +1,6 @@
 """Which rows each step sees, as a function of the seed and the step, so that a resumed run goes on as before."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -71,7 +71,12 @@ class Batches:
         steps: number of batches, the length of the data set.
         seed: of all random orders.
         world: a process takes its part of the joint batch.
+
+    Attributes:
+        picture: decodes a stream's pictures, so that rows whose picture is broken are left out.
     """
+
+    picture: Callable[[Any], Any] | None = None
 
     def __init__(self, tasks: Sequence[Task], steps: int, seed: int, world: World = World()) -> None:
         self.tasks = tasks
@@ -146,7 +151,9 @@ class StepStream(Batches, IterableDataset):
         info = torch.utils.data.get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
         readers = {
-            number: BlockReader(task, self.seed + number, self.world.rank * workers + worker, self.world.size * workers)
+            number: BlockReader(
+                task, self.seed + number, self.world.rank * workers + worker, self.world.size * workers, self.picture
+            )
             for number, task in enumerate(self.tasks)
             if task.streams
         }
@@ -164,4 +171,5 @@ class StepStream(Batches, IterableDataset):
                     rows, columns = readers[number].take(self.tasks[number].batch_size)
                     parts.append((self.tasks[number], rows, columns))
             states = {self.tasks[number].name: reader.state() for number, reader in readers.items()}
-            yield {"step": step, "tasks": parts, "position": (worker, states)}
+            skips = {self.tasks[number].name: reader.report() for number, reader in readers.items()}
+            yield {"step": step, "tasks": parts, "position": (worker, states), "skips": skips}

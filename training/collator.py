@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from bifocal.modeling import BifocalProcessor, load_image
+from bifocal.modeling import BifocalProcessor
+from bifocal.training.data.faults import Fault, Skip
+from bifocal.training.data.pictures import PictureReader
 from bifocal.training.tasks import COLUMNS, Task, TrainingError
 
 Augmentation = Callable[[Image.Image, random.Random], Image.Image]
@@ -19,7 +21,12 @@ Inputs = dict[str, torch.Tensor]
 # A bucket of texts ends where a text has fewer than this share of the tokens of the bucket's longest, if the bucket
 # holds at least so many texts.
 _SHORTEST, _FEWEST = 0.8, 8
+_TRIES = 100  # of finding a row in the place of one whose picture cannot be read
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+
+
+def fault_text(skip: Skip) -> str:
+    return f"{skip.cause}: {skip.detail}" if skip.detail else skip.cause
 
 
 def content_id(text: str) -> int:
@@ -52,6 +59,7 @@ class StepInputs(dict):
         images: the tower's inputs for all images, one entry per task with images.
         tasks: `Columns` by task.
         step, position: the step, and where the streams stand after it (see `StepStream`).
+        skips: by task how many rows were looked at, those left out, and files read to their end.
     """
 
     def to(self, device: Any, **options: Any) -> "StepInputs":
@@ -82,6 +90,8 @@ class MultiTaskCollator:
         seed: of the draws.
         augment: applied to each picture with a random generator.
         rank: of the process.
+        exact: hand pictures to the processor whole (see `PictureReader`).
+        skip: put another row in the place of one whose picture cannot be read.
 
     Attributes:
         bucketed: whether texts are cut into buckets of similar length; if not, all are padded to the longest.
@@ -96,12 +106,16 @@ class MultiTaskCollator:
         seed: int,
         augment: Augmentation | None = None,
         rank: int = 0,
+        exact: bool = True,
+        skip: bool = False,
     ) -> None:
         self.processor = processor
         self.max_length = max_length
         self.seed = seed
         self.augment = augment
         self.rank = rank
+        self.skip = skip
+        self.pictures = PictureReader(processor.image_processor, exact, crop=augment is None)
 
     def __call__(self, items: Sequence[dict[str, Any] | None]) -> StepInputs | None:
         """
@@ -119,13 +133,17 @@ class MultiTaskCollator:
         images: list[Inputs] = []
         tasks: dict[str, Columns] = {}
         pictures = 0
+        skips: dict[str, tuple[int, list[Skip], int]] = dict(item.get("skips", {}))
         for task, rows, columns in item["tasks"]:
+            if "image" in columns:
+                rows, columns, left_out = self._decoded(task, rows, columns, item["step"])
+                skips.setdefault(task.name, (len(rows), left_out, 0))
             generator = random.Random(f"{self.seed}/{item['step']}/{task.name}/{self.rank}")
             found = tasks[task.name] = Columns(rows)
             for column in COLUMNS[task.kind]:
                 values = columns[column]
                 if column == "image":
-                    images.append(self._pictures(task, rows, values, generator))
+                    images.append(self._pixels(values, generator))
                     found.spans[column] = (pictures, pictures + len(values))
                     pictures += len(values)
                     known = columns.get("image_id", rows)
@@ -145,8 +163,9 @@ class MultiTaskCollator:
                     found.ids[column] = torch.tensor([content_id(text) for text in drawn])
         buckets, order = self._buckets(texts)
         return StepInputs(
-            texts=buckets, order=order, images=images, tasks=tasks, step=item["step"], position=item.get("position")
-        )
+            texts=buckets, order=order, images=images, tasks=tasks, step=item["step"], position=item.get("position"),
+            skips=skips,
+        )  # fmt: skip
 
     @staticmethod
     def _one_of(task: Task, row: Any, column: str, value: Any, generator: random.Random) -> str:
@@ -174,25 +193,50 @@ class MultiTaskCollator:
                 )
         return [text for negatives in values for text in negatives]
 
-    def _pictures(self, task: Task, rows: Sequence[Any], values: list[Any], generator: random.Random) -> Inputs:
-        pictures = []
-        for row, value in zip(rows, values, strict=True):
-            chosen = generator.choice(value) if isinstance(value, list) else value
-            if isinstance(chosen, dict):  # an undecoded `datasets.Image`
-                chosen = chosen["bytes"] if chosen["bytes"] is not None else chosen["path"]
-            name = None if isinstance(chosen, str) else f"The image of row {row} of task '{task.name}'"
+    def _decoded(
+        self, task: Task, rows: Sequence[Any], columns: dict[str, list[Any]], step: int
+    ) -> tuple[list[Any], dict[str, list[Any]], list[Skip]]:
+        """Rows and columns with pictures decoded; with `skip`, other rows of the data set for those that cannot be."""
+        rows, columns = list(rows), {name: list(values) for name, values in columns.items()}
+        left_out: list[Skip] = []
+        for place, row in enumerate(rows):
             try:
-                picture = load_image(chosen, name)
-            except (OSError, ValueError) as error:
-                where = "" if name else f" It is in row {row} of task '{task.name}'."
-                raise TrainingError(f"{error}{where}") from error
-            pictures.append(self.augment(picture, generator) if self.augment else picture)
-        processor = self.processor.image_processor
-        crop = processor.crop_size
-        # Pictures of the wanted size pass resizing and cropping unchanged; leaving both out saves most of the time.
-        fits = all(picture.size == (crop["width"], crop["height"]) for picture in pictures)
-        resize = {"do_resize": False, "do_center_crop": False} if fits else {}
-        return {"pixel_values": processor(pictures, return_tensors="pt", **resize)["pixel_values"]}
+                columns["image"][place] = self.pictures.decode(columns["image"][place])
+                continue
+            except Fault as fault:
+                left_out.append(Skip.of(str(row), fault))
+            if task.streams or not self.skip:  # a stream leaves such rows out before
+                raise TrainingError(
+                    f"The image of row {row} of task '{task.name}' cannot be used ({fault_text(left_out[-1])}); "
+                    "replace or remove it."
+                )
+            draws = random.Random(f"{self.seed}/{step}/{task.name}/{self.rank}/{row}")
+            for _ in range(_TRIES):
+                other = draws.randrange(len(task.dataset))
+                if other in rows:
+                    continue
+                found = task.dataset[other]
+                try:
+                    found = {**found, "image": self.pictures.decode(found["image"])}
+                except Fault as fault:
+                    left_out.append(Skip.of(str(other), fault))
+                    continue
+                rows[place] = other
+                for name, values in columns.items():
+                    values[place] = found[name]
+                break
+            else:
+                raise TrainingError(
+                    f"The pictures of task '{task.name}' cannot be used: after row {row}, {len(left_out)} others could "
+                    f"not be read either ({fault_text(left_out[-1])})."
+                )
+        return rows, columns, left_out
+
+    def _pixels(self, values: list[Any], generator: random.Random) -> Inputs:
+        chosen = [generator.choice(value) if isinstance(value, list) else value for value in values]
+        if self.augment:
+            chosen = [self.augment(picture, generator) for picture in chosen]
+        return {"pixel_values": self.pictures.pixels(chosen)}
 
     def _buckets(self, texts: list[str]) -> tuple[list[Inputs], torch.Tensor]:
         """Token ids and attention masks of the texts, longest first, in buckets of similar length."""

@@ -1,23 +1,34 @@
 """What a run tells of itself beside its loss: each task's loss and accuracy, throughput, padding, waiting for data."""
 
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from bifocal.training.collator import StepInputs
+from bifocal.training.data.faults import Skipped
 from bifocal.training.distributed import World
 from bifocal.training.parameters import tower_of
+from bifocal.training.tasks import Task
 
 
 class Meters:
-    """Sums since the last log. Losses and accuracies are kept in checkpoints, times are not."""
+    """Sums since the last log, and what was left out since the start. Times are not kept in checkpoints, the rest is.
 
-    def __init__(self, world: World) -> None:
+    Args:
+        tasks: by name, for the share of bad rows that each may have.
+        log: file that names rows left out.
+    """
+
+    def __init__(self, world: World, tasks: Mapping[str, Task], log: Path | None = None) -> None:
         self.world = world
+        self.tasks = tasks
+        self.skipped = Skipped(log)
         self.losses: dict[str, list[float]] = {}
         self.accuracies: dict[str, list[float]] = {}
         self.totals: list[float] = []
@@ -47,6 +58,11 @@ class Meters:
         for bucket in inputs["texts"]:
             self.tokens += int(bucket["attention_mask"].sum())
             self.places += bucket["attention_mask"].numel()
+        for name, (rows, skips, shards) in inputs["skips"].items():
+            self.skipped.add(name, rows, skips, shards)
+            task = self.tasks[name]
+            few = not task.streams and self.skipped.rows[name] >= len(task.dataset)
+            self.skipped.check(name, task.max_bad, ended=few)
 
     def take(self, device: torch.device, accumulated: int) -> dict[str, float]:
         """The figures since the last call, averaged (or for throughput added) over the processes; then start again."""
@@ -60,6 +76,9 @@ class Meters:
         if self.places:
             logs["padding"] = 1.0 - self.tokens / self.places
         logs |= {"data_wait": self.waited / seconds}
+        for name in self.tasks:
+            left_out = [c.get(name, Counter()).total() for c in (self.skipped.bad, self.skipped.dropped)]
+            logs |= {f"skipped/{name}": float(sum(left_out))} if name in self.skipped.rows else {}
         names = sorted(logs)
         logs = dict(zip(names, self.world.mean([logs[name] for name in names], device), strict=True))
         rates = self.world.mean([self.samples / seconds, self.tokens / seconds], device)
@@ -69,10 +88,12 @@ class Meters:
         return logs
 
     def state(self) -> dict[str, Any]:
-        return {"losses": self.losses, "accuracies": self.accuracies, "totals": self.totals}
+        sums = {"losses": self.losses, "accuracies": self.accuracies, "totals": self.totals}
+        return {**sums, "skipped": self.skipped.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.losses, self.accuracies, self.totals = state["losses"], state["accuracies"], state["totals"]
+        self.skipped.load_state(state["skipped"])
 
 
 def norms_by_tower(model: nn.Module) -> dict[str, float]:

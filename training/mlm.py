@@ -26,7 +26,7 @@ def train_mlm(recipe: Recipe) -> Path:
 
     require_device(recipe)
     assert recipe.mlm is not None
-    data = load_source(recipe.mlm.data, ("text",), recipe.seed)
+    data = load_source(recipe.mlm.data, "text-only", recipe.seed)
     processor = _processor(recipe, data)
     tokenizer = processor.tokenizer
     set_seed(recipe.seed)

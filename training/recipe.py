@@ -9,13 +9,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from bifocal.training.arguments import BifocalTrainingArguments
+from bifocal.training.data.cleaning import Cleaning, Consistency
+from bifocal.training.data.files import format_of
 from bifocal.training.tasks import TrainingError
 
-# The builder of `datasets` for each kind of file.
-BUILDERS = {
-    ".jsonl": "json", ".json": "json", ".gz": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
-    ".arrow": "arrow",
-}  # fmt: skip
 SHIPPED = Path(__file__).parent / "recipes"
 
 
@@ -31,20 +28,54 @@ class Source(_Strict):
     """Where rows come from.
 
     Args:
-        path: a JSONL, CSV, TSV, Parquet or Arrow file; a folder of pictures with a `metadata.jsonl` or `metadata.csv`;
-            a data set's id on the Hub; or "symbols", the one that needs no download.
+        path: files (JSONL, JSON, CSV, TSV, Parquet, Arrow, tar shards; the first four also as .gz) by path, glob, brace
+            pattern or address (`hf://`, `https://`), one or a list; a folder of pictures with a `metadata.jsonl` or
+            `metadata.csv`, of tar shards, or in BEIR's layout; a data set's id on the Hub; `corpus:NAME` for one of the
+            corpora that `bifocal data list` prints; or "symbols", the one that needs no download.
+        format: of the files where neither name nor content says it.
         name, split: configuration and split of a data set.
-        columns: theirs for each of ours, such as `caption: text`.
+        columns: theirs for each of ours, such as `caption: text`; `json.FIELD` is a field of a shard's JSON.
+        images: the folder that relative paths of pictures begin in, or one for each first part of a path; no picture
+            outside is read. The folder of the file that names them when None.
+        negatives: how many of a row's hard negatives to take; rows with fewer are left out.
         streaming: read in order, without a copy on disk.
         limit: take only the first so many rows.
+        clean: filters, see `Cleaning`.
+        max_bad: the share of rows that may be bad; they are left out and named in the run's skipped.jsonl.
     """
 
-    path: str
+    path: str | list[str]
+    format: (
+        Literal[
+            "webdataset",
+            "jsonl",
+            "json",
+            "csv",
+            "tsv",
+            "parquet",
+            "arrow",
+            "sharegpt4v",
+            "dpr",
+            "nli",
+            "msmarco",
+            "hub",
+        ]
+        | None
+    ) = None
     name: str | None = None
     split: str = "train"
     columns: dict[str, str] = {}
+    images: str | dict[str, str] | None = None
+    negatives: Annotated[int, Field(ge=1, le=7)] | None = None
     streaming: bool = False
     limit: Annotated[int, Field(ge=1)] | None = None
+    clean: Cleaning | None = None
+    max_bad: Annotated[float, Field(ge=0, le=1)] = 0.01
+
+    @property
+    def title(self) -> str:
+        """The path, or the first of several, for messages."""
+        return self.path if isinstance(self.path, str) else f"{self.path[0]} and {len(self.path) - 1} more"
 
 
 class TaskRecipe(_Strict):
@@ -155,7 +186,7 @@ def find_recipe(given: str) -> Path:
         if path.is_file():
             return path
     shipped = sorted(path.relative_to(SHIPPED).as_posix()[:-5] for path in SHIPPED.rglob("*.yaml"))
-    shipped = [name for name in shipped if not name.startswith("accelerate/")]
+    shipped = [name for name in shipped if not name.startswith(("accelerate/", "caption", "corpora"))]
     raise RecipeError(f"There is no recipe '{given}'; give a file or one of {', '.join(shipped)}.")
 
 
@@ -192,9 +223,10 @@ def load_recipe(path: Path, overrides: list[str] | None = None, files: bool = Fa
     except _TrainingKeyError as error:
         raise RecipeError(_sentence(path, node, given, ("training", error.key), str(error))) from error
     for loc, source in _sources(recipe) if files else []:
-        missing = _missing_file(source.path)
-        if missing:
-            raise RecipeError(_sentence(path, node, given, (*loc, "path"), missing))
+        for one in [source.path] if isinstance(source.path, str) else source.path:
+            missing = _missing_file(one)
+            if missing:
+                raise RecipeError(_sentence(path, node, given, (*loc, "path"), missing))
     return recipe
 
 
@@ -211,14 +243,41 @@ def _sources(recipe: Recipe) -> list[tuple[tuple[Any, ...], Source]]:
 def _missing_file(given: str) -> str | None:
     """What to say of a path that can only be a file or folder here and is none."""
     path = Path(given).expanduser()
-    local = path.suffix in BUILDERS or path.is_absolute() or given.startswith((".", "~")) or given.count("/") > 1
-    if not local or path.exists():
+    local = format_of(given) is not None or path.is_absolute() or given.startswith((".", "~")) or given.count("/") > 1
+    if not local or "://" in given or any(sign in given for sign in "*?[{") or path.exists():
         return None
     beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, beside, n=1, cutoff=0.8)
     return f"there is nothing at '{given}'; " + (
         f"did you mean '{path.parent / near[0]}'?" if near else "check the path"
     )
+
+
+def source_of(path: str, overrides: list[str] | None = None) -> Source:
+    """A source from a path and "key=value" with the keys of `Source`, dots between them, as on the command line.
+
+    Raises:
+        RecipeError: an unknown key or a wrong value.
+    """
+    values: dict[str, Any] = {"path": path}
+    for override in overrides or []:
+        _override(values, override)
+    return validated(Source, values, overrides or [])
+
+
+def validated(model: Any, values: dict[str, Any], overrides: list[str]) -> Any:
+    """An object of a schema.
+
+    Raises:
+        RecipeError: an unknown key or a wrong value, in one sentence with the override it came by.
+    """
+    try:
+        return model(**values)
+    except ValidationError as error:
+        first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
+        where = ".".join(map(str, first["loc"]))
+        given = next((o for o in overrides if o.partition("=")[0] == where), where)
+        raise RecipeError(f"'{given}': {_ended(_problem(first, values, model))}") from error
 
 
 def _override(values: dict[str, Any], override: str) -> tuple[Any, ...]:
@@ -273,12 +332,12 @@ def _check_training(training: dict[str, Any]) -> None:
             raise _TrainingKeyError(key, f"'{key}' is {value!r}, but: {error.errors()[0]['msg'].lower()}") from error
 
 
-def _problem(error: Any, values: dict[str, Any]) -> str:
+def _problem(error: Any, values: dict[str, Any], model: Any = None) -> str:
     """The first of pydantic's errors in our words."""
     loc = error["loc"]
     key = next((str(part) for part in reversed(loc) if isinstance(part, str)), "the recipe")
     if error["type"] == "extra_forbidden":
-        return f"unknown key '{key}'{_nearest(key, _known(loc))}"
+        return f"unknown key '{key}'{_nearest(key, _known(loc, model))}"
     if error["type"] == "missing":
         return f"the key '{key}' is missing"
     if error["type"] == "value_error":
@@ -286,13 +345,15 @@ def _problem(error: Any, values: dict[str, Any]) -> str:
     return f"'{key}' is {error['input']!r}, but: {error['msg'].lower()}"
 
 
-def _known(loc: tuple[Any, ...]) -> list[str]:
+def _known(loc: tuple[Any, ...], model: Any = None) -> list[str]:
     """The keys that the schema has where an unknown one was found."""
-    model: Any = Recipe
+    model = model or Recipe
     rooms = {
         "tasks": TaskRecipe,
         "eval_tasks": TaskRecipe,
         "data": Source,
+        "clean": Cleaning,
+        "consistency": Consistency,
         "mlm": MaskedLanguageModelling,
         "lora": Lora,
     }

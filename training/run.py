@@ -23,6 +23,7 @@ from bifocal.modeling import (
 )
 from bifocal.training.arguments import BifocalTrainingArguments
 from bifocal.training.checkpoints import last_complete_checkpoint
+from bifocal.training.data.faults import Skipped
 from bifocal.training.distributed import World
 from bifocal.training.recipe import Recipe, RecipeError, StartFrom
 from bifocal.training.sources import load_source
@@ -61,8 +62,9 @@ def prepare(
     # Before loading: under torchrun the arguments start the process group, and the first process prepares data alone.
     arguments = training_arguments(recipe, **changes)
     with arguments.main_process_first(desc="loading data"):
-        tasks = _tasks(recipe, recipe.tasks, load)
-        eval_tasks = _tasks(recipe, recipe.eval_tasks, load)
+        skipped = Skipped(_fresh_log(recipe))
+        tasks = _tasks(recipe, recipe.tasks, load, skipped)
+        eval_tasks = _tasks(recipe, recipe.eval_tasks, load, skipped)
         processor = load_processor(recipe, tasks)
     set_seed(recipe.seed)
     model = load_model(recipe, processor)
@@ -97,12 +99,22 @@ def require_device(recipe: Recipe) -> None:
         raise RecipeError(f"Recipe '{recipe.name}' asks for CUDA, and this machine has none; set device=cpu or auto.")
 
 
-def _tasks(recipe: Recipe, given: Sequence[Any], load: Callable[..., Any]) -> list[Task]:
+def _fresh_log(recipe: Recipe) -> Path | None:
+    """Where rows that are left out while loading are named; anew each time, since all are read again."""
+    if not recipe.folder.exists() or World.current().rank:
+        return None
+    log = recipe.folder / "skipped-loading.jsonl"
+    log.unlink(missing_ok=True)
+    return log
+
+
+def _tasks(recipe: Recipe, given: Sequence[Any], load: Callable[..., Any], skipped: Skipped) -> list[Task]:
     tasks = []
     for item in given:
         options = item.model_dump(exclude={"data"})
         try:
-            tasks.append(Task(dataset=load(item.data, COLUMNS[item.kind], recipe.seed), **options))
+            data = load(item.data, item.kind, recipe.seed, skipped, item.name)
+            tasks.append(Task(dataset=data, max_bad=item.data.max_bad, **options))
         except ValueError as error:
             raise RecipeError(f"Recipe '{recipe.name}', task '{item.name}': {error}") from error
     return tasks

@@ -1,42 +1,55 @@
-"""Reading a streamed data set in blocks, each in random order, from a position that can be kept and found again."""
+"""Reading a stream in blocks, each in random order, from a position that can be kept and found again."""
 
-from collections.abc import Iterator
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
+from bifocal.training.data.faults import Fault, Skip, summary
+from bifocal.training.data.shards import Block, ShardStream
 from bifocal.training.tasks import COLUMNS, Task, TrainingError
 
 BLOCK = 1024
+FAULT = "_fault"  # a column with a `Skip` in JSON for rows that are left out
 
 
 class BlockReader:
-    """The rows of one reader's part of a `datasets.IterableDataset`, again and again.
+    """The rows of one reader's part of a stream, again and again.
 
     Rows come in blocks, and a block in an order that is a function of the seed, the epoch and the block's number. A
     position is where the stream stood at the start of the block and how many of its rows are used, so that a resumed
     reader yields exactly what was not used before. (A shuffle buffer of `datasets` loses its contents on resuming.)
 
     Args:
-        task: whose data set is read.
+        task: whose data set is read: a `ShardStream` or a `datasets.IterableDataset`.
         seed: of the order in each block.
         number, count: this reader takes part `number` of `count`.
+        picture: decodes the value of an `image` column, and raises `Fault` where it cannot.
     """
 
-    def __init__(self, task: Task, seed: int, number: int, count: int) -> None:
-        from datasets.distributed import split_dataset_by_node
-
+    def __init__(
+        self, task: Task, seed: int, number: int, count: int, picture: Callable[[Any], Any] | None = None
+    ) -> None:
         self.task = task
-        self.stream = split_dataset_by_node(task.dataset, number, count) if count > 1 else task.dataset
         self.key = [seed, number]
+        self.picture = picture
+        stream = task.dataset
+        self.part: Any = (
+            stream.part(number, count) if isinstance(stream, ShardStream) else _DatasetPart(stream, number, count)
+        )
         self.epoch = self.block = self.used = 0
-        self._blocks: Iterator[dict[str, list[Any]]] | None = None
+        self.good = 0  # rows of this epoch that could be used
+        self.opened = False
         self._before: Any = None
-        self._rows: dict[str, list[Any]] = {}
+        self._names: list[str] = []
+        self._columns: dict[str, list[Any]] = {}
         self._order: np.ndarray = np.empty(0, dtype=np.int64)
+        self._report: tuple[int, list[Skip], int] = (0, [], 0)
 
     def take(self, count: int) -> tuple[list[str], dict[str, list[Any]]]:
-        """Names of the next `count` rows, and their columns.
+        """Names of the next `count` rows that can be used, and their columns, pictures decoded.
 
         Raises:
             TrainingError: the stream has no rows for this reader, or lacks a column.
@@ -46,72 +59,121 @@ class BlockReader:
         while len(names) < count:
             if self.used >= len(self._order):
                 self._next_block()
-            chosen = self._order[self.used : self.used + count - len(names)]
-            for column, values in self._rows.items():
-                columns.setdefault(column, []).extend(values[row] for row in chosen)
-            names += [f"{self.epoch}/{self.block}/{row}" for row in chosen]
-            self.used += len(chosen)
+                continue
+            row = int(self._order[self.used])
+            self.used += 1
+            values = {column: found[row] for column, found in self._columns.items()}
+            if self.picture is not None and "image" in values:
+                try:
+                    values["image"] = self.picture(values["image"])
+                except Fault as fault:
+                    self._add(0, [Skip.of(self._names[row], fault)])
+                    continue
+            self.good += 1
+            names.append(self._names[row])
+            for column, value in values.items():
+                columns.setdefault(column, []).append(value)
         return names, columns
 
+    def report(self) -> tuple[int, list[Skip], int]:
+        """Rows looked at since the last report, those left out, and files read to their end."""
+        found, self._report = self._report, (0, [], 0)
+        return found
+
+    def _add(self, rows: int, skips: list[Skip], shards: int = 0) -> None:
+        before = self._report
+        self._report = (before[0] + rows, before[1] + skips, before[2] + shards)
+
     def _next_block(self) -> None:
-        if self._blocks is None:
-            self._open()
-        else:
+        if self.opened:
             self.block += 1
-        found = self._read()
+        else:
+            self._open(None)
+        self._before = self.part.state() if self.block else None
+        found = self.part.next(BLOCK)
         if found is None:  # the end of an epoch
-            if self.block == 0:
+            if not self.good:
                 raise TrainingError(
-                    f"The stream of task '{self.task.name}' has no rows for reader {self.key[1]}; give fewer workers "
-                    "or processes, or more rows."
+                    f"The stream of task '{self.task.name}' has no rows for reader {self.key[1]} that can be used"
+                    f"{_causes(self._report[1])}; give fewer workers or processes, or more rows."
                 )
-            self.epoch, self.block = self.epoch + 1, 0
-            self._open()
-            found = self._read()
-            if found is None:
-                raise TrainingError(f"The stream of task '{self.task.name}' had rows once and has none now.")
+            self.epoch, self.block, self.good, self.opened = self.epoch + 1, 0, 0, False
+            self._order, self.used = np.empty(0, dtype=np.int64), 0
+            return
+        self._add(found.rows, found.skips, found.shards)
         self._arrange(found)
 
-    def _open(self) -> None:
-        self.stream.set_epoch(self.epoch)
-        self._blocks = iter(self.stream.iter(batch_size=BLOCK))
+    def _open(self, state: Any) -> None:
+        self.part.open(self.epoch, state)
+        self.opened = True
 
-    def _read(self) -> dict[str, list[Any]] | None:
-        self._before = self.stream.state_dict() if self.block else None
-        assert self._blocks is not None
-        return next(self._blocks, None)
-
-    def _arrange(self, rows: dict[str, list[Any]]) -> None:
-        missing = [column for column in COLUMNS[self.task.kind] if column not in rows]
+    def _arrange(self, block: Block) -> None:
+        missing = [column for column in COLUMNS[self.task.kind] if column not in block.columns]
         if missing:
             raise TrainingError(
-                f"The stream of task '{self.task.name}' lacks the column '{missing[0]}' (it has {', '.join(rows)}); "
-                "rename or add it."
+                f"The stream of task '{self.task.name}' lacks the column '{missing[0]}' (it has "
+                f"{', '.join(block.columns)}); rename or add it."
             )
-        self._rows, self.used = rows, 0
-        length = len(next(iter(rows.values())))
+        self._columns, self.used = block.columns, 0
+        self._names = block.names or [f"{self.epoch}/{self.block}/{row}" for row in range(block.rows)]
+        length = len(next(iter(block.columns.values())))
         self._order = np.random.default_rng([*self.key, self.epoch, self.block]).permutation(length)
 
     def state(self) -> dict[str, Any]:
         """Where the reader stands, in plain types."""
-        return {"epoch": self.epoch, "block": self.block, "used": self.used, "stream": self._before}
+        return {
+            "epoch": self.epoch, "block": self.block, "used": self.used, "good": self.good, "opened": self.opened,
+            "stream": self._before,
+        }  # fmt: skip
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Stand where a reader of the same part stood."""
-        self.epoch, self.block, self.used = state["epoch"], state["block"], 0
-        if not state["used"]:  # nothing was read yet
+        self.epoch, self.block, self.good = state["epoch"], state["block"], state["good"]
+        if not state["opened"]:  # nothing of this epoch was read yet
             return
-        if state["stream"] is not None:
-            self.stream.set_epoch(self.epoch)
-            self.stream.load_state_dict(state["stream"])
-        self._open()
-        assert self._blocks is not None
-        found = next(self._blocks, None)
+        self._open(state["stream"])
+        found = self.part.next(BLOCK)
         if found is None:
             raise TrainingError(
                 f"The stream of task '{self.task.name}' ends before the place where the checkpoint was made; resume "
                 "with the data it was made with."
             )
         self._before = state["stream"]
-        self._arrange(found)
+        self._arrange(found)  # and not into the report: these rows were counted before
         self.used = state["used"]
+
+
+class _DatasetPart:
+    """A part of a `datasets.IterableDataset`, with the methods of a `ShardPart`."""
+
+    def __init__(self, stream: Any, number: int, count: int) -> None:
+        from datasets.distributed import split_dataset_by_node
+
+        # With "auto", a number of shards that is no multiple of `count` would make every reader load every shard.
+        strategy = "shards" if stream.num_shards >= count else "auto"
+        self.stream = split_dataset_by_node(stream, number, count, strategy=strategy) if count > 1 else stream
+        self._blocks: Iterator[dict[str, list[Any]]] = iter(())
+
+    def open(self, epoch: int, state: Any) -> None:
+        self.stream.set_epoch(epoch)
+        if state is not None:
+            self.stream.load_state_dict(state)
+        self._blocks = iter(self.stream.iter(batch_size=BLOCK))
+
+    def state(self) -> Any:
+        return self.stream.state_dict()
+
+    def next(self, size: int) -> Block | None:
+        rows = next(self._blocks, None)
+        if rows is None:
+            return None
+        total = len(next(iter(rows.values())))
+        faults = rows.pop(FAULT, None) or [None] * total
+        skips = [Skip(*json.loads(fault)) for fault in faults if fault is not None]
+        kept = [row for row, fault in enumerate(faults) if fault is None]
+        columns = rows if len(kept) == total else {name: [v[row] for row in kept] for name, v in rows.items()}
+        return Block([], columns, skips, total, 0)
+
+
+def _causes(skips: list[Skip]) -> str:
+    return f" ({summary(Counter(skip.cause for skip in skips))})" if skips else ""

@@ -9,6 +9,9 @@ COLUMNS = {
     "text-pair": ("query", "positive"),
     "text-triplet": ("query", "positive", "negatives"),
 }
+# What a source can be read as: the kinds of tasks, texts alone for masked language modelling, and pictures alone for
+# captioning.
+KINDS = {**COLUMNS, "text-only": ("text",), "image-only": ("image",)}
 LOSSES = ("info_nce", "sigmoid")
 CAPTIONS = ("whole", "first sentence", "any sentence")
 TEXT_TEMPERATURE = 0.05  # of text-text losses (arXiv 2405.20204, section 3.2)
@@ -28,11 +31,11 @@ class Task:
     Args:
         name: how the task is called in logs and errors.
         kind: "image-text", "text-pair" or "text-triplet".
-        dataset: a `datasets.Dataset` or `datasets.IterableDataset` with the columns of its kind: `image` and `caption`;
-            `query` and `positive`; or these and `negatives`, a list of hard negatives, as many in each row. Rows with
-            the same `image_id`, if there is such a column, show the same picture. An image, caption, query or positive
-            may itself be a list (several pictures of one thing, several captions of a picture): one is drawn at each
-            use.
+        dataset: a `datasets.Dataset`, a `datasets.IterableDataset` or a `ShardStream` with the columns of its kind:
+            `image` and `caption`; `query` and `positive`; or these and `negatives`, a list of hard negatives, as many
+            in each row. Rows with the same `image_id`, if there is such a column, show the same picture. An image,
+            caption, query or positive may itself be a list (several pictures of one thing, several captions of a
+            picture): one is drawn at each use.
         batch_size: rows per step and process.
         weight: factor of its share of the steps, beside its rows.
         loss_weight: factor of its loss in the sum.
@@ -43,6 +46,8 @@ class Task:
             number included.
         captions: "whole", "first sentence" (the short caption in a long one) or "any sentence", one drawn at each use.
         rows: how many rows a streamed data set has, where its share of the steps depends on it.
+        max_bad: the share of rows that may turn out bad in training (pictures that cannot be read, broken rows of a
+            stream); they are left out, and beyond this share the run stops.
 
     Raises:
         TrainingError: an unknown kind, loss or use of captions, a missing column, or fewer rows than a batch.
@@ -60,6 +65,7 @@ class Task:
     matryoshka_dims: Sequence[int] | None = None
     captions: str = "whole"
     rows: int | None = None
+    max_bad: float = 0.01
 
     def __post_init__(self) -> None:
         for field, known in (("kind", list(COLUMNS)), ("loss", list(LOSSES)), ("captions", list(CAPTIONS))):

@@ -114,7 +114,8 @@ class MultiTaskTrainer(Trainer):
         batches = args.max_steps * args.gradient_accumulation_steps
         stream = any(task.streams for task in tasks)
         self.step_batches: Any = (StepStream if stream else StepBatches)(tasks, batches, args.seed, self.world)
-        self.meters = Meters(self.world)
+        log = f"skipped-{self.world.rank}.jsonl" if self.world.rank else "skipped.jsonl"
+        self.meters = Meters(self.world, self.tasks, Path(str(args.output_dir)) / log)
         self.average: WeightAverage | None = None
         self._positions: dict[int, dict[str, Any]] = {}
         self._restored_average: Path | None = None
@@ -122,13 +123,14 @@ class MultiTaskTrainer(Trainer):
             model=model,
             args=args,
             data_collator=MultiTaskCollator(  # type: ignore[arg-type]
-                processor, max_length, args.seed, augment, self.world.rank
+                processor, max_length, args.seed, augment, self.world.rank, args.exact_images, skip=True
             ),
             train_dataset=self.step_batches,
             eval_dataset=list(self.eval_tasks.values()) or None,
             processing_class=processor,
             callbacks=[*(callbacks or []), _ClampLogitScale()],
         )
+        self.step_batches.picture = self.data_collator.pictures.decode
         self.model_accepts_loss_kwargs = False  # the losses are means over the batch, not sums over its tokens
         self.can_return_loss = True
         # Where a forward pass is itself a collective, all processes must make as many.

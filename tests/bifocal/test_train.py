@@ -174,8 +174,11 @@ def test_stage_0_and_a_stage_that_starts_from_it(reader):
             "has 70 rows, fewer than its batch of 71; give a smaller batch_size or more rows.",
         ),
         ("tasks.pairs.data.limit=1", "has 1 rows, fewer than its batch of 64; give a smaller batch_size or more rows."),
-        ("tasks.pairs.data.path=broken.jsonl", "'broken.jsonl' cannot be read"),
-        ("tasks.pairs.data.path=empty.jsonl", "Row 1 of task 'pairs' has no text in its column 'positive'; remove"),
+        (
+            "tasks.pairs.data.path=broken.jsonl",
+            "100.0% of 1 rows are bad, more than max_bad=0.01 allows (1 broken JSON); they are named in runs/bad/",
+        ),
+        ("tasks.pairs.data.path=empty.jsonl", "1.6% of 64 rows are bad, more than max_bad=0.01 allows (1 no positive)"),
         ("device=cuda", "asks for CUDA, and this machine has none; set device=cpu or auto."),
         ("start_from=runs/nothing", "there is no processor at 'runs/nothing'"),
         ("start_from.stage=stage7", "starts from stage 'stage7', of which there is no runs/stage7/model"),

@@ -1,6 +1,8 @@
 """A run that kills itself: after STEP steps, with checkpoints on the way; started again it resumes.
 
-python run_until_killed.py OUT STEP {map,stream} WORKERS
+python run_until_killed.py OUT STEP {map,stream,shards} WORKERS
+
+With "shards", pictures come from the tar shards in OUT/../shards, some of whose samples are broken.
 """
 
 import os
@@ -15,6 +17,8 @@ from transformers import TrainerCallback
 from bifocal.modeling import BifocalModel, BifocalProcessor
 from bifocal.training.arguments import BifocalTrainingArguments
 from bifocal.training.checkpoints import last_complete_checkpoint
+from bifocal.training.recipe import Source
+from bifocal.training.sources import load_source
 from bifocal.training.tasks import Task
 from bifocal.training.trainer import MultiTaskTrainer
 from tests.conftest import small_config
@@ -38,6 +42,10 @@ def main() -> None:
     if way == "stream":
         pairs = pairs.to_iterable_dataset(num_shards=4)
     parts.append(Task("pairs", "text-pair", pairs, 3, rows=40))
+    if way == "shards":
+        source = Source(path=str(out.parent / "shards" / "*.tar"), streaming=True)
+        parts = [task for task in parts if task.sort == "text"]
+        parts.append(Task("laion", "image-text", load_source(source, "image-text"), 5, max_bad=0.5))
     processor = BifocalProcessor.from_pretrained(out.parent / "processor")
     checkpoint = last_complete_checkpoint(out)
     torch.manual_seed(0)
@@ -51,7 +59,13 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     logs = [{k: v for k, v in e.items() if k.startswith(("loss", "accuracy"))} for e in trainer.state.log_history]
     optimizer = trainer.optimizer.state_dict()["state"]
-    torch.save({"weights": trainer.model.state_dict(), "optimizer": optimizer, "logs": logs}, out / "result.pt")
+    skipped = {**trainer.meters.skipped.state(), "log": _named(out / "skipped.jsonl")}
+    result = {"weights": trainer.model.state_dict(), "optimizer": optimizer, "logs": logs, "skipped": skipped}
+    torch.save(result, out / "result.pt")
+
+
+def _named(log: Path) -> list[str]:
+    return log.read_text(encoding="utf-8").splitlines() if log.exists() else []
 
 
 if __name__ == "__main__":

@@ -214,5 +214,7 @@ def test_broken_rows_are_named(processor, columns, message):
 
 def test_a_broken_picture_is_named(processor):
     data = Dataset.from_dict({"image": [b"no picture"] * 2, "caption": ["a", "b"]})
-    with pytest.raises(ValueError, match=r"The image of row \d of task 't' is not an image"):
+    with pytest.raises(
+        ValueError, match=r"The image of row \d of task 't' cannot be used \(not a picture: .*format Pillow"
+    ):
         collate(processor, Task("t", "image-text", data, 2))

@@ -5,10 +5,13 @@ import random
 import signal
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.training.data.files import add, picture
 
 SCRIPT = Path(__file__).with_name("run_until_killed.py")
 ROOT = Path(__file__).parents[2]
@@ -36,9 +39,23 @@ def assert_equal(left, right, name: str = "") -> None:
         assert left == right, name
 
 
-@pytest.mark.parametrize(("way", "workers"), [("map", 0), ("map", 2), ("stream", 0), ("stream", 2)])
+def spoilt_shards(folder: Path) -> None:
+    """Three tar shards, of whose 70 samples six are no pictures and three have no caption."""
+    folder.mkdir()
+    for number, (first, count) in enumerate([(0, 30), (30, 25), (55, 15)]):
+        with tarfile.open(folder / f"{number}.tar", "w") as tar:
+            for sample in range(first, first + count):
+                add(tar, f"{sample}.jpg", b"no picture" if sample % 13 == 5 else picture(seed=sample))
+                add(tar, f"{sample}.txt", b"" if sample % 20 == 9 else f"star {sample}".encode())
+
+
+@pytest.mark.parametrize(
+    ("way", "workers"), [("map", 0), ("map", 2), ("stream", 0), ("stream", 2), ("shards", 0), ("shards", 2)]
+)
 def test_killed_and_resumed_it_ends_the_same(way, workers, processor, tmp_path):
     processor.save_pretrained(tmp_path / "processor")
+    if way == "shards":
+        spoilt_shards(tmp_path / "shards")
     done = run(tmp_path / "whole", -1, way, workers)
     assert done.returncode == 0, done.stderr[-3000:]
     first = random.Random(f"{way}{workers}").randint(4, 12)
@@ -50,6 +67,8 @@ def test_killed_and_resumed_it_ends_the_same(way, workers, processor, tmp_path):
     whole, cut = (torch.load(tmp_path / name / "result.pt") for name in ("whole", "cut"))
     assert len(whole["logs"]) >= 5
     assert_equal(whole, cut)
+    if way == "shards":
+        assert len(whole["skipped"]["log"]) == sum(whole["skipped"]["bad"]["laion"].values()) > 5
 
 
 def test_a_stream_needs_as_many_workers_as_before(processor, tmp_path):

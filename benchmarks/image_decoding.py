@@ -1,0 +1,76 @@
+"""Decode and resize one JPEG: at reduced scale, against handing the whole picture to CLIP's processor.
+
+Prints one JSON line for each size: the ratio of times on one core, both measured in turn, and the mean difference of
+the pixels as a share of their range. The pictures are made here: noise that falls with the frequency as it does in
+photos, slightly blurred as a lens does, in JPEG at quality 90.
+
+    python benchmarks/image_decoding.py [--rounds 7]
+"""
+
+import argparse
+import io
+import json
+import statistics
+import time
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+from transformers.models.clip import CLIPImageProcessorPil
+
+from bifocal.training.data.pictures import PictureReader
+
+SIDE = 224
+
+
+def photo(width: int, height: int) -> bytes:
+    draw = np.random.default_rng(0)
+    radius = np.maximum(np.hypot(np.fft.rfftfreq(width)[None], np.fft.fftfreq(height)[:, None]), 1 / width)
+    light = np.fft.irfft2(np.fft.rfft2(draw.standard_normal((height, width))) / radius, s=(height, width))
+    planes = []
+    for _ in range(3):  # colours differ less than the light does
+        own = np.fft.irfft2(np.fft.rfft2(draw.standard_normal((height, width))) / radius, s=(height, width))
+        plane = light / light.std() + 0.3 * own / own.std()
+        planes.append(128 + 45 * plane)
+    image = Image.fromarray(np.stack(planes, -1).clip(0, 255).astype(np.uint8))
+    buffer = io.BytesIO()
+    image.filter(ImageFilter.GaussianBlur(width / 4000)).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    rounds = parser.parse_args().rounds
+    torch.set_num_threads(1)
+    clip = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+    reader = PictureReader(clip)
+
+    def usual(content: bytes) -> torch.Tensor:
+        return clip([Image.open(io.BytesIO(content)).convert("RGB")], return_tensors="pt")["pixel_values"]
+
+    def reduced(content: bytes) -> torch.Tensor:
+        return reader.pixels([reader.decode(content)])
+
+    for size, repeats in (((500, 375), 40), ((4000, 3000), 3)):
+        content = photo(*size)
+        times: dict[str, list[float]] = {"usual": [], "reduced": []}
+        for _ in range(rounds):
+            for name, way in (("usual", usual), ("reduced", reduced)):
+                start = time.perf_counter()
+                for _ in range(repeats):
+                    way(content)
+                times[name].append((time.perf_counter() - start) / repeats)
+        ratios = [a / b for a, b in zip(times["usual"], times["reduced"], strict=True)]
+        difference = (usual(content) - reduced(content)) * torch.tensor(clip.image_std).view(3, 1, 1)
+        line = {
+            "benchmark": "image_decoding", "size": size, "kilobytes": len(content) // 1024,
+            "ratio": round(statistics.median(ratios), 2), "ratios": [round(ratio, 2) for ratio in ratios],
+            "milliseconds": {name: round(1000 * min(found), 2) for name, found in times.items()},
+            "mean_difference": float(f"{difference.abs().mean():.1e}"),
+        }  # fmt: skip
+        print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    main()

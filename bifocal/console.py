@@ -1,0 +1,37 @@
+"""What all commands share: stop with a sentence, and know which errors deserve one."""
+
+import errno
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NoReturn
+
+import typer
+
+
+def require(*modules: str) -> None:
+    """Stop now, and not after the training, if an extra is not installed."""
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        fail(f"This command needs {', '.join(missing)}, not installed here; pip install 'bifocal[all]' brings them.")
+
+
+def cannot_write(error: Exception, folder: Path) -> bool:
+    """Whether an error means that the disk is full or may not be written.
+
+    Not every library says so with an OSError: safetensors has an error of its own and torch a RuntimeError.
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+    existing = next(path for path in [folder, *folder.absolute().parents] if path.exists())
+    return "No space left" in str(error) or shutil.disk_usage(existing).free < 2**20
+
+
+def sentence(error: Exception) -> str:
+    """What an error says; one that comes from a data worker brings that worker's traceback before it."""
+    return str(error).strip().splitlines()[-1].rpartition("Error: ")[2]
+
+
+def fail(message: str) -> NoReturn:
+    typer.echo(f"Error: {message}", err=True)
+    raise typer.Exit(1)

@@ -1,0 +1,119 @@
+"""Layouts whose rows are made of several lines: BEIR folders and natural language inference."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from bifocal.training.data.faults import Fault
+from bifocal.training.data.files import READERS, Row, format_of, lost, read_csv, read_json_lines
+from bifocal.training.data.rows import MOST_NEGATIVES, passage
+
+# gold_label of the SNLI and MultiNLI files, and the numbers that the Hub's copies have for them.
+_LABELS = {"entailment": "entailment", "contradiction": "contradiction", 0: "entailment", 2: "contradiction"}
+
+
+def read_nli(path: str, start: Any = None, triplets: bool = True) -> Iterator[Row]:
+    """A file of SNLI or MultiNLI as triplets: for each premise its entailed sentences as positives, its contradictions
+    as hard negatives (arXiv 2104.08821, section 3.2 has one of each; here each entailed sentence is a row).
+
+    The file is held in memory, since the lines of a premise may lie far apart. A position is a number of rows.
+
+    Args:
+        triplets: leave out premises without a contradiction.
+    """
+    groups: dict[str, dict[str, list[str]]] = {}
+    faults: list[Row] = []
+    for row in READERS[format_of(path) or "jsonl"](path, None):
+        if isinstance(row.value, Fault):
+            faults.append(row)
+            continue
+        raw = row.value
+        premise, sentence = raw.get("sentence1", raw.get("premise")), raw.get("sentence2", raw.get("hypothesis"))
+        label = _label(raw.get("gold_label", raw.get("label")))
+        if not isinstance(premise, str) or not isinstance(sentence, str):
+            faults.append(row._replace(value=Fault("no query", "no premise or no hypothesis")))
+        elif label in ("entailment", "contradiction"):
+            groups.setdefault(premise, {}).setdefault(label, []).append(sentence)
+    yield from _numbered([*faults, *_triplets(groups, triplets)], start)
+
+
+def _numbered(rows: Iterable[Row], start: Any) -> Iterator[Row]:
+    """The rows from a position on, each with the position after it."""
+    for number, row in islice(enumerate(rows, 1), start or 0, None):
+        yield row._replace(position=number)
+
+
+def _label(value: Any) -> str | None:
+    if isinstance(value, str) and value.isdigit():
+        value = int(value)
+    return _LABELS.get(value)
+
+
+def _triplets(groups: Mapping[str, Mapping[str, list[str]]], triplets: bool) -> Iterator[Row]:
+    number = 0
+    for premise, found in groups.items():
+        against = list(dict.fromkeys(found.get("contradiction", [])))[:MOST_NEGATIVES]
+        if triplets and not against:
+            continue
+        for positive in dict.fromkeys(found.get("entailment", [])):
+            number += 1
+            value = {"query": premise, "positive": positive, "negatives": against}
+            yield Row(number, f"premise {number}", value)
+
+
+def is_beir(folder: str) -> bool:
+    return all(_either(Path(folder), name) for name in ("corpus", "queries"))
+
+
+def _either(folder: Path, name: str) -> Path | None:
+    return next((p for p in (folder / f"{name}.jsonl", folder / f"{name}.jsonl.gz") if p.exists()), None)
+
+
+def read_beir(folder: str, start: Any = None, split: str = "train") -> Iterator[Row]:
+    """A BEIR folder (arXiv 2104.08663): each judged relevant passage is a positive of its query.
+
+    Of the corpus only judged passages are held in memory. A position is a number of rows.
+
+    Args:
+        split: which file of `qrels`.
+    """
+    root = Path(folder)
+    judgements = root / "qrels" / f"{split}.tsv"
+    if not judgements.exists():
+        there = ", ".join(sorted(path.stem for path in (root / "qrels").glob("*.tsv"))) or "none"
+        error = FileNotFoundError(f"no judgements '{judgements}' (splits that are there: {there})")
+        yield Row(None, f"{root.name}/qrels/{split}.tsv", lost(error))
+        return
+    rows = list(read_csv(str(judgements)))
+    relevant = []
+    faults = [row for row in rows if isinstance(row.value, Fault)]
+    for row in rows:
+        if isinstance(row.value, Fault):
+            continue
+        query, document, score = (str(value) for value in list(row.value.values())[:3])
+        if not re.fullmatch(r"-?\d+(\.0*)?", score):
+            faults.append(row._replace(value=Fault("broken judgement", f"the score {score[:50]!r} is no number")))
+        elif float(score) > 0:
+            relevant.append((row.name, query, document))
+    texts: dict[str, dict[str, str]] = {}
+    for name, wanted in (("queries", {q for _, q, _ in relevant}), ("corpus", {d for _, _, d in relevant})):
+        texts[name] = {}
+        for row in read_json_lines(str(_either(root, name))):
+            if isinstance(row.value, Fault):
+                faults.append(row)
+            elif str(row.value.get("_id")) in wanted:
+                texts[name][str(row.value["_id"])] = passage(row.value)
+    yield from _numbered([*faults, *_judged(relevant, texts)], start)
+
+
+def _judged(relevant: list[tuple[str, str, str]], texts: dict[str, dict[str, str]]) -> Iterator[Row]:
+    for number, (name, query, document) in enumerate(relevant, 1):
+        missing = next((i for i, t in ((query, "queries"), (document, "corpus")) if i not in texts[t]), None)
+        value: dict[str, Any] | Fault
+        if missing is not None:
+            value = Fault("judgement of a missing text", f"'{missing}'")
+        else:
+            value = {"query": texts["queries"][query], "positive": texts["corpus"][document]}
+        yield Row(number, name, value)

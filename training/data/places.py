@@ -1,0 +1,121 @@
+"""From a path, a pattern or an address to files, and the fence: nothing outside the given roots is read."""
+
+import glob
+import gzip
+import os
+import shutil
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from bifocal.training.data.faults import Fault
+
+_PATTERN = frozenset("*?[")
+_SPOOLED = 64 * 2**20  # bytes of a fetched file that are held in memory, not on disk
+_TIMEOUT = 60.0  # seconds for a server to answer, and between two pieces
+GZIP = (".gz", ".tgz")
+
+
+def is_remote(path: str) -> bool:
+    return "://" in path
+
+
+def expand(paths: str | Sequence[str]) -> list[str]:
+    """Every file that paths, brace patterns (`{00000..00041}`) and globs name, in order.
+
+    A brace pattern names its files whether they are there or not; a glob only those that are. Patterns may be local, or
+    begin with `hf://`; addresses beginning with `https://` take braces only.
+    """
+    from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]
+
+    found: list[str] = []
+    for path in [paths] if isinstance(paths, str) else paths:
+        try:
+            spelt = list(braceexpand(path))
+        except UnbalancedBracesError:
+            spelt = [path]
+        for one in spelt:
+            if not _PATTERN & set(one) or one.startswith(("http://", "https://")):
+                found.append(os.path.expanduser(one))
+            elif is_remote(one):
+                import fsspec
+
+                filesystem, inner = fsspec.url_to_fs(one)
+                found += sorted(filesystem.unstrip_protocol(match) for match in filesystem.glob(inner))
+            else:
+                found += sorted(glob.glob(os.path.expanduser(one), recursive=True))
+    return found
+
+
+def open_file(path: str) -> BinaryIO:
+    """A file here or elsewhere, uncompressed where its name ends in .gz, that can be sought in.
+
+    Raises:
+        OSError: it is not there or cannot be read.
+    """
+    if not is_remote(path):
+        if os.path.isdir(path):
+            raise IsADirectoryError(f"'{path}' is a folder")
+        return gzip.open(path, "rb") if path.endswith(GZIP) else open(path, "rb")  # type: ignore[return-value]
+    if path.startswith(("http://", "https://")):
+        file: Any = _fetch(path)
+    else:
+        import fsspec
+
+        file = fsspec.open(path, "rb").open()
+    return gzip.open(file, "rb") if path.endswith(GZIP) else file
+
+
+def _fetch(address: str) -> Any:
+    """A whole file from a web server: it is read from end to end, and not every server sends parts."""
+    file = tempfile.SpooledTemporaryFile(_SPOOLED)  # noqa: SIM115  # closed by who asked for it
+    request = urllib.request.Request(address, headers={"User-Agent": "bifocal"})
+    try:
+        with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:
+            shutil.copyfileobj(answer, file, 2**20)
+            promised = answer.headers.get("Content-Length")
+    except urllib.error.HTTPError as error:
+        if error.code in (404, 410):
+            raise FileNotFoundError(f"'{address}' is not there ({error.code})") from error
+        raise
+    if promised is not None and file.tell() < int(promised):  # urllib takes a cut connection for an end
+        raise ConnectionError(f"'{address}' broke off after {file.tell():,} of {int(promised):,} bytes")
+    file.seek(0)
+    return file
+
+
+class Fence:
+    """The folders that pictures may be read from.
+
+    Args:
+        roots: a folder, or for each first part of a path the folder that holds the rest (ShareGPT4V's `coco/...`,
+            `sam/...`); the key "" stands for all others. None: no picture may be named by a path.
+        trusted: paths come from `datasets` itself, which has put the files there, and not from a row.
+    """
+
+    def __init__(self, roots: str | Mapping[str, str] | None, trusted: bool = False) -> None:
+        self.trusted = trusted
+        given = {"": roots} if isinstance(roots, str) else dict(roots or {})
+        self.roots = {prefix.strip("/"): os.path.realpath(os.path.expanduser(root)) for prefix, root in given.items()}
+
+    def resolve(self, given: str) -> str:
+        """The file that a path names.
+
+        Raises:
+            Fault: an address, a path out of its root (also through a link), or one for which there is no root.
+        """
+        if self.trusted:
+            return given
+        if is_remote(given) or given.startswith("data:"):
+            raise Fault("path outside the roots", f"{given[:200]} is an address, not a file under a root")
+        prefix = max((p for p in self.roots if not p or given.startswith(f"{p}/")), key=len, default=None)
+        if prefix is None:
+            raise Fault("path outside the roots", f"no root is given for {given[:200]}; name one under images")
+        root = self.roots[prefix]
+        path = os.path.realpath(os.path.join(root, given[len(prefix) :].lstrip("/") if prefix else given))
+        if not Path(path).is_relative_to(root):
+            raise Fault("path outside the roots", f"{given[:200]} leads out of {root}")
+        return path

@@ -1,0 +1,36 @@
+"""A cleaned copy of a source as Parquet files, which then may be streamed."""
+
+import os
+from pathlib import Path
+
+from bifocal.training.data.faults import Skipped
+from bifocal.training.recipe import Source
+from bifocal.training.sources import load_source
+from bifocal.training.tasks import TrainingError
+
+_ROWS = 10_000  # of a file
+
+
+def write_clean(source: Source, kind: str, out: Path, skipped: Skipped) -> int:
+    """Write the good rows that pass the source's filters, pictures included; returns how many.
+
+    Raises:
+        TrainingError: the folder holds other files.
+        BadRowsError: more bad rows than the source's `max_bad`.
+        OSError: the folder cannot be written.
+    """
+    others = [path.name for path in out.glob("*") if path.name != "skipped.jsonl"] if out.exists() else []
+    if others:
+        raise TrainingError(f"'{out}' is not empty (it has {others[0]}); choose another folder.")
+    data = load_source(source.model_copy(update={"streaming": False}), kind, 0, skipped, source.title)
+    files = max(1, -(-len(data) // _ROWS))
+    scratch = out.with_name(f".{out.name}")
+    scratch.mkdir(parents=True, exist_ok=True)
+    for number in range(files):
+        part = data.shard(files, number, contiguous=True)
+        part.to_parquet(scratch / f"{number:05}-of-{files:05}.parquet")
+    out.mkdir(parents=True, exist_ok=True)
+    for path in sorted(scratch.glob("*.parquet")):
+        os.replace(path, out / path.name)
+    scratch.rmdir()
+    return len(data)
