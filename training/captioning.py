@@ -52,8 +52,9 @@ def caption_recipe(model: str, path: Path | None = None) -> CaptionRecipe:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
+        problem = getattr(error, "problem", None) or str(error)
         raise RecipeError(
-            f"'{path}' cannot be read as YAML ({error}); give a file as training/recipes/caption.yaml."
+            f"'{path}' cannot be read as YAML ({problem}); write it as training/recipes/caption.yaml is."
         ) from error
     return validated(CaptionRecipe, {**values, "model": model}, [])
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from bifocal.modeling import load_image
 from bifocal.training.data.faults import Fault
 from bifocal.training.data.pictures import cause_of
 from bifocal.training.tasks import TrainingError
@@ -40,6 +41,7 @@ class Cleaning(BaseModel):
         duplicate_texts: rows whose texts came before, case and spaces apart.
         min_characters, max_characters: bounds of each caption, query, positive and text; at least 2 leaves out those of
             one character.
+        readable: decode every picture now; one that cannot be is bad, and not found out in training.
         min_side: of a picture, in pixels.
         max_ratio: of a picture's longer side to its shorter.
         languages: ISO 639-1 codes; what py3langid takes for another language goes.
@@ -53,6 +55,7 @@ class Cleaning(BaseModel):
     duplicate_texts: bool = False
     min_characters: Annotated[int, Field(ge=1)] | None = None
     max_characters: Annotated[int, Field(ge=1)] | None = None
+    readable: bool = False
     min_side: Annotated[int, Field(ge=1)] | None = None
     max_ratio: Annotated[float, Field(ge=1)] | None = None
     languages: list[str] = []
@@ -97,6 +100,8 @@ class RowFilter:
             if column in row:
                 kept[column] = self._texts(column, row[column])
         if "image" in row:
+            if self.cleaning.readable:
+                require_readable(content(row["image"]))
             self._picture(row["image"])
         if self.cleaning.duplicate_images and "image" in row:
             self._once("duplicate image", content(row["image"]))
@@ -170,6 +175,17 @@ def content(value: Any) -> bytes:
         with open(value, "rb") as file:
             return file.read()
     except OSError as error:
+        raise Fault(cause_of(error), str(error)[:200]) from error
+
+
+def require_readable(data: bytes) -> None:
+    """
+    Raises:
+        Fault: these bytes are no picture, or a broken one.
+    """
+    try:
+        load_image(data)
+    except Exception as error:
         raise Fault(cause_of(error), str(error)[:200]) from error
 
 

@@ -14,9 +14,8 @@ from typing import Any
 from PIL import Image
 
 from bifocal.modeling import load_image
-from bifocal.training.data.cleaning import content, same, size_of
+from bifocal.training.data.cleaning import content, require_readable, same, size_of
 from bifocal.training.data.faults import Fault
-from bifocal.training.data.pictures import cause_of
 from bifocal.training.recipe import Source
 from bifocal.training.sources import load_source, open_stream
 from bifocal.training.streams import FAULT
@@ -129,10 +128,7 @@ def _measure(found: Inspection, row: dict[str, Any], seen: dict[str, set[bytes]]
     texts = {column: value for column, value in row.items() if column not in ("image", "image_id")}
     if "image" in row:
         data = content(row["image"])
-        try:
-            load_image(data)
-        except Exception as error:
-            raise Fault(cause_of(error), str(error)[:200]) from error
+        require_readable(data)
         found.sizes.append(size_of(data))
         found.megabytes += len(data) / 1e6
         _repeated(found, seen, "pictures", data)

@@ -3,12 +3,14 @@
 import os
 from pathlib import Path
 
+from bifocal.training.data.cleaning import Cleaning
 from bifocal.training.data.faults import Skipped
 from bifocal.training.recipe import Source
 from bifocal.training.sources import load_source
 from bifocal.training.tasks import TrainingError
 
 _ROWS = 10_000  # of a file
+_GROUP = 256  # rows held at once, pictures included
 
 
 def write_clean(source: Source, kind: str, out: Path, skipped: Skipped) -> int:
@@ -19,16 +21,24 @@ def write_clean(source: Source, kind: str, out: Path, skipped: Skipped) -> int:
         BadRowsError: more bad rows than the source's `max_bad`.
         OSError: the folder cannot be written.
     """
+    from datasets.table import embed_table_storage
+    from pyarrow.parquet import ParquetWriter
+
     others = [path.name for path in out.glob("*") if path.name != "skipped.jsonl"] if out.exists() else []
     if others:
         raise TrainingError(f"'{out}' is not empty (it has {others[0]}); choose another folder.")
-    data = load_source(source.model_copy(update={"streaming": False}), kind, 0, skipped, source.title)
+    cleaning = (source.clean or Cleaning()).model_copy(update={"readable": True})
+    source = source.model_copy(update={"streaming": False, "clean": cleaning})
+    data = load_source(source, kind, 0, skipped, source.title)
     files = max(1, -(-len(data) // _ROWS))
     scratch = out.with_name(f".{out.name}")
     scratch.mkdir(parents=True, exist_ok=True)
     for number in range(files):
-        part = data.shard(files, number, contiguous=True)
-        part.to_parquet(scratch / f"{number:05}-of-{files:05}.parquet")
+        part = data.shard(files, number, contiguous=True).with_format("arrow")
+        name = f"{number:05}-of-{files:05}.parquet"
+        with ParquetWriter(scratch / name, part.features.arrow_schema) as writer:
+            for rows in part.iter(_GROUP):
+                writer.write_table(embed_table_storage(rows))  # pictures into the file, where rows name paths
     out.mkdir(parents=True, exist_ok=True)
     for path in sorted(scratch.glob("*.parquet")):
         os.replace(path, out / path.name)

@@ -1,0 +1,89 @@
+"""The page about a source: its figures are right, and it opens in a browser."""
+
+import shutil
+from dataclasses import asdict
+
+import pytest
+
+from bifocal.evaluation.data_page import write_data_page
+from bifocal.training.data.inspecting import inspect_source
+from bifocal.training.recipe import RecipeError, Source
+from bifocal.training.sources import guess_kind
+from tests.training.data.files import lines, picture, shards
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Six pictures: one twice, one broken, one too small for the filter, one with a caption that is markup."""
+    for number in range(6):
+        (tmp_path / f"{number}.jpg").write_bytes(picture((10, 10) if number == 3 else (64, 48), seed=min(number, 4)))
+    (tmp_path / "1.jpg").write_bytes(b"<html>no picture</html>")
+    captions = ["one", "two", "", "four", "<script>alert(1)</script>", "long " * 200]
+    lines(tmp_path / "metadata.jsonl", [{"file_name": f"{n}.jpg", "caption": text} for n, text in enumerate(captions)])
+    return tmp_path
+
+
+def test_figures(folder):
+    found = inspect_source(Source(path=str(folder), clean={"min_side": 16}), "image-text")
+    assert (found.rows, found.good, found.complete) == (6, 3, True)
+    assert {cause["cause"]: (cause["count"], cause["dropped"]) for cause in found.left_out} == {
+        "not a picture": (1, False), "no caption": (1, False), "small picture": (1, True),
+    }  # fmt: skip
+    assert found.duplicates == {"pictures": 1, "texts": 0}
+    assert found.lengths == {"caption": [3, 25, 999]}
+    assert found.sizes == [(64, 48)] * 3
+    assert len(found.sample) == 3
+    part = inspect_source(Source(path=str(folder)), "image-text", most=2)
+    assert (part.rows, part.complete) == (2, False)
+
+
+def test_texts_and_kinds(tmp_path):
+    rows = [{"query": "a", "positive": "B  c", "negatives": ["n"] * (1 + n % 2)} for n in range(4)]
+    path = lines(tmp_path / "a.jsonl", rows)
+    assert guess_kind(Source(path=str(path))) == "text-triplet"
+    found = inspect_source(Source(path=str(path)), "text-triplet")
+    assert found.counts == [1, 2, 1, 2]
+    assert found.duplicates == {"texts": 2}
+    assert guess_kind(Source(path=shards(tmp_path / "s", [2]))) == "image-text"
+    assert guess_kind(Source(path=str(lines(tmp_path / "p.jsonl", [{"anchor": "a", "positive": "b"}])))) == "text-pair"
+    assert guess_kind(Source(path=str(lines(tmp_path / "t.jsonl", [{"text": "a"}])))) == "text-only"
+    with pytest.raises(RecipeError, match="cannot be told by its columns; name it with --kind"):
+        guess_kind(Source(path=str(lines(tmp_path / "x.jsonl", [{"a": "a"}]))))
+
+
+def test_the_symbols_too():
+    found = inspect_source(
+        Source(path="symbols", split="test", columns={"image": "images", "caption": "name"}), "image-text", most=20
+    )
+    assert (found.good, found.complete) == (20, False)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine to open the page with")
+@pytest.mark.parametrize("width", [1200, 390])
+def test_in_a_browser(folder, width):
+    playwright = pytest.importorskip("playwright.sync_api")
+    page_file = folder / "page.html"
+    write_data_page(asdict(inspect_source(Source(path=str(folder), clean={"min_side": 16}), "image-text")), page_file)
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page(viewport={"width": width, "height": 900})
+        problems, requests = [], []
+        page.on("console", lambda message: problems.append(message.text))
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("dialog", lambda dialog: problems.append(dialog.message))
+        page.on("request", lambda request: requests.append(request.url))
+        page.goto(page_file.as_uri())
+        text = page.locator("body").inner_text()
+        for said in ("3 (50.0%)", "not a picture", "small picture", "<script>alert(1)</script>", "1.jpg"):
+            assert said in text
+        pictures = page.locator("img")
+        assert pictures.count() == 3 + 2
+        for number in range(pictures.count()):
+            assert pictures.nth(number).evaluate("image => image.complete && image.naturalWidth > 0")
+            assert pictures.nth(number).get_attribute("alt")
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+        assert not problems
+        assert all(request.startswith(("file:", "data:")) for request in requests)
+        browser.close()
