@@ -8,6 +8,11 @@ from typing import NoReturn
 
 import typer
 
+# The disk is full or read-only, the folder not ours, or a file stands where a folder should be.
+_UNWRITABLE = (
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR,
+)  # fmt: skip
+
 
 def require(*modules: str) -> None:
     """Stop now, and not after the training, if an extra is not installed."""
@@ -22,7 +27,7 @@ def cannot_write(error: Exception, folder: Path) -> bool:
     Not every library says so with an OSError: safetensors has an error of its own and torch a RuntimeError.
     """
     if isinstance(error, OSError) and error.errno is not None:
-        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+        return error.errno in _UNWRITABLE
     existing = next(path for path in [folder, *folder.absolute().parents] if path.exists())
     return "No space left" in str(error) or shutil.disk_usage(existing).free < 2**20
 

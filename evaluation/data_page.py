@@ -1,6 +1,7 @@
 """One self-contained HTML page about a source of training data."""
 
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,15 +38,14 @@ def write_data_page(inspection: Mapping[str, Any], path: Path) -> None:
 def _figures(data: Mapping[str, Any], bad: int, dropped: int) -> dict[str, str]:
     rows = data["rows"]
 
-    def share(count: int) -> str:
-        return f"{count:,} ({count / rows:.1%})" if rows and count else f"{count:,}"
-
-    figures = {"rows looked at" + ("" if data["complete"] else ", of more"): f"{rows:,}", "usable": share(data["good"])}
-    figures["bad"] = share(bad)
+    counts = {"usable": data["good"], "bad": bad}
     if dropped:
-        figures["dropped by filters"] = share(dropped)
-    for what, count in data["duplicates"].items():
-        figures[f"repeated {what}"] = share(count)
+        counts["dropped by filters"] = dropped
+    counts |= {f"repeated {what}": count for what, count in data["duplicates"].items()}
+    figures = {"rows looked at" + ("" if data["complete"] else ", of more"): f"{rows:,}"}
+    for name, count in counts.items():
+        share = f", {count / rows:.1%}" if rows and count else ""
+        figures[name + share.replace(", 0.0%", ", under 0.1%")] = f"{count:,}"
     if data["sizes"]:
         figures["of pictures"] = f"{data['megabytes']:,.1f} MB"
     return figures
@@ -63,14 +63,16 @@ def _plots(data: Mapping[str, Any]) -> list[dict[str, str]]:
 def _lengths(lengths: Mapping[str, Sequence[int]]) -> dict[str, str]:
     figure, axes = blank()
     longest = max(max(values) for values in lengths.values() if values)
+    shortest = min(min(values) for values in lengths.values() if values)
     # Bins of equal width on the logarithmic axis: lengths of texts spread over orders of magnitude.
-    edges = sorted({round(1.25**n) for n in range(60) if 1.25**n <= longest * 1.25} | {1, longest + 1})
+    edges = sorted({round(1.25**n) for n in range(60) if shortest < 1.25**n <= longest} | {shortest, longest + 1})
     for number, (column, values) in enumerate(lengths.items()):
         axes.hist(
             values, bins=edges, histtype="step", linewidth=1.6, color=COLOURS[number % len(COLOURS)], label=column
         )
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.xaxis.set_minor_formatter(lambda value, _: f"{value:,.0f}" if longest < 8 * shortest else "")
     axes.set_xlabel("characters")
     axes.set_ylabel("texts")
     axes.legend(frameon=False, fontsize=8)
@@ -82,7 +84,9 @@ def _lengths(lengths: Mapping[str, Sequence[int]]) -> dict[str, str]:
 
 def _sizes(sizes: Sequence[tuple[int, int]]) -> dict[str, str]:
     figure, axes = blank()
-    axes.scatter([w for w, _ in sizes], [h for _, h in sizes], s=9, alpha=0.35, color=COLOURS[0], linewidths=0)
+    many = Counter(sizes)  # many pictures of one size are one larger point
+    area = [min(400, 9 * count**0.7) for count in many.values()]
+    axes.scatter([w for w, _ in many], [h for _, h in many], s=area, alpha=0.4, color=COLOURS[0], linewidths=0)
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("width, pixels")

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from bifocal.modeling import load_image
 from bifocal.training.data.faults import Fault, Skip, Skipped
 from bifocal.training.data.inspecting import rows_of
-from bifocal.training.data.pictures import cause_of
+from bifocal.training.data.pictures import fault_of
 from bifocal.training.recipe import SHIPPED, RecipeError, Source, validated
 from bifocal.training.tasks import TrainingError
 
@@ -132,7 +132,7 @@ def _pictures(
                 yield name, row, picture
                 continue
             except Exception as error:
-                row = Fault(cause_of(error), str(error)[:300])
+                row = fault_of(error)
         skipped.add("pictures", 1, [Skip.of(name, row)])
         result.skipped += 1
 

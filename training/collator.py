@@ -227,8 +227,8 @@ class MultiTaskCollator:
                 break
             else:
                 raise TrainingError(
-                    f"The pictures of task '{task.name}' cannot be used: after row {row}, {len(left_out)} others could "
-                    f"not be read either ({fault_text(left_out[-1])})."
+                    f"Task '{task.name}' has too few pictures that can be read: none of {len(left_out)} rows tried in "
+                    f"place of row {row} can be used ({fault_text(left_out[-1])})."
                 )
         return rows, columns, left_out
 

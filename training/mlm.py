@@ -8,9 +8,12 @@ from transformers import DataCollatorForLanguageModeling
 
 from bifocal.modeling import BifocalProcessor, BifocalTextConfig, BifocalTextForMaskedLM
 from bifocal.training.checkpoints import last_complete_checkpoint
+from bifocal.training.data.faults import Skipped
+from bifocal.training.data.shards import ShardStream
 from bifocal.training.recipe import Recipe, RecipeError
-from bifocal.training.run import require_device, training_arguments
+from bifocal.training.run import fresh_log, require_device, training_arguments
 from bifocal.training.sources import load_source
+from bifocal.training.streams import FAULT
 
 
 def train_mlm(recipe: Recipe) -> Path:
@@ -26,20 +29,28 @@ def train_mlm(recipe: Recipe) -> Path:
 
     require_device(recipe)
     assert recipe.mlm is not None
-    data = load_source(recipe.mlm.data, "text-only", recipe.seed)
+    data = load_source(recipe.mlm.data, "text-only", recipe.seed, Skipped(fresh_log(recipe)), "mlm")
+    columns = ["text"]
+    if isinstance(data, ShardStream):
+        data = data.as_iterable()
+    elif recipe.mlm.data.streaming:
+        columns.append(FAULT)
+    if recipe.mlm.data.streaming and recipe.train_tokenizer is not None:
+        raise RecipeError(
+            f"Recipe '{recipe.name}' trains a tokenizer on texts that stream; name a processor, or do not stream."
+        )
     processor = _processor(recipe, data)
     tokenizer = processor.tokenizer
     set_seed(recipe.seed)
     model = _model(recipe, len(tokenizer))
 
     def tokenize(rows: dict[str, list[Any]]) -> dict[str, Any]:
-        texts = [t for text in rows["text"] for t in (text if isinstance(text, list) else [text])]
-        if not all(isinstance(text, str) and text.strip() for text in texts):
-            raise RecipeError(f"'{recipe.mlm.data.path}' has rows without text; remove or fill them.")  # type: ignore[union-attr]
+        good = [text for text in rows["text"] if text is not None]  # of a bad row of a stream there is none
+        texts = [one for text in good for one in (text if isinstance(text, list) else [text])]
         options = dict(truncation=True, max_length=recipe.max_length, return_special_tokens_mask=True)
         return dict(tokenizer(texts, return_offsets_mapping=True, **options))
 
-    tokenized = data.map(tokenize, batched=True, remove_columns=data.column_names)
+    tokenized = data.map(tokenize, batched=True, remove_columns=columns)
     arguments = training_arguments(recipe, per_device_train_batch_size=recipe.mlm.batch_size)
     arguments.remove_unused_columns = False
     trainer = Trainer(

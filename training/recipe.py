@@ -93,6 +93,7 @@ class TaskRecipe(_Strict):
     matryoshka_dims: list[int] | None = None
     captions: Literal["whole", "first sentence", "any sentence"] = "whole"
     rows: int | None = None
+    shuffle: Annotated[int, Field(ge=1)] = 1024
 
 
 class MaskedLanguageModelling(_Strict):

@@ -62,7 +62,7 @@ def prepare(
     # Before loading: under torchrun the arguments start the process group, and the first process prepares data alone.
     arguments = training_arguments(recipe, **changes)
     with arguments.main_process_first(desc="loading data"):
-        skipped = Skipped(_fresh_log(recipe))
+        skipped = Skipped(fresh_log(recipe))
         tasks = _tasks(recipe, recipe.tasks, load, skipped)
         eval_tasks = _tasks(recipe, recipe.eval_tasks, load, skipped)
         processor = load_processor(recipe, tasks)
@@ -99,7 +99,7 @@ def require_device(recipe: Recipe) -> None:
         raise RecipeError(f"Recipe '{recipe.name}' asks for CUDA, and this machine has none; set device=cpu or auto.")
 
 
-def _fresh_log(recipe: Recipe) -> Path | None:
+def fresh_log(recipe: Recipe) -> Path | None:
     """Where rows that are left out while loading are named; anew each time, since all are read again."""
     if not recipe.folder.exists() or World.current().rank:
         return None

@@ -23,6 +23,10 @@ _PEEKED = 20  # rows that are looked at to know a file's columns
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
+class MissingColumnError(RecipeError):
+    """A source lacks a column."""
+
+
 def load_source(
     source: Source, kind: str, seed: int = 0, skipped: Skipped | None = None, name: str | None = None
 ) -> Any:
@@ -183,7 +187,7 @@ def guess_kind(source: Source) -> str:
     for kind in ("text-triplet", "image-text", "text-pair", "text-only"):
         try:
             found = open_stream(source, kind)
-        except RecipeError:
+        except MissingColumnError:
             continue
         if found is None:
             break
@@ -238,18 +242,18 @@ def _from_hub(source: Source) -> Any:
 def require_columns(names: list[str] | None, source: Source, kind: str) -> None:
     """
     Raises:
-        RecipeError: a source with columns of these names lacks one that is named, or one that the kind needs.
+        MissingColumnError: a source with columns of these names lacks one that is named, or that the kind needs.
     """
     if names is None:  # a stream that does not know them before it is read
         return
     for ours, theirs in source.columns.items():
         if theirs not in names and theirs.partition(".")[0] not in names:
-            raise RecipeError(
+            raise MissingColumnError(
                 f"'{source.title}' has no column '{theirs}' (it has {', '.join(names)}); mend columns.{ours}."
             )
     for ours in KINDS[kind]:
         if ours not in source.columns and not has_column(ours, names):
-            raise RecipeError(
+            raise MissingColumnError(
                 f"'{source.title}' has no column '{ours}' (it has {', '.join(names)}); name the right one under "
                 f"columns, such as {ours}: {names[0]}."
             )

@@ -11,7 +11,6 @@ from bifocal.training.data.faults import Fault, Skip, summary
 from bifocal.training.data.shards import Block, ShardStream
 from bifocal.training.tasks import COLUMNS, Task, TrainingError
 
-BLOCK = 1024
 FAULT = "_fault"  # a column with a `Skip` in JSON for rows that are left out
 
 
@@ -37,7 +36,9 @@ class BlockReader:
         self.picture = picture
         stream = task.dataset
         self.part: Any = (
-            stream.part(number, count) if isinstance(stream, ShardStream) else _DatasetPart(stream, number, count)
+            stream.part(number, count)
+            if isinstance(stream, ShardStream)
+            else _DatasetPart(stream, number, count, task.shuffle)
         )
         self.epoch = self.block = self.used = 0
         self.good = 0  # rows of this epoch that could be used
@@ -90,7 +91,7 @@ class BlockReader:
         else:
             self._open(None)
         self._before = self.part.state() if self.block else None
-        found = self.part.next(BLOCK)
+        found = self.part.next(self.task.shuffle)
         if found is None:  # the end of an epoch
             if not self.good:
                 raise TrainingError(
@@ -132,7 +133,7 @@ class BlockReader:
         if not state["opened"]:  # nothing of this epoch was read yet
             return
         self._open(state["stream"])
-        found = self.part.next(BLOCK)
+        found = self.part.next(self.task.shuffle)
         if found is None:
             raise TrainingError(
                 f"The stream of task '{self.task.name}' ends before the place where the checkpoint was made; resume "
@@ -146,19 +147,20 @@ class BlockReader:
 class _DatasetPart:
     """A part of a `datasets.IterableDataset`, with the methods of a `ShardPart`."""
 
-    def __init__(self, stream: Any, number: int, count: int) -> None:
+    def __init__(self, stream: Any, number: int, count: int, block: int) -> None:
         from datasets.distributed import split_dataset_by_node
 
         # With "auto", a number of shards that is no multiple of `count` would make every reader load every shard.
         strategy = "shards" if stream.num_shards >= count else "auto"
         self.stream = split_dataset_by_node(stream, number, count, strategy=strategy) if count > 1 else stream
+        self.block = block
         self._blocks: Iterator[dict[str, list[Any]]] = iter(())
 
     def open(self, epoch: int, state: Any) -> None:
         self.stream.set_epoch(epoch)
         if state is not None:
             self.stream.load_state_dict(state)
-        self._blocks = iter(self.stream.iter(batch_size=BLOCK))
+        self._blocks = iter(self.stream.iter(batch_size=self.block))
 
     def state(self) -> Any:
         return self.stream.state_dict()

@@ -48,6 +48,8 @@ class Task:
         rows: how many rows a streamed data set has, where its share of the steps depends on it.
         max_bad: the share of rows that may turn out bad in training (pictures that cannot be read, broken rows of a
             stream); they are left out, and beyond this share the run stops.
+        shuffle: how many rows of a stream are held by each reader and taken in random order; fewer where their pictures
+            have more than 256 MiB.
 
     Raises:
         TrainingError: an unknown kind, loss or use of captions, a missing column, or fewer rows than a batch.
@@ -66,6 +68,7 @@ class Task:
     captions: str = "whole"
     rows: int | None = None
     max_bad: float = 0.01
+    shuffle: int = 1024
 
     def __post_init__(self) -> None:
         for field, known in (("kind", list(COLUMNS)), ("loss", list(LOSSES)), ("captions", list(CAPTIONS))):
@@ -77,8 +80,9 @@ class Task:
             raise TrainingError(
                 f"Task '{self.name}': the sigmoid loss is for image-text tasks; use 'info_nce' for texts."
             )
-        if self.batch_size < 1:
-            raise TrainingError(f"Task '{self.name}' needs a batch_size of at least 1, not {self.batch_size}.")
+        for number in ("batch_size", "shuffle"):
+            if getattr(self, number) < 1:
+                raise TrainingError(f"Task '{self.name}' needs a {number} of at least 1, not {getattr(self, number)}.")
         names = self.dataset.column_names
         if names is not None:  # a stream may not know its columns before it is read
             missing = [column for column in COLUMNS[self.kind] if column not in names]

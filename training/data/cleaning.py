@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from bifocal.modeling import load_image
 from bifocal.training.data.faults import Fault
-from bifocal.training.data.pictures import cause_of
+from bifocal.training.data.pictures import fault_of
 from bifocal.training.tasks import TrainingError
 
 _SPACE = re.compile(r"\s+")
@@ -175,7 +175,7 @@ def content(value: Any) -> bytes:
         with open(value, "rb") as file:
             return file.read()
     except OSError as error:
-        raise Fault(cause_of(error), str(error)[:200]) from error
+        raise fault_of(error) from error
 
 
 def require_readable(data: bytes) -> None:
@@ -186,7 +186,7 @@ def require_readable(data: bytes) -> None:
     try:
         load_image(data)
     except Exception as error:
-        raise Fault(cause_of(error), str(error)[:200]) from error
+        raise fault_of(error) from error
 
 
 def size_of(value: Any) -> tuple[int, int]:
@@ -199,7 +199,7 @@ def size_of(value: Any) -> tuple[int, int]:
         with Image.open(io.BytesIO(value) if isinstance(value, bytes) else value) as image:
             return image.size
     except Exception as error:
-        raise Fault(cause_of(error), str(error)[:200]) from error
+        raise fault_of(error) from error
 
 
 def _identifier(languages: list[str]) -> Any:

@@ -1,6 +1,7 @@
 """From what a row holds of a picture to pixel values; JPEGs decoded at reduced scale where the target is small."""
 
 import io
+import re
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from bifocal.training.data.faults import Fault
 # A JPEG is decoded at a half, a quarter or an eighth of its size as long as its shorter side stays at least so many
 # times that of the target; the rest is resized as always.
 _MARGIN = 1.5
+_ADDRESS = re.compile(r"<_io\.BytesIO object at 0x[0-9a-f]+>")  # in messages of Pillow; another one in each run
 _ORIENTATION = 0x0112  # the EXIF tag
 
 
@@ -25,7 +27,8 @@ class PictureReader:
         exact: decode pictures whole and hand them to the processor, as evaluation does. Otherwise JPEGs are decoded at
             reduced scale: mean pixel differences are below 1 % of the range (0.1 % for pictures too small to be
             reduced), at a fraction of the time.
-        crop: resize and crop when decoding, not later; for pictures that nothing is done to in between.
+        crop: resize and crop when decoding, not later; for pictures that nothing is done to in between. They are then
+            arrays of shape (3, height, width) of bytes.
     """
 
     def __init__(self, processor: Any, exact: bool = False, crop: bool = True) -> None:
@@ -43,11 +46,15 @@ class PictureReader:
     def decode(self, value: Any) -> Any:
         """An upright RGB picture from bytes, a path, an undecoded `datasets.Image` or a Pillow picture; of a list each.
 
+        What was decoded before is returned as it is.
+
         Raises:
             Fault: it cannot be read, and why.
         """
         if isinstance(value, list):
             return [self.decode(one) for one in value]
+        if isinstance(value, np.ndarray):
+            return value
         if isinstance(value, dict):
             value = value["bytes"] if value["bytes"] is not None else value["path"]
         try:
@@ -55,18 +62,18 @@ class PictureReader:
             if picture is None:
                 picture = load_image(value)
         except Exception as error:
-            raise Fault(cause_of(error), str(error).removesuffix("; replace or remove it.")[:300]) from error
+            raise fault_of(error) from error
         return self._cropped(picture) if self.crop else picture
 
-    def pixels(self, pictures: list[Image.Image]) -> torch.Tensor:
-        """(pictures, 3, height, width) normalised float32."""
+    def pixels(self, pictures: list[Any]) -> torch.Tensor:
+        """(pictures, 3, height, width) normalised float32, of what `decode` returns."""
         if self.exact:
             return self._processed(pictures)
         found = np.empty((len(pictures), 3, self.side, self.side), dtype=np.float32)
         for place, picture in enumerate(pictures):
-            array: Any = np.asarray(self._cropped(picture))
+            array: Any = self._cropped(picture)
             for channel in range(3):
-                np.take(self._table[channel], array[..., channel], out=found[place, channel], mode="clip")
+                np.take(self._table[channel], array[channel], out=found[place, channel], mode="clip")
         return torch.from_numpy(found)
 
     def _processed(self, pictures: list[Image.Image]) -> torch.Tensor:
@@ -76,7 +83,7 @@ class PictureReader:
         resize = {"do_resize": False, "do_center_crop": False} if fits else {}
         return self.processor(pictures, return_tensors="pt", **resize)["pixel_values"]
 
-    def _reduced(self, value: Any) -> Image.Image | None:
+    def _reduced(self, value: Any) -> Any:
         """A JPEG at the smallest scale that serves; None where the general way is to be taken."""
         if isinstance(value, str) and (value.startswith("data:") or "://" in value):
             return None
@@ -90,19 +97,23 @@ class PictureReader:
         image.draft(None, (wanted, wanted))
         scale = round(whole[0] / image.size[0])
         upright = image.getexif().get(_ORIENTATION, 1) == 1
-        picture = load_image(image)
+        # What load_image would do to an upright RGB picture is to copy it.
+        picture = load_image(image) if image.mode != "RGB" or not upright else image
+        picture.load()
         if scale == 1 or not upright or not self.crop:
             return picture
         # Half of 749 pixels are 375, of which the last is half empty: places are found in the whole picture.
         return self._resized(picture, whole[0] / scale, whole[1] / scale)
 
-    def _cropped(self, picture: Image.Image) -> Image.Image:
-        if picture.size == (self.side, self.side):
+    def _cropped(self, picture: Any) -> np.ndarray:
+        if isinstance(picture, np.ndarray):
             return picture
+        if picture.size == (self.side, self.side):
+            return np.asarray(picture).transpose(2, 0, 1)
         return self._resized(picture, *picture.size)
 
-    def _resized(self, picture: Image.Image, width: float, height: float) -> Image.Image:
-        """The processor's resize of the shorter side and its centre crop.
+    def _resized(self, picture: Image.Image, width: float, height: float) -> np.ndarray:
+        """The processor's resize of the shorter side and its centre crop, as (3, height, width) bytes.
 
         Args:
             width, height: of the picture without what reduction has added at its right and lower edges.
@@ -121,10 +132,11 @@ class PictureReader:
                 scaled = interpolate(pixels, scale_factor=factors, mode="bicubic", antialias=True)
             kept = scaled[0, :, top : top + side, left : left + side]
             if kept.shape[1:] == (side, side):
-                return Image.fromarray(kept.permute(1, 2, 0).contiguous().numpy())
+                return kept.contiguous().numpy()
         across, down = width / wide, height / high
         box = (left * across, top * down, (left + side) * across, (top + side) * down)
-        return picture.resize((side, side), Image.Resampling(int(self.processor.resample)), box=box)
+        small = picture.resize((side, side), Image.Resampling(int(self.processor.resample)), box=box)
+        return np.asarray(small).transpose(2, 0, 1)
 
 
 def _table(processor: Any) -> np.ndarray:
@@ -134,8 +146,13 @@ def _table(processor: Any) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(found["pixel_values"][0]).reshape(3, 256))
 
 
-def cause_of(error: BaseException) -> str:
-    """In a few words, why a picture could not be read."""
+def fault_of(error: BaseException) -> Fault:
+    """The fault of a row whose picture could not be read."""
+    said = _ADDRESS.sub("the bytes", str(error).removesuffix("; replace or remove it."))
+    return Fault(_cause(error), said[:300])
+
+
+def _cause(error: BaseException) -> str:
     inner: BaseException | None = error
     while inner is not None:
         if isinstance(inner, FileNotFoundError):

@@ -58,6 +58,15 @@ class ShardStream:
         """Part `number` of `count`."""
         return ShardPart(self, number, count)
 
+    def as_iterable(self) -> Any:
+        """A `datasets.IterableDataset` of the good rows, for other trainers than ours.
+
+        Bad rows are left out in silence, and a resumed run reads up to its place again.
+        """
+        from datasets import IterableDataset
+
+        return IterableDataset.from_generator(_good_rows, gen_kwargs={"shards": list(self.shards), "stream": self})
+
     def rows(self) -> Iterator[tuple[str, dict[str, Any] | Fault]]:
         """Every row once with its name, good or not, in the order of the files."""
         for shard in self.shards:
@@ -66,6 +75,11 @@ class ShardStream:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (row for _, row in self.rows() if not isinstance(row, Fault))
+
+
+def _good_rows(shards: list[str], stream: ShardStream) -> Iterator[dict[str, Any]]:
+    part = ShardStream(shards, stream.read, stream.normalise, stream.kind, None)
+    return iter(part)
 
 
 def normalised(normalise: Normalise, row: Row) -> dict[str, Any] | Fault:

@@ -3,7 +3,9 @@
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -30,18 +32,17 @@ def materialise(stream: ShardStream, source: Source, skipped: Skipped, name: str
         TrainingError: no good row.
         OSError: the cache cannot be written.
     """
-    from datasets import Dataset, Features
+    from datasets import Dataset, Features, List
 
     settings = source.model_dump(mode="json", exclude={"streaming", "max_bad"})
     about = [_VERSION, settings, stream.kind, mark or [_stamp(shard) for shard in stream.shards]]
     fingerprint = hashlib.blake2b(json.dumps(about).encode(), digest_size=12).hexdigest()
     features = _features(stream)
+    lists = {column for column, feature in features.items() if isinstance(feature, List)}
+    arguments = {"stream": stream, "limit": source.limit, "lists": lists}
     try:
-        found = Dataset.from_generator(
-            _rows, features=Features(features), gen_kwargs={"stream": stream, "limit": source.limit, "lists": {
-                column for column, feature in features.items() if type(feature).__name__ == "List"
-            }}, fingerprint=fingerprint,
-        )  # fmt: skip
+        with _quiet():
+            found = Dataset.from_generator(_rows, Features(features), gen_kwargs=arguments, fingerprint=fingerprint)
     except Exception as error:
         raise _root(error) from error
     found = _account(found, source, skipped, name, len(stream.shards))
@@ -50,6 +51,21 @@ def materialise(stream: ShardStream, source: Source, skipped: Skipped, name: str
 
         found = consistent(found, source.clean.consistency, skipped, name)
     return found
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars where nobody watches them."""
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    was_off = are_progress_bars_disabled()
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not was_off:
+            enable_progress_bars()
 
 
 def _account(found: Any, source: Source, skipped: Skipped, name: str, shards: int) -> Any:

@@ -37,7 +37,7 @@ def stream(path, kind: str = "image-text", **options):
 
 @pytest.fixture(scope="module", params=[False, True], ids=["reduced", "exact"])
 def reader(request, processor) -> PictureReader:
-    return PictureReader(processor.image_processor, exact=request.param)
+    return PictureReader(processor.image_processor, exact=request.param, crop=False)
 
 
 def bomb() -> bytes:

@@ -12,10 +12,11 @@ from bifocal.training.data.files import Row
 from bifocal.training.data.shards import ShardStream
 from bifocal.training.recipe import Source
 from bifocal.training.sources import open_stream
-from bifocal.training.streams import BLOCK, BlockReader
+from bifocal.training.streams import BlockReader
 from bifocal.training.tasks import Task
 from tests.training.data.files import lines, shards
 
+BLOCK = 1024
 OPENED: Counter = Counter()
 
 

@@ -1,0 +1,94 @@
+"""`bifocal data ...` as it is typed."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from bifocal.cli import app
+from tests.training.data.files import lines, picture, shards
+
+
+def run(*command: str):
+    return CliRunner().invoke(app, ["data", *map(str, command)])
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_list_and_show():
+    listed = run("list")
+    assert listed.exit_code == 0
+    assert "sharegpt4v " in listed.stdout
+    assert "not verified" in listed.stdout
+    shown = run("show", "all-nli-triplets")
+    assert "path: corpus:all-nli-triplets" in shown.stdout
+    assert "557,850" in shown.stdout
+    wrong = run("show", "all-nlii")
+    assert wrong.exit_code == 1
+    assert wrong.stderr == "Error: There is no corpus 'all-nlii'; did you mean 'all-nli'?\n"
+
+
+def test_inspect_and_clean(here):
+    rows = [{"anchor": f"q {n}" if n else "", "positive": "p" * (n + 1)} for n in range(20)]
+    lines(here / "a.jsonl", rows)
+    done = run("inspect", "a.jsonl", "clean.max_characters=15")
+    assert done.stdout == "14 of 20 rows can be used; see runs/data.html.\n"
+    assert "long positive" in (here / "runs" / "data.html").read_text()
+    cleaned = run("clean", "a.jsonl", "out", "clean.max_characters=15", "max_bad=0.1")
+    assert cleaned.exit_code == 0, cleaned.stderr
+    assert cleaned.stdout == "14 rows are in out; left out: 5 long positive, 1 no query (see out/skipped.jsonl).\n"
+    assert len((here / "out" / "skipped.jsonl").read_text().splitlines()) == 6
+    assert run("inspect", "out/*.parquet").stdout == "14 of 14 rows can be used; see runs/data.html.\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["inspect", "none.jsonl"], "There is nothing at 'none.jsonl'; check the path."),
+        (["inspect", "a.jsonl", "clean.min_sid=3"], "'clean.min_sid=3': unknown key 'min_sid'; did you mean"),
+        (["inspect", "a.jsonl", "--kind", "images"], "'images' is no kind of rows; it must be one of image-text"),
+        (["inspect", "a.jsonl", "--kind", "image-text"], "'a.jsonl' has no column 'image' (it has query, positive)"),
+        (["inspect", "x.jsonl"], "The kind of rows of 'x.jsonl' cannot be told by its columns; name it with --kind."),
+        (["clean", "bad.jsonl", "out"], "50.0% of 2 rows are bad, more than max_bad=0.01 allows (1 no query)"),
+        (["caption", "photos", "out", "--model", "photos"], "'photos' is no image-text model that transformers"),
+    ],
+)  # fmt: skip
+def test_bad_input_gets_one_sentence(here, command, message):
+    lines(here / "a.jsonl", [{"query": "a", "positive": "b"}])
+    lines(here / "x.jsonl", [{"a": 1}])
+    lines(here / "bad.jsonl", [{"query": "a", "positive": "b"}, {"query": "", "positive": "b"}])
+    (here / "photos").mkdir()
+    (here / "photos" / "a.jpg").write_bytes(picture())
+    done = run(*command)
+    assert done.exit_code == 1
+    assert done.stderr.startswith("Error: ")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_page_that_cannot_be_written(here):
+    lines(here / "a.jsonl", [{"query": "a", "positive": "b"}])
+    (here / "file").touch()
+    done = run("inspect", "a.jsonl", "--out", "file/page.html")
+    assert done.exit_code == 1
+    assert done.stderr.startswith("Error: Cannot write file/page.html"), done.stderr
+
+
+def test_a_recipe_reads_shards_from_a_pattern(here):
+    """The sources of a recipe and those of the command are the same."""
+    from bifocal.training.recipe import load_recipe
+
+    recipe = {
+        "name": "r", "start_from": "m", "training": {"max_steps": 1},
+        "tasks": [{"name": "laion", "kind": "image-text", "batch_size": 4, "rows": 5, "data": {
+            "path": shards(here / "laion", [3, 2]), "streaming": True, "clean": {"min_side": 8}, "max_bad": 0.02,
+        }}],
+    }  # fmt: skip
+    (here / "r.yaml").write_text(json.dumps(recipe))
+    loaded = load_recipe(here / "r.yaml", files=True)
+    assert loaded.tasks[0].data.clean.min_side == 8
