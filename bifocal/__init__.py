@@ -22,14 +22,18 @@ from bifocal.modeling import (
 if TYPE_CHECKING:
     from bifocal.hub.export import export_model as export_model
     from bifocal.training.arguments import BifocalTrainingArguments as BifocalTrainingArguments
+    from bifocal.training.recipe import Source as Source
+    from bifocal.training.sources import load_source as load_source
     from bifocal.training.tasks import Task as Task
     from bifocal.training.trainer import MultiTaskTrainer as MultiTaskTrainer
 
 _AT_FIRST_USE = {
     "BifocalTrainingArguments": "bifocal.training.arguments",
     "MultiTaskTrainer": "bifocal.training.trainer",
+    "Source": "bifocal.training.recipe",
     "Task": "bifocal.training.tasks",
     "export_model": "bifocal.hub.export",
+    "load_source": "bifocal.training.sources",
 }
 
 __all__ = [
@@ -43,9 +47,11 @@ __all__ = [
     "BifocalVisionConfig",
     "BifocalVisionModel",
     "MultiTaskTrainer",
+    "Source",
     "Task",
     "export_model",
     "load_image",
+    "load_source",
 ]
 
 

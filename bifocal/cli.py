@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from bifocal.console import cannot_write, fail, require, sentence
+from bifocal.console import cannot_write, fail, one_sentence, require
 from bifocal.data_commands import data
 
 app = typer.Typer(
@@ -65,19 +65,11 @@ def train(
     require("accelerate", "datasets", "pydantic", "sentence_transformers")
     from bifocal import commands
     from bifocal.training.recipe import find_recipe, load_recipe
-    from bifocal.training.tasks import TrainingError
 
-    folder = Path()
-    try:
+    with one_sentence(Path()):
         loaded = load_recipe(find_recipe(recipe), overrides, files=True)
-        folder = loaded.folder
+    with one_sentence(loaded.folder, "free space or set another output_dir; the run goes on from there"):
         typer.echo(commands.plan(loaded) if dry_run else commands.train(loaded, force))
-    except (TrainingError, FloatingPointError) as error:
-        fail(sentence(error))
-    except Exception as error:
-        if not cannot_write(error, folder):
-            raise
-        fail(f"Cannot write to {folder} ({error}); free space or set another output_dir. The run goes on from there.")
 
 
 @app.command()
@@ -99,17 +91,10 @@ def mine(
     """Find hard negatives for text pairs, or across pictures and texts, and write them with their scores."""
     require("datasets", "pydantic", "sentence_transformers")
     from bifocal import commands
-    from bifocal.training.tasks import TrainingError
 
     settings = dict(negatives=negatives, skip=skip, depth=depth, margin=margin, batch_size=batch_size)
-    try:
+    with one_sentence(out.parent):
         typer.echo(commands.mine(source, out, model, direction, column or [], cache, settings))
-    except TrainingError as error:
-        fail(sentence(error))
-    except Exception as error:
-        if not cannot_write(error, out.parent):
-            raise
-        fail(f"Cannot write to {out.parent} ({error}); free space or choose another place.")
 
 
 @app.command()

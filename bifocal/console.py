@@ -2,6 +2,8 @@
 
 import errno
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
@@ -40,3 +42,25 @@ def sentence(error: Exception) -> str:
 def fail(message: str) -> NoReturn:
     typer.echo(f"Error: {message}", err=True)
     raise typer.Exit(1)
+
+
+@contextmanager
+def one_sentence(folder: Path, remedy: str = "free space or choose another place") -> Iterator[None]:
+    """Errors that a user can do something about end the command with one sentence; others stay as they are.
+
+    Args:
+        folder: what is written into.
+        remedy: what to do where that fails.
+    """
+    try:
+        yield
+    except typer.Exit:
+        raise
+    except Exception as error:
+        from bifocal.training.tasks import TrainingError
+
+        if isinstance(error, TrainingError | FloatingPointError):
+            fail(sentence(error))
+        if not cannot_write(error, folder):
+            raise
+        fail(f"Cannot write to {folder} ({error}); {remedy}.")

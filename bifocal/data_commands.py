@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bifocal.console import cannot_write, fail, require, sentence
+from bifocal.console import fail, one_sentence, require
 
 data = typer.Typer(name="data", help="Look at training data, clean it, caption pictures.", no_args_is_help=True)
 
@@ -35,12 +35,9 @@ def show(name: Annotated[str, typer.Argument(help="One that `bifocal data list` 
     """Explain one corpus, and print what a recipe needs for it."""
     require("pydantic", "yaml")
     from bifocal.training.data.corpora import explained
-    from bifocal.training.tasks import TrainingError
 
-    try:
+    with one_sentence(Path()):
         typer.echo(explained(name))
-    except TrainingError as error:
-        fail(str(error))
 
 
 @data.command()
@@ -57,19 +54,12 @@ def inspect(
     from bifocal.training.data.inspecting import inspect_source
     from bifocal.training.recipe import source_of
     from bifocal.training.sources import guess_kind
-    from bifocal.training.tasks import TrainingError
 
-    try:
+    with one_sentence(out.parent):
         given = source_of(source, overrides)
         found = inspect_source(given, _kind(kind) or guess_kind(given), rows or None)
         out.parent.mkdir(parents=True, exist_ok=True)
         write_data_page(asdict(found), out)
-    except TrainingError as error:
-        fail(sentence(error))
-    except Exception as error:
-        if not cannot_write(error, out.parent):
-            raise
-        fail(f"Cannot write {out} ({error}); free space or choose another --out.")
     typer.echo(f"{found.good:,} of {found.rows:,} rows can be used; see {out}.")
 
 
@@ -81,19 +71,12 @@ def clean(source: SourceArgument, out: Path, overrides: Overrides = None, kind: 
     from bifocal.training.data.writing import write_clean
     from bifocal.training.recipe import source_of
     from bifocal.training.sources import guess_kind
-    from bifocal.training.tasks import TrainingError
 
     skipped = Skipped(out / "skipped.jsonl")
-    try:
+    with one_sentence(out):
         given = source_of(source, overrides)
         (out / "skipped.jsonl").unlink(missing_ok=True)
         rows = write_clean(given, _kind(kind) or guess_kind(given), out, skipped)
-    except TrainingError as error:
-        fail(sentence(error))
-    except Exception as error:
-        if not cannot_write(error, out):
-            raise
-        fail(f"Cannot write to {out} ({error}); free space or choose another folder.")
     left_out: Counter[str] = Counter()
     for counts in [*skipped.bad.values(), *skipped.dropped.values()]:
         left_out += counts
@@ -115,16 +98,9 @@ def caption(
     require("datasets", "pydantic")
     from bifocal.training.captioning import caption_recipe, caption_source
     from bifocal.training.recipe import source_of
-    from bifocal.training.tasks import TrainingError
 
-    try:
+    with one_sentence(out, "free space and start again; it goes on from there"):
         made = caption_source(source_of(source, overrides), out, caption_recipe(model, recipe))
-    except TrainingError as error:
-        fail(sentence(error))
-    except Exception as error:
-        if not cannot_write(error, out):
-            raise
-        fail(f"Cannot write to {out} ({error}); free space and start again, it goes on from there.")
     before = f", {made.before:,} were there before" if made.before else ""
     skipped = f", {made.skipped:,} left out (see {out / 'skipped.jsonl'})" if made.skipped else ""
     typer.echo(f"{made.made:,} captions are in {out}{before}{skipped}; in a recipe: path: {out}/*.parquet, images: /.")

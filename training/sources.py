@@ -28,12 +28,12 @@ class MissingColumnError(RecipeError):
 
 
 def load_source(
-    source: Source, kind: str, seed: int = 0, skipped: Skipped | None = None, name: str | None = None
+    source: Source | str, kind: str, seed: int = 0, skipped: Skipped | None = None, name: str | None = None
 ) -> Any:
     """
     Args:
-        source: of a recipe.
-        kind: of the rows wanted, one of `KINDS`.
+        source: where rows come from, or only its path.
+        kind: of the rows wanted: image-text, text-pair, text-triplet, text-only or image-only.
         seed: of the order of files in a stream, and of the data sets that are made, not read.
         skipped: counts and names the rows that are left out.
         name: of the task; the source's path when None.
@@ -46,7 +46,7 @@ def load_source(
         RecipeError: nothing at the path, no such column, or a filter that a stream cannot have.
         BadRowsError: more bad rows than `max_bad`.
     """
-    source = _named(source)
+    source = _named(Source(path=source) if isinstance(source, str) else source)
     skipped = Skipped() if skipped is None else skipped
     name = name or source.title
     if source.path == "symbols":

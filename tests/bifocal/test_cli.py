@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 import bifocal
-from bifocal import cli
+from bifocal import console
 from bifocal.cli import app
 
 
@@ -50,8 +50,8 @@ assert not [name for name in ("datasets", "sentence_transformers", "matplotlib")
 
 
 def test_a_missing_extra_is_named_at_once(monkeypatch):
-    real = cli.find_spec
-    monkeypatch.setattr(cli, "find_spec", lambda name: None if name in ("jinja2", "datasets") else real(name))
+    real = console.find_spec
+    monkeypatch.setattr(console, "find_spec", lambda name: None if name in ("jinja2", "datasets") else real(name))
     result = CliRunner().invoke(app, ["demo", "--out", "never-made"])
     assert result.exit_code == 1
     assert result.stderr == (

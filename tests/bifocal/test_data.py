@@ -76,7 +76,7 @@ def test_a_page_that_cannot_be_written(here):
     (here / "file").touch()
     done = run("inspect", "a.jsonl", "--out", "file/page.html")
     assert done.exit_code == 1
-    assert done.stderr.startswith("Error: Cannot write file/page.html"), done.stderr
+    assert done.stderr.startswith("Error: Cannot write to file ("), done.stderr
 
 
 def test_a_recipe_reads_shards_from_a_pattern(here):

@@ -1,24 +1,23 @@
 """Readers of streams: every row once, split without overlap, and found again where they stood."""
 
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from datasets import Dataset
 
-from bifocal.training import streams
 from bifocal.training.streams import BlockReader
 from bifocal.training.tasks import Task
-
-
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    monkeypatch.setattr(streams, "BLOCK", 7)
+from tests.training.data.files import shards
 
 
 def task(rows: int, shards: int) -> Task:
     data = Dataset.from_dict({"query": [f"q{n}" for n in range(rows)], "positive": [f"p{n}" for n in range(rows)]})
-    return Task("stream", "text-pair", data.to_iterable_dataset(num_shards=shards), 3)
+    return Task("stream", "text-pair", data.to_iterable_dataset(num_shards=shards), 3, shuffle=7)
 
 
 @pytest.mark.parametrize("shards", [1, 3, 4])
@@ -63,3 +62,31 @@ def test_a_stream_without_rows_and_one_without_a_column():
     unknown = Dataset.from_dict({"query": ["a"]}).to_iterable_dataset().map(lambda row: {**row})
     with pytest.raises(ValueError, match="lacks the column 'positive'"):
         BlockReader(Task("s", "text-pair", unknown, 1), 0, 0, 1).take(1)
+
+
+@pytest.mark.parametrize("files", [[10] * 12, [30, 30], [40, 80]])
+def test_two_real_processes_with_two_workers_share_the_files(tmp_path, files):
+    """Twelve files for four readers, and fewer files than readers: in an epoch every row comes once."""
+    pattern = shards(tmp_path / "shards", files)
+    rows = sum(files)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = Path(__file__).with_name("stream_in_processes.py")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    steps = rows // 5 // 2  # of a process, in batches of 5
+    done = subprocess.run(
+        [*command, str(script), pattern, str(tmp_path), str(steps)], env=environment, capture_output=True, text=True,
+        timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert len(seen[0]) == len(seen[1]) == rows // 2
+    if files != [40, 80]:  # there two readers have 20 rows and two have 40: the former begin a second epoch
+        assert Counter(seen[0] + seen[1]) == Counter(f"{n:05}.tar/{s:06}" for n, s in numbered(files))
+    else:
+        assert set(seen[0] + seen[1]) <= {f"{n:05}.tar/{s:06}" for n, s in numbered(files)}
+        assert max(Counter(seen[0] + seen[1]).values()) <= 2
+
+
+def numbered(files: list[int]) -> list[tuple[int, int]]:
+    """(number of the file, number of the sample) of every row."""
+    return [(n, s) for n, count in enumerate(files) for s in range(sum(files[:n]), sum(files[:n]) + count)]
