@@ -1,14 +1,25 @@
-"""Retrieval metrics of embeddings where each query has exactly one right item."""
+"""Retrieval metrics of embeddings, by the two definitions of recall that are in use.
+
+Where a query has several right items (an image and its five captions), CLIP-benchmark counts Recall@k as 1 if any of
+them is among the first k, and mteb divides those that are by their number (mteb pull requests 1120 and 1505 are about
+this). Published tables of image-text retrieval follow the former; it is `recall@k` here, the latter is `recall_mteb@k`.
+
+Ties never flatter: a wrong item exactly as similar as a right one counts as found before it.
+"""
 
 from collections.abc import Sequence
 
 import numpy as np
 
+_BLOCK_BYTES = 128 * 2**20  # of similarities at a time
+
+
+class EvaluationError(ValueError):
+    """What cannot be evaluated, in one sentence."""
+
 
 def target_ranks(queries: np.ndarray, items: np.ndarray, targets: np.ndarray | None = None) -> np.ndarray:
-    """The rank, from 1, at which each query finds its item by cosine similarity.
-
-    An item exactly as similar as the right one counts as found before it, so that ties never flatter.
+    """The rank, from 1, at which each query finds its one right item by cosine similarity.
 
     Args:
         queries: (Q, D) unit vectors.
@@ -18,19 +29,116 @@ def target_ranks(queries: np.ndarray, items: np.ndarray, targets: np.ndarray | N
     Returns:
         (Q,) integers.
     """
-    targets = np.arange(len(queries)) if targets is None else targets
-    scores = queries @ items.T
-    right = np.take_along_axis(scores, targets[:, None], axis=1)
-    return (scores >= right).sum(axis=1)
+    targets = np.arange(len(queries)) if targets is None else np.asarray(targets)
+    return relevant_ranks(queries, items, targets[:, None].tolist())[:, 0]
+
+
+def relevant_ranks(queries: np.ndarray, items: np.ndarray, relevant: Sequence[Sequence[int]]) -> np.ndarray:
+    """The ranks, from 1, at which each query finds its right items by cosine similarity.
+
+    The matrix of similarities is made in blocks of 128 MiB and never held.
+
+    Args:
+        queries: (Q, D) unit vectors.
+        items: (N, D) unit vectors.
+        relevant: for each query the numbers of its right items, none twice.
+
+    Returns:
+        (Q, M) integers in rising order, M being the most right items of a query; 0 fills the rows of those with fewer.
+
+    Raises:
+        EvaluationError: vectors that are not finite or of different dimension, a query without right items, or an item
+            that there is none of.
+    """
+    _require(queries, items, relevant)
+    most = max(map(len, relevant))
+    right = np.full((len(queries), most), -1)
+    for row, numbers in enumerate(relevant):
+        right[row, : len(numbers)] = numbers
+    ranks = np.zeros_like(right)
+    size = max(1, _BLOCK_BYTES // (4 * len(items)))
+    for start in range(0, len(queries), size):
+        block = slice(start, start + size)
+        scores = queries[block] @ items.T
+        own = np.take_along_axis(scores, np.maximum(right[block], 0), axis=1)
+        own = np.where(right[block] >= 0, own, -np.inf)
+        best_first = -np.sort(-own, axis=1)  # right items among themselves: the most similar first
+        for place in range(most):
+            score = best_first[:, place : place + 1]
+            # Wrong items at least as similar stand before it, right ones only if they are more similar.
+            wrong = (scores >= score).sum(axis=1) - (own >= score).sum(axis=1)
+            ranks[block, place] = np.where(np.isfinite(score[:, 0]), wrong + place + 1, 0)
+    return ranks
+
+
+def _require(queries: np.ndarray, items: np.ndarray, relevant: Sequence[Sequence[int]]) -> None:
+    for name, vectors in (("queries", queries), ("items", items)):
+        if vectors.ndim != 2 or not len(vectors):
+            raise EvaluationError(f"The {name} have shape {vectors.shape}; give (number, dimensions), at least one.")
+        finite = np.isfinite(vectors).all(axis=1)
+        if not finite.all():
+            raise EvaluationError(
+                f"{(~finite).sum()} of {len(vectors)} {name} have embeddings that are not finite, first number "
+                f"{int(np.argmin(finite))}; look at what was embedded there, and at the model's weights."
+            )
+    if queries.shape[1] != items.shape[1]:
+        raise EvaluationError(
+            f"Queries have {queries.shape[1]} dimensions and items {items.shape[1]}; embed both with one model."
+        )
+    if len(relevant) != len(queries):
+        raise EvaluationError(f"There are {len(queries)} queries, but right items for {len(relevant)}.")
+    for number, numbers in enumerate(relevant):
+        if not len(numbers):
+            raise EvaluationError(f"Query {number} has no right item; leave it out or mend its relevance.")
+        if min(numbers) < 0 or max(numbers) >= len(items) or len(set(numbers)) < len(numbers):
+            raise EvaluationError(
+                f"Query {number} names the right items {list(numbers)[:10]}, but there are {len(items)}, from 0, and "
+                "each may be named once."
+            )
 
 
 def recall_at(ranks: np.ndarray, k: int) -> float:
-    """Recall@k with one right item: the share of queries that find it among the first k."""
-    return float((ranks <= k).mean())
+    """Recall@k as CLIP-benchmark has it: the share of queries that find a right item among the first k.
+
+    Args:
+        ranks: (Q,) or (Q, M), see `relevant_ranks`.
+    """
+    ranks = ranks[:, None] if ranks.ndim == 1 else ranks
+    return float((ranks[:, 0] <= k).mean())
 
 
-def retrieval_metrics(ranks: np.ndarray, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
-    """Recall@k for each k and the mean reciprocal rank, by name."""
+def recall_mteb_at(ranks: np.ndarray, k: int) -> float:
+    """Recall@k as mteb has it: of each query's right items the share among the first k; the mean over the queries."""
+    ranks = ranks[:, None] if ranks.ndim == 1 else ranks
+    found = ((ranks > 0) & (ranks <= k)).sum(axis=1)
+    return float((found / (ranks > 0).sum(axis=1)).mean())
+
+
+def ndcg_at(ranks: np.ndarray, k: int) -> float:
+    """Normalised discounted cumulative gain of the first k, a right item's gain being 1."""
+    ranks = ranks[:, None] if ranks.ndim == 1 else ranks
+    gains = np.where((ranks > 0) & (ranks <= k), 1.0 / np.log2(np.maximum(ranks, 1) + 1.0), 0.0).sum(axis=1)
+    ideal = np.cumsum(1.0 / np.log2(np.arange(1, k + 1) + 1.0))
+    return float((gains / ideal[np.minimum((ranks > 0).sum(axis=1), k) - 1]).mean())
+
+
+def retrieval_metrics(ranks: np.ndarray, ks: Sequence[int] = (1, 5, 10), items: int | None = None) -> dict[str, float]:
+    """Both recalls and nDCG for each k, and the mean reciprocal rank of the first right item, by name.
+
+    Args:
+        ranks: (Q,) or (Q, M), see `relevant_ranks`.
+        items: how many there are to find, so that a k that is larger can be refused.
+
+    Raises:
+        EvaluationError: a k below 1 or above the number of items.
+    """
+    wrong = next((k for k in ks if k < 1 or (items is not None and k > items)), None)
+    if wrong is not None:
+        raise EvaluationError(f"k={wrong} does not go with {items} items; choose k from 1 to their number.")
+    ranks = ranks[:, None] if ranks.ndim == 1 else ranks
     metrics = {f"recall@{k}": recall_at(ranks, k) for k in ks}
-    metrics["mrr"] = float((1.0 / ranks).mean())
+    metrics["mrr"] = float((1.0 / ranks[:, 0]).mean())
+    metrics |= {f"ndcg@{k}": ndcg_at(ranks, k) for k in ks}
+    if ranks.shape[1] > 1:
+        metrics |= {f"recall_mteb@{k}": recall_mteb_at(ranks, k) for k in ks}
     return metrics

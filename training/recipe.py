@@ -34,6 +34,7 @@ class Source(_Strict):
             corpora that `bifocal data list` prints; or "symbols", the one that needs no download.
         format: of the files where neither name nor content says it.
         name, split: configuration and split of a data set.
+        header: names of the columns of a CSV or TSV file that has no line with them.
         columns: theirs for each of ours, such as `caption: text`; `json.FIELD` is a field of a shard's JSON.
         images: the folder that relative paths of pictures begin in, or one for each first part of a path; no picture
             outside is read. The folder of the file that names them when None.
@@ -64,6 +65,7 @@ class Source(_Strict):
     ) = None
     name: str | None = None
     split: str = "train"
+    header: list[str] | None = None
     columns: dict[str, str] = {}
     images: str | dict[str, str] | None = None
     negatives: Annotated[int, Field(ge=1, le=7)] | None = None

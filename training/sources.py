@@ -144,14 +144,14 @@ def _files(shards: list[str], source: Source, kind: str, root: str | None) -> Lo
     if form == "webdataset":
         return shards, read_tar, as_is, None
     if form == "msmarco":
-        return shards, partial(read_csv, header=("query", "positive", "negative")), as_is, None
+        return shards, partial(read_csv, header=("query", "positive", "negative"), quotes=False), as_is, None
     table = format_of(shards[0]) if form in (*LAYOUTS, "nli") else form
     if table not in READERS:
         known = ", ".join(["tar", *READERS])
         raise RecipeError(
             f"'{shards[0]}' is of no format that is known by its name ({known}); name one with format, or convert it."
         )
-    read = READERS[table]
+    read = partial(read_csv, header=tuple(source.header)) if source.header else READERS[table]
     names = _first_columns(shards, read)
     layout = form if form in (*LAYOUTS, "nli") else layout_of(names)
     if layout == "nli" and kind in ("text-pair", "text-triplet"):

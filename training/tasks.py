@@ -9,9 +9,15 @@ COLUMNS = {
     "text-pair": ("query", "positive"),
     "text-triplet": ("query", "positive", "negatives"),
 }
-# What a source can be read as: the kinds of tasks, texts alone for masked language modelling, and pictures alone for
-# captioning.
-KINDS = {**COLUMNS, "text-only": ("text",), "image-only": ("image",)}
+# What a source can be read as: the kinds of tasks; texts alone for masked language modelling, pictures alone for
+# captioning; pictures with labels and scored pairs of texts for evaluation.
+KINDS = {
+    **COLUMNS,
+    "text-only": ("text",),
+    "image-only": ("image",),
+    "image-label": ("image", "label"),
+    "scored-pair": ("first", "second", "score"),
+}
 LOSSES = ("info_nce", "sigmoid")
 CAPTIONS = ("whole", "first sentence", "any sentence")
 TEXT_TEMPERATURE = 0.05  # of text-text losses (arXiv 2405.20204, section 3.2)

@@ -113,14 +113,15 @@ class _Utf8:
         return self.file.read(size).encode()
 
 
-def read_csv(path: str, start: Any = None, header: tuple[str, ...] | None = None) -> Iterator[Row]:
+def read_csv(path: str, start: Any = None, header: tuple[str, ...] | None = None, quotes: bool = True) -> Iterator[Row]:
     """CSV, or TSV by its name; a position is a number of rows.
 
     Args:
-        header: the names of the columns, where the file has no line with them; quotes then mean nothing (MS MARCO).
+        header: the names of the columns, where the file has no line with them.
+        quotes: whether quotes around a field mean anything; in MS MARCO's files they do not.
     """
     tabs = path.removesuffix(".gz").endswith(".tsv")
-    quoting: Any = csv.QUOTE_NONE if header else csv.QUOTE_MINIMAL
+    quoting: Any = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
     csv.field_size_limit(_FIELD)
     number = 0
     with open_file(path) as file:

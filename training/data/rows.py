@@ -1,5 +1,6 @@
 """The one normalised row of each kind, made of whatever columns a source has."""
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -18,6 +19,10 @@ NAMES: dict[str, tuple[str, ...]] = {
     "positive": ("positive", "answer"),
     "negatives": ("negatives", "negative"),
     "text": ("text",),
+    "label": ("label", "class", "cls"),
+    "first": ("sentence1", "text1", "first"),
+    "second": ("sentence2", "text2", "second"),
+    "score": ("score", "label"),
 }
 MOST_NEGATIVES = 7
 _NUMBERED = re.compile(r"negative_(\d+)$")
@@ -31,7 +36,8 @@ class Normaliser:
     - image-text: `image` (bytes, or the path of a file within the fence), `caption` (a string or a list of them) and
       `image_id`, equal for rows with the same picture;
     - text-pair: `query`, `positive`; text-triplet: also `negatives`, one to seven;
-    - text-only: `text`; image-only: `image` and `image_id`.
+    - text-only: `text`; image-only: `image` and `image_id`;
+    - image-label: `image`, `label`, a string; scored-pair: `first`, `second`, `score`, a number.
 
     Args:
         kind: of the rows to make.
@@ -62,6 +68,8 @@ class Normaliser:
                 row["image"], where = self._image(raw)
                 known = self._find("image_id", raw, required=False)
                 row["image_id"] = str(where or name if known is None else known)
+            elif column in ("label", "score"):
+                row[column] = self._plain(column, raw)
             else:
                 row[column] = self._negatives(raw) if column == "negatives" else self.texts(column, raw)
         return row
@@ -107,6 +115,21 @@ class Normaliser:
                 raise Fault(f"no {column}", "an empty list")
             return [_text(column, one) for one in value]
         return _text(column, value)
+
+    def _plain(self, column: str, raw: Mapping[str, Any]) -> Any:
+        """A label as a string, or a score as a number."""
+        value = self._find(column, raw)
+        if column == "label":
+            if isinstance(value, str | int) and str(value).strip():
+                return str(value).strip()
+            raise Fault("no label", f"{value!r:.100}")
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise Fault("no score", f"{value!r:.100} is no number") from None
+        if not math.isfinite(number):
+            raise Fault("no score", f"{number} is not finite")
+        return number
 
     def _negatives(self, raw: Mapping[str, Any]) -> list[str]:
         numbered = sorted((int(m[1]), m[0]) for m in map(_NUMBERED.match, raw) if m)

@@ -1,0 +1,183 @@
+"""Any model that embeds texts, pictures or both, behind one face: Bifocal, sentence-transformers, CLIP and SigLIP."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bifocal.evaluation.retrieval import EvaluationError
+from bifocal.modeling import BifocalModel, load_image
+
+
+@dataclass
+class Encoder:
+    """A model as evaluation sees it.
+
+    Args:
+        name: for tables.
+        family: "Bifocal", "sentence-transformers" or "transformers".
+        text, image: from a list to (number, dimensions) unit vectors in float32; None for what the model cannot embed.
+        parameters: how many it has.
+    """
+
+    name: str
+    family: str
+    text: Callable[[list[str]], np.ndarray] | None
+    image: Callable[[list[Any]], np.ndarray] | None
+    parameters: int
+
+    def texts(self, texts: Sequence[str]) -> np.ndarray:
+        """
+        Raises:
+            EvaluationError: the model embeds no texts, or some embeddings are not finite.
+        """
+        return self._embedded("texts", self.text, list(texts))
+
+    def images(self, images: Sequence[Any]) -> np.ndarray:
+        """
+        Args:
+            images: whatever `load_image` reads.
+
+        Raises:
+            EvaluationError: the model embeds no pictures, or some embeddings are not finite.
+        """
+        return self._embedded("pictures", self.image, list(images))
+
+    def _embedded(self, what: str, encode: Callable[[list[Any]], np.ndarray] | None, items: list[Any]) -> np.ndarray:
+        if encode is None:
+            raise EvaluationError(f"'{self.name}' embeds no {what}; leave it out of what needs them.")
+        vectors = np.asarray(encode(items), dtype=np.float32)
+        finite = np.isfinite(vectors).all(axis=1)
+        if not finite.all():
+            raise EvaluationError(
+                f"'{self.name}' gives embeddings that are not finite for {(~finite).sum()} of {len(items)} {what}, "
+                f"first number {int(np.argmin(finite))}; look at its weights, and at the dtype it is loaded in."
+            )
+        return vectors
+
+
+def load_encoder(path: str, batch_size: int = 64, device: str | None = None) -> Encoder:
+    """A model by its folder or Hub id.
+
+    Args:
+        batch_size: texts or pictures embedded at once.
+        device: "cpu", "cuda", ...; chosen by what is there when None.
+
+    Raises:
+        EvaluationError: there is none, or it is no model of these families.
+    """
+    import torch
+    from transformers import AutoConfig
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        if _has(path, "modules.json") and not _is_bifocal(path):
+            return _sentence_transformer(path, batch_size, device)
+        config = AutoConfig.from_pretrained(path)
+        if config.model_type == "bifocal":
+            return _bifocal(path, batch_size, device)
+        return _dual_encoder(path, batch_size, device)
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, EvaluationError):
+            raise
+        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise EvaluationError(f"There is no model at '{path}' that can be loaded ({line}).") from error
+
+
+def bifocal_encoder(model: BifocalModel, name: str, batch_size: int = 64) -> Encoder:
+    """A Bifocal model at hand."""
+
+    def text(texts: list[str]) -> np.ndarray:
+        return np.asarray(model.encode_text(texts, batch_size=batch_size, show_progress=False))
+
+    def image(images: list[Any]) -> np.ndarray:
+        return np.asarray(model.encode_image(images, batch_size=batch_size, show_progress=False))
+
+    return Encoder(name, "Bifocal", text, image, sum(p.numel() for p in model.parameters()))
+
+
+def _bifocal(path: str, batch_size: int, device: str) -> Encoder:
+    model = BifocalModel.from_pretrained(path).to(device).eval()
+    return bifocal_encoder(model, _name(path), batch_size)
+
+
+def _sentence_transformer(path: str, batch_size: int, device: str) -> Encoder:
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(path, device=device)
+
+    def encode(items: list[Any]) -> np.ndarray:
+        return model.encode(items, batch_size=batch_size, normalize_embeddings=True, convert_to_numpy=True)
+
+    def image(images: list[Any]) -> np.ndarray:
+        return encode([load_image(one) for one in images])
+
+    sees = bool({"image"} & set(getattr(model, "modalities", []) or []))
+    count = sum(p.numel() for p in model.parameters())
+    return Encoder(_name(path), "sentence-transformers", encode, image if sees else None, count)
+
+
+def _dual_encoder(path: str, batch_size: int, device: str) -> Encoder:
+    """A model of transformers with `get_text_features` and `get_image_features`: CLIP, SigLIP, ALIGN, ..."""
+    import torch
+    from transformers import AutoModel, AutoProcessor
+
+    model = AutoModel.from_pretrained(path).to(device).eval()
+    if not hasattr(model, "get_text_features") or not hasattr(model, "get_image_features"):
+        raise EvaluationError(
+            f"'{path}' is a {type(model).__name__}, which embeds no texts and pictures into one space; give a Bifocal, "
+            "sentence-transformers, CLIP or SigLIP model."
+        )
+    processor = AutoProcessor.from_pretrained(path)
+    # SigLIP was trained on texts padded to their full length.
+    padding = "max_length" if "siglip" in model.config.model_type else True
+
+    def batches(items: list[Any], embed: Callable[[list[Any]], Any]) -> np.ndarray:
+        found = []
+        with torch.inference_mode():
+            for start in range(0, len(items), batch_size):
+                vectors = embed(items[start : start + batch_size])
+                vectors = getattr(vectors, "pooler_output", vectors)
+                found.append(torch.nn.functional.normalize(vectors.float(), dim=-1).cpu().numpy())
+        return np.concatenate(found)
+
+    def text(texts: list[str]) -> np.ndarray:
+        def embed(some: list[str]) -> Any:
+            return model.get_text_features(
+                **processor(text=some, padding=padding, truncation=True, return_tensors="pt").to(device)
+            )
+
+        return batches(texts, embed)
+
+    def image(images: list[Any]) -> np.ndarray:
+        def embed(some: list[Any]) -> Any:
+            pictures = [load_image(one) for one in some]
+            return model.get_image_features(**processor(images=pictures, return_tensors="pt").to(device))
+
+        return batches(images, embed)
+
+    return Encoder(_name(path), "transformers", text, image, sum(p.numel() for p in model.parameters()))
+
+
+def _is_bifocal(path: str) -> bool:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path).model_type == "bifocal"
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _has(path: str, name: str) -> bool:
+    from transformers.utils.hub import cached_file
+
+    return cached_file(path, name, _raise_exceptions_for_missing_entries=False) is not None
+
+
+def _name(path: str) -> str:
+    """The last parts of a path that say what it is: `runs/demo/model` is `demo/model`."""
+    if Path(path).exists():
+        return "/".join(Path(path).absolute().parts[-2:])
+    return path
