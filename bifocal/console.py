@@ -57,9 +57,10 @@ def one_sentence(folder: Path, remedy: str = "free space or choose another place
     except typer.Exit:
         raise
     except Exception as error:
+        from bifocal.evaluation.retrieval import EvaluationError
         from bifocal.training.tasks import TrainingError
 
-        if isinstance(error, TrainingError | FloatingPointError):
+        if isinstance(error, TrainingError | EvaluationError | FloatingPointError):
             fail(sentence(error))
         if not cannot_write(error, folder):
             raise

@@ -1,7 +1,8 @@
 """Any model that embeds texts, pictures or both, behind one face: Bifocal, sentence-transformers, CLIP and SigLIP."""
 
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ class Encoder:
         family: "Bifocal", "sentence-transformers" or "transformers".
         text, image: from a list to (number, dimensions) unit vectors in float32; None for what the model cannot embed.
         parameters: how many it has.
+        done: texts and images embedded so far, and the seconds it took, by "texts" and "pictures".
     """
 
     name: str
@@ -27,6 +29,13 @@ class Encoder:
     text: Callable[[list[str]], np.ndarray] | None
     image: Callable[[list[Any]], np.ndarray] | None
     parameters: int
+    done: dict[str, tuple[int, float]] = field(default_factory=dict)
+
+    def speed(self) -> dict[str, float]:
+        """Texts and pictures embedded per second since the last call."""
+        rates = {f"{what}_per_second": count / max(seconds, 1e-9) for what, (count, seconds) in self.done.items()}
+        self.done = {}
+        return rates
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         """
@@ -48,7 +57,10 @@ class Encoder:
     def _embedded(self, what: str, encode: Callable[[list[Any]], np.ndarray] | None, items: list[Any]) -> np.ndarray:
         if encode is None:
             raise EvaluationError(f"'{self.name}' embeds no {what}; leave it out of what needs them.")
+        started = time.monotonic()
         vectors = np.asarray(encode(items), dtype=np.float32)
+        count, seconds = self.done.get(what, (0, 0.0))
+        self.done[what] = (count + len(items), seconds + time.monotonic() - started)
         finite = np.isfinite(vectors).all(axis=1)
         if not finite.all():
             raise EvaluationError(

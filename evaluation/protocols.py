@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from bifocal.evaluation.encoders import Encoder
+from bifocal.evaluation.examples import worst_searches
 from bifocal.evaluation.retrieval import EvaluationError, relevant_ranks, retrieval_metrics
 
 # A photo's class in a sentence; the mean of the sentences' embeddings is the class's (arXiv 2103.00020, section 3.1.4).
@@ -24,7 +25,8 @@ class Result:
         task, kind: name of the data set, and the protocol.
         metrics: by name; `main` is the one that stands for all.
         sizes: of the data, such as images and captions.
-        arrays: what the report draws of: embeddings, ranks, similarities. Not written to JSON.
+        arrays: what the report draws of: embeddings, ranks, similarities.
+        examples: the worst searches, see `evaluation.examples`.
     """
 
     task: str
@@ -32,7 +34,11 @@ class Result:
     main: str
     metrics: dict[str, float]
     sizes: dict[str, int]
-    arrays: dict[str, Any] = field(default_factory=dict)
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    examples: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+    parameters: int = 0
+    speed: dict[str, float] = field(default_factory=dict)
 
 
 def image_text_retrieval(
@@ -73,8 +79,9 @@ def image_text_retrieval(
     k = 5 if min(len(images), len(texts)) >= 5 else 1
     metrics["mean_recall"] = (metrics[f"text_to_image/recall@{k}"] + metrics[f"image_to_text/recall@{k}"]) / 2
     arrays = {"images": image_vectors, "texts": text_vectors, "owner": owner, "to_image": to_image, "to_text": to_text}
-    sizes = {"images": len(images), "captions": len(texts)}
-    return Result(name, "image-text retrieval", "mean_recall", metrics, sizes, arrays)
+    sizes = {"images": len(images), "captions": len(texts), "dimensions": image_vectors.shape[1]}
+    examples = worst_searches(images, texts, owner, image_vectors, text_vectors, to_image, to_text)
+    return Result(name, "image-text retrieval", "mean_recall", metrics, sizes, arrays, examples)
 
 
 def zero_shot(

@@ -108,6 +108,39 @@ def read_beir(folder: str, start: Any = None, split: str = "train") -> Iterator[
     yield from _numbered([*faults, *_judged(relevant, texts)], start)
 
 
+def whole_beir(folder: str, split: str = "test") -> tuple[dict[str, str], dict[str, str], dict[str, list[str]]]:
+    """Queries, the whole corpus, and the ids of the relevant passages of each judged query.
+
+    Raises:
+        RecipeError: no judgements of this split, or a broken line.
+    """
+    from bifocal.training.recipe import RecipeError
+
+    relevant: dict[str, list[str]] = {}
+    texts: dict[str, dict[str, str]] = {}
+    judgements = Path(folder) / "qrels" / f"{split}.tsv"
+    if not judgements.exists():
+        there = ", ".join(sorted(path.stem for path in judgements.parent.glob("*.tsv"))) or "none"
+        raise RecipeError(f"'{folder}' has no judgements of the split '{split}' (there are {there}).")
+    for row in read_csv(str(judgements)):
+        if isinstance(row.value, Fault):
+            raise RecipeError(f"'{judgements}', {row.name}: {row.value}; mend the file.")
+        query, document, score = (str(value) for value in list(row.value.values())[:3])
+        if float(score) > 0:
+            relevant.setdefault(query, []).append(document)
+    for name in ("queries", "corpus"):
+        texts[name] = {}
+        for row in read_json_lines(str(_either(Path(folder), name))):
+            if isinstance(row.value, Fault):
+                raise RecipeError(f"'{folder}', {row.name}: {row.value}; mend the file.")
+            texts[name][str(row.value.get("_id"))] = passage(row.value)
+    return (
+        {query: texts["queries"][query] for query in relevant if query in texts["queries"]},
+        texts["corpus"],
+        relevant,
+    )
+
+
 def _judged(relevant: list[tuple[str, str, str]], texts: dict[str, dict[str, str]]) -> Iterator[Row]:
     for number, (name, query, document) in enumerate(relevant, 1):
         missing = next((i for i, t in ((query, "queries"), (document, "corpus")) if i not in texts[t]), None)

@@ -1,0 +1,47 @@
+# Copyright 2026 The Bifocal authors. Licensed under the Apache License, Version 2.0.
+"""Normalised discounted cumulative gain of the first k, as a metric of the `evaluate` library."""
+
+import math
+
+import datasets
+import evaluate
+
+_DESCRIPTION = """
+Normalised discounted cumulative gain: a right item at rank r gains its grade over log2(r + 1); the sum over the first k
+is divided by that of the best possible order. It is the main metric of text retrieval in BEIR and MTEB, with k = 10.
+"""
+_INPUTS = """
+Args:
+    predictions: for each query the ids of what it found, best first.
+    references: for each query the ids of its right items.
+    grades: for each query the grades of these, all 1 when None.
+    k: how many of the first are looked at.
+
+Returns:
+    ndcg_at_k: the mean over the queries.
+"""
+
+
+class NdcgAtK(evaluate.Metric):
+    def _info(self):
+        ids = datasets.List(datasets.Value("string"))
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation="",
+            inputs_description=_INPUTS,
+            features=datasets.Features({"predictions": ids, "references": ids}),
+            reference_urls=["https://arxiv.org/abs/2104.08663"],
+        )
+
+    def _compute(self, predictions, references, grades=None, k=10):
+        if k < 1:
+            raise ValueError(f"k must be at least 1, but it is {k}.")
+        total = 0.0
+        for number, (found, right) in enumerate(zip(predictions, references, strict=True)):
+            worth = dict(zip(right, grades[number] if grades else [1.0] * len(right), strict=True))
+            ideal = sum(g / math.log2(r + 2) for r, g in enumerate(sorted(worth.values(), reverse=True)[:k]))
+            if not ideal:
+                raise ValueError(f"Query {number} has no right item; leave it out.")
+            first = list(dict.fromkeys(found))[:k]
+            total += sum(worth.get(item, 0.0) / math.log2(r + 2) for r, item in enumerate(first)) / ideal
+        return {"ndcg_at_k": total / len(references)}
