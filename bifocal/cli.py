@@ -103,8 +103,11 @@ def evaluate(
         list[str], typer.Argument(help="Folders or Hub ids: Bifocal, sentence-transformers, CLIP, SigLIP.")
     ],
     suite: Annotated[
-        str, typer.Option(help="A YAML file, or the name of a suite that comes with Bifocal.")
-    ] = "symbols",
+        str | None, typer.Option(help="A YAML file, or a suite that comes with Bifocal: symbols (if none), captions.")
+    ] = None,
+    mteb: Annotated[
+        list[str] | None, typer.Option(help="A task of mteb, or a list of them: paper, quick; also several times.")
+    ] = None,
     only: Annotated[
         list[str] | None, typer.Option(help="Name of a task of the suite; may be given several times.")
     ] = None,
@@ -112,28 +115,30 @@ def evaluate(
         Path, typer.Option(help="Folder for results and report; what is done there is not done again.")
     ] = Path("runs/evaluation"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
+    card: Annotated[bool, typer.Option("--card", help="Write the results into each model folder's card.")] = False,
 ) -> None:
     """Measure models side by side and write a page about it."""
     require("datasets", "jinja2", "matplotlib", "pydantic", "sklearn", "scipy", "sentence_transformers")
     import json
 
     from bifocal.evaluate import evaluate as measure
-    from bifocal.evaluate import load_evaluation_recipe
+    from bifocal.evaluate import load_evaluation_recipe, write_cards
     from bifocal.evaluation.evaluation_page import summary, write_evaluation_page
 
     with one_sentence(out, "free space or choose another --out; it goes on from there"):
-        recipe = load_evaluation_recipe(suite)
-        results = measure(models, recipe, out, only or ())
+        recipe = None if suite is None and mteb else load_evaluation_recipe(suite or "symbols")
+        results = measure(models, recipe, out, only or (), mteb or ())
         numbers = summary(results)
         (out / "results.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
-        write_evaluation_page(results, out / "report.html", f"Evaluation: {recipe.name}")
+        if card:
+            write_cards(results, recipe)
+        write_evaluation_page(results, out / "report.html", f"Evaluation: {recipe.name if recipe else 'MTEB'}")
     if as_json:
         typer.echo(json.dumps(numbers, indent=2))
         return
     for task in zip(*results.values(), strict=True):
-        reached = "  ".join(
-            f"{model} {result.metrics[result.main]:.3f}" for model, result in zip(results, task, strict=True)
-        )
+        measured = [(model, result) for model, result in zip(results, task, strict=True) if result.metrics]
+        reached = "  ".join(f"{model} {result.metrics[result.main]:.3f}" for model, result in measured)
         typer.echo(f"{task[0].task} ({task[0].main}): {reached}")
     typer.echo(f"See {out / 'report.html'}.")
 

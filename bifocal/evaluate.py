@@ -1,5 +1,6 @@
 """From an evaluation recipe to results: read the data, embed it with each model, measure, keep what is done."""
 
+import difflib
 import hashlib
 import json
 import os
@@ -27,6 +28,9 @@ _READ_AS = {
     "image-text-retrieval": "image-text", "zero-shot": "image-label", "linear-probe": "image-label",
     "sts": "scored-pair", "pair-classification": "scored-pair", "text-retrieval": "text-pair",
 }  # fmt: skip
+
+
+_PICTURES = ("image-text-retrieval", "zero-shot", "linear-probe")
 
 
 class _Strict(BaseModel):
@@ -89,29 +93,28 @@ def load_evaluation_recipe(given: str) -> EvaluationRecipe:
 
 
 def evaluate(
-    models: Sequence[str], recipe: EvaluationRecipe, out: Path, only: Sequence[str] = ()
+    models: Sequence[str],
+    recipe: EvaluationRecipe | None,
+    out: Path,
+    only: Sequence[str] = (),
+    mteb: Sequence[str] = (),
 ) -> dict[str, list[Result]]:
     """Measure every model on every task; what was measured before on the same data and weights is read from `out`.
 
     Args:
-        only: names of tasks; all when empty.
+        only: names of the recipe's tasks; all when empty.
+        mteb: names of mteb's tasks, or of suites of them.
 
     Returns:
-        Results by model, in the order given.
+        Results by model, in the order given; without metrics where a model embeds no pictures and a task needs them.
 
     Raises:
         EvaluationError, RecipeError: an unknown task, no such model, nothing to evaluate on.
         OSError: the folder cannot be written.
     """
-    unknown = next((name for name in only if name not in {task.name for task in recipe.tasks}), None)
-    if unknown is not None:
-        import difflib
-
-        names = [task.name for task in recipe.tasks]
-        near = difflib.get_close_matches(unknown, names, n=1)
-        said = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(names)}."
-        raise RecipeError(f"There is no task '{unknown}' in '{recipe.name}'; {said}")
-    chosen = [task for task in recipe.tasks if not only or task.name in only]
+    chosen = _chosen(recipe, only) if recipe is not None else []
+    batch_size = recipe.batch_size if recipe is not None else 64
+    from_mteb = _mteb_tasks(mteb) if mteb else []
     results: dict[str, list[Result]] = {}
     skipped = Skipped(out / "skipped.jsonl")
     (out / "skipped.jsonl").unlink(missing_ok=True)
@@ -121,14 +124,57 @@ def evaluate(
             place = out / "results" / _key(path, task)
             found = _kept(place)
             if found is None:
-                encoder = encoder or load_encoder(path, recipe.batch_size)
+                encoder = encoder or load_encoder(path, batch_size)
+                if encoder.image is None and task.kind in _PICTURES:
+                    # A place in the table stays empty: text models stand beside ours where they can.
+                    results.setdefault(path, []).append(Result(task.name, task.kind, "", {}, {}))
+                    continue
                 started = time.monotonic()
                 found = run_task(encoder, task, skipped)
                 found.seconds, found.parameters = round(time.monotonic() - started, 2), encoder.parameters
                 found.speed = encoder.speed()
                 _keep(found, place)
             results.setdefault(path, []).append(found)
+        if from_mteb:
+            from bifocal.evaluation.mteb_tasks import run_mteb
+
+            results.setdefault(path, []).extend(run_mteb(path, from_mteb, out / "mteb", batch_size))
     return results
+
+
+def _chosen(recipe: EvaluationRecipe, only: Sequence[str]) -> list[EvaluationTask]:
+    names = [task.name for task in recipe.tasks]
+    unknown = next((name for name in only if name not in names), None)
+    if unknown is not None:
+        near = difflib.get_close_matches(unknown, names, n=1)
+        said = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(names)}."
+        raise RecipeError(f"There is no task '{unknown}' in '{recipe.name}'; {said}")
+    return [task for task in recipe.tasks if not only or task.name in only]
+
+
+def _mteb_tasks(given: Sequence[str]) -> list[Any]:
+    from bifocal.evaluation.mteb_tasks import SUITES as MTEB_SUITES
+    from bifocal.evaluation.mteb_tasks import find_tasks
+
+    names = [name for one in given for name in MTEB_SUITES.get(one, [one])]
+    return find_tasks(list(dict.fromkeys(names)))
+
+
+def write_cards(results: dict[str, list[Result]], recipe: EvaluationRecipe | None) -> None:
+    """Results into the cards of those models that are folders with one.
+
+    Raises:
+        EvaluationError: a model that is no folder with a card.
+    """
+    from bifocal.hub.results import add_results
+
+    paths = {} if recipe is None else {task.name: task.data.path for task in recipe.tasks}
+    on_hub = {n: p for n, p in paths.items() if isinstance(p, str) and p.count("/") == 1 and not os.path.exists(p)}
+    for model, measured in results.items():
+        try:
+            add_results(Path(model), [(r.task, r.kind, r.metrics) for r in measured if r.metrics], on_hub)
+        except (FileNotFoundError, ValueError) as error:
+            raise EvaluationError(f"The card of '{model}' cannot be written: {error}") from error
 
 
 def run_task(encoder: Encoder, task: EvaluationTask, skipped: Skipped) -> Result:

@@ -32,12 +32,16 @@ class EvaluationCallback(TrainerCallback):
         self.evaluators = list(evaluators)
         self.every = every
         self.batch_size = batch_size
-        self.trainer: Any = None
+        self.log: Callable[[dict[str, float]], None] | None = None
         self._last = -1
+
+    def attach(self, trainer: Any) -> None:
+        """Log through a trainer, and so to whatever it reports to; `MultiTaskTrainer` calls this."""
+        self.log = trainer.log
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if self.every and state.global_step % self.every == 0:
-            self._run(state, model)
+            self._logged(state, model)
 
     def on_evaluate(
         self,
@@ -54,7 +58,14 @@ class EvaluationCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if self._last != state.global_step:
-            self._run(state, model)
+            self._logged(state, model)
+
+    def _logged(self, state: Any, model: Any) -> None:
+        metrics = dict(self._run(state, model))
+        if self.log is not None:
+            self.log(metrics)
+        else:
+            state.log_history.append({**metrics, "step": state.global_step})
 
     def _run(self, state: Any, model: Any) -> Mapping[str, float]:
         model = getattr(model, "module", model)
@@ -65,7 +76,6 @@ class EvaluationCallback(TrainerCallback):
             for evaluator in self.evaluators:
                 result = evaluator(encoder)
                 metrics |= {f"eval_{result.task}_{name}": value for name, value in result.metrics.items()}
-        state.log_history.append({**metrics, "step": state.global_step})
         return metrics
 
 

@@ -30,6 +30,7 @@ def write_evaluation_page(results: Mapping[str, Sequence[Result]], path: Path, t
     """
     from jinja2 import Environment, PackageLoader
 
+    results = dict(zip(_labels(list(results)), results.values(), strict=True))
     environment = Environment(loader=PackageLoader("bifocal.evaluation"), autoescape=True, trim_blocks=True)
     page = environment.get_template("evaluation.html.j2").render(
         title=title,
@@ -51,6 +52,8 @@ def summary(results: Mapping[str, Sequence[Result]]) -> dict[str, Any]:
     for model, measured in results.items():
         found[model] = {}
         for result in measured:
+            if not result.metrics:
+                continue
             entry: dict[str, Any] = {
                 "kind": result.kind, "main": result.main, "metrics": result.metrics, "sizes": result.sizes,
                 "seconds": result.seconds, "parameters": result.parameters, "speed": result.speed,
@@ -73,9 +76,15 @@ def _extras(result: Result) -> dict[str, Any]:
     }
 
 
+def _labels(paths: list[str]) -> list[str]:
+    """The last two parts of each model's path, or the whole where these are the same."""
+    short = ["/".join(Path(path).parts[-2:]) for path in paths]
+    return short if len(set(short)) == len(short) else paths
+
+
 def _headline(results: Mapping[str, Sequence[Result]]) -> dict[str, str]:
     first = next(iter(results.values()))
-    return {f"{result.task}: {_spelt(result.main)}": f"{result.metrics[result.main]:.3f}" for result in first}
+    return {f"{r.task}: {_spelt(r.main)}": f"{r.metrics[r.main]:.3f}" for r in first if r.metrics}
 
 
 def _spelt(metric: str) -> str:
@@ -85,12 +94,12 @@ def _spelt(metric: str) -> str:
 def _side_by_side(results: Mapping[str, Sequence[Result]]) -> list[dict[str, Any]]:
     rows = []
     for measured in zip(*results.values(), strict=True):
-        values = [result.metrics[result.main] for result in measured]
-        best = max(values)
-        cells = [(f"{value:.3f}", len(values) > 1 and value == best) for value in values]
-        facts = ", ".join(f"{count:,} {what}" for what, count in measured[0].sizes.items() if count)
-        rows.append({"task": measured[0].task, "kind": measured[0].kind, "metric": _spelt(measured[0].main),
-                     "cells": cells, "facts": facts})  # fmt: skip
+        values = [result.metrics[result.main] if result.metrics else None for result in measured]
+        best = max((value for value in values if value is not None), default=None)
+        cells = [("" if value is None else f"{value:.3f}", len(values) > 1 and value == best) for value in values]
+        one = next((result for result in measured if result.metrics), measured[0])
+        facts = ", ".join(f"{count:,} {what}" for what, count in one.sizes.items() if count and what != "dimensions")
+        rows.append({"task": one.task, "metric": _spelt(one.main), "cells": cells, "facts": facts})
     return rows
 
 
@@ -103,7 +112,7 @@ def _speed(results: Mapping[str, Sequence[Result]]) -> list[dict[str, Any]]:
             for name, rate in result.speed.items():
                 rates.setdefault(name, []).append(rate)
         rows.append({
-            "model": model, "parameters": f"{measured[0].parameters / 1e6:,.1f} M",
+            "model": model, "parameters": f"{max(result.parameters for result in measured) / 1e6:,.1f} M",
             "dimensions": dimensions, "bytes": None if dimensions is None else 4 * dimensions,
             "texts": _rate(rates.get("texts_per_second")), "pictures": _rate(rates.get("pictures_per_second")),
             "seconds": f"{sum(result.seconds for result in measured):,.0f}",
@@ -116,11 +125,23 @@ def _rate(rates: list[float] | None) -> str | None:
 
 
 def _section(results: Mapping[str, Sequence[Result]], number: int) -> dict[str, Any]:
-    measured = {model: found[number] for model, found in results.items()}
+    everyone = {model: found[number] for model, found in results.items()}
+    measured = {model: result for model, result in everyone.items() if result.metrics}
+    if not measured:
+        first = next(iter(everyone.values()))
+        return {
+            "task": first.task,
+            "kind": "no model here embeds what it needs",
+            "models": [],
+            "metrics": [],
+            "plots": [],
+        }
     first = next(iter(measured.values()))
     names = list(dict.fromkeys(name for result in measured.values() for name in result.metrics))
     metrics = [(_spelt(n), [f"{r.metrics[n]:.4f}" if n in r.metrics else "" for r in measured.values()]) for n in names]
-    section: dict[str, Any] = {"task": first.task, "kind": first.kind, "metrics": metrics, "plots": [], "notes": []}
+    section: dict[str, Any] = {
+        "task": first.task, "kind": first.kind, "models": list(measured), "metrics": metrics, "plots": [],
+    }  # fmt: skip
     if "owner" in first.arrays:
         section["plots"] = [
             _recall_curves(measured),
@@ -195,10 +216,12 @@ def _gap_plot(result: Result) -> Plot:
         "matching": "a picture and its text", "image-text": "a picture and another text",
         "image-image": "two pictures", "text-text": "two texts",
     }  # fmt: skip
+    edges = np.linspace(min(v.min() for v in gap.similarities.values()), 1.0, 61)
     for number, (name, label) in enumerate(names.items()):
-        axes.hist(gap.similarities[name], bins=60, density=True, histtype="step", linewidth=1.5, label=label,
-                  color=COLOURS[number])  # fmt: skip
+        options: Any = {"density": True, "histtype": "step", "linewidth": 1.5, "label": label}
+        axes.hist(gap.similarities[name], bins=edges, color=COLOURS[number], **options)
     axes.set_xlabel("cosine similarity")
+    axes.set_ylim(top=axes.get_ylim()[1] * 1.35)  # room for the legend
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
     axes.legend(frameon=False, fontsize=8)

@@ -233,9 +233,10 @@ class MultiTaskCollator:
         return rows, columns, left_out
 
     def _pixels(self, values: list[Any], generator: random.Random) -> Inputs:
-        chosen = [generator.choice(value) if isinstance(value, list) else value for value in values]
-        if self.augment:
-            chosen = [self.augment(picture, generator) for picture in chosen]
+        chosen = []
+        for value in values:
+            picture = generator.choice(value) if isinstance(value, list) else value
+            chosen.append(self.augment(picture, generator) if self.augment else picture)
         return {"pixel_values": self.pictures.pixels(chosen)}
 
     def _buckets(self, texts: list[str]) -> tuple[list[Inputs], torch.Tensor]:

@@ -130,6 +130,9 @@ class MultiTaskTrainer(Trainer):
             processing_class=processor,
             callbacks=[*(callbacks or []), _ClampLogitScale()],
         )
+        for callback in callbacks or []:
+            if hasattr(callback, "attach"):  # one that logs by itself
+                callback.attach(self)
         self.step_batches.picture = self.data_collator.pictures.decode
         self.model_accepts_loss_kwargs = False  # the losses are means over the batch, not sums over its tokens
         self.can_return_loss = True
@@ -372,8 +375,9 @@ class MultiTaskTrainer(Trainer):
         if not tasks:
             raise TrainingError("There is nothing to evaluate on; give the trainer eval_tasks.")
         metrics = evaluate_tasks(self, tasks, metric_key_prefix)
-        self.log(metrics)
+        # Callbacks first: an `EvaluationCallback` adds what it finds, and that is logged, too.
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.log(metrics)
         return metrics
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

@@ -117,7 +117,10 @@ def rows_of(source: Source, kind: str) -> Iterator[tuple[str, dict[str, Any] | F
             image = image[0]
         if isinstance(image, dict):
             row["image"] = image["bytes"] if image["bytes"] is not None else image["path"]
-        yield f"{source.title}:{number}", row
+        name = f"{source.title}:{number}"
+        if image is not None:
+            row.setdefault("image_id", name)
+        yield name, row
 
 
 def _measure(found: Inspection, row: dict[str, Any], seen: dict[str, set[bytes]]) -> None:

