@@ -110,12 +110,17 @@ def bifocal_encoder(model: BifocalModel, name: str, batch_size: int = 64) -> Enc
     return Encoder(name, "Bifocal", text, image, sum(p.numel() for p in model.parameters()))
 
 
+def sentence_transformer(path: str, batch_size: int = 64, device: str | None = None) -> Encoder | None:
+    """A model through sentence-transformers, whatever its family; None where it has not the files for that."""
+    return _sentence_transformer(path, batch_size, device) if _has(path, "modules.json") else None
+
+
 def _bifocal(path: str, batch_size: int, device: str) -> Encoder:
     model = BifocalModel.from_pretrained(path).to(device).eval()
     return bifocal_encoder(model, _name(path), batch_size)
 
 
-def _sentence_transformer(path: str, batch_size: int, device: str) -> Encoder:
+def _sentence_transformer(path: str, batch_size: int, device: str | None) -> Encoder:
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(path, device=device)

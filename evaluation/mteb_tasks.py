@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from bifocal.evaluation.encoders import Encoder, load_encoder
+from bifocal.evaluation.encoders import Encoder, load_encoder, sentence_transformer
 from bifocal.evaluation.protocols import Result
 from bifocal.evaluation.retrieval import EvaluationError
 
@@ -53,6 +53,9 @@ def run_mteb(
     import mteb
 
     encoder = load_encoder(model, batch_size) if isinstance(model, str) else model
+    if isinstance(model, str) and all(list(task.metadata.modalities) == ["text"] for task in tasks):
+        # As users embed texts: through sentence-transformers, wherever the model has its files.
+        encoder = sentence_transformer(model, batch_size) or encoder
     for task in tasks:
         lacking = [m for m in task.metadata.modalities if (encoder.text if m == "text" else encoder.image) is None]
         if lacking:

@@ -11,7 +11,7 @@ from bifocal.training.data.cleaning import RowFilter
 from bifocal.training.data.faults import Fault, Skipped
 from bifocal.training.data.files import READERS, Reader, format_of, read_csv, read_pictures
 from bifocal.training.data.groups import is_beir, read_beir, read_nli
-from bifocal.training.data.places import Fence, expand, is_remote
+from bifocal.training.data.places import Fence, LoadedFence, expand, is_remote
 from bifocal.training.data.rows import LAYOUTS, Layout, Normaliser, as_is, has_column, layout_of
 from bifocal.training.data.shards import ShardStream
 from bifocal.training.data.tables import checked, materialise, undecoded
@@ -62,7 +62,9 @@ def load_source(
         return stream if source.streaming else materialise(stream, source, skipped, name)
     found = undecoded(_from_hub(source))
     require_columns(found.column_names, source, kind)
-    return checked(found, source, normaliser(source, kind, Fence(None, trusted=True)), skipped, name)
+    path = os.path.expanduser(source.path) if isinstance(source.path, str) else ""
+    fence = LoadedFence(path if os.path.isdir(path) else None)
+    return checked(found, source, normaliser(source, kind, fence), skipped, name)
 
 
 def open_stream(source: Source, kind: str, seed: int | None = None) -> ShardStream | None:

@@ -11,6 +11,7 @@ from scipy.stats import spearmanr
 from bifocal.evaluation.encoders import bifocal_encoder, load_encoder
 from bifocal.evaluation.protocols import zero_shot
 from bifocal.evaluation.retrieval import EvaluationError, relevant_ranks, retrieval_metrics
+from bifocal.hub.export import export_model
 from bifocal.training.data.symbols import SymbolsConfig, build_symbols
 from tests.conftest import SHARED
 from tests.training.data.test_cleaning import model_folder
@@ -104,6 +105,22 @@ def test_sts_of_minilm(tmp_path):
     assert list(tmp_path.rglob("LocalSTS.json")), "in mteb's own format"
     with pytest.raises(EvaluationError, match="embeds no images, which the task NameToPicture needs"):
         run_mteb(folder, [NameToPicture()], tmp_path)
+
+
+def test_texts_of_ours_go_through_sentence_transformers(model, tmp_path):
+    if not SHARED.exists():
+        pytest.skip("the shared data are not here")
+    from sentence_transformers import SentenceTransformer
+
+    folder = export_model(model, tmp_path / "ours")
+    (found,) = run_mteb(str(folder), [LocalSTS()], tmp_path / "cache")
+    task = LocalSTS()
+    task.load_data()
+    rows = task.dataset["test"]
+    adapter = SentenceTransformer(str(folder))
+    left, right = (adapter.encode(list(rows[name])) for name in ("sentence1", "sentence2"))
+    expected = spearmanr((left * right).sum(1), rows["score"]).statistic
+    assert found.metrics["main_score"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_image_tasks_agree_with_ours(model, tmp_path):

@@ -93,11 +93,9 @@ class Fence:
     Args:
         roots: a folder, or for each first part of a path the folder that holds the rest (ShareGPT4V's `coco/...`,
             `sam/...`); the key "" stands for all others. None: no picture may be named by a path.
-        trusted: paths come from `datasets` itself, which has put the files there, and not from a row.
     """
 
-    def __init__(self, roots: str | Mapping[str, str] | None, trusted: bool = False) -> None:
-        self.trusted = trusted
+    def __init__(self, roots: str | Mapping[str, str] | None) -> None:
         given = {"": roots} if isinstance(roots, str) else dict(roots or {})
         self.roots = {prefix.strip("/"): os.path.realpath(os.path.expanduser(root)) for prefix, root in given.items()}
 
@@ -107,8 +105,6 @@ class Fence:
         Raises:
             Fault: an address, a path out of its root (also through a link), or one for which there is no root.
         """
-        if self.trusted:
-            return given
         if is_remote(given) or given.startswith("data:"):
             raise Fault("path outside the roots", f"{given[:200]} is an address, not a file under a root")
         prefix = max((p for p in self.roots if not p or given.startswith(f"{p}/")), key=len, default=None)
@@ -118,4 +114,35 @@ class Fence:
         path = os.path.realpath(os.path.join(root, given[len(prefix) :].lstrip("/") if prefix else given))
         if not Path(path).is_relative_to(root):
             raise Fault("path outside the roots", f"{given[:200]} leads out of {root}")
+        return path
+
+
+class LoadedFence(Fence):
+    """The places that `datasets` itself has put pictures into: its caches, and the folder that it was told to load.
+
+    Args:
+        folder: that folder; None for a data set of the Hub.
+    """
+
+    def __init__(self, folder: str | None) -> None:
+        import datasets
+        from huggingface_hub import constants
+
+        super().__init__(None)
+        places = [
+            datasets.config.HF_DATASETS_CACHE,
+            constants.HF_HUB_CACHE,
+            constants.HF_HOME,
+            *([folder] if folder else []),
+        ]
+        self.places = [os.path.realpath(os.path.expanduser(place)) for place in places]
+
+    def resolve(self, given: str) -> str:
+        if is_remote(given):
+            if "hf://" in given:
+                return given
+            raise Fault("path outside the roots", f"{given[:200]} is not on the Hub")
+        path = os.path.realpath(given)
+        if not os.path.isabs(given) or not any(Path(path).is_relative_to(place) for place in self.places):
+            raise Fault("path outside the roots", f"{given[:200]} is none that datasets has loaded")
         return path

@@ -142,9 +142,12 @@ def _with_captions(found: Any, source: Source, normalise: Any, skipped: Skipped,
     steps = normalise.steps
     named = {ours: steps.column_of(ours, found.column_names) for ours in ("image", "caption", "image_id")}
     good, skips = [], []
+    paths = _paths(found, named["image"])
     for number, value in enumerate(found.select_columns([named["caption"]])[named["caption"]]):
         try:
             steps.texts("caption", {named["caption"]: value})
+            if paths is not None and paths[number] is not None:
+                steps.fence.resolve(paths[number])
             good.append(number)
         except Fault as fault:
             skips.append(Skip.of(f"{source.title}:{number}", fault))
@@ -153,6 +156,18 @@ def _with_captions(found: Any, source: Source, normalise: Any, skipped: Skipped,
     found = found.select_columns([theirs for theirs in named.values() if theirs is not None])
     found = found if not skips else found.select(good)
     return found.rename_columns({theirs: ours for ours, theirs in named.items() if theirs not in (None, ours)})
+
+
+def _paths(found: Any, column: str) -> list[str | None] | None:
+    """Where pictures are that a data set does not hold as bytes; their bytes, where it does, are not looked at."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    values = found.with_format("arrow").select_columns([column])[:][column]
+    if not pa.types.is_struct(values.type):
+        return values.to_pylist() if pa.types.is_string(values.type) else None
+    held = pc.is_valid(pc.struct_field(values, "bytes"))
+    return pc.if_else(held, None, pc.struct_field(values, "path")).to_pylist()
 
 
 class _TableReader:

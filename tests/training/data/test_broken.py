@@ -322,6 +322,31 @@ def test_nothing_outside_the_roots_is_read(tmp_path, monkeypatch):
     assert not any("secret" in name or "root2" in name for name in opened)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("as_struct", [False, True])
+def test_a_data_set_that_is_loaded_names_no_file_elsewhere(tmp_path, streaming, as_struct):
+    """What datasets loads may hold paths, too; they lead nowhere but to what it has loaded."""
+    secret = tmp_path / "secret.jpg"
+    secret.write_bytes(picture())
+    (tmp_path / "repo").mkdir()
+    inside = tmp_path / "repo" / "a.jpg"
+    inside.write_bytes(picture())
+    paths = [str(inside), str(secret), "../secret.jpg", "http://127.0.0.1:9/a.jpg"]
+    rows = [{"image": {"bytes": None, "path": path} if as_struct else path, "caption": "c"} for path in paths]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "repo" / "train.parquet")
+    source = Source(path=str(tmp_path / "repo"), format="hub", streaming=streaming, max_bad=0.9)
+    skipped = Skipped()
+    data = load_source(source, "image-text", 0, skipped, "t")
+    if streaming:
+        assert [json.loads(row["_fault"])[1] if row["_fault"] else "" for row in data] == [
+            "",
+            *["path outside the roots"] * 3,
+        ]
+    else:
+        assert len(data) == 1
+        assert skipped.bad["t"] == {"path outside the roots": 3}
+
+
 def test_paths_in_shares_of_sharegpt4v_stay_in_their_root(tmp_path):
     (tmp_path / "coco").mkdir()
     answer = [{"from": "gpt", "value": "A caption."}]
