@@ -144,6 +144,37 @@ def evaluate(
 
 
 @app.command()
+def convert(
+    source: Annotated[
+        str, typer.Argument(help="A Hub id, a folder or a file of weights: jina-clip-v1, JinaBERT, EVA02.")
+    ],
+    out: Annotated[Path, typer.Argument(help="Folder for the Bifocal model.")],
+    image_size: Annotated[
+        int | None, typer.Option(help="Resize the position table for pictures of so many pixels.")
+    ] = None,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Also read .bin and .pt, with weights_only=True.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what becomes of each tensor, and stop.")] = False,
+) -> None:
+    """Make a Bifocal model of published weights; every tensor is accounted for, or nothing is written."""
+    require("sentence_transformers")
+    from bifocal.hub import convert as conversion
+
+    try:
+        tensors, config = conversion.read_weights(source, allow_pickle)
+        plan = conversion.plan_conversion(tensors, config, image_size)
+        if dry_run:
+            typer.echo(plan.text())
+            return
+        with one_sentence(out):
+            lacks = conversion.save_converted(conversion.build(plan), source, out)
+    except (conversion.ConversionError, FileExistsError) as error:
+        fail(str(error))
+    typer.echo(f"The model is in {out}" + (f"; it lacks {', '.join(lacks)}." if lacks else "."))
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     from importlib.metadata import version as installed
