@@ -175,6 +175,31 @@ def convert(
 
 
 @app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="An exported model.")],
+    repository: Annotated[str, typer.Argument(help="organisation/name")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="A branch; made if there is none.")] = None,
+    pr: Annotated[bool, typer.Option("--pr", help="Propose the change as a pull request.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Replace files that are there without asking.")] = False,
+) -> None:
+    """Publish an exported model on the Hub."""
+    import sys
+
+    from bifocal.hub import push as publishing
+
+    def may_overwrite(name: str) -> bool:
+        return yes or (sys.stdin.isatty() and typer.confirm(f"'{name}' has files already. Replace them?"))
+
+    try:
+        typer.echo(publishing.look(folder).text())
+        url = publishing.push(folder, repository, private, revision, pr, may_overwrite)
+    except publishing.PushError as error:
+        fail(str(error))
+    typer.echo(f"Published: {url}")
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     from importlib.metadata import version as installed

@@ -42,11 +42,11 @@ for path in ("hf://datasets/org/laion/*.tar", "hf://datasets/org/laion/{00000..0
     rows = open_stream(Source(path=path, streaming=True), "image-text").rows()
     print(json.dumps([row.cause if isinstance(row, Exception) else row["caption"] for _, row in rows]))
 """
-    with hub(tmp_path / "repo", "org/laion") as (address, asked):
+    with hub(tmp_path / "repo", "org/laion") as (address, state):
         by_glob, by_braces = python(script, address, tmp_path / "home")
     assert by_glob == [f"caption {n}" for n in range(5)]
     assert by_braces == [*by_glob, "missing file"]
-    assert any("resolve/main/00001.tar" in line for line in asked)
+    assert any("resolve/main/00001.tar" in line for line in state.asked)
 
 
 def test_a_corpus_of_the_registry(tmp_path):

@@ -1,0 +1,142 @@
+"""Publishing through the real huggingface_hub to a server in the place of the Hub, and loading from there."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bifocal.hub.export import export_model
+from bifocal.hub.push import PushError, look
+from bifocal.modeling import BifocalModel
+from tests.conftest import small_config
+from tests.hub_stand_in import TOKEN, hub
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def exported(processor, tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("push") / "model"
+    export_model(BifocalModel(small_config()), folder, processor)
+    return folder
+
+
+def run(address: str, home: Path, *command: str, token: str = TOKEN, code: bool = False) -> subprocess.CompletedProcess:
+    """A command, or Python code, in a fresh process where the Hub is elsewhere."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environment |= {"HF_ENDPOINT": address, "HF_HOME": str(home), "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1"}
+    environment |= {"PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    # huggingface_hub waits longer and longer between its attempts; here it need not.
+    main = "import sys, time; time.sleep = lambda seconds: None; from bifocal.cli import main; main()"
+    start = ["-c", *command] if code else ["-c", main, *command]
+    return subprocess.run(
+        [sys.executable, *start],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+        cwd=home.parent,
+    )
+
+
+LOAD = """
+import json
+from transformers import AutoModel
+from sentence_transformers import SentenceTransformer
+a = AutoModel.from_pretrained("org/stars", trust_remote_code=True).encode_text("black star")
+b = SentenceTransformer("org/stars", trust_remote_code=True).encode("black star")
+print(json.dumps([float(abs(a - b).max()), len(b)]))
+"""
+
+
+def test_pushed_and_loaded_by_name(exported, tmp_path):
+    with hub() as (address, state):
+        done = run(address, tmp_path / "home", "push", str(exported), "org/stars", "--private", "--yes")
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "model.safetensors" in done.stdout, "it says what it uploads"
+        assert done.stdout.strip().splitlines()[-1].startswith(f"Published: {address}/org/stars/commit/")
+        assert TOKEN not in done.stdout + done.stderr
+        repo = state.repos["models/org/stars"]
+        assert repo.private
+        assert repo.files["model.safetensors"] == (exported / "model.safetensors").read_bytes()
+        assert state.sent, "large files go by LFS"
+        loaded = run(address, tmp_path / "other", LOAD, code=True)
+        assert loaded.returncode == 0, loaded.stderr[-3000:]
+        difference, size = json.loads(loaded.stdout.splitlines()[-1])
+        assert difference < 1e-6
+        assert size == 40
+
+
+def test_what_exists_is_not_overwritten_unasked(exported, tmp_path):
+    with hub() as (address, state):
+        assert run(address, tmp_path / "home", "push", str(exported), "org/stars", "--yes").returncode == 0
+        before = state.repos["models/org/stars"].commits
+        refused = run(address, tmp_path / "home", "push", str(exported), "org/stars")
+        assert refused.returncode == 1
+        assert "'org/stars' has" in refused.stderr
+        assert "may be replaced (--yes)" in refused.stderr
+        assert state.repos["models/org/stars"].commits == before
+        proposed = run(address, tmp_path / "home", "push", str(exported), "org/stars", "--pr")
+        assert proposed.returncode == 0, proposed.stderr[-2000:]
+        assert proposed.stdout.strip().endswith("/org/stars/discussions/1")
+
+
+def test_a_connection_that_is_cut_goes_on(exported, tmp_path):
+    copy = tmp_path / "model"
+    shutil.copytree(exported, copy)
+    (copy / "more.txt").write_text("x" * 50_000)
+    with hub() as (address, state):
+        state.cut_after = 1
+        cut = run(address, tmp_path / "home", "push", str(copy), "org/stars", "--yes")
+        assert cut.returncode == 1
+        last = cut.stderr.strip().splitlines()[-1]
+        assert last.startswith("Error: "), cut.stderr[-2000:]
+        assert "push again, what arrived is not sent again" in last
+        arrived = list(state.sent)
+        state.cut_after = None
+        done = run(address, tmp_path / "home", "push", str(copy), "org/stars", "--yes")
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert len(state.sent) == len(set(state.sent)) > len(arrived), "nothing arrived twice"
+
+
+def test_a_wrong_token_and_no_hub(exported, tmp_path):
+    with hub() as (address, _):
+        wrong = run(address, tmp_path / "home", "push", str(exported), "org/stars", "--yes", token="hf_wrong")
+        assert wrong.returncode == 1
+        assert "does not let you write to 'org/stars' (401); log in with a token that may" in wrong.stderr
+        assert "hf_wrong" not in wrong.stderr
+        named = run(address, tmp_path / "home", "push", str(exported), "a/b/c", "--yes")
+        assert "'a/b/c' is no name of a repository; it is organisation/name." in named.stderr
+    gone = run(address, tmp_path / "home", "push", str(exported), "org/stars", "--yes")
+    assert gone.returncode == 1
+    assert "The connection to the Hub was lost" in gone.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("weights.bin", b"x", "'weights.bin' is a pickle"),
+        ("notes.txt", b"token: hf_" + b"a" * 34, "'notes.txt' holds what looks like a secret"),
+        ("key.pem", b"-----BEGIN RSA PRIVATE KEY-----", "'key.pem' holds what looks like a secret"),
+    ],
+)
+def test_what_should_not_be_there_is_named(exported, tmp_path, name, content, message):
+    copy = tmp_path / "model"
+    shutil.copytree(exported, copy)
+    (copy / name).write_bytes(content)
+    with pytest.raises(PushError, match=message):
+        look(copy)
+    (copy / name).unlink()
+    assert look(copy).files["model.safetensors"] > 0
+    (copy / "link.txt").symlink_to("/etc/hostname")
+    with pytest.raises(PushError, match=r"'link\.txt' is a link out of the folder"):
+        look(copy)
+    with pytest.raises(PushError, match="is no exported model"):
+        look(tmp_path)
