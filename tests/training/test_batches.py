@@ -218,3 +218,20 @@ def test_a_broken_picture_is_named(processor):
         ValueError, match=r"The image of row \d of task 't' cannot be used \(not a picture: .*format Pillow"
     ):
         collate(processor, Task("t", "image-text", data, 2))
+
+
+def test_streams_are_mixed_by_rows_times_weight():
+    """Each batch comes from one stream; how often is in proportion, and every stream goes on where it was."""
+    from bifocal.training.batches import StepStream
+    from tests.training.data.test_shards import simulated
+
+    large = Task("large", "text-pair", simulated([40] * 5), 4, rows=200, shuffle=8)
+    small = Task("small", "text-pair", simulated([40] * 5), 4, weight=3.0, rows=200, shuffle=8)
+    drawn: dict[str, list[str]] = {"large": [], "small": []}
+    for item in StepStream([large, small], 400, seed=0):
+        ((task, rows, _),) = item["tasks"]
+        drawn[task.name] += rows
+    assert len(drawn["small"]) / len(drawn["large"]) == pytest.approx(3.0, rel=0.2)
+    good = {f"{file}:{row}" for file in range(5) for row in range(40) if row % 11 != 10}
+    for rows in drawn.values():
+        assert set(rows[: len(good)]) == good, "an epoch of each holds every good row once"

@@ -1,0 +1,45 @@
+"""Stage 0 on texts that stream, from files and from what datasets loads; bad rows are left out."""
+
+import json
+
+import pytest
+from datasets import Dataset
+
+from bifocal.modeling import BifocalTextForMaskedLM
+from bifocal.training.mlm import train_mlm
+from bifocal.training.recipe import Recipe, RecipeError
+from tests.conftest import TEXTS
+from tests.training.data.files import lines
+
+
+def recipe(folder, source: dict, **changes) -> Recipe:
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    values = {
+        "name": "words", "output_dir": str(folder / "run"), "processor": str(folder / "processor"), "max_length": 32,
+        "model": size, "mlm": {"data": {**source, "streaming": True, "max_bad": 0.2}, "batch_size": 4},
+        "training": {"max_steps": 3, "disable_tqdm": True}, **changes,
+    }  # fmt: skip
+    return Recipe(**values)
+
+
+@pytest.mark.parametrize("form", ["files", "hub"])
+def test_texts_that_stream(processor, tmp_path, form):
+    processor.save_pretrained(tmp_path / "processor")
+    rows = [{"text": "" if n % 10 == 3 else f"{TEXTS[n % 5]} {n}"} for n in range(60)]
+    if form == "files":
+        lines(tmp_path / "texts.jsonl.gz", rows)
+        source = {"path": str(tmp_path / "texts.jsonl.gz")}
+    else:
+        (tmp_path / "repo").mkdir()
+        Dataset.from_list(rows).to_parquet(tmp_path / "repo" / "train.parquet")
+        source = {"path": str(tmp_path / "repo"), "format": "hub"}
+    folder = train_mlm(recipe(tmp_path, source))
+    assert BifocalTextForMaskedLM.from_pretrained(folder).config.hidden_size == 32
+    state = json.loads(next((tmp_path / "run").glob("checkpoint-*/trainer_state.json")).read_text())
+    assert state["global_step"] == 3
+
+
+def test_a_tokenizer_is_not_trained_on_a_stream(processor, tmp_path):
+    lines(tmp_path / "texts.jsonl", [{"text": "a"}])
+    with pytest.raises(RecipeError, match="trains a tokenizer on texts that stream; name a processor"):
+        train_mlm(recipe(tmp_path, {"path": str(tmp_path / "texts.jsonl")}, train_tokenizer=300))
