@@ -1,5 +1,6 @@
 """A source of many files as a stream: read in parts without overlap or gap, from a position that can be kept."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +12,8 @@ from bifocal.training.data.places import is_remote
 from bifocal.training.tasks import KINDS
 
 _BLOCK_BYTES = 256 * 2**20  # of pictures in a block
-_TRIES = 3  # of reading on where a connection was lost
+_TRIES = 3  # of reading on where a connection was lost, each after a longer pause
+_PAUSE = 0.5  # seconds
 
 Normalise = Callable[[str, dict[str, Any]], dict[str, Any]]
 
@@ -100,7 +102,7 @@ def read_on(read: Reader, shard: str, start: Any = None) -> Iterator[Row]:
                 broken = isinstance(row.value, Fault) and row.value.cause == "file breaks off"
                 if broken and is_remote(shard) and tries < _TRIES:
                     raise ConnectionError(str(row.value))
-                position = row.position
+                position, tries = row.position, 0
                 yield row
             return
         except FileNotFoundError as error:
@@ -114,6 +116,7 @@ def read_on(read: Reader, shard: str, start: Any = None) -> Iterator[Row]:
             if not is_remote(shard) or tries > _TRIES:
                 yield Row(None, short(shard), lost(error))
                 return
+            time.sleep(_PAUSE * tries)
 
 
 class ShardPart:

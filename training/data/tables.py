@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from bifocal.training.data.faults import Fault, Skip, Skipped
@@ -222,6 +223,9 @@ def _stamp(shard: str) -> list[Any]:
             filesystem, inner = fsspec.url_to_fs(shard)
             info = filesystem.info(inner)
             return [shard, info.get("size"), str(info.get("ETag") or info.get("last_commit") or info.get("mtime"))]
+        if os.path.isdir(shard):  # a folder that is read as one: what it holds, for it does not change with its files
+            inside = sorted(path for path in Path(shard).rglob("*") if path.is_file())
+            return [shard, [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in inside]]
         found = os.stat(shard)
         return [shard, found.st_size, found.st_mtime_ns]
     except OSError:

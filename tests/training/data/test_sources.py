@@ -199,6 +199,9 @@ def test_a_beir_folder(tmp_path):
     assert list(faults(found).values()) == ["judgement of a missing text"]
     with pytest.raises(ValueError, match=r"1 missing file.*Mend"):
         load(tmp_path, "text-pair", split="test")
+    assert len(load(tmp_path, "text-pair", max_bad=0.5)) == 2
+    (tmp_path / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\n1\td1\t1\n")
+    assert len(load(tmp_path, "text-pair")) == 1, "a changed file in the folder is read again"
 
 
 def test_dprs_natural_questions(tmp_path):
