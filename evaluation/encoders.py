@@ -148,8 +148,9 @@ def _dual_encoder(path: str, batch_size: int, device: str) -> Encoder:
             "sentence-transformers, CLIP or SigLIP model."
         )
     processor = AutoProcessor.from_pretrained(path)
-    # SigLIP was trained on texts padded to their full length.
-    padding = "max_length" if "siglip" in model.config.model_type else True
+    # SigLIP was trained on texts padded to their full length, and attends to the padding.
+    siglip = "siglip" in model.config.model_type
+    padding = "max_length" if siglip else True
 
     def batches(items: list[Any], embed: Callable[[list[Any]], Any]) -> np.ndarray:
         found = []
@@ -162,9 +163,10 @@ def _dual_encoder(path: str, batch_size: int, device: str) -> Encoder:
 
     def text(texts: list[str]) -> np.ndarray:
         def embed(some: list[str]) -> Any:
-            return model.get_text_features(
-                **processor(text=some, padding=padding, truncation=True, return_tensors="pt").to(device)
-            )
+            inputs = processor(text=some, padding=padding, truncation=True, return_tensors="pt").to(device)
+            if siglip:
+                inputs.pop("attention_mask", None)
+            return model.get_text_features(**inputs)
 
         return batches(texts, embed)
 

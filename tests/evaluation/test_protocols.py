@@ -177,3 +177,27 @@ def test_smaller_vectors():
 def test_bad_input(call, message):
     with pytest.raises(EvaluationError, match=message):
         call(table({"A": [1, 0], "a": [1, 0]}))
+
+
+def test_siglip_is_loaded_and_texts_are_padded_to_their_full_length(processor, tmp_path):
+    """As it was trained; without that its embeddings of one text differ with the batch."""
+    import torch
+    from transformers import SiglipConfig, SiglipModel, SiglipProcessor
+    from transformers.models.siglip import SiglipImageProcessorPil
+
+    tiny = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    text = {**tiny, "vocab_size": 320, "max_position_embeddings": 64, "projection_size": 16}
+    torch.manual_seed(0)
+    model = SiglipModel(SiglipConfig(text_config=text, vision_config={**tiny, "image_size": 32, "patch_size": 8}))
+    model.save_pretrained(tmp_path)
+    images = SiglipImageProcessorPil(size={"height": 32, "width": 32})
+    SiglipProcessor(images, processor.tokenizer).save_pretrained(tmp_path)
+    encoder = load_encoder(str(tmp_path), batch_size=2)
+    texts = ["a star", "a rather longer text than the first one is", "omega"]
+    together, alone = encoder.texts(texts), np.concatenate([encoder.texts([text]) for text in texts])
+    np.testing.assert_allclose(together, alone, atol=1e-6)
+    ids = processor.tokenizer(texts[0], padding="max_length", max_length=64, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        expected = torch.nn.functional.normalize(model.eval().get_text_features(ids).pooler_output, dim=-1)[0]
+    np.testing.assert_allclose(together[0], expected, atol=1e-5)
+    assert encoder.images([photo(40, 32)]).shape == (1, 16)
