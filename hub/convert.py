@@ -141,7 +141,6 @@ def plan_conversion(tensors: Tensors, source_config: Mapping[str, Any] = {}, ima
     made: Tensors = {}
     mapping: list[tuple[str, str]] = []
     left: list[str] = []
-    prefixes = {tower: prefix for tower, (_, prefix) in found.items()}
     for name, tensor in tensors.items():
         place = _target(name, tensor, found, both)
         if place is None:
@@ -166,7 +165,7 @@ def plan_conversion(tensors: Tensors, source_config: Mapping[str, Any] = {}, ima
         raise ConversionError(f"No model has tensors of these shapes ({error})") from error
     if image_size is not None:
         _resize(made, config, image_size, both)
-    _require_complete(made, config, both, prefixes)
+    _require_complete(made, config)
     return Plan({tower: layout for tower, (layout, _) in found.items()}, mapping, config, made)
 
 
@@ -298,7 +297,7 @@ def _resize(made: Tensors, config: Any, image_size: int, both: bool) -> None:
     vision.image_size = image_size
 
 
-def _require_complete(made: Tensors, config: Any, both: bool, prefixes: Mapping[str, str]) -> None:
+def _require_complete(made: Tensors, config: Any) -> None:
     """Names and shapes are those of the model that is made; on the meta device, which holds no weights."""
     with torch.device("meta"):
         expected = {name: tuple(value.shape) for name, value in _model(config).state_dict().items()}
