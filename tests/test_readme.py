@@ -58,7 +58,7 @@ def test_trainer(folder):
     run(short, folder)
     model = BifocalModel.from_pretrained(folder / "runs" / "mine" / "model")
     assert model.encode_text("black star").shape == (40,)
-    assert ModelCard.load(folder / "runs" / "mine" / "model" / "README.md").data.library_name
+    assert ModelCard.load(folder / "runs" / "mine" / "model" / "README.md").data.to_dict()["library_name"]
 
 
 def test_sentence_transformer(folder):

@@ -14,11 +14,11 @@ from bifocal.cli import app
 from bifocal.evaluation.encoders import load_encoder
 from bifocal.hub.export import export_model
 from bifocal.modeling import BifocalModel
+from tests.browser import WIDTHS, needs_browser, opened
 from tests.conftest import small_config
 from tests.training.data.files import lines, picture
 from tests.training.data.test_cleaning import model_folder
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SUITE = """
 name: local
 tasks:
@@ -126,32 +126,15 @@ def test_results_flow_into_the_card(here, monkeypatch, tmp_path):
     assert load_encoder(str(tmp_path / "ours")).texts(["star"]).shape == (1, 40), "the model is as it was"
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine to open the page with")
-@pytest.mark.parametrize("width", [1200, 390])
+@needs_browser
+@pytest.mark.parametrize("width", WIDTHS)
 def test_the_page_in_a_browser(done, width):
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page(viewport={"width": width, "height": 900})
-        problems, requests = [], []
-        page.on("console", lambda message: problems.append(message.text))
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("request", lambda request: requests.append(request.url))
-        page.goto((done[1] / "report.html").as_uri())
+    with opened(done[1] / "report.html", width) as page:
         assert page.locator("h1").inner_text() == "Evaluation: local"
         text = page.locator("body").inner_text()
         for said in ("Side by side", "Where ours fails most", "Not measured here", "jina-clip-v1", "62.39", "binary"):
             assert said in text
-        pictures = page.locator("img")
-        assert pictures.count() > 9
-        for number in range(pictures.count()):
-            shown = pictures.nth(number)
-            assert shown.evaluate("image => image.complete && image.naturalWidth > 0")
-            assert shown.get_attribute("alt")
-        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-        assert not problems
-        assert all(request.startswith(("file:", "data:")) for request in requests)
-        browser.close()
+        assert page.locator("img").count() > 9
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def test_complete(folder):
 
 def test_the_card(folder):
     card = ModelCard.load(folder / "README.md")
-    assert card.data.library_name == "sentence-transformers"
+    assert card.data.to_dict()["library_name"] == "sentence-transformers"
     assert card.data.license == "apache-2.0"
     assert "| recall@5 | 0.712 |" in card.text
     assert 'from_pretrained("someone/small-model", trust_remote_code=True)' in card.text

@@ -1,6 +1,5 @@
 """The page about a source: its figures are right, and it opens in a browser."""
 
-import shutil
 from dataclasses import asdict
 
 import pytest
@@ -9,9 +8,8 @@ from bifocal.evaluation.data_page import write_data_page
 from bifocal.training.data.inspecting import inspect_source
 from bifocal.training.recipe import RecipeError, Source
 from bifocal.training.sources import guess_kind
+from tests.browser import WIDTHS, needs_browser, opened
 from tests.training.data.files import lines, picture, shards
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 @pytest.fixture
@@ -60,30 +58,13 @@ def test_the_symbols_too():
     assert (found.good, found.complete) == (20, False)
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine to open the page with")
-@pytest.mark.parametrize("width", [1200, 390])
+@needs_browser
+@pytest.mark.parametrize("width", WIDTHS)
 def test_in_a_browser(folder, width):
-    playwright = pytest.importorskip("playwright.sync_api")
     page_file = folder / "page.html"
     write_data_page(asdict(inspect_source(Source(path=str(folder), clean={"min_side": 16}), "image-text")), page_file)
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page(viewport={"width": width, "height": 900})
-        problems, requests = [], []
-        page.on("console", lambda message: problems.append(message.text))
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("dialog", lambda dialog: problems.append(dialog.message))
-        page.on("request", lambda request: requests.append(request.url))
-        page.goto(page_file.as_uri())
+    with opened(page_file, width) as page:
         text = page.locator("body").inner_text()
         for said in ("usable, 50.0%", "not a picture", "small picture", "<script>alert(1)</script>", "1.jpg"):
             assert said in text
-        pictures = page.locator("img")
-        assert pictures.count() == 3 + 2
-        for number in range(pictures.count()):
-            assert pictures.nth(number).evaluate("image => image.complete && image.naturalWidth > 0")
-            assert pictures.nth(number).get_attribute("alt")
-        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-        assert not problems
-        assert all(request.startswith(("file:", "data:")) for request in requests)
-        browser.close()
+        assert page.locator("img").count() == 3 + 2
