@@ -93,7 +93,8 @@ class Meters:
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.losses, self.accuracies, self.totals = state["losses"], state["accuracies"], state["totals"]
-        self.skipped.load_state(state["skipped"])
+        if "skipped" in state:  # checkpoints of before it was counted lack it
+            self.skipped.load_state(state["skipped"])
 
 
 def norms_by_tower(model: nn.Module) -> dict[str, float]:
