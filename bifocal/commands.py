@@ -1,5 +1,6 @@
 """The commands `train` and `mine`: from what is typed to the functions that do it."""
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,18 @@ def train(recipe: Recipe, force: bool) -> str:
 
     A model that is a single text tower (stage 0) is saved as such.
     """
-    from bifocal.hub.export import Card, export_model
+    from bifocal.hub.card import Card, TrainedStage
+    from bifocal.hub.export import export_model
+    from bifocal.training.history import STAGE, earlier_stages
     from bifocal.training.run import run_recipe
 
     def save(model: Any, processor: Any, folder: Path) -> None:
-        card = Card(name=recipe.name, description=f"A Bifocal model trained by the recipe '{recipe.name}'.")
+        facts = [*earlier_stages(recipe), json.loads((recipe.folder / STAGE).read_text(encoding="utf-8"))]
+        card = Card(
+            name=recipe.name,
+            description=f"A Bifocal model trained by the recipe '{recipe.name}'.",
+            stages=[TrainedStage(**stage) for stage in facts],
+        )
         export_model(model, folder, processor, card)
 
     folder = run_recipe(recipe, save, force)

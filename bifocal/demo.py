@@ -11,13 +11,15 @@ from typing import Any
 
 from bifocal.demo_results import evaluate_symbols, example_searches, searches_as_text, write_demo_report
 from bifocal.evaluation.report import Stage
-from bifocal.hub.export import Card, export_model
+from bifocal.hub.card import Card, TrainedStage
+from bifocal.hub.export import export_model
 from bifocal.modeling import BifocalModel, BifocalProcessor
 from bifocal.training.callbacks import StageProgress, Stopwatch
 from bifocal.training.checkpoints import last_complete_checkpoint
 from bifocal.training.data.symbols import SymbolsConfig, build_symbols
+from bifocal.training.history import STAGE, stage_facts, write_stage
 from bifocal.training.recipe import Recipe, find_recipe, load_recipe
-from bifocal.training.run import prepare
+from bifocal.training.run import prepare, versions
 from bifocal.training.sources import with_columns
 from bifocal.training.tasks import COLUMNS
 from bifocal.training.tokenizer import train_wordpiece
@@ -205,6 +207,7 @@ def _train_stage(recipe: Recipe, title: str, symbols: Any) -> dict[str, Any]:
     model.save_pretrained(scratch)
     shutil.rmtree(folder / "model", ignore_errors=True)
     os.replace(scratch, folder / "model")
+    write_stage(folder, stage_facts(prepared, watch.seconds, versions()))
     _write_json(folder / "result.json", result)
     return result
 
@@ -227,6 +230,7 @@ def _finish(
         metrics=last,
         protocol=f"Measured on {len(test)} symbols that training never saw in any face; R@k is Recall@k.",
         license="apache-2.0",
+        stages=[TrainedStage(**_read_json(out / stage / STAGE)) for stage in STAGES],
     )
     export_model(model, folder, processor, card)
     difference = _check_folder(folder, test)

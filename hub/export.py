@@ -1,13 +1,17 @@
 """A folder that is ready for the Hub: weights, code, tokenizer, processor, sentence-transformers' files and a card."""
 
+import json
 import os
 import shutil
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
+from bifocal.hub.card import Card, TrainedStage, write_card
 from bifocal.modeling import BifocalModel, BifocalProcessor
 
+FACTS = "card.json"  # what the card was made of, so that it can be written again
+SHARD = "2GB"
 # sentence-transformers 6 calls these methods of the model by the kind of input: no module code of ours is needed.
 MODALITIES = {
     "text": {"method": "get_text_features", "method_output_name": "pooler_output"},
@@ -15,27 +19,12 @@ MODALITIES = {
 }
 
 
-@dataclass
-class Card:
-    """What a model card says that the model itself does not.
-
-    Args:
-        name: the repository, "organisation/model"; the folder's name when None.
-        description: what the model is and is made for.
-        metrics: value by name.
-        protocol: on what the metrics were measured, and how.
-        license: as the Hub names it, such as "apache-2.0".
-    """
-
-    name: str | None = None
-    description: str = "A Bifocal model."
-    metrics: dict[str, float] = field(default_factory=dict)
-    protocol: str = ""
-    license: str | None = None
-
-
 def export_model(
-    model: BifocalModel, folder: str | Path, processor: BifocalProcessor | None = None, card: Card | None = None
+    model: BifocalModel,
+    folder: str | Path,
+    processor: BifocalProcessor | None = None,
+    card: Card | None = None,
+    shard: str = SHARD,
 ) -> Path:
     """Write a Hub-ready folder that AutoModel, AutoProcessor and SentenceTransformer load.
 
@@ -44,6 +33,8 @@ def export_model(
 
     Args:
         processor: `model.processor` when None.
+        card: what its model card says.
+        shard: largest size of a file of weights, such as "2GB".
 
     Returns:
         The folder.
@@ -63,13 +54,18 @@ def export_model(
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         made = scratch / folder.name
-        model.save_pretrained(made)
+        model.save_pretrained(made, max_shard_size=shard)
+        sharded = (made / "model.safetensors.index.json").exists()
         processor.save_pretrained(made)
         tower = Transformer(str(made), modality_config=MODALITIES, module_output_name="sentence_embedding")
         SentenceTransformer(modules=[tower, Normalize()], device="cpu").save_pretrained(
             str(made), create_model_card=False
         )
-        _write_card(made / "README.md", card, card.name or folder.name, model.config.projection_dim)
+        if sharded:  # sentence-transformers has put one file in the place of the shards
+            (made / "model.safetensors").unlink()
+            model.save_pretrained(made, max_shard_size=shard)
+        (made / FACTS).write_text(json.dumps(asdict(card), indent=2) + "\n", encoding="utf-8")
+        write_card(made / "README.md", card, card.name or folder.name, model)
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(made, folder)
@@ -78,20 +74,14 @@ def export_model(
     return folder
 
 
+def read_facts(folder: Path) -> Card:
+    """What the card of an exported model was made of; an empty one for a folder of before there were such files."""
+    path = folder / FACTS
+    if not path.exists():
+        return Card()
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return Card(**{**found, "stages": [TrainedStage(**stage) for stage in found["stages"]]})
+
+
 def _is_empty(folder: Path) -> bool:
     return folder.is_dir() and not any(folder.iterdir())
-
-
-def _write_card(path: Path, card: Card, name: str, dimensions: int) -> None:
-    from huggingface_hub import ModelCard, ModelCardData
-
-    data = ModelCardData(
-        library_name="sentence-transformers",
-        pipeline_tag="sentence-similarity",
-        tags=["bifocal", "clip", "image-text-retrieval", "sentence-transformers", "feature-extraction"],
-        license=card.license,
-        language="en",
-    )
-    values = asdict(card) | {"name": name, "dimensions": dimensions}
-    template = Path(__file__).parent / "templates" / "card.md.j2"
-    ModelCard.from_template(data, template_path=str(template), **values).save(str(path))

@@ -22,9 +22,11 @@ from bifocal.modeling import (
     BifocalVisionModel,
 )
 from bifocal.training.arguments import BifocalTrainingArguments
+from bifocal.training.callbacks import Stopwatch
 from bifocal.training.checkpoints import last_complete_checkpoint
 from bifocal.training.data.faults import Skipped
 from bifocal.training.distributed import World
+from bifocal.training.history import stage_facts, write_stage
 from bifocal.training.recipe import Recipe, RecipeError, StartFrom
 from bifocal.training.sources import load_source
 from bifocal.training.tasks import COLUMNS, Task
@@ -349,7 +351,8 @@ def run_recipe(recipe: Recipe, save: Callable[[Any, BifocalProcessor, Path], Any
         from bifocal.training.mlm import train_mlm
 
         return train_mlm(recipe)
-    prepared = prepare(recipe)
+    watch = Stopwatch()
+    prepared = prepare(recipe, [watch])
     checkpoint = last_complete_checkpoint(recipe.folder)
     trainer = prepared.trainer
     if checkpoint is not None and World.current().rank == 0:
@@ -362,6 +365,7 @@ def run_recipe(recipe: Recipe, save: Callable[[Any, BifocalProcessor, Path], Any
         model = model.merge_and_unload()
     folder = recipe.folder / "model"
     if trainer.is_world_process_zero():
+        write_stage(recipe.folder, stage_facts(prepared, watch.seconds, versions()))
         save(model, prepared.processor, folder)
     trainer.accelerator.wait_for_everyone()
     return folder

@@ -6,7 +6,8 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from bifocal.hub.export import Card, export_model
+from bifocal.hub.card import Card
+from bifocal.hub.export import export_model
 from bifocal.modeling import BifocalModel
 from tests.conftest import small_config
 

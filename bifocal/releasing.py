@@ -1,0 +1,174 @@
+"""`bifocal export`: from a run's folder, and what was measured of its model, to a complete folder for the Hub."""
+
+import json
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any
+
+from bifocal.hub.card import Card
+from bifocal.hub.export import SHARD, read_facts
+from bifocal.hub.release import Extras, release
+from bifocal.modeling import BifocalModel
+from bifocal.training.recipe import RecipeError, Source
+from bifocal.training.tasks import TrainingError
+
+_MEASURED = 256  # pairs on which the ONNX files are compared
+
+
+class ReleaseError(TrainingError):
+    """Why a run cannot be exported, in one sentence."""
+
+
+def release_run(
+    run: Path,
+    out: Path,
+    name: str | None = None,
+    description: str | None = None,
+    license: str | None = None,
+    results: Path | None = None,
+    examples: str | None = None,
+    onnx: bool = True,
+    shard: str = SHARD,
+) -> Path:
+    """Write a complete folder.
+
+    Args:
+        run: folder of a run or of a model.
+        name: the repository it is meant for, "organisation/model".
+        description, license: for the card; those of the model's own card when None.
+        results: `results.json` of `bifocal evaluate`, or its folder.
+        examples: an image-text source on which the int8 files are measured; drawings when None.
+
+    Raises:
+        ReleaseError, RecipeError, OnnxError, FileExistsError: with what to do.
+    """
+    folder = run / "model" if (run / "model" / "config.json").exists() else run
+    if not (folder / "config.json").exists():
+        raise ReleaseError(f"'{run}' holds no model; give the folder of a finished run, or a model's.")
+    if out.resolve() in (run.resolve(), folder.resolve()):
+        raise ReleaseError(f"'{out}' is what is to be exported; write to another folder.")
+    try:
+        model = BifocalModel.from_pretrained(folder)
+        _ = model.processor
+    except (OSError, ValueError) as error:
+        raise ReleaseError(f"The model in '{folder}' cannot be loaded ({str(error).splitlines()[0]}).") from error
+    card = read_facts(folder)
+    measured, evaluation, sources = _evaluation(results, folder)
+    card = replace(
+        card,
+        name=name,
+        description=description or card.description,
+        license=license or card.license,
+        metrics=card.metrics
+        | {f"{task}: {found['main']}": found["metrics"][found["main"]] for task, found in measured},
+    )
+    extras = Extras(
+        recipes=_recipes(run),
+        results=[(task, found["kind"], found["metrics"]) for task, found in measured],
+        sources=sources,
+        evaluation=evaluation,
+        draw=(lambda place: _draw(card, place)) if any(stage.curves for stage in card.stages) else None,
+        measured_on=None if examples is None else _pairs(examples),
+        licence=_licence(card.license),
+        onnx=onnx,
+    )
+    return release(model, out, card, extras, shard)
+
+
+def _recipes(run: Path) -> dict[str, Any]:
+    """The resolved recipes of a run and of those it began with, as far as their folders are here; or the demo's."""
+    import yaml
+
+    if (run / "settings.json").exists():
+        found = json.loads((run / "settings.json").read_text(encoding="utf-8"))
+        return {stage: recipe for stage, recipe in found.items() if stage.startswith("stage")}
+    recipes: dict[str, Any] = {}
+    place: Path | None = run
+    while place is not None and (place / "recipe.yaml").exists():
+        recipe = yaml.safe_load((place / "recipe.yaml").read_text(encoding="utf-8"))
+        if recipe["name"] in recipes:
+            break
+        recipes[recipe["name"]] = recipe
+        start = recipe.get("start_from")
+        stage = start.get("stage") if isinstance(start, dict) else None
+        before = Path("runs") / stage if stage else Path(start).parent if isinstance(start, str) else None
+        place = before
+    return recipes
+
+
+def _evaluation(results: Path | None, folder: Path) -> tuple[list[tuple[str, Any]], dict[str, Any] | None, dict]:
+    """What `bifocal evaluate` found of the model, by task, and where its data came from."""
+    if results is None:
+        return [], None, {}
+    path = results / "results.json" if results.is_dir() else results
+    try:
+        by_model = json.loads(path.read_text(encoding="utf-8"))
+        named = {name: found for name, found in by_model.items() if Path(name).resolve() == folder.resolve()}
+        if not named and len(by_model) == 1:
+            named = by_model
+        found = next(iter(named.values()))
+        tasks = [(task, entry) for task, entry in found.items() if entry["main"] in entry["metrics"]]
+    except StopIteration:
+        raise ReleaseError(
+            f"'{path}' has results of {', '.join(by_model)}, but not of '{folder}'; evaluate that model first."
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ReleaseError(f"'{path}' is no results.json of bifocal evaluate ({error}).") from error
+    return tasks, found, {}
+
+
+def _pairs(path: str) -> tuple[list[str], list[Any], str]:
+    """Captions and their pictures, the first of a source."""
+    import io
+
+    from bifocal.modeling import load_image
+    from bifocal.training.sources import load_source
+
+    rows = load_source(Source(path=path, limit=_MEASURED), "image-text")
+    texts, pictures = [], []
+    for row in rows:
+        picture = row["image"]
+        content = picture.get("bytes") or picture["path"] if isinstance(picture, dict) else picture
+        pictures.append(load_image(io.BytesIO(content).getvalue() if isinstance(content, bytes) else content))
+        texts.append(row["caption"] if isinstance(row["caption"], str) else row["caption"][0])
+    if not texts:
+        raise RecipeError(f"'{path}' has no picture with a caption to measure on.")
+    return texts, pictures, f"pairs of {Path(path).name}"
+
+
+def _draw(card: Card, folder: Path) -> dict[str, str]:
+    """The losses of all stages, one after the other."""
+    from bifocal.evaluation.plots import COLOURS, blank
+
+    figure, axes = blank()
+    colours: dict[str, str] = {}
+    before = 0
+    for stage in card.stages:
+        for task, curve in stage.curves.items():
+            colour = colours.setdefault(task, COLOURS[len(colours) % len(COLOURS)])
+            label = task if list(colours).index(task) == len(colours) - 1 and task not in _labels(axes) else None
+            axes.plot([before + step for step, _ in curve], [loss for _, loss in curve], color=colour, label=label)
+        before += stage.steps
+        if stage is not card.stages[-1]:
+            axes.axvline(before, color="#999999", linewidth=0.8, linestyle=":")
+    axes.set_xlabel("step, stages one after the other")
+    axes.set_ylabel("loss")
+    axes.legend(frameon=False)
+    figure.savefig(folder / "losses.png", dpi=150)
+    return {"losses.png": f"Losses of the tasks in {len(card.stages)} stage{'s' * (len(card.stages) > 1)}"}
+
+
+def _labels(axes: Any) -> list[str]:
+    return list(axes.get_legend_handles_labels()[1])
+
+
+def _licence(name: str | None) -> str | None:
+    """The text of the Apache licence, which this package carries; of others only the name is known."""
+    if name != "apache-2.0":
+        return None
+    try:
+        found = distribution("bifocal")
+    except PackageNotFoundError:
+        return None
+    return found.read_text("licenses/LICENSE") or found.read_text("LICENSE")

@@ -1,0 +1,215 @@
+"""A complete folder: what is in it, that its ONNX files agree with torch, and what the check notices."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from bifocal.hub.card import Card, TrainedStage
+from bifocal.hub.check import CheckError, check_folder
+from bifocal.hub.export import export_model, read_facts
+from bifocal.hub.onnx import OnnxEncoder, OnnxError, measure
+from bifocal.hub.release import Extras, release
+from bifocal.hub.samples import samples
+from bifocal.modeling import BifocalModel
+from tests.conftest import TEXTS, small_config
+from tests.hub.test_push import run
+from tests.hub_stand_in import hub
+from tests.modeling.test_images import photo
+
+NAME = "org/shapes"
+STAGE = TrainedStage(
+    name="first", start="nothing", steps=20, max_length=64, learning_rate=1e-3,
+    tasks=[{"name": "pictures", "kind": "image-text", "source": "org/pictures", "rows": 1234, "batch_size": 32,
+            "loss": "info_nce", "loss_weight": 1.0, "share": 1.0}],
+    losses={"pictures": 1.25}, seconds=5400.0, processes=2, device="one GPU", energy_kwh=0.5, co2_kg=0.2,
+)  # fmt: skip
+RECIPE = {"name": "first", "output_dir": "/home/someone/runs/first", "tasks": [{"data": {"path": "/home/x/a.tar"}}]}
+
+
+@pytest.fixture(scope="module")
+def model(processor) -> BifocalModel:
+    torch.manual_seed(0)
+    built = BifocalModel(small_config()).eval()
+    built.processor = processor
+    return built
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory) -> Path:
+    def draw(place: Path) -> dict[str, str]:
+        photo(30, 40).save(place / "curve.png")
+        return {"curve.png": "A curve"}
+
+    card = Card(NAME, "A model for tests.", {"recall@5": 0.71}, "On nothing.", "apache-2.0", [STAGE])
+    extras = Extras(
+        recipes={"first": RECIPE}, draw=draw, licence="Apache",
+        results=[("org/pictures", "image-text retrieval", {"recall@5": 0.71})], evaluation={"x": 1},
+    )  # fmt: skip
+    return release(model, tmp_path_factory.mktemp("release") / "out", card, extras)
+
+
+def test_everything_is_there(folder):
+    wanted = """config.json modeling_bifocal.py model.safetensors tokenizer.json processor_config.json modules.json
+        onnx/text_model.onnx onnx/vision_model.onnx onnx/text_model_int8.onnx onnx/vision_model_int8.onnx
+        recipes/first.yaml evaluation.json plots/curve.png LICENSE README.md examples/inputs.json card.json"""
+    assert [name for name in wanted.split() if not (folder / name).exists()] == []
+    assert [path.name for path in folder.parent.iterdir()] == ["out"], "nothing is left beside it"
+    assert "/home" not in (folder / "recipes" / "first.yaml").read_text()
+    assert "path: a.tar" in (folder / "recipes" / "first.yaml").read_text()
+
+
+@pytest.mark.parametrize(("count", "length"), [(1, 2), (3, 17), (5, 64)])
+def test_onnx_at_other_shapes_than_it_was_made_with(folder, model, count, length):
+    import onnxruntime
+
+    generator = torch.Generator().manual_seed(length)
+    ids = torch.randint(5, 300, (count, length), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[-1, length // 2 + 1 :] = 0
+    pixels = torch.randn(count, 3, 32, 32, generator=generator)
+    with torch.no_grad():
+        wanted = model(input_ids=ids, attention_mask=mask, pixel_values=pixels)
+    for name, inputs, vectors in (
+        ("text_model", {"input_ids": ids, "attention_mask": mask}, wanted.text_embeds),
+        ("vision_model", {"pixel_values": pixels}, wanted.image_embeds),
+    ):
+        session = onnxruntime.InferenceSession(str(folder / "onnx" / f"{name}.onnx"))
+        (found,) = session.run(None, {key: value.numpy() for key, value in inputs.items()})
+        assert np.abs(found - vectors.numpy()).max() < 1e-5
+
+
+def test_int8_is_smaller_and_its_loss_is_told(folder, model):
+    facts = read_facts(folder).onnx
+    assert facts is not None
+    for name in ("onnx/text_model", "onnx/vision_model"):
+        whole, small = facts["files"][f"{name}.onnx"], facts["files"][f"{name}_int8.onnx"]
+        assert small["bytes"] < 0.7 * whole["bytes"]
+        assert whole["largest_difference"] < 1e-5
+        assert 0.95 < small["lowest_cosine"] <= small["mean_cosine"] < 1.0, "other numbers, nearly the same vectors"
+        opset = onnx.load(folder / f"{name}.onnx").opset_import
+        assert {entry.version for entry in opset if entry.domain == ""} == {facts["opset"]}
+    texts, pictures = zip(*samples())
+    encoder = OnnxEncoder(folder / "onnx", model.processor, "int8")
+    exact = model.encode_text(list(texts), show_progress=False)
+    cosines = (encoder.encode_text(texts) * exact).sum(1)
+    assert facts["files"]["onnx/text_model_int8.onnx"]["mean_cosine"] == pytest.approx(cosines.mean(), abs=1e-5)
+    assert facts["recall"]["pairs"] == len(pictures) == 64
+
+
+def test_another_models_onnx_is_refused(folder, processor):
+    torch.manual_seed(1)
+    other = BifocalModel(small_config())
+    other.processor = processor
+    with pytest.raises(OnnxError, match=r"'text_model\.onnx' differs from torch by .*; do not use it"):
+        measure(other, folder / "onnx", TEXTS, [photo(20, 20)] * len(TEXTS), "photos")
+    with pytest.raises(OnnxError, match=r"There is no 'text_model\.onnx'"):
+        OnnxEncoder(folder, processor)
+
+
+def test_the_card_tells_the_training_and_its_cost(folder):
+    card = ModelCard.load(folder / "README.md")
+    for sentence in (
+        "**first**, from nothing: 20 steps, texts of up to 64", "| pictures | image-text | org/pictures | 1,234 | 32 |",
+        "1.50 hours of training, measured over all sessions of each stage, on 2 times one GPU.",
+        "0.5 kWh", "0.2 kg of CO2", "![A curve](plots/curve.png)",
+        "## Limits and biases", "```bibtex", "| `onnx/text_model_int8.onnx` |",
+    ):  # fmt: skip
+        assert sentence in card.text, sentence
+    assert "None" not in re.sub(r"```.*?```", "", card.text, flags=re.DOTALL)
+    assert not re.search(r"\n\n\n", card.text), "no holes in the text"
+    emitted = card.data.to_dict()["co2_eq_emissions"]
+    assert emitted["emissions"] == 200.0
+    assert [(r.dataset_name, r.metric_value) for r in card.data.eval_results] == [("org/pictures", 0.71)]
+
+
+def test_the_cards_code_runs_from_the_hub(folder, tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 3
+    for number, name in enumerate(("first", "second")):
+        list(samples())[number][1].save(tmp_path / f"{name}.png")
+    with hub() as (address, _):
+        done = run(address, tmp_path / "home", "push", str(folder), NAME, "--yes")
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert "Note:" not in done.stdout
+        code = [f"{block}\nfound.append(torch.as_tensor(similarity))" for block in blocks]
+        check = "print(max(float((a - b).abs().max()) for a in found for b in found), found[0].shape)"
+        ran = run(address, tmp_path / "home", "import torch\nfound = []\n" + "\n".join([*code, check]), code=True)
+        assert ran.returncode == 0, ran.stderr[-3000:]
+        difference, shape = ran.stdout.splitlines()[-1].split(" ", 1)
+        assert float(difference) < 1e-5
+        assert shape == "torch.Size([2, 2])"
+
+
+def test_the_check_compares_all_ways_of_loading(folder):
+    found = check_folder(folder)
+    assert found.problems == []
+    assert set(found.differences) == {"AutoModel", "SentenceTransformer", "ONNX, float32"}
+    assert max(found.differences.values()) < 1e-5
+    assert found.lowest_int8 is not None
+    assert found.lowest_int8 > 0.95
+
+
+def test_the_check_sees_other_weights_and_a_place_of_a_machine(folder, processor, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    torch.manual_seed(5)
+    BifocalModel(small_config()).save_pretrained(copy)
+    (copy / "notes.md").write_text("Trained on /home/someone/pictures (private).")
+    (copy / "processing_bifocal.py").unlink()
+    problems = check_folder(copy).problems
+    assert "'notes.md' names a place of a machine (/home/someone/pictures); remove it." in problems
+    assert any("'processing_bifocal.py', which config.json names" in problem for problem in problems) or any(
+        problem.startswith("AutoModel fails") for problem in problems
+    )
+    shutil.copy(folder / "processing_bifocal.py", copy)
+    problems = check_folder(copy).problems
+    assert any(problem.startswith("AutoModel gives other vectors than the folder's examples") for problem in problems)
+    assert not any(problem.startswith("ONNX, float32 gives") for problem in problems), "those files are as they were"
+
+
+def test_foreign_code_is_not_run_unasked(folder, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    ran = tmp_path / "ran"
+    code = copy / "modeling_bifocal.py"
+    code.write_text(f"open({str(ran)!r}, 'w').close()\n" + code.read_text())
+    with pytest.raises(CheckError, match=r"'modeling_bifocal\.py' in .* is not the code of this installation"):
+        check_folder(copy)
+    assert not ran.exists()
+    (copy / "weights.bin").write_bytes(b"x")
+    with pytest.raises(CheckError, match=r"'weights\.bin' is a pickle"):
+        check_folder(copy, trust_remote_code=True)
+
+
+def test_weights_in_shards(model, tmp_path):
+    out = export_model(model, tmp_path / "shards", shard="60KB")
+    weights = sorted(path.name for path in out.glob("*.safetensors"))
+    assert len(weights) > 2
+    assert "model.safetensors" not in weights, "not both shards and the whole"
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == set(weights)
+    loaded = BifocalModel.from_pretrained(out)
+    assert np.array_equal(loaded.encode_text(TEXTS), model.encode_text(TEXTS))
+
+
+def test_what_is_in_the_way_is_left_alone(model, tmp_path):
+    (tmp_path / "thesis.tex").write_text("do not lose me")
+    with pytest.raises(FileExistsError, match="holds something that is no model"):
+        release(model, tmp_path, Card(), Extras(onnx=False))
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def test_the_samples_are_what_they_say():
+    drawn = dict(samples())
+    assert len(drawn) == 64
+    red = np.asarray(drawn["a red circle"].resize((1, 1), Image.Resampling.BOX))[0, 0]
+    assert red[0] > red[1] + 20
+    assert len({picture.tobytes() for picture in drawn.values()}) == 64
