@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from bifocal import hub_commands, search_commands
 from bifocal.console import cannot_write, fail, one_sentence, require
 from bifocal.data_commands import data
 
@@ -143,60 +144,11 @@ def evaluate(
     typer.echo(f"See {out / 'report.html'}.")
 
 
-@app.command()
-def convert(
-    source: Annotated[
-        str, typer.Argument(help="A Hub id, a folder or a file of weights: jina-clip-v1, JinaBERT, EVA02.")
-    ],
-    out: Annotated[Path, typer.Argument(help="Folder for the Bifocal model.")],
-    image_size: Annotated[
-        int | None, typer.Option(help="Resize the position table for pictures of so many pixels.")
-    ] = None,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Also read .bin and .pt, with weights_only=True.")
-    ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what becomes of each tensor, and stop.")] = False,
-) -> None:
-    """Make a Bifocal model of published weights; every tensor is accounted for, or nothing is written."""
-    require("sentence_transformers")
-    from bifocal.hub import convert as conversion
-
-    try:
-        tensors, config = conversion.read_weights(source, allow_pickle)
-        plan = conversion.plan_conversion(tensors, config, image_size)
-        if dry_run:
-            typer.echo(plan.text())
-            return
-        with one_sentence(out):
-            lacks = conversion.save_converted(conversion.build(plan), source, out)
-    except (conversion.ConversionError, FileExistsError) as error:
-        fail(str(error))
-    typer.echo(f"The model is in {out}" + (f"; it lacks {', '.join(lacks)}." if lacks else "."))
-
-
-@app.command()
-def push(
-    folder: Annotated[Path, typer.Argument(help="An exported model.")],
-    repository: Annotated[str, typer.Argument(help="organisation/name")],
-    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
-    revision: Annotated[str | None, typer.Option(help="A branch; made if there is none.")] = None,
-    pr: Annotated[bool, typer.Option("--pr", help="Propose the change as a pull request.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Replace files that are there without asking.")] = False,
-) -> None:
-    """Publish an exported model on the Hub."""
-    import sys
-
-    from bifocal.hub import push as publishing
-
-    def may_overwrite(name: str) -> bool:
-        return yes or (sys.stdin.isatty() and typer.confirm(f"'{name}' has files already. Replace them?"))
-
-    try:
-        typer.echo(publishing.look(folder).text())
-        url = publishing.push(folder, repository, private, revision, pr, may_overwrite)
-    except publishing.PushError as error:
-        fail(str(error))
-    typer.echo(f"Published: {url}")
+for command in (
+    hub_commands.convert, hub_commands.export, hub_commands.push, search_commands.index, search_commands.search,
+    search_commands.remove, search_commands.database, search_commands.serve,
+):  # fmt: skip
+    app.command()(command)
 
 
 @app.command()

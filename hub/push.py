@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 _NEEDED = ("config.json", "README.md")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -22,9 +23,13 @@ class Upload:
 
     Args:
         files: size in bytes by path in the repository.
+        space: a Gradio Space and no model.
+        called: the name that the card's code loads, None without such code.
     """
 
     files: dict[str, int]
+    space: bool = False
+    called: str | None = None
 
     def text(self) -> str:
         width = max(map(len, self.files))
@@ -40,8 +45,9 @@ def look(folder: Path) -> Upload:
     """
     if not folder.is_dir():
         raise PushError(f"There is no folder '{folder}'; export a model first.")
+    space = (folder / "app.py").exists() and _front_matter(folder).get("sdk") == "gradio"
     missing = next((name for name in _NEEDED if not (folder / name).exists()), None)
-    if missing is not None or not list(folder.glob("*.safetensors")):
+    if not space and (missing is not None or not list(folder.glob("*.safetensors"))):
         raise PushError(f"'{folder}' is no exported model (it has no {missing or '*.safetensors'}); export it first.")
     files: dict[str, int] = {}
     for path in sorted(folder.rglob("*")):
@@ -55,7 +61,15 @@ def look(folder: Path) -> Upload:
         if path.stat().st_size <= _SEARCHED and _SECRET.search(path.read_bytes()):
             raise PushError(f"'{name}' holds what looks like a secret (a token or a private key); remove it.")
         files[name] = path.stat().st_size
-    return Upload(files)
+    card = (folder / "README.md").read_text(encoding="utf-8", errors="replace")
+    called = re.search(r'AutoModel\.from_pretrained\("([^"]+)"', card)
+    return Upload(files, space, called[1] if called else None)
+
+
+def _front_matter(folder: Path) -> dict[str, Any]:
+    from huggingface_hub import metadata_load
+
+    return (metadata_load(folder / "README.md") or {}) if (folder / "README.md").exists() else {}
 
 
 def push(
@@ -86,23 +100,26 @@ def push(
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    look(folder)
+    kind = "space" if look(folder).space else "model"
     api = HfApi(token=token)
     try:
-        if api.repo_exists(repository):
-            there = [name for name in api.list_repo_files(repository) if name != ".gitattributes"]
+        if api.repo_exists(repository, repo_type=kind):
+            there = [name for name in api.list_repo_files(repository, repo_type=kind) if name != ".gitattributes"]
             if there and not pull_request and not may_overwrite(repository):
                 raise PushError(
                     f"'{repository}' has {len(there)} files already; choose another name, or say that they may be "
                     "replaced (--yes)."
                 )
         else:
-            api.create_repo(repository, private=private, exist_ok=True)
+            api.create_repo(
+                repository, private=private, exist_ok=True, repo_type=kind,
+                space_sdk="gradio" if kind == "space" else None,
+            )  # fmt: skip
         if revision is not None:
-            api.create_branch(repository, branch=revision, exist_ok=True)
+            api.create_branch(repository, branch=revision, exist_ok=True, repo_type=kind)
         done = api.upload_folder(
-            repo_id=repository, folder_path=folder, revision=revision, create_pr=pull_request or None,
-            commit_message="Upload a Bifocal model",
+            repo_id=repository, repo_type=kind, folder_path=folder, revision=revision, create_pr=pull_request or None,
+            commit_message=f"Upload a Bifocal {kind}",
         )  # fmt: skip
     except PushError:
         raise

@@ -154,9 +154,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             elif item["key"] == "deletedFile":
                 repo.files.pop(value["path"], None)
         repo.commits += 1
-        url = (
-            f"http://{self.headers['Host']}/{path.split('/api/models/')[1].partition('/commit/')[0]}/commit/{repo.sha}"
-        )
+        url = f"http://{self.headers['Host']}/{path.split('/api/')[1].partition('/commit/')[0].removeprefix('models/')}/commit/{repo.sha}"
         answer = {"success": True, "commitOid": repo.sha, "commitUrl": url}
         if "create_pr=1" in self.path:
             answer["pullRequestUrl"] = url.replace(f"/commit/{repo.sha}", "/discussions/1")

@@ -1,0 +1,244 @@
+"""The index: hits against brute force, nothing twice, nothing lost when it is killed, nothing left when deleted."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import load_dataset
+from PIL import Image
+
+from bifocal.hub.search import table
+from bifocal.hub.search.index import SearchIndex, weights_of
+from bifocal.hub.search.items import Item, SearchError, read_picture
+from bifocal.hub.search.searcher import Searcher
+from bifocal.modeling import BifocalModel
+from tests.conftest import small_config
+from tests.hub.search.conftest import made_items
+from tests.modeling.test_images import photo
+
+ROOT = Path(__file__).parents[3]
+
+
+def brute_force(searcher: Searcher, vector: np.ndarray, kind: str) -> list[tuple[str, float]]:
+    """Names and scores by the model's own vectors, with nothing of the index."""
+    chosen = [item for item in made_items() if item.kind == kind]
+    if kind == "text":
+        vectors = searcher.model.encode_text([item.text for item in chosen], show_progress=False)
+    else:
+        vectors = searcher.model.encode_image([item.image for item in chosen], show_progress=False)
+    scores = vectors @ vector
+    return [(chosen[n].name, float(scores[n])) for n in np.argsort(-scores, kind="stable")]
+
+
+@pytest.mark.parametrize("kind", ["image", "text"])
+def test_hits_are_those_of_brute_force(searcher, kind):
+    vector = searcher.vector("a blue star")
+    wanted = brute_force(searcher, vector, kind)
+    found = searcher.index.search(vector, 64, [kind])
+    assert [hit.name for hit in found][:5] == [name for name, _ in wanted][:5]
+    assert np.allclose([hit.score for hit in found], [score for _, score in wanted], atol=1e-5)
+    assert all((hit.thumbnail is not None) == (kind == "image") for hit in found)
+
+
+@pytest.mark.parametrize("form", [(40, "int8"), (16, "float32"), (16, "int8")])
+def test_other_forms_score_with_the_whole_vectors(new, form):
+    searcher = new([16, 40], ["float32", "int8"])
+    searcher.add(made_items())
+    vector = searcher.vector("a green ring")
+    exact = searcher.index.search(vector, 10, ["text"])
+    found = searcher.index.search(vector, 10, ["text"], form)
+    scores = {hit.name: hit.score for hit in searcher.index.search(vector, 64, ["text"])}
+    assert all(hit.score == pytest.approx(scores[hit.name], abs=1e-6) for hit in found)
+    assert len({hit.name for hit in found} & {hit.name for hit in exact}) >= 8
+    size = {p.name: p.stat().st_size for p in (searcher.index.folder / "faiss").glob("*.faiss")}
+    assert size["40-int8.faiss"] < 0.4 * size["40-float32.faiss"]
+    with pytest.raises(SearchError, match="has no index of 20 dimensions in int8; it has 16 float32, 16 int8"):
+        searcher.index.search(vector, 10, form=(20, "int8"))
+
+
+def test_one_ranking_makes_kinds_comparable(searcher):
+    vector = searcher.vector("a red circle on paper")
+    means = {}
+    for kind in ("image", "text"):
+        scores = np.array([score for _, score in brute_force(searcher, vector, kind)])
+        means[kind] = (scores.mean(), scores.std())
+    found = searcher.index.search(vector, 128)
+    assert [hit.standing for hit in found] == sorted((hit.standing for hit in found), reverse=True)
+    for hit in found:
+        mean, deviation = means[hit.kind]
+        assert hit.standing == pytest.approx((hit.score - mean) / deviation, abs=1e-3)
+    assert {hit.kind for hit in found[:20]} == {"image", "text"}
+
+
+def test_both_is_between_the_two(searcher):
+    picture = {item.name: item.image for item in made_items()}["drawings/9.png"]
+    text, image = searcher.vector("a black cross"), searcher.vector(picture=picture)
+    both = searcher.vector("a black cross", picture, 0.25)
+    wanted = 0.25 * text + 0.75 * image
+    assert np.allclose(both, wanted / np.linalg.norm(wanted), atol=1e-6)
+    assert np.allclose(searcher.vector("a black cross", picture, 1.0), text, atol=1e-6)
+    with pytest.raises(SearchError, match="Give a text, a picture or both"):
+        searcher.vector("  ")
+
+
+def test_nothing_is_embedded_twice(new):
+    searcher = new()
+    first = searcher.add(made_items())
+    assert (first.count, first.known) == (128, 0)
+    renamed = [Item(f"elsewhere/{number}", item.text, item.image) for number, item in enumerate(made_items())]
+    encoded = []
+    searcher.model.encode_text = lambda texts, **_: encoded.append(texts)
+    searcher.model.encode_image = lambda pictures, **_: encoded.append(pictures)
+    again = searcher.add([*renamed, *renamed])
+    assert (again.count, again.known, encoded) == (0, 256, [])
+
+
+def test_broken_pictures_are_named_and_the_rest_is_kept(new, tmp_path):
+    good = photo(300, 200)
+    good.save(tmp_path / "good.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "good.jpg").read_bytes()[:-300])
+    (tmp_path / "text.png").write_text("no picture")
+    bomb = Image.new("1", (9000, 9000))
+    bomb.save(tmp_path / "large.png")
+    names = ("good.jpg", "cut.jpg", "text.png", "large.png", "gone.png")
+    searcher = new()
+    done = searcher.add(Item(name, image=str(tmp_path / name)) for name in names)
+    assert done.count == 1
+    assert dict(done.failed) == {
+        "cut.jpg": "it is broken", "text.png": "it is no picture that can be read",
+        "large.png": "it has 9000 x 9000 pixels, more than 64,000,000",
+        "gone.png": "it cannot be read (No such file or directory)",
+    }  # fmt: skip
+    with pytest.raises(SearchError, match="it does not exist"):
+        read_picture(str(tmp_path / "gone.png"))
+
+
+def test_the_table_is_a_data_set(searcher):
+    parts = str(searcher.index.folder / "table" / "*.arrow")
+    rows = load_dataset("arrow", data_files=parts, split="train", cache_dir=str(searcher.index.folder.parent / "cache"))
+    assert rows.column_names == ["key", "kind", "name", "text", "image", "embedding"]
+    row = rows[0]
+    assert row["image"].size == (224, 224)
+    vector = searcher.model.encode_text("a red circle on paper")
+    assert np.allclose(rows[1]["embedding"], vector, atol=1e-6)
+
+
+def test_deleted_rows_are_gone_from_the_files(searcher):
+    index = searcher.index
+    assert any("a pink ring on paper" in part.read_bytes().decode("latin-1") for part in index.table.parts)
+    gone = [hit.name for hit in searcher.search("a pink ring on paper", k=1, kinds=["text"])]
+    assert index.remove(gone) == 1
+    assert not any("a pink ring on paper" in part.read_bytes().decode("latin-1") for part in index.table.parts)
+    assert searcher.search("a pink ring on paper", k=1, kinds=["text"])[0].name not in gone
+    assert index.remove(["drawings/*"]) == 64
+    assert index.counts() == {"image": 0, "text": 63}
+    with pytest.raises(SearchError, match=r"Nothing in .* is called 'drawings/\*'; names are those of the hits"):
+        index.remove(["texts.jsonl:1", "drawings/*"])
+    assert len(index) == 63
+    assert index.remove(["*"]) == 63
+    with pytest.raises(SearchError, match="is empty; add something with bifocal index"):
+        searcher.search("x")
+    assert searcher.add(made_items()).count == 128, "what was deleted may come back"
+
+
+def test_another_model_is_refused(searcher, processor, tmp_path):
+    torch.manual_seed(1)
+    other = tmp_path / "other"
+    BifocalModel(small_config()).save_pretrained(other)
+    processor.save_pretrained(other)
+    with pytest.raises(SearchError, match=r"has other weights .*; their vectors cannot be compared: index anew"):
+        Searcher(SearchIndex(searcher.index.folder), str(other))
+    with pytest.raises(SearchError, match="their vectors cannot be compared"):
+        SearchIndex.create(searcher.index.folder, str(other), weights_of(other), 40)
+    moved = tmp_path / "moved"
+    moved.symlink_to(searcher.index.model)
+    assert Searcher(SearchIndex(searcher.index.folder), str(moved)).search("a star")
+
+
+def test_bad_options_are_named(new, tmp_path, model_folder):
+    searcher = new()
+    with pytest.raises(SearchError, match=r"dims must be from 1 to 40, .* but one is 41"):
+        new([41])
+    with pytest.raises(SearchError, match="'int4' is no precision; it must be one of float32, int8"):
+        new([], ["int4"])
+    with pytest.raises(SearchError, match="'video' is nothing to search for; it must be one of image, text"):
+        searcher.search("x", kinds=["video"])
+    with pytest.raises(SearchError, match="is no index; make one with bifocal index"):
+        SearchIndex(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("x")
+    with pytest.raises(SearchError, match="holds other files and no index"):
+        SearchIndex.create(tmp_path / "full", str(model_folder), "w", 40)
+    with pytest.raises(SearchError, match="There is no Bifocal model at"):
+        Searcher(searcher.index, str(tmp_path / "nowhere"))
+
+
+KILLED = """
+import os, signal, sys
+from bifocal.hub.search import index, table
+from bifocal.hub.search.searcher import Searcher
+from tests.hub.search.conftest import made_items
+index.ROWS = 20
+searcher = Searcher(index.SearchIndex(sys.argv[1]))
+write, left = table.Table._write, [int(sys.argv[2])]
+def killing(self, place, rows):
+    left[0] -= 1
+    if left[0] == 0:
+        (self.folder / f".{place.name}").write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(self, place, rows)
+table.Table._write = killing
+searcher.add(made_items())
+"""
+
+
+def test_killed_runs_go_on(new):
+    searcher = new()
+    whole = new(name="whole")
+    whole.add(made_items())
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for parts in (3, 2):
+        done = subprocess.run(
+            [sys.executable, "-c", KILLED, str(searcher.index.folder), str(parts)], env=environment, check=False
+        )
+        assert done.returncode == -9
+    index = SearchIndex(searcher.index.folder)
+    assert len(index) == 60, "two parts of the first run and one of the second"
+    assert not list(index.table.folder.glob(".*"))
+    added = Searcher(index).add(made_items())
+    assert (added.count, added.known) == (68, 60)
+    vector = whole.vector("a brown diamond")
+    for kind in ("image", "text"):
+        here, there = (
+            [(h.name, round(h.score, 5)) for h in one.search(vector, 64, [kind])] for one in (index, whole.index)
+        )
+        assert sorted(here) == sorted(there)
+
+
+def test_two_that_add_at_once(searcher, new, monkeypatch):
+    monkeypatch.setattr("bifocal.hub.search.index.ROWS", 10)
+    index = new(name="shared").index
+    threads = [threading.Thread(target=lambda: Searcher(SearchIndex(index.folder)).add(made_items())) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    rows = SearchIndex(index.folder).table.open()
+    assert len(rows) == len(set(rows["key"])) == 128
+    assert index.counts() == {"image": 64, "text": 64}, "an open index sees what others added"
+
+
+def test_a_faiss_file_that_does_not_fit_is_made_anew(searcher):
+    index = searcher.index
+    told = index.folder / "faiss" / "40-float32.json"
+    assert json.loads(told.read_text()) == index.table.stamp()
+    before = [hit.name for hit in searcher.search("a red star", k=5)]
+    (index.folder / "faiss" / "40-float32.faiss").unlink()
+    assert [hit.name for hit in Searcher(SearchIndex(index.folder)).search("a red star", k=5)] == before
+    assert table.ROWS == 1024

@@ -1,0 +1,265 @@
+"""The page as a visitor meets it: a real server, clicked through in a real browser, and many searches at once."""
+
+import io
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from bifocal.hub.push import look
+from bifocal.hub.search.items import Item
+from bifocal.hub.search.page import LARGEST_UPLOAD, answer, results_html
+from bifocal.hub.search.searcher import LONGEST
+from bifocal.hub.space import write_space
+from tests.browser import CHROMIUM, needs_browser
+from tests.hub.search.conftest import made_items
+from tests.hub_stand_in import TOKEN, hub
+from tests.modeling.test_images import photo
+
+ROOT = Path(__file__).parents[3]
+FROM_THE_SPACE = """
+import runpy, sys, bifocal
+assert bifocal.__file__.startswith(sys.argv[1])
+runpy.run_path(sys.argv[1] + "/app.py")
+"""
+PUSH = "import sys, pathlib; from bifocal.hub.push import push; push(pathlib.Path(sys.argv[1]), 'org/stars')"
+EVIL = "<img src=x onerror=alert(1)> ${alert(2)} {{value}} {{#each value}}"
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+class Server:
+    """A command that serves, waited for and ended."""
+
+    def __init__(self, command: list[str], port: int, folder: Path, **environment: str) -> None:
+        self.address = f"http://127.0.0.1:{port}"
+        self.log = (folder / "server.log").open("w+")
+        variables = {**os.environ, "PYTHONPATH": str(ROOT), "GRADIO_TEMP_DIR": str(folder / "uploads"), **environment}
+        self.process = subprocess.Popen(command, env=variables, cwd=folder, stdout=self.log, stderr=self.log)
+
+    def __enter__(self) -> "Server":
+        for _ in range(240):
+            try:
+                urllib.request.urlopen(self.address, timeout=5).close()
+                return self
+            except OSError:
+                if self.process.poll() is not None:
+                    break
+                time.sleep(0.5)
+        self.log.seek(0)
+        raise AssertionError(f"The server did not start: {self.log.read()[-2000:]}")
+
+    def __exit__(self, *_: object) -> None:
+        self.process.terminate()
+        self.process.wait(timeout=30)
+        self.log.close()
+
+
+@pytest.fixture(scope="module")
+def served(model_folder, tmp_path_factory):
+    from bifocal.hub.search.index import SearchIndex, weights_of
+    from bifocal.hub.search.searcher import Searcher
+
+    folder = tmp_path_factory.mktemp("page")
+    index = SearchIndex.create(folder / "index", str(model_folder), weights_of(model_folder), 40)
+    Searcher(index).add([*made_items(), Item("evil", EVIL)])
+    port = free_port()
+    command = [sys.executable, "-m", "bifocal", "serve", str(index.folder), "--port", str(port), "--title", "Shapes"]
+    with Server(command, port, folder) as server:
+        yield server
+
+
+@pytest.fixture
+def page(served):
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        opened = browser.new_page(viewport={"width": 1200, "height": 900})
+        requests, problems = [], []
+        opened.on("request", lambda request: requests.append(request.url))
+        opened.on("pageerror", lambda error: problems.append(str(error)))
+        opened.on("dialog", lambda dialog: (problems.append(dialog.message), dialog.dismiss()))
+        opened.goto(served.address)
+        opened.wait_for_selector("#bf-go")
+        yield opened
+        browser.close()
+    assert problems == []
+    assert [url for url in requests if not url.startswith((served.address, "data:", "blob:"))] == []
+
+
+@needs_browser
+def test_clicked_through(page, tmp_path):
+    from playwright.sync_api import expect
+
+    results = page.locator("#bf-results")
+    expect(page.get_by_role("heading", name="Shapes")).to_be_visible()
+    expect(results).to_contain_text("Nothing searched yet. There are 64 pictures and 65 texts.")
+    page.click("#bf-go")
+    expect(results.get_by_role("alert")).to_have_text("Give a text, a picture or both.")
+
+    text = page.get_by_label("Text", exact=True)
+    text.fill("a blue star on paper")
+    text.press("Enter")
+    expect(results.locator(".bf-hit")).to_have_count(12)
+    expect(results.locator(".bf-text p").first).to_have_text("a blue star on paper")
+
+    page.get_by_label("Apart").check()
+    page.click("#bf-go")
+    expect(results.locator("h2")).to_have_text(["Pictures", "Texts"])
+    expect(results.locator(".bf-hit")).to_have_count(24)
+    expect(results.locator(".bf-image img")).to_have_count(12)
+
+    # By picture: the uploaded one itself comes first, whatever the text was.
+    page.click("#bf-clear")
+    expect(text).to_have_value("")
+    (tmp_path / "query.png").write_bytes(dict(_pictures())["drawings/10.png"])
+    page.get_by_label("Pictures only").check()
+    page.set_input_files("#bf-picture input[type=file]", tmp_path / "query.png")
+    expect(results.locator(".bf-hit small").first).to_have_text("10.png")
+    expect(results.locator(".bf-score").first).to_contain_text("1.000")
+    text.fill("a black cross")
+    page.get_by_label("Text against picture").first.fill("1")
+    page.click("#bf-go")
+    expect(results.locator(".bf-score").first).not_to_contain_text("1.000")
+
+
+@needs_browser
+def test_with_the_keyboard_alone_and_on_a_phone(page):
+    from playwright.sync_api import expect
+
+    page.set_viewport_size({"width": 390, "height": 800})
+    page.keyboard.type("a red ring")  # the text has the focus from the start
+    page.keyboard.press("Enter")
+    hits = page.locator("#bf-results .bf-hit")
+    expect(hits).to_have_count(12)
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "no sideways scrolling"
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.id") == "bf-go":
+            break
+    else:
+        raise AssertionError("Search cannot be reached with the keyboard")
+    page.keyboard.press("Enter")
+    expect(hits).to_have_count(12)
+    hits.first.focus()
+    assert page.evaluate("document.activeElement.className").startswith("bf-hit")
+
+
+@needs_browser
+def test_broken_and_large_uploads_and_what_is_not_html(page, tmp_path):
+    from playwright.sync_api import expect
+
+    results = page.locator("#bf-results")
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"no picture")
+    page.set_input_files("#bf-picture input[type=file]", tmp_path / "broken.png")
+    expect(results.get_by_role("alert")).to_contain_text("The picture cannot be used: it is no picture")
+    page.click("#bf-clear")
+    (tmp_path / "large.png").write_bytes(b"\x89PNG" + os.urandom(LARGEST_UPLOAD + 1))
+    page.set_input_files("#bf-picture input[type=file]", tmp_path / "large.png")
+    expect(page.get_by_text("exceed the maximum allowed size of 10").first).to_be_visible()
+    page.reload()
+    page.wait_for_selector("#bf-go")
+    page.get_by_label("Text", exact=True).fill(EVIL)
+    page.keyboard.press("Enter")
+    expect(results.locator(".bf-hit")).to_have_count(12)
+    expect(results.locator(".bf-hit p", has_text="onerror")).to_have_text(EVIL)
+
+
+def _pictures() -> list[tuple[str, bytes]]:
+    return [(item.name, item.image) for item in made_items() if isinstance(item.image, bytes)]
+
+
+def test_fifty_at_once(served):
+    from gradio_client import Client
+
+    client = Client(served.address, verbose=False)
+    answers: list[str] = []
+
+    def ask(number: int) -> None:
+        answers.append(client.predict(f"a {number} star", None, "In one ranking", 5, 0.5, api_name="/search"))
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(50)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(answers) == 50
+    assert all(found.count("<li") == 5 for found in answers)
+
+
+def test_a_server_shows_no_other_file(served):
+    for path in ("/gradio_api/file=/etc/passwd", "/gradio_api/file=../../etc/passwd", "/file=/etc/hostname"):
+        with pytest.raises(urllib.error.HTTPError, match=r"40[34]"):
+            urllib.request.urlopen(served.address + path, timeout=20)
+
+
+def test_what_the_page_answers(searcher, tmp_path):
+    find = answer(searcher)
+    assert 'role="alert"' in find("x", None, "Sideways", 5, 0.5)
+    assert "its first 20,000 characters were looked at" in find("word " * LONGEST, None, "Texts only", 3, 0.5)
+    assert find("a star", None, "Pictures only", 1000, 7).count("<li") == 60
+    assert "1 hit<" in find("a star", None, "Pictures only", 1, 0.5)
+    large = tmp_path / "large.png"
+    large.write_bytes(bytes(LARGEST_UPLOAD + 1))
+    assert "The picture is larger than 10 MiB" in find("", str(large), "Apart", 5, 0.5)
+    bomb = io.BytesIO()
+    Image.new("1", (9000, 9000)).save(bomb, "PNG")
+    (tmp_path / "bomb.png").write_bytes(bomb.getvalue())
+    assert "9000 x 9000 pixels, more than" in find("", str(tmp_path / "bomb.png"), "Apart", 5, 0.5)
+    assert results_html({"text": []}).count("Nothing of this kind is in the index") == 1
+
+
+def test_a_space_runs_on_its_own(searcher, tmp_path):
+    space = write_space(searcher.index, tmp_path / "space", "Stars")
+    told = [path.name for path in space.rglob("*") if path.is_file()]
+    assert {"app.py", "README.md", "requirements.txt", "page.css", "model.safetensors"} <= set(told)
+    for path in (file for file in space.rglob("*") if file.suffix in (".json", ".py", ".md", ".txt")):
+        assert str(tmp_path.parent) not in path.read_text(), f"{path.name} names a folder of this machine"
+    port = free_port()
+    command = [sys.executable, "-c", FROM_THE_SPACE, str(space)]
+    environment = {"PYTHONPATH": str(space), "GRADIO_SERVER_PORT": str(port)}
+    with Server(command, port, tmp_path, **environment) as server:
+        from gradio_client import Client
+
+        found = Client(server.address, verbose=False).predict(
+            "a red star", None, "Texts only", 3, 0.5, api_name="/search"
+        )
+        wanted = [hit.text for hit in searcher.search("a red star", k=3, kinds=["text"])]
+        assert re.findall(r"<p>(a [^<]+)</p>", found) == wanted
+    assert write_space(searcher.index, space).exists(), "a Space may be written again"
+    (tmp_path / "other").mkdir()
+    photo(8, 8).save(tmp_path / "other" / "mine.png")
+    with pytest.raises(ValueError, match="holds something that is no Space"):
+        write_space(searcher.index, tmp_path / "other")
+
+
+def test_a_space_is_pushed_as_one(searcher, tmp_path):
+    space = write_space(searcher.index, tmp_path / "space")
+    assert look(space).space
+    with hub() as (address, state):
+        variables = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+        variables |= {
+            "PYTHONPATH": str(ROOT),
+            "HF_ENDPOINT": address,
+            "HF_TOKEN": TOKEN,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HOME": str(tmp_path),
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", PUSH, str(space)], env=variables, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert "spaces/org/stars" in state.repos
+        assert "app.py" in state.repos["spaces/org/stars"].files
