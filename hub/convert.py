@@ -400,6 +400,6 @@ def _processor(source: str, config: Any) -> BifocalProcessor | None:
     if Path(folder).exists() and not (Path(folder) / "tokenizer_config.json").exists():
         return None
     try:
-        return BifocalProcessor(images, AutoTokenizer.from_pretrained(folder))
+        return BifocalProcessor(images, AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
     except (OSError, ValueError):  # no tokenizer there; said by the caller
         return None

@@ -1,6 +1,7 @@
 """Small seeded models shared by the tests."""
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,17 @@ def inputs(processor) -> dict[str, torch.Tensor]:
         "attention_mask": encoded["attention_mask"],
         "pixel_values": torch.randn(len(TEXTS), 3, 32, 32, generator=generator),
     }
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of 300 KiB; needs the right to mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)

@@ -111,20 +111,6 @@ def test_a_folder_with_something_else_in_it(cache, tmp_path):
     assert "is a file; choose another folder with --out" in errors
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A real file system of 300 KiB; needs the right to mount one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("mounting a small file system needs root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
 def test_a_full_disk(cache, run, small_disk):
     code, _, errors = finish(command(cache, "--out", str(small_disk / "run")))
     assert code == 1

@@ -240,3 +240,35 @@ def test_the_command(processor, tmp_path):
     assert wrong.exit_code == 1
     assert wrong.stderr.startswith("Error: ")
     assert "holds no weights" in wrong.stderr
+
+
+def test_converted_by_its_id_on_the_hub(processor, tmp_path):
+    from tests.hub.test_push import run
+    from tests.hub_stand_in import Repo, hub
+
+    torch.manual_seed(0)
+    theirs = JinaClip()
+    theirs.text_model.transformer = FlashBert("gated_layers", words=len(processor.tokenizer))
+    folder = tmp_path / "source"
+    processor.tokenizer.save_pretrained(folder)
+    save_file({name: value.contiguous() for name, value in theirs.state_dict().items()}, folder / "model.safetensors")
+    # Code that a repository brings, and what must not be fetched unasked.
+    (folder / "config.json").write_text(json.dumps({**BOTH, "auto_map": {"AutoModel": "modeling_evil.Model"}}))
+    (folder / "modeling_evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
+    (folder / "pytorch_model.bin").write_bytes(b"a pickle")
+    with hub() as (address, state):
+        state.repos["models/org/clip"] = Repo({path.name: path.read_bytes() for path in folder.iterdir()})
+        done = run(address, tmp_path / "home", "convert", "org/clip", str(tmp_path / "out"))
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert not any("modeling_evil.py" in asked or "pytorch_model.bin" in asked for asked in state.asked)
+        gone = run(address, tmp_path / "home", "convert", "org/none", str(tmp_path / "none"))
+        assert gone.returncode == 1
+        assert "'org/none' is no file or folder here, nor on the Hub" in gone.stderr
+    assert not (tmp_path / "ran").exists()
+    from bifocal.modeling import BifocalModel
+
+    ids = processor.tokenizer("black star", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        expected = torch.nn.functional.normalize(theirs.eval().text_model.transformer(ids), dim=-1)[0]
+    found = BifocalModel.from_pretrained(tmp_path / "out").encode_text("black star", convert_to="torch")
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)

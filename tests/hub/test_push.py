@@ -106,6 +106,34 @@ def test_a_connection_that_is_cut_goes_on(exported, tmp_path):
         assert len(state.sent) == len(set(state.sent)) > len(arrived), "nothing arrived twice"
 
 
+def test_a_branch_is_made(exported, tmp_path):
+    with hub() as (address, state):
+        done = run(address, tmp_path / "home", "push", str(exported), "org/stars", "--revision", "stage 2", "--yes")
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert "POST /api/models/org/stars/branch/stage 2" in state.asked
+        assert "POST /api/models/org/stars/commit/stage 2" in state.asked
+
+
+def test_another_name_than_the_cards_is_noted(exported, tmp_path):
+    with hub() as (address, _):
+        done = run(address, tmp_path / "home", "push", str(exported), "org/stars", "--yes")
+        assert "Note: its card loads 'model'; export with --name org/stars to change that." in done.stdout
+
+
+def test_a_full_disk_here(exported, small_disk, tmp_path):
+    """What is published is read and not copied, so a full disk is no obstacle; exporting to one is."""
+    with (small_disk / "filled").open("wb") as file:
+        file.write(bytes(290_000))
+    with hub() as (address, state):
+        done = run(address, small_disk / "home", "push", str(exported), "org/stars", "--yes")
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert "model.safetensors" in state.repos["models/org/stars"].files
+        full = run(address, tmp_path / "home", "export", str(exported), str(small_disk / "out"), "--no-onnx")
+        assert full.returncode == 1
+        assert full.stderr.strip().splitlines()[-1].startswith(f"Error: Cannot write to {small_disk / 'out'} (")
+        assert [path.name for path in small_disk.iterdir() if path.name not in ("filled", "home")] == []
+
+
 def test_a_wrong_token_and_no_hub(exported, tmp_path):
     with hub() as (address, _):
         wrong = run(address, tmp_path / "home", "push", str(exported), "org/stars", "--yes", token="hf_wrong")
