@@ -235,7 +235,7 @@ class SearchIndex:
         hits: list[tuple[float, float, int]] = []
         for kind in kinds:
             rows = self._nearest(opened, query, k if exact else _CANDIDATES * k, kind, dim, precision)
-            scores = opened.data[rows]["embedding"] @ query if len(rows) else np.empty(0)
+            scores = opened.vectors(rows) @ query
             mean, deviation = opened.usual(kind, query) if len(kinds) > 1 else (0.0, 1.0)
             hits += [(float((score - mean) / deviation), float(score), int(row)) for score, row in zip(scores, rows)]
         hits = sorted(hits, key=lambda hit: (-hit[0], hit[2]))[:k]
@@ -275,13 +275,11 @@ class _Opened:
     def __init__(self, index: SearchIndex, stamp: list[list[Any]]) -> None:
         self.stamp = stamp
         data = index.table.open()
-        self.data: Any = None
-        if data is not None:
-            self.data = data.with_format("numpy", columns=["embedding"], output_all_columns=True)
+        # Arrow's own table: a data set takes milliseconds for each row, Arrow microseconds.
+        self.arrow: Any = None if data is None else data.data
         self.keys: list[str] = [] if data is None else list(data["key"])
         self.names: list[str] = [] if data is None else list(data["name"])
         self.kinds = np.array([] if data is None else data["kind"], dtype=object)
-        self.rows = data
         self.masks = {kind: np.packbits(self.kinds == kind, bitorder="little") for kind in KINDS}
         self.numbers = {kind: int((self.kinds == kind).sum()) for kind in KINDS}
         self.faiss = {form: _faiss(index, *form, stamp) for form in index.forms} if self.keys else {}
@@ -291,7 +289,14 @@ class _Opened:
             rows = np.flatnonzero(self.kinds == kind)
             if len(rows) >= _FEW:
                 chosen = generator.choice(rows, min(_SAMPLE, len(rows)), replace=False)
-                self.samples[kind] = self.data[np.sort(chosen)]["embedding"]
+                self.samples[kind] = self.vectors(np.sort(chosen))
+
+    def vectors(self, rows: np.ndarray) -> np.ndarray:
+        """(rows, dimensions), the vectors of some rows."""
+        column = self.arrow.column("embedding")
+        if not len(rows):
+            return np.empty((0, column.type.list_size), np.float32)
+        return np.stack([column[int(row)].values.to_numpy() for row in rows])
 
     def usual(self, kind: str, query: np.ndarray) -> tuple[float, float]:
         """Mean and deviation of a query's scores with a kind; 0 and 1 where a kind has too few items to tell."""
@@ -301,12 +306,11 @@ class _Opened:
         return float(scores.mean()), max(float(scores.std()), 1e-6)
 
     def hit(self, row: int, score: float, standing: float) -> Hit:
-        from datasets import Image
-
-        found = self.rows.cast_column("image", Image(decode=False))[row] if self.kinds[row] == "image" else None
-        picture = None if found is None else found["image"]["bytes"]
-        text = self.rows.select_columns(["text"])[row]["text"]
-        return Hit(self.names[row], str(self.kinds[row]), text, score, standing, picture)
+        picture = self.arrow.column("image")[row].as_py()
+        text = self.arrow.column("text")[row].as_py()
+        return Hit(
+            self.names[row], str(self.kinds[row]), text, score, standing, None if picture is None else picture["bytes"]
+        )
 
 
 def _faiss(index: SearchIndex, dim: int, precision: str, stamp: list[list[Any]]) -> Any:
