@@ -37,3 +37,4 @@ build/types/bifocal: pyproject.toml
 	rm -rf $@ && mkdir -p $@
 	ln -s $(CURDIR)/bifocal/* $@
 	for package in modeling training evaluation hub; do ln -s $(CURDIR)/$$package $@/$$package; done
+	ln -s $(CURDIR)/benchmarks/claims $@/claims

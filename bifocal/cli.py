@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from bifocal import hub_commands, search_commands
+from bifocal import claims_command, hub_commands, search_commands
 from bifocal.console import cannot_write, fail, one_sentence, require
 from bifocal.data_commands import data
 
@@ -146,7 +146,7 @@ def evaluate(
 
 for command in (
     hub_commands.convert, hub_commands.export, hub_commands.push, search_commands.index, search_commands.search,
-    search_commands.remove, search_commands.database, search_commands.serve,
+    search_commands.remove, search_commands.database, search_commands.serve, claims_command.claims,
 ):  # fmt: skip
     app.command()(command)
 

@@ -54,7 +54,7 @@ def release_run(
     except (OSError, ValueError) as error:
         raise ReleaseError(f"The model in '{folder}' cannot be loaded ({str(error).splitlines()[0]}).") from error
     card = read_facts(folder)
-    measured, evaluation, sources = _evaluation(results, folder)
+    measured, evaluation = _evaluation(results, folder)
     card = replace(
         card,
         name=name,
@@ -66,7 +66,6 @@ def release_run(
     extras = Extras(
         recipes=_recipes(run),
         results=[(task, found["kind"], found["metrics"]) for task, found in measured],
-        sources=sources,
         evaluation=evaluation,
         draw=(lambda place: _draw(card, place)) if any(stage.curves for stage in card.stages) else None,
         measured_on=None if examples is None else _pairs(examples),
@@ -97,10 +96,10 @@ def _recipes(run: Path) -> dict[str, Any]:
     return recipes
 
 
-def _evaluation(results: Path | None, folder: Path) -> tuple[list[tuple[str, Any]], dict[str, Any] | None, dict]:
-    """What `bifocal evaluate` found of the model, by task, and where its data came from."""
+def _evaluation(results: Path | None, folder: Path) -> tuple[list[tuple[str, Any]], dict[str, Any] | None]:
+    """What `bifocal evaluate` found of the model, by task."""
     if results is None:
-        return [], None, {}
+        return [], None
     path = results / "results.json" if results.is_dir() else results
     try:
         by_model = json.loads(path.read_text(encoding="utf-8"))
@@ -115,13 +114,11 @@ def _evaluation(results: Path | None, folder: Path) -> tuple[list[tuple[str, Any
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ReleaseError(f"'{path}' is no results.json of bifocal evaluate ({error}).") from error
-    return tasks, found, {}
+    return tasks, found
 
 
 def _pairs(path: str) -> tuple[list[str], list[Any], str]:
     """Captions and their pictures, the first of a source."""
-    import io
-
     from bifocal.modeling import load_image
     from bifocal.training.sources import load_source
 
@@ -130,7 +127,7 @@ def _pairs(path: str) -> tuple[list[str], list[Any], str]:
     for row in rows:
         picture = row["image"]
         content = picture.get("bytes") or picture["path"] if isinstance(picture, dict) else picture
-        pictures.append(load_image(io.BytesIO(content).getvalue() if isinstance(content, bytes) else content))
+        pictures.append(load_image(content))
         texts.append(row["caption"] if isinstance(row["caption"], str) else row["caption"][0])
     if not texts:
         raise RecipeError(f"'{path}' has no picture with a caption to measure on.")

@@ -29,7 +29,6 @@ class Extras:
     Args:
         recipes: resolved, by stage.
         results: (data set, protocol, metrics by name), for the card's `model-index`.
-        sources: Hub ids of the data sets among them.
         evaluation: the same with all that was measured, for `evaluation.json`.
         draw: makes plots into a folder and returns what each file there shows.
         measured_on: texts, the pictures they describe and what they are; the samples when None.
@@ -39,7 +38,6 @@ class Extras:
 
     recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     results: Sequence[tuple[str, str, Mapping[str, float]]] = ()
-    sources: Mapping[str, str] = field(default_factory=dict)
     evaluation: Mapping[str, Any] | None = None
     draw: Callable[[Path], dict[str, str]] | None = None
     measured_on: tuple[Sequence[str], Sequence[Any], str] | None = None
@@ -92,7 +90,7 @@ def release(model: BifocalModel, out: Path, card: Card, extras: Extras, shard: s
             (made / "LICENSE").write_text(extras.licence, encoding="utf-8")
         write_card(made / "README.md", card, name, model)
         if extras.results:
-            add_results(made, extras.results, extras.sources)
+            add_results(made, extras.results)
         if out.exists():
             shutil.rmtree(out)
         os.replace(made, out)

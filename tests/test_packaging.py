@@ -15,10 +15,16 @@ CHECK = """
 import importlib.resources, importlib.util, pathlib, sys
 import bifocal, bifocal.modeling, bifocal.training.trainer, bifocal.training.data.symbols, bifocal.cli
 import bifocal.evaluation.report, bifocal.hub.export, bifocal.training.run, bifocal.training.mining
+import bifocal.claims.claims, bifocal.hub.search.index, bifocal.hub.space
 print(pathlib.Path(bifocal.modeling.__file__).resolve())
-for package, template in (("bifocal.evaluation", "report.html.j2"), ("bifocal.hub", "card.md.j2")):
+for package, template in (
+    ("bifocal.evaluation", "report.html.j2"), ("bifocal.hub", "card.md.j2"), ("bifocal.claims", "claims.html.j2")
+):
     assert (importlib.resources.files(package) / "templates" / template).is_file(), template
 assert (importlib.resources.files("bifocal") / "py.typed").is_file()
+assert (importlib.resources.files("bifocal.hub.search") / "page.css").is_file()
+assert (importlib.resources.files("bifocal.hub") / "fresh.py").is_file()
+assert (importlib.resources.files("bifocal.claims") / "sources.yaml").is_file()
 for recipe in ("finetune.yaml", "demo/stage1.yaml", "accelerate/fsdp.yaml"):
     assert (importlib.resources.files("bifocal.training") / "recipes" / recipe).is_file(), recipe
 for name in ("modeling", "training", "evaluation", "hub", "tests"):

@@ -1,0 +1,1 @@
+"""The paper's claims at small scale: small towers from scratch, real data, several seeds, rules fixed beforehand."""

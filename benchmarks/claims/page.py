@@ -1,0 +1,70 @@
+"""The page about the claims: each with its verdict, its figures and a plot."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import bifocal.evaluation
+from bifocal.claims.claims import Claim
+from bifocal.claims.rules import Outcomes, Verdict, summary
+from bifocal.evaluation.plots import COLOURS, blank, svg
+
+
+@dataclass
+class Tried:
+    """A claim that was tried.
+
+    Args:
+        scale: of its steps, 1 for the full budget.
+        minutes: of training and measuring, all arms and seeds.
+    """
+
+    claim: Claim
+    outcomes: Outcomes
+    verdict: Verdict
+    scale: float
+    minutes: float
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return summary(self.outcomes)
+
+    @property
+    def metrics(self) -> list[str]:
+        return list(dict.fromkeys(metric for row in self.rows for metric in row["metrics"]))
+
+    @property
+    def plot(self) -> str:
+        return svg(_bars(self.rows, self.metrics))
+
+
+def write_claims_page(tried: Sequence[Tried], described: str, versions: Mapping[str, str], path: Path) -> None:
+    """Write the page, whole or not at all."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    styles = Path(str(bifocal.evaluation.__file__)).parent / "templates"
+    folders = [str(Path(__file__).parent / "templates"), str(styles)]
+    environment = Environment(loader=FileSystemLoader(folders), autoescape=True, undefined=StrictUndefined)
+    page = environment.get_template("claims.html.j2").render(tried=tried, described=described, versions=versions)
+    scratch = path.with_name(f".{path.name}")
+    scratch.write_text(page, encoding="utf-8")
+    scratch.replace(path)
+
+
+def _bars(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> Any:
+    """A group of bars for each metric, one for each arm and phase, with the deviation over the seeds."""
+    figure, axes = blank()
+    width = 0.8 / len(rows)
+    for number, row in enumerate(rows):
+        places = [place + number * width - 0.4 + width / 2 for place, m in enumerate(metrics) if m in row["metrics"]]
+        means = [row["metrics"][m][0] for m in metrics if m in row["metrics"]]
+        spreads = [row["metrics"][m][1] for m in metrics if m in row["metrics"]]
+        phases = sum(other["arm"] == row["arm"] for other in rows)
+        label = row["arm"] if phases == 1 else f"{row['arm']}: {row['phase']}"
+        axes.bar(places, means, width * 0.92, yerr=spreads, label=label, color=COLOURS[number % len(COLOURS)],
+                 hatch="" if number < len(COLOURS) else "//", error_kw={"linewidth": 1})  # fmt: skip
+    axes.set_xticks(range(len(metrics)), metrics, fontsize=8)
+    axes.set_ylim(bottom=0)
+    figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside lower center", ncols=2)
+    return figure

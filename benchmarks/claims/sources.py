@@ -1,0 +1,70 @@
+"""The claims' data from the Hub, written once into the layout of local files."""
+
+import csv
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+RECIPE = Path(__file__).with_name("sources.yaml")
+
+
+def fetch(folder: Path, recipe: Path = RECIPE) -> Path:
+    """The folder with the data, loaded from the Hub at first use; whole or not at all.
+
+    Raises:
+        Exception: whatever `datasets` raises where the Hub cannot be reached or has no such data.
+    """
+    if folder.exists():
+        return folder
+    sources = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    scratch = folder.with_name(f".{folder.name}")
+    shutil.rmtree(scratch, ignore_errors=True)
+    for part in ("cifar10", "captions", "stsb"):
+        (scratch / part).mkdir(parents=True)
+    _photos(sources["photos"], scratch / "cifar10")
+    _captions(sources["captions"], scratch / "captions")
+    _sts(sources["sts"], scratch / "stsb" / "stsb-dev.csv")
+    os.replace(scratch, folder)
+    return folder
+
+
+def _photos(source: dict[str, Any], folder: Path) -> None:
+    """Parquet with `image` (bytes) and `label` (a word)."""
+    from datasets import Image, load_dataset
+
+    image, label = (source["columns"][name] for name in ("image", "label"))
+    for ours, theirs in source["splits"].items():
+        rows = load_dataset(source["path"], split=theirs)
+        rows = rows.shuffle(seed=0).take(min(source["limit"][ours], len(rows)))
+        words = getattr(rows.features[label], "int2str", str)
+        rows = rows.cast_column(image, Image(decode=False))
+        made = rows.map(
+            lambda row, words=words: {"image": row[image]["bytes"], "label": words(row[label])},
+            remove_columns=rows.column_names,
+        )
+        made.to_parquet(str(folder / f"{ours}.parquet"))
+
+
+def _captions(source: dict[str, Any], folder: Path) -> None:
+    """A JSON line for each photo; the last ones, whose captions no other line has, are to be judged by."""
+    from datasets import load_dataset
+
+    rows = [row[source["column"]] for row in load_dataset(source["path"], split="train")]
+    rows = [texts for texts in rows if isinstance(texts, list) and len(texts) > 1]
+    held_out = source["validation"]
+    for name, part in (("train", rows[:-held_out]), ("val", rows[-held_out:])):
+        lines = [json.dumps({"photo": f"{name}-{n}", "captions": texts}) for n, texts in enumerate(part)]
+        (folder / f"flickr30k-{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _sts(source: dict[str, Any], path: Path) -> None:
+    from datasets import load_dataset
+
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        for row in load_dataset(source["path"], split=source["split"]):
+            writer.writerow([row["sentence1"], row["sentence2"], row["score"]])

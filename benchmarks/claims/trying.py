@@ -1,0 +1,110 @@
+"""Trying claims: every arm with every seed, then the verdicts, `results.json` and the page."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bifocal.claims.arms import file_name, run_arm
+from bifocal.claims.claims import CLAIMS
+from bifocal.claims.material import ClaimsError, Material
+from bifocal.claims.page import Tried, write_claims_page
+from bifocal.claims.rules import summary
+from bifocal.claims.sources import fetch
+from bifocal.training.run import versions
+
+FULL = 40.0  # minutes that a claim takes at most on two cores, with all its steps
+SEEDS = (0, 1, 2)
+
+
+def try_claims(
+    out: Path, data: Path | None, only: Sequence[str] = (), budget: float = FULL, seeds: Sequence[int] = SEEDS,
+    say: Callable[[str], None] = print,
+) -> list[Tried]:  # fmt: skip
+    """Try claims in `out`; what is done there, at this budget and on this data, is not done again.
+
+    The budget scales the number of steps, so that a run is a function of its arguments and not of the machine's mood.
+
+    Raises:
+        ClaimsError: an unknown claim, or data that is not there.
+    """
+    unknown = next((name for name in only if name not in CLAIMS), None)
+    if unknown is not None:
+        raise ClaimsError(f"There is no claim '{unknown}'; there are {', '.join(CLAIMS)}.")
+    if budget <= 0:
+        raise ClaimsError(f"The budget must be some minutes, not {budget:g}.")
+    out.mkdir(parents=True, exist_ok=True)
+    material = Material(*_data(out, data, say))
+    scale = budget / FULL
+    for name, claim in CLAIMS.items():
+        if only and name not in only:
+            continue
+        place = out / name / f"{100 * scale:g}-percent"
+        for seed in seeds:  # all arms of a seed first, so that what is there is always a fair comparison
+            for arm in claim.arms(material):
+                folder = place / f"seed-{seed}" / file_name(arm.name)
+                if (folder / "metrics.json").exists():
+                    continue
+                say(f"{claim.title}: {arm.name}, seed {seed}")
+                started = time.monotonic()
+                run_arm(arm, seed, scale, material, folder)
+                spent = folder / "seconds.json"
+                spent.write_text(json.dumps(round(time.monotonic() - started, 1)))
+    tried = [found for name in CLAIMS for found in _tried(out / name, name, material)]
+    results = {
+        one.claim.name: {
+            "shown": one.verdict.shown, "scale": one.scale, "minutes": round(one.minutes, 1),
+            "checks": [asdict(check) | {"holds": check.holds} for check in one.verdict.checks],
+            "arms": summary(one.outcomes),
+        }
+        for one in tried
+    }  # fmt: skip
+    scratch = out / ".results.json"
+    scratch.write_text(json.dumps({"data": material.described, "claims": results}, indent=2) + "\n", encoding="utf-8")
+    os.replace(scratch, out / "results.json")
+    if tried:
+        write_claims_page(tried, material.described, versions(), out / "claims.html")
+    return tried
+
+
+def _data(out: Path, data: Path | None, say: Callable[[str], None]) -> tuple[Path | None, Path]:
+    """Where the data is, None for symbols, and the folder for what is made of it.
+
+    What a folder was begun with it is gone on with; other data is refused.
+    """
+    folder = out / "material"
+    folder.mkdir(exist_ok=True)
+    told = folder / "source.json"
+    before = json.loads(told.read_text(encoding="utf-8")) if told.exists() else None
+    if data is None and before != "symbols":
+        try:
+            data = fetch(out / "data")
+        except Exception as error:  # no network, or a data set that is no longer there
+            say(f"Photos and captions could not be loaded ({str(error).splitlines()[0][:200]}); symbols serve instead.")
+    wanted = "symbols" if data is None else "files"
+    if before not in (None, wanted):
+        raise ClaimsError(f"'{out}' holds claims tried on other data; choose another --out.")
+    told.write_text(json.dumps(wanted), encoding="utf-8")
+    return data, folder
+
+
+def _tried(place: Path, name: str, material: Material) -> list[Tried]:
+    """What was tried of a claim with the most steps, with all seeds that have every arm."""
+    claim = CLAIMS[name]
+    arms = [arm.name for arm in claim.arms(material)]
+    for tries in sorted(place.glob("*-percent"), key=lambda path: -float(path.name.partition("-")[0])):
+        outcomes: dict[str, dict[int, Any]] = {arm: {} for arm in arms}
+        seconds = 0.0
+        for folder in sorted(tries.glob("seed-*")):
+            found = {arm: folder / file_name(arm) / "metrics.json" for arm in arms}
+            if all(path.exists() for path in found.values()):
+                for arm, path in found.items():
+                    outcomes[arm][int(folder.name.partition("-")[2])] = json.loads(path.read_text(encoding="utf-8"))
+                    seconds += json.loads((path.parent / "seconds.json").read_text(encoding="utf-8"))
+        if outcomes[arms[0]]:
+            scale = float(tries.name.partition("-")[0]) / 100
+            return [Tried(claim, outcomes, claim.judge(outcomes, material), scale, seconds / 60)]
+    return []

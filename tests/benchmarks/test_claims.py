@@ -1,0 +1,200 @@
+"""The trial of the claims: rules on known numbers, a small real trial that is gone on with, data from the Hub."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from PIL import Image
+
+from bifocal.claims.claims import CLAIMS
+from bifocal.claims.material import ClaimsError, Material
+from bifocal.claims.rules import Check, difference, summary
+from bifocal.claims.trying import try_claims
+from tests.bifocal.commands import error_of
+from tests.browser import WIDTHS, needs_browser, opened
+from tests.hub_stand_in import Repo, hub
+from tests.training.data.test_hub import python
+
+WORDS = ["dog", "cat", "ship", "horse", "runs", "sits", "sleeps", "jumps", "park", "house", "river", "road"]
+
+
+def table(count: int, seed: int) -> pa.Table:
+    draws = np.random.default_rng(seed)
+    rows = []
+    for number in range(count):
+        picture = draws.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        picture[..., number % 2] //= 8  # the two classes differ in their colour
+        buffer = io.BytesIO()
+        Image.fromarray(picture).save(buffer, "JPEG")
+        rows.append({"image": buffer.getvalue(), "label": ["dog", "ship"][number % 2]})
+    return pa.Table.from_pylist(rows)
+
+
+def sentences(count: int, seed: int) -> list[list[str]]:
+    draws = np.random.default_rng(seed)
+    return [[" ".join(draws.choice(WORDS, 6)) + f" {number}" for _ in range(5)] for number in range(count)]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """A folder in the layout that --data takes."""
+    folder = tmp_path_factory.mktemp("data")
+    for part in ("cifar10", "captions", "stsb"):
+        (folder / part).mkdir()
+    for name, count in (("train", 300), ("validation", 40)):
+        pq.write_table(table(count, count), folder / "cifar10" / f"{name}.parquet")
+    for name, count in (("train", 200), ("val", 30)):
+        lines = [json.dumps({"photo": str(n), "captions": texts}) for n, texts in enumerate(sentences(count, count))]
+        (folder / "captions" / f"flickr30k-{name}.jsonl").write_text("\n".join(lines) + "\n")
+    with (folder / "stsb" / "stsb-dev.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([first, second, n % 6] for n, (first, second, *_) in enumerate(sentences(30, 5)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tried(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("claims") / "out"
+    said: list[str] = []
+    found = try_claims(out, data, ["multi-task"], 0.1, [0], said.append)
+    return out, found, said
+
+
+def test_a_small_trial(tried, data):
+    out, found, said = tried
+    assert [line.partition(": ")[2] for line in said] == [
+        "image-text only, seed 0", "text-text only, seed 0", "both, seed 0"
+    ]  # fmt: skip
+    results = json.loads((out / "results.json").read_text())["claims"]["multi-task"]
+    assert results["scale"] == 0.0025
+    assert len(results["checks"]) == 5
+    for row in results["arms"]:
+        assert set(row["metrics"]) == {"zero-shot accuracy", "text retrieval R@5", "STS Spearman"}
+    values = {row["arm"]: row["metrics"]["zero-shot accuracy"][0] for row in results["arms"]}
+    both = found[0].outcomes["both"][0]["joint"]["zero-shot accuracy"]
+    assert values["both"] == both
+    assert results["checks"][0]["value"] == pytest.approx(both - values["image-text only"])
+    again: list[str] = []
+    try_claims(out, data, ["multi-task"], 0.1, [0], again.append)
+    assert again == [], "what is done is not done again"
+    folder = next(out.glob("multi-task/*/seed-0/both"))
+    assert not (folder / "joint" / "model").exists(), "weights that nobody needs are not kept"
+
+
+@needs_browser
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_page(tried, width):
+    with opened(tried[0] / "claims.html", width) as page:
+        assert page.locator("section#multi-task h2").inner_text() == "One model keeps both"
+        verdict = page.locator(".verdict").inner_text()
+        assert verdict in ("Shown.", "Not shown at this scale.")
+        assert page.locator("#multi-task table").first.locator("tbody tr").count() == 5
+
+
+def test_what_is_wrong_is_said(tried, data, tmp_path):
+    with pytest.raises(ClaimsError, match="There is no claim 'magic'; there are multi-task, stages, mlm-first"):
+        try_claims(tmp_path / "out", data, ["magic"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ClaimsError, match=r"has no cifar10/train\.parquet; see --help"):
+        Material(tmp_path / "empty", tmp_path)
+    (tried[0] / "material" / "source.json").write_text('"symbols"')
+    with pytest.raises(ClaimsError, match="holds claims tried on other data; choose another --out"):
+        try_claims(tried[0], data, ["multi-task"])
+    (tried[0] / "material" / "source.json").write_text('"files"')
+    assert "The budget must be some minutes" in error_of(tmp_path, "claims", "--budget", "0", "--data", str(data))
+
+
+def test_symbols_serve_where_nothing_can_be_loaded(tmp_path):
+    said: list[str] = []
+    with pytest.raises(ClaimsError, match="no claim 'none'"):
+        try_claims(tmp_path / "out", None, ["none"], say=said.append)
+    from bifocal.claims.trying import _data
+
+    place, _ = _data(tmp_path, None, said.append)
+    assert place is None
+    assert said[0].startswith("Photos and captions could not be loaded (")
+    assert said[0].endswith("; symbols serve instead.")
+    assert "Symbols" in Material(None, tmp_path).described
+
+
+def test_data_from_the_hub(tmp_path):
+    """The real datasets library, from a server in the Hub's place, into the layout of local files."""
+    recipe = {
+        "photos": {"path": "org/photos", "columns": {"image": "img", "label": "label"},
+                   "limit": {"train": 9, "validation": 5},
+                   "splits": {"train": "train", "validation": "test"}},
+        "captions": {"path": "org/captions", "column": "set", "validation": 4},
+        "sts": {"path": "org/sts", "split": "validation"},
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+    def parquet(found: pa.Table) -> bytes:
+        buffer = io.BytesIO()
+        pq.write_table(found, buffer)
+        return buffer.getvalue()
+
+    photos = table(20, 0).to_pylist()
+    named = [{"img": {"bytes": row["image"], "path": None}, "label": row["label"]} for row in photos]
+    scored = [{"sentence1": "a dog", "sentence2": "a cat", "score": 0.5}] * 3
+    with hub() as (address, state):
+        state.repos["datasets/org/photos"] = Repo(
+            {
+                f"data/{split}-00000-of-00001.parquet": parquet(pa.Table.from_pylist(named))
+                for split in ("train", "test")
+            }
+        )
+        quintets = [json.dumps({"set": texts}) for texts in sentences(12, 0)]
+        state.repos["datasets/org/captions"] = Repo({"captions.jsonl": "\n".join(quintets).encode()})
+        state.repos["datasets/org/sts"] = Repo(
+            {"data/validation-00000-of-00001.parquet": parquet(pa.Table.from_pylist(scored))}
+        )
+        script = f"""
+import json, pathlib
+from bifocal.claims.sources import fetch
+print(json.dumps(str(fetch(pathlib.Path({str(tmp_path / "data")!r}), pathlib.Path({str(tmp_path / "recipe.yaml")!r})))))
+"""
+        python(script, address, tmp_path / "home")
+    material = Material(tmp_path / "data", tmp_path)
+    assert len(material.pictures.train) == 9
+    assert material.pictures.train[0]["caption"] in ("a photo of a dog", "a photo of a ship")
+    assert len(material.pictures.test) == 5
+    assert (len(material.captions.train), len(material.captions.test)) == (8, 4)
+    assert material.captions.test[0] == sentences(12, 0)[8]
+    assert material.sts == (["a dog"] * 3, ["a cat"] * 3, [0.5] * 3)
+
+
+def test_rules():
+    outcomes = {
+        "a": {0: {"x": {"m": 0.5}}, 1: {"x": {"m": 0.7}}},
+        "b": {0: {"x": {"m": 0.4}}, 1: {"x": {"m": 0.5}}},
+    }
+    mean, spread = difference(outcomes, "m", ("a", "x"), ("b", "x"))
+    assert mean == pytest.approx(0.15)
+    assert spread == pytest.approx(np.std([0.1, 0.2], ddof=1))
+    assert Check("c", 0.15, 0.15).holds
+    assert not Check("c", 0.149, 0.15).holds
+    assert summary(outcomes)[0]["metrics"]["m"] == pytest.approx((0.6, np.std([0.5, 0.7], ddof=1)))
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_every_claim_can_be_judged(name, data, tmp_path):
+    """With made numbers: better arms are judged as shown, equal ones not, and no rule asks for what no arm measures."""
+    claim, material = CLAIMS[name], Material(data, tmp_path)
+    arms = claim.arms(material)
+    seen: set[str] = set()
+
+    class Metrics(dict):
+        def __missing__(self, metric: str) -> float:
+            seen.add(metric)
+            return 0.5
+
+    outcomes = {arm.name: {0: {phase.name: Metrics() for phase in arm.phases}} for arm in arms}
+    verdict = claim.judge(outcomes, material)
+    assert seen, "it looks at the figures"
+    assert verdict.shown == (name == "mlm-first"), "equal arms show nothing but that something does no harm"
+    assert all(phase.steps >= 20 for arm in arms for phase in arm.phases)
