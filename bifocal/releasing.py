@@ -144,7 +144,7 @@ def _draw(card: Card, folder: Path) -> dict[str, str]:
     for stage in card.stages:
         for task, curve in stage.curves.items():
             colour = colours.setdefault(task, COLOURS[len(colours) % len(COLOURS)])
-            label = task if list(colours).index(task) == len(colours) - 1 and task not in _labels(axes) else None
+            label = None if task in axes.get_legend_handles_labels()[1] else task
             axes.plot([before + step for step, _ in curve], [loss for _, loss in curve], color=colour, label=label)
         before += stage.steps
         if stage is not card.stages[-1]:
@@ -154,10 +154,6 @@ def _draw(card: Card, folder: Path) -> dict[str, str]:
     axes.legend(frameon=False)
     figure.savefig(folder / "losses.png", dpi=150)
     return {"losses.png": f"Losses of the tasks in {len(card.stages)} stage{'s' * (len(card.stages) > 1)}"}
-
-
-def _labels(axes: Any) -> list[str]:
-    return list(axes.get_legend_handles_labels()[1])
 
 
 def _licence(name: str | None) -> str | None:

@@ -19,7 +19,9 @@ from common import spread
 
 CODE = {
     "ours, installed": "from bifocal import BifocalModel; BifocalModel.from_pretrained({ours!r})",
-    "ours, by AutoModel": "from transformers import AutoModel; AutoModel.from_pretrained({ours!r}, trust_remote_code=True)",
+    "ours, by AutoModel": (
+        "from transformers import AutoModel; AutoModel.from_pretrained({ours!r}, trust_remote_code=True)"
+    ),
     "CLIP": "from transformers import CLIPModel; CLIPModel.from_pretrained({clip!r})",
     "CLIP, by AutoModel": "from transformers import AutoModel; AutoModel.from_pretrained({clip!r})",
 }

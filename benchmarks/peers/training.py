@@ -1,9 +1,9 @@
 """Training through a gradient cache: MultiTaskTrainer, sentence-transformers' trainer, and the GradCache library.
 
-Prints one JSON line. All train the same towers from the same weights on the same JPEG files, captions and text pairs, with
-batches of the same size in the same chunks. sentence-transformers takes one data set a step and so alternates;
-GradCache is given both batches of a step by hand, prepared as Bifocal's processor does. Each way runs in a process of its
-own, in turn; speeds leave the first step out, memory is the peak of the process.
+Prints one JSON line. All train the same towers from the same weights on the same JPEG files, captions and text pairs,
+with batches of the same size in the same chunks. sentence-transformers takes one data set a step and so alternates;
+GradCache is given both batches of a step by hand, prepared as Bifocal's processor does. Each way runs in a process of
+its own, in turn; speeds leave the first step out, memory is the peak of the process.
 
     python benchmarks/peers/training.py [--batch 128] [--chunk 32] [--width 256] [--layers 4] [--steps 4] [--rounds 3]
         [--gradcache FOLDER]   # a clone of github.com/luyug/GradCache

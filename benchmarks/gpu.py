@@ -1,0 +1,192 @@
+"""The same on a user's card: throughput, memory and the largest batch, in float32 and bfloat16, compiled or not.
+
+Prints a table, and a JSON line with --json. Each row is measured after a warm-up, the clock stopped when the device is
+done. What a device or an installed release cannot do is said in its row and not left out. On a machine without a GPU,
+`--device cpu --small` shows that it runs; its figures mean nothing.
+
+    python benchmarks/gpu.py [--device cuda] [--batch 256] [--small] [--json]
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent / "peers"))
+
+from common import model_of
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--small", action="store_true", help="towers of two layers")
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    device = torch.device(given.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("There is no CUDA device here; --device cpu --small shows that the script runs.")
+    width, layers, side = (64, 2, 32) if given.small else (768, 12, 224)
+    rows: list[dict[str, Any]] = []
+    for what, dtype, implementation, compiled in (
+        ("encode text, 512 tokens", torch.float32, "sdpa", False),
+        ("encode text, 512 tokens", torch.bfloat16, "sdpa", False),
+        ("encode text, 512 tokens", torch.bfloat16, "sdpa", True),
+        ("encode text, 512 tokens", torch.bfloat16, "flex_attention", True),
+        ("encode pictures", torch.float32, "sdpa", False),
+        ("encode pictures", torch.bfloat16, "sdpa", False),
+        ("encode pictures", torch.bfloat16, "sdpa", True),
+        ("train, plain", torch.bfloat16, "sdpa", False),
+        ("train, gradient cache", torch.bfloat16, "sdpa", False),
+    ):
+        row = {
+            "what": what, "dtype": str(dtype).removeprefix("torch."), "attention": implementation,
+            "compiled": compiled, "batch": given.batch,
+        }  # fmt: skip
+        try:
+            row |= _measured(what, dtype, implementation, compiled, device, given.batch, (width, layers, side))
+        except Exception as error:  # whatever a device cannot do is a result
+            row["failed"] = (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
+        rows.append(row)
+        _forget(device)
+    rows.append(_largest(device, (width, layers, side), 1024 if given.small else 65536))
+    _print(rows, device)
+    if given.json:
+        print(json.dumps({"benchmark": "gpu", "device": _name(device), "torch": torch.__version__, "rows": rows}))
+
+
+def _measured(
+    what: str, dtype: torch.dtype, implementation: str, compiled: bool, device: torch.device, batch: int,
+    size: tuple[int, int, int],
+) -> dict[str, float]:  # fmt: skip
+    model = model_of(*size).to(device)
+    model.set_attn_implementation(implementation)
+    ids = torch.randint(5, 1000, (batch, 64 if what.startswith("train") else 512), device=device)
+    pixels = torch.randn(batch, 3, size[2], size[2], device=device)
+    if what.startswith("train"):
+        call = _step(model, ids, pixels, dtype, 32 if "cache" in what else None)
+    else:
+        model = model.to(dtype).eval()
+        encode: Callable[..., Any] = model.get_text_features if "text" in what else model.get_image_features
+        inputs = ids if "text" in what else pixels.to(dtype)
+        if compiled:
+            encode = torch.compile(encode)
+
+        def call() -> None:
+            with torch.no_grad():
+                encode(inputs)
+
+    for _ in range(3):
+        call()
+    _forget(device, peak=True)
+    started, repeats = time.perf_counter(), 5
+    for _ in range(repeats):
+        call()
+    _wait(device)
+    seconds = (time.perf_counter() - started) / repeats
+    return {"per_second": round(batch / seconds, 1), "peak_mib": _peak(device)}
+
+
+def _step(
+    model: Any, ids: torch.Tensor, pixels: torch.Tensor, dtype: torch.dtype, chunk: int | None
+) -> Callable[[], None]:
+    from bifocal.training.gradient_cache import cached_step, into_chunks
+    from bifocal.training.joint_forward import embed
+    from bifocal.training.losses import info_nce
+
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    texts, images = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}], [{"pixel_values": pixels}]
+
+    def precision() -> Any:
+        return torch.autocast(ids.device.type, dtype)
+
+    def objective(embedded: dict[str, torch.Tensor]) -> torch.Tensor:
+        return info_nce(embedded["texts"].float(), embedded["images"].float(), 1.0 / embedded["scale"])
+
+    def call() -> None:
+        if chunk is None:
+            with precision():
+                loss = objective(embed(model, texts, images))
+            loss.backward()
+        else:
+            cached_step(
+                into_chunks(texts, images, chunk, chunk), lambda t, i: embed(model, t, i), objective,
+                lambda scalar: scalar.backward(), precision,
+            )  # fmt: skip
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return call
+
+
+def _largest(device: torch.device, size: tuple[int, int, int], limit: int) -> dict[str, Any]:
+    """The largest batch, doubled until memory is out, that the gradient cache trains."""
+    batch, found, seconds = 256, 0, 0.0
+    failed = ""
+    while batch <= limit:
+        try:
+            model = model_of(*size).to(device)
+            ids = torch.randint(5, 1000, (batch, 64), device=device)
+            pixels = torch.randn(batch, 3, size[2], size[2], device=device)
+            call = _step(model, ids, pixels, torch.bfloat16, 64)
+            started = time.perf_counter()
+            call()
+            _wait(device)
+            found, seconds = batch, time.perf_counter() - started
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            failed = str(error).splitlines()[0][:100]
+            break
+        finally:
+            model = ids = pixels = call = None  # type: ignore[assignment]
+            _forget(device)
+        batch *= 2
+    return {
+        "what": "largest batch, gradient cache", "dtype": "bfloat16", "attention": "sdpa", "compiled": False,
+        "batch": found, "per_second": round(found / seconds, 1) if seconds else 0.0, "peak_mib": _peak(device),
+        "stopped by": failed or f"the limit of {limit:,}",
+    }  # fmt: skip
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _forget(device: torch.device, peak: bool = False) -> None:
+    if device.type == "cuda":
+        if not peak:
+            torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        torch.cuda.synchronize(device)
+
+
+def _peak(device: torch.device) -> int | None:
+    return torch.cuda.max_memory_allocated(device) // 2**20 if device.type == "cuda" else None
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _print(rows: list[dict[str, Any]], device: torch.device) -> None:
+    print(f"{_name(device)}, torch {torch.__version__}\n")
+    print(f"{'':<32}{'dtype':<10}{'attention':<16}{'compiled':<10}{'batch':>7}{'a second':>12}{'peak MiB':>10}")
+    for row in rows:
+        shown = (
+            row.get("failed")
+            or f"{row['per_second']:>12,}{row['peak_mib'] if row['peak_mib'] is not None else '-':>10}"
+        )
+        print(
+            f"{row['what']:<32}{row['dtype']:<10}{row['attention']:<16}{row['compiled']!s:<10}{row['batch']:>7,}{shown}"
+        )
+
+
+if __name__ == "__main__":
+    main()
