@@ -1,8 +1,8 @@
 """How the cost grows with text length, batch size and processes, and what that means for the paper's stage 1 on paper.
 
-Prints one JSON line: milliseconds measured, the exponent of a fitted power law (of the upper half of the points), and the
-days that stage 1 of the paper (32,768 pairs of each kind, 60,000 steps, base size) would take, from its floating point
-operations and stated assumptions; those are arithmetic, not measurements. With --plot also a picture.
+Prints one JSON line: milliseconds measured, the exponent of a fitted power law (of the upper half of the points), and
+the days that stage 1 of the paper (32,768 pairs of each kind, 60,000 steps, base size) would take, from its floating
+point operations and stated assumptions; those are arithmetic, not measurements. With --plot also a picture.
 
     python benchmarks/peers/growth.py [--width 128] [--layers 2] [--longest 8192] [--largest 32768] [--plot FILE.png]
 """
@@ -56,7 +56,7 @@ def by_length(given: argparse.Namespace) -> dict[int, float]:
 
 
 def by_batch(given: argparse.Namespace) -> dict[int, float]:
-    """The contrastive loss of so many pairs, forward and backward, towers aside: the part that grows with the square."""
+    """The contrastive loss of so many pairs, forward and backward, towers aside: what grows with the square."""
     from bifocal.training.losses import info_nce
 
     points = {}
@@ -84,7 +84,7 @@ def step(given: argparse.Namespace) -> None:
     import tempfile
 
     from common import processor_of
-    from training import _clock, rows
+    from trainers import _clock, rows
 
     from bifocal.training.arguments import BifocalTrainingArguments
     from bifocal.training.tasks import Task

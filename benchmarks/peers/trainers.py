@@ -5,7 +5,7 @@ with batches of the same size in the same chunks. sentence-transformers takes on
 GradCache is given both batches of a step by hand, prepared as Bifocal's processor does. Each way runs in a process of
 its own, in turn; speeds leave the first step out, memory is the peak of the process.
 
-    python benchmarks/peers/training.py [--batch 128] [--chunk 32] [--width 256] [--layers 4] [--steps 4] [--rounds 3]
+    python benchmarks/peers/trainers.py [--batch 128] [--chunk 32] [--width 256] [--layers 4] [--steps 4] [--rounds 3]
         [--gradcache FOLDER]   # a clone of github.com/luyug/GradCache
 """
 
@@ -178,7 +178,7 @@ def main() -> None:
     options += ["--gradcache", given.gradcache] if given.gradcache else []
     ways = [way for way in WAYS if way != "gradcache" or given.gradcache]
     found = run_in_turn(__file__, ways, given.rounds, options)
-    line: dict[str, Any] = {"benchmark": "peers/training", **sizes, "rounds": given.rounds}
+    line: dict[str, Any] = {"benchmark": "peers/trainers", **sizes, "rounds": given.rounds}
     for way in ways:
         line[way] = {key: spread([run[key] for run in found[way]]) for key in ("samples_per_second", "mib")}
     for way in ways[1:]:
