@@ -108,8 +108,8 @@ def on_paper() -> dict[str, float]:
     """Days of stage 1 by number of GPUs.
 
     A forward and backward pass costs 6 operations for each parameter and token, the gradient cache another forward
-    pass, 2; a step embeds 32,768 pictures, their captions, and 32,768 pairs of texts. The loss is 1 % of it, and scaling
-    over GPUs is taken as perfect.
+    pass, 2; a step embeds 32,768 pictures, their captions, and 32,768 pairs of texts. The loss is left out (1 %), and
+    scaling over GPUs is taken as perfect.
     """
     tokens = PAIRS * (3 * TOKENS * TEXT_PARAMETERS + PATCHES * IMAGE_PARAMETERS)
     operations = STEPS * 8 * tokens
