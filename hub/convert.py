@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from bifocal.hub.folders import require_replaceable
 from bifocal.hub.layouts import HEAD, LAYOUTS, Layout, Rule, Tensors
 from bifocal.modeling import (
     BifocalConfig,
@@ -381,8 +382,7 @@ def save_converted(model: Any, source: str, out: Path) -> list[str]:
     if isinstance(model, BifocalModel) and processor is not None:
         export_model(model, out, processor)
         return []
-    if out.exists() and any(out.iterdir()) and not (out / "config.json").exists():
-        raise FileExistsError(f"'{out}' holds something that is no model; choose another folder or remove it.")
+    require_replaceable(out)
     model.save_pretrained(out)
     if processor is not None:
         processor.save_pretrained(out)

@@ -1,13 +1,11 @@
 """A folder that is ready for the Hub: weights, code, tokenizer, processor, sentence-transformers' files and a card."""
 
 import json
-import os
-import shutil
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
 from bifocal.hub.card import Card, TrainedStage, write_card
+from bifocal.hub.folders import made_whole, require_replaceable
 from bifocal.modeling import BifocalModel, BifocalProcessor
 
 FACTS = "card.json"  # what the card was made of, so that it can be written again
@@ -45,15 +43,11 @@ def export_model(
     folder = Path(folder)
     card = card or Card()
     processor = processor or model.processor
-    if folder.exists() and not (folder / "config.json").exists() and not _is_empty(folder):
-        raise FileExistsError(f"'{folder}' holds something that is no model; choose another folder or remove it.")
+    require_replaceable(folder)
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Normalize, Transformer
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        made = scratch / folder.name
+    with made_whole(folder) as made:
         model.save_pretrained(made, max_shard_size=shard)
         sharded = (made / "model.safetensors.index.json").exists()
         processor.save_pretrained(made)
@@ -66,11 +60,6 @@ def export_model(
             model.save_pretrained(made, max_shard_size=shard)
         (made / FACTS).write_text(json.dumps(asdict(card), indent=2) + "\n", encoding="utf-8")
         write_card(made / "README.md", card, card.name or folder.name, model)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(made, folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return folder
 
 
@@ -81,7 +70,3 @@ def read_facts(folder: Path) -> Card:
         return Card()
     found = json.loads(path.read_text(encoding="utf-8"))
     return Card(**{**found, "stages": [TrainedStage(**stage) for stage in found["stages"]]})
-
-
-def _is_empty(folder: Path) -> bool:
-    return folder.is_dir() and not any(folder.iterdir())

@@ -2,8 +2,6 @@
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,8 +9,9 @@ from typing import Any
 
 from safetensors.numpy import save_file
 
-from bifocal.hub.card import Card, write_card
+from bifocal.hub.card import Card
 from bifocal.hub.export import SHARD, export_model
+from bifocal.hub.folders import made_whole, require_replaceable
 from bifocal.hub.results import add_results
 from bifocal.hub.samples import samples
 from bifocal.modeling import BifocalModel
@@ -58,14 +57,10 @@ def release(model: BifocalModel, out: Path, card: Card, extras: Extras, shard: s
         FileExistsError: something that is no model is at `out`.
         OnnxError: an ONNX file that differs from torch.
     """
-    if out.exists() and not (out / "config.json").exists() and any(out.iterdir()):
-        raise FileExistsError(f"'{out}' holds something that is no model; choose another folder or remove it.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        made = scratch / out.name
+    require_replaceable(out)
+    with made_whole(out) as made:
+        scratch = made.parent  # what is measured before the model is written
         plots = {}
-        name = card.name or out.name
         if extras.draw is not None:
             (scratch / "plots").mkdir()
             plots = {f"plots/{file}": shown for file, shown in extras.draw(scratch / "plots").items()}
@@ -77,7 +72,7 @@ def release(model: BifocalModel, out: Path, card: Card, extras: Extras, shard: s
             pairs = list(samples())
             drawings = ([text for text, _ in pairs], [picture for _, picture in pairs], "drawings of coloured shapes")
             facts = measure(model, scratch / "onnx", *(extras.measured_on or drawings))
-        card = replace(card, name=name, plots=plots, onnx=facts)
+        card = replace(card, name=card.name or out.name, plots=plots, onnx=facts)
         export_model(model, made, card=card, shard=shard)
         for folder in ("onnx", "plots"):
             if (scratch / folder).exists():
@@ -88,14 +83,8 @@ def release(model: BifocalModel, out: Path, card: Card, extras: Extras, shard: s
             (made / "evaluation.json").write_text(json.dumps(extras.evaluation, indent=2) + "\n", encoding="utf-8")
         if extras.licence is not None:
             (made / "LICENSE").write_text(extras.licence, encoding="utf-8")
-        write_card(made / "README.md", card, name, model)
         if extras.results:
             add_results(made, extras.results)
-        if out.exists():
-            shutil.rmtree(out)
-        os.replace(made, out)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return out
 
 

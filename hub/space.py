@@ -1,13 +1,13 @@
 """A folder that is a Space: the search page with its index, its model and all the code it needs."""
 
-import os
+import json
 import shutil
-import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
 import bifocal.hub.search
 import bifocal.modeling
+from bifocal.hub.folders import made_whole
 from bifocal.hub.search.index import SearchIndex
 from bifocal.hub.search.items import SearchError
 
@@ -57,10 +57,7 @@ def write_space(index: SearchIndex, out: Path, title: str = "Search pictures and
     is_id = not model.exists() and index.model.count("/") == 1 and not index.model.startswith((".", "/", "~"))
     if not model.exists() and not is_id:
         raise SearchError(f"The index's model is no longer at '{index.model}'; put it back or index anew.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    made = scratch / out.name
-    try:
+    with made_whole(out) as made:
         package = made / "bifocal"
         (package / "hub").mkdir(parents=True)
         for folder, of in ((package, "The parts of Bifocal that this Space needs."), (package / "hub", "See above.")):
@@ -77,7 +74,7 @@ def write_space(index: SearchIndex, out: Path, title: str = "Search pictures and
             for file in (file for pattern in _MODEL_FILES for file in model.glob(pattern)):
                 shutil.copy2(file, made / "model")
             settings = (made / "index" / "index.json").read_text(encoding="utf-8")
-            settings = settings.replace(_as_json(index.model), '"model"')  # a folder's place is nobody's business
+            settings = settings.replace(json.dumps(index.model), '"model"')  # a folder's place is nobody's business
             (made / "index" / "index.json").write_text(settings, encoding="utf-8")
         model_place = "None" if is_id else 'str(here / "model")'
         (made / "app.py").write_text(_APP.format(model=model_place, title=title), encoding="utf-8")
@@ -86,15 +83,4 @@ def write_space(index: SearchIndex, out: Path, title: str = "Search pictures and
         counts = index.counts()
         card = _CARD.format(title=title, gradio=version("gradio"), images=counts["image"], texts=counts["text"])
         (made / "README.md").write_text(card, encoding="utf-8")
-        if out.exists():
-            shutil.rmtree(out)
-        os.replace(made, out)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return out
-
-
-def _as_json(text: str) -> str:
-    import json
-
-    return json.dumps(text)

@@ -30,11 +30,7 @@ class Check:
 
 @dataclass
 class Verdict:
-    """
-    Args:
-        checks: all must hold.
-        reason: of a claim that does not show, why: the method, the scale, or our code.
-    """
+    """A claim is shown if all its checks hold."""
 
     checks: list[Check]
 

@@ -10,7 +10,6 @@ its own, in turn; speeds leave the first step out, memory is the peak of the pro
 """
 
 import argparse
-import io
 import json
 import sys
 import tempfile
@@ -20,7 +19,6 @@ from typing import Any
 
 import torch
 from common import memory, model_of, photos, processor_of, run_in_turn, spread, texts
-from PIL import Image
 
 SIDE = 112
 
@@ -167,7 +165,6 @@ def main() -> None:
     parser.add_argument("--one", choices=WAYS, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
-        Image.open(io.BytesIO(photos(1, 64, 64)[0]))
         with tempfile.TemporaryDirectory() as scratch:
             times = WAYS[given.one](given, scratch)[1:]
         per_second = 2 * given.batch * len(times) / sum(times)

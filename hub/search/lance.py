@@ -69,9 +69,7 @@ def copy_to_lance(index: SearchIndex, uri: str) -> int:
     return int(table.count_rows())
 
 
-def search_lance(
-    uri: str, vector: np.ndarray, weights: str, k: int = 10, kinds: Sequence[str] = KINDS
-) -> list[Hit]:  # fmt: skip
+def search_lance(uri: str, vector: np.ndarray, weights: str, k: int = 10, kinds: Sequence[str] = KINDS) -> list[Hit]:
     """The k nearest items of each kind, each kind a ranking of its own: (pictures first, then texts).
 
     Args:

@@ -13,7 +13,6 @@ import torch
 from datasets import load_dataset
 from PIL import Image
 
-from bifocal.hub.search import table
 from bifocal.hub.search.index import SearchIndex, weights_of
 from bifocal.hub.search.items import Item, SearchError, read_picture
 from bifocal.hub.search.searcher import Searcher
@@ -241,4 +240,3 @@ def test_a_faiss_file_that_does_not_fit_is_made_anew(searcher):
     before = [hit.name for hit in searcher.search("a red star", k=5)]
     (index.folder / "faiss" / "40-float32.faiss").unlink()
     assert [hit.name for hit in Searcher(SearchIndex(index.folder)).search("a red star", k=5)] == before
-    assert table.ROWS == 1024
