@@ -1,7 +1,7 @@
 # Copyright 2026 The Bifocal authors. Licensed under the Apache License, Version 2.0.
 """`encode_text` and `encode_image`: from strings and pictures to vectors in one call."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ logger = logging.get_logger(__name__)
 
 # Batches from which a progress bar is shown unless the caller decides.
 _LONG_WORK = 20
+# Batches of texts that are tokenized at once, and sorted by their tokens.
+_TOKENIZED = 32
 _SOURCE_KEYS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -84,7 +86,8 @@ class EncodingMixin:
 
         Args:
             texts: a string or several.
-            batch_size: texts per forward pass; they are sorted by length first, so that little is padded.
+            batch_size: texts per forward pass; they are sorted by length first, so that little is padded. (On a CPU the
+                text tower itself takes a large batch in pieces.)
             max_length: tokens to keep of a text, special tokens included; the model's own maximum when None. Longer
                 texts are cut, with one warning that counts them.
             truncate_dim: keep the first so many dimensions (Matryoshka, arXiv 2205.13147); all when None.
@@ -112,27 +115,41 @@ class EncodingMixin:
             raise ValueError(f"max_length is {max_length}, but this model takes from 3 to {limit} tokens.")
         too_long = 0
 
-        def embed(batch: list[str]) -> torch.Tensor:
+        def embedded() -> Iterator[tuple[Sequence[int], torch.Tensor]]:
             nonlocal too_long
             tokenizer = self.processor.tokenizer
-            inputs = tokenizer(batch, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
-            full = [
-                text for text, mask in zip(batch, inputs["attention_mask"], strict=True) if mask.sum() >= max_length
-            ]
-            if full:
-                whole = tokenizer(full, truncation=False, verbose=False)["input_ids"]
-                too_long += sum(len(ids) > max_length for ids in whole)
-            return self.get_text_features(**inputs.to(self.device)).pooler_output
+            order = sorted(range(len(items)), key=lambda position: -len(items[position]))
+            for start in range(0, len(order), _TOKENIZED * batch_size):
+                chosen = order[start : start + _TOKENIZED * batch_size]
+                tokens = tokenizer([items[position] for position in chosen], truncation=True, max_length=max_length)
+                ids = dict(zip(chosen, tokens["input_ids"], strict=True))
+                full = [items[position] for position in chosen if len(ids[position]) >= max_length]
+                if full:
+                    whole = tokenizer(full, truncation=False, verbose=False)["input_ids"]
+                    too_long += sum(len(one) > max_length for one in whole)
+                chosen.sort(key=lambda position: -len(ids[position]))
+                for first in range(0, len(chosen), batch_size):
+                    batch = chosen[first : first + batch_size]
+                    inputs = self._padded([ids[position] for position in batch])
+                    yield batch, self.get_text_features(*inputs).pooler_output
 
-        order = sorted(range(len(items)), key=lambda position: -len(items[position]))
         options = (truncate_dim, normalize, convert_to, show_progress)
-        encoded = self._encode(items, order, embed, batch_size, single, "texts", *options)
+        encoded = self._encode(len(items), embedded, batch_size, single, "texts", *options)
         if too_long:
             logger.warning(
                 f"{too_long} of {len(items)} texts are longer than {max_length} tokens; only their beginning is "
                 "encoded."
             )
         return encoded
+
+    def _padded(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and attention mask (rows, longest) on the model's device, padded at the end."""
+        ids = torch.full((len(rows), max(map(len, rows))), self.processor.tokenizer.pad_token_id or 0)
+        mask = torch.zeros_like(ids)
+        for row, tokens in enumerate(rows):
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+            mask[row, : len(tokens)] = 1
+        return ids.to(self.device), mask.to(self.device)
 
     def encode_image(
         self,
@@ -162,23 +179,23 @@ class EncodingMixin:
             single = images.ndim < 4
         items: list[Any] = [images] if single else list(images)  # type: ignore[arg-type]
 
-        def embed(batch: list[tuple[int, ImageSource]]) -> torch.Tensor:
-            pictures = []
-            for position, source in batch:
-                named = isinstance(source, str | Path)
-                pictures.append(load_image(source, None if named else f"Image {position}"))
-            inputs = self.processor.image_processor(pictures, return_tensors="pt")
-            return self.get_image_features(inputs["pixel_values"].to(self.device)).pooler_output
+        def embedded() -> Iterator[tuple[Sequence[int], torch.Tensor]]:
+            for start in range(0, len(items), batch_size):
+                positions = range(start, min(start + batch_size, len(items)))
+                pictures = []
+                for position in positions:
+                    named = isinstance(items[position], str | Path)
+                    pictures.append(load_image(items[position], None if named else f"Image {position}"))
+                inputs = self.processor.image_processor(pictures, return_tensors="pt")
+                yield positions, self.get_image_features(inputs["pixel_values"].to(self.device)).pooler_output
 
         options = (truncate_dim, normalize, convert_to, show_progress)
-        numbered = list(enumerate(items))
-        return self._encode(numbered, range(len(items)), embed, batch_size, single, "images", *options)
+        return self._encode(len(items), embedded, batch_size, single, "images", *options)
 
     def _encode(
         self,
-        items: list[Any],
-        order: Sequence[int],
-        embed: Callable[[list[Any]], torch.Tensor],
+        count: int,
+        embedded: Callable[[], Iterator[tuple[Sequence[int], torch.Tensor]]],
         batch_size: int,
         single: bool,
         what: str,
@@ -187,9 +204,9 @@ class EncodingMixin:
         convert_to: str,
         show_progress: bool | None,
     ) -> Any:
-        """Embed `items` batch by batch in `order` and give the vectors back in the order of `items`."""
+        """Collect what `embedded` yields, the positions of a batch and its vectors, in the order of positions."""
         width = self.config.projection_dim
-        if not items:
+        if not count:
             raise ValueError(f"There are no {what} to encode; give at least one.")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, but it is {batch_size}.")
@@ -199,17 +216,17 @@ class EncodingMixin:
             )
         if convert_to not in ("numpy", "torch", "list"):
             raise ValueError(f"convert_to must be 'numpy', 'torch' or 'list', but it is '{convert_to}'.")
-        starts = range(0, len(items), batch_size)
-        hide = not (len(starts) >= _LONG_WORK if show_progress is None else show_progress)
-        vectors: list[torch.Tensor] = [torch.empty(0)] * len(items)
+        batches = -(-count // batch_size)
+        hide = not (batches >= _LONG_WORK if show_progress is None else show_progress)
+        vectors: list[torch.Tensor] = [torch.empty(0)] * count
         was_training = self.training
         self.eval()
         try:
             # no_grad and not inference_mode: its tensors could never enter a later loss.
             with torch.no_grad():
-                for start in logging.tqdm(starts, desc=f"Encoding {what}", unit="batch", disable=hide):
-                    positions = order[start : start + batch_size]
-                    batch = embed([items[position] for position in positions]).float()[:, :truncate_dim]
+                bar = logging.tqdm(embedded(), total=batches, desc=f"Encoding {what}", unit="batch", disable=hide)
+                for positions, found in bar:
+                    batch = found.float()[:, :truncate_dim]
                     if normalize:
                         batch = torch.nn.functional.normalize(batch, dim=-1)
                     for position, vector in zip(positions, batch, strict=True):

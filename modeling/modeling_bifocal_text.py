@@ -18,6 +18,7 @@ from .modeling_bifocal_base import (
     BifocalPreTrainedModel,
     attention_context,
     eager_attention_forward,
+    multiply,
     run_layers,
     split_heads,
 )
@@ -103,7 +104,7 @@ class BifocalTextMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
-        return self.down_proj(self.dropout(self.activation(gate) * up))
+        return self.down_proj(self.dropout(multiply(self.activation(gate), up)))
 
 
 class BifocalTextLayer(GradientCheckpointingLayer):
@@ -178,21 +179,46 @@ class BifocalTextModel(BifocalTextPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("The text tower needs exactly one of input_ids and inputs_embeds.")
-        hidden_states = self.embeddings(input_ids, token_type_ids, inputs_embeds)
-        batch, length = hidden_states.shape[:2]
+        given: torch.Tensor = input_ids if inputs_embeds is None else inputs_embeds  # type: ignore[assignment]
+        batch, length = given.shape[:2]
         if length > self.config.max_position_embeddings:
             raise ValueError(
                 f"The text is {length} tokens long, but this model takes at most {self.config.max_position_embeddings} "
                 "(config.max_position_embeddings); truncate it."
             )
+        requested = self._requested(output_attentions, output_hidden_states)
+        if not self._takes_pieces(batch, batch * length, given.device, requested):
+            return self._run(requested, input_ids, attention_mask, token_type_ids, inputs_embeds, **kwargs)
+
+        inputs = (input_ids, attention_mask, token_type_ids, inputs_embeds)
+        lengths = [length] * batch
+        if attention_mask is not None:  # up to the last token that is none of padding, wherever padding is
+            places = torch.arange(1, length + 1, device=attention_mask.device)
+            lengths = ((attention_mask != 0) * places).amax(1).tolist()
+        return self._by_pieces(
+            lengths,
+            length,
+            lambda rows, longest: self._run(
+                requested, *(None if one is None else one[rows, :longest] for one in inputs), **kwargs
+            ),
+        )
+
+    def _run(
+        self,
+        requested: tuple[bool, bool],
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        token_type_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        hidden_states = self.embeddings(input_ids, token_type_ids, inputs_embeds)
         if attention_mask is None:
-            attention_mask = torch.ones(batch, length, dtype=torch.long, device=hidden_states.device)
+            attention_mask = torch.ones(hidden_states.shape[:2], dtype=torch.long, device=hidden_states.device)
             padding = None
         else:
             padding = attention_mask == 0
         bias = AlibiBias(self.config.num_attention_heads, hidden_states, padding)
-
-        requested = self._requested(output_attentions, output_hidden_states)
         hidden_states, all_states, all_weights = run_layers(self.layers, hidden_states, bias, *requested, **kwargs)
 
         # In float32: a mean over 8,192 tokens does not fit the mantissa of bfloat16.

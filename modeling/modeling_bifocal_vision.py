@@ -22,21 +22,22 @@ from .modeling_bifocal_base import (
     BifocalPreTrainedModel,
     attention_context,
     eager_attention_forward,
+    multiply,
     run_layers,
     split_heads,
 )
 
-Rotary = tuple[torch.Tensor, torch.Tensor]
 
-
-def rotary_tables(config: BifocalVisionConfig, rows: int, columns: int, device: torch.device | None = None) -> Rotary:
+def rotary_tables(
+    config: BifocalVisionConfig, rows: int, columns: int, device: torch.device | None = None
+) -> torch.Tensor:
     """cos and sin of the 2D rotary angles of the class token and a grid of patches, in float32.
 
-    The head width d gives d / 4 frequencies theta^(-4k/d), each repeated for an interleaved pair of channels; the first
-    half of the channels turns by the patch's row, the second by its column. The class token is not turned.
+    The head width d gives d / 4 frequencies theta^(-4k/d), each for an interleaved pair of channels; the first half of
+    the pairs turns by the patch's row, the second by its column. The class token is not turned.
 
     Returns:
-        Two tables (1 + rows * columns, head width), the class token first.
+        (1 + rows * columns, d / 2, 2), the class token first: for each pair of channels the cosine and the sine.
     """
     head_dim = config.hidden_size // config.num_attention_heads
     exponents = torch.arange(0, head_dim // 2, 2, dtype=torch.float32, device=device) / (head_dim // 2)
@@ -46,21 +47,30 @@ def rotary_tables(config: BifocalVisionConfig, rows: int, columns: int, device: 
         positions = torch.arange(count, dtype=torch.float32, device=device)
         if config.rope_reference_grid is not None:
             positions = positions / count * config.rope_reference_grid
-        return torch.outer(positions, frequencies).repeat_interleave(2, dim=-1)
+        return torch.outer(positions, frequencies)
 
     by_row = angles(rows)[:, None, :].expand(rows, columns, -1)
     by_column = angles(columns)[None, :, :].expand(rows, columns, -1)
     patches = torch.cat([by_row, by_column], dim=-1).flatten(0, 1)
     table = torch.cat([torch.zeros_like(patches[:1]), patches])
-    return table.cos(), table.sin()
+    return torch.stack([table.cos(), table.sin()], dim=-1)
 
 
-def rotate(states: torch.Tensor, rotary: Rotary) -> torch.Tensor:
-    """Turn each interleaved pair (x0, x1) by its angle: x cos + (-x1, x0) sin."""
-    cos, sin = rotary
+def rotate(states: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
+    """Turn each interleaved pair (x0, x1) by its angle: (x0 cos - x1 sin, x1 cos + x0 sin).
+
+    Args:
+        states: (..., tokens, d).
+        rotary: (..., tokens, d / 2, 2), as from `rotary_tables`.
+    """
     pairs = states.unflatten(-1, (-1, 2))
-    turned = torch.stack([-pairs[..., 1], pairs[..., 0]], dim=-1).flatten(-2)
-    return states * cos + turned * sin
+    known = states.dtype == torch.float32 and states.device.type in ("cpu", "cuda")
+    if known and not torch.compiler.is_compiling():
+        # A product of complex numbers is one kernel, a tenth of the time; compilers and ONNX know none.
+        return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotary)).flatten(-2)
+    cos, sin = rotary.unbind(-1)
+    first, second = pairs.unbind(-1)
+    return torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2)
 
 
 class BifocalVisionEmbeddings(nn.Module):
@@ -86,7 +96,7 @@ class BifocalVisionEmbeddings(nn.Module):
         resized = nn.functional.interpolate(trained, size=(rows, columns), mode="bicubic", align_corners=False)
         return torch.cat([classes, resized.flatten(2).transpose(1, 2).to(classes.dtype)], dim=1)
 
-    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, Rotary]:
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         patch = self.config.patch_size
         if pixel_values.dim() != 4 or pixel_values.shape[1] != self.config.num_channels:
             raise ValueError(
@@ -104,12 +114,12 @@ class BifocalVisionEmbeddings(nn.Module):
         tokens = torch.cat([self.class_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
         tokens = self.dropout(tokens + self.positions(rows, columns))
 
-        cos, sin = rotary_tables(self.config, rows, columns, tokens.device)
+        rotary = rotary_tables(self.config, rows, columns, tokens.device)
         if self.training and self.config.patch_dropout > 0:
             kept = self._kept(tokens)
             tokens = torch.gather(tokens, 1, kept.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
-            cos, sin = cos[kept].unsqueeze(1), sin[kept].unsqueeze(1)  # a kept patch keeps its own angles
-        return tokens, (cos.to(tokens.dtype), sin.to(tokens.dtype))
+            rotary = rotary[kept].unsqueeze(1)  # a kept patch keeps its own angles
+        return tokens, rotary.to(tokens.dtype)
 
     def _kept(self, tokens: torch.Tensor) -> torch.Tensor:
         """Indices (batch, kept) of the tokens that stay: the class token and a random draw of patches per picture."""
@@ -134,7 +144,7 @@ class BifocalVisionAttention(nn.Module):
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(
-        self, hidden_states: torch.Tensor, rotary: Rotary, **kwargs: Any
+        self, hidden_states: torch.Tensor, rotary: torch.Tensor, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         heads = self.config.num_attention_heads
         query = rotate(split_heads(self.q_proj(hidden_states), heads), rotary)
@@ -170,7 +180,7 @@ class BifocalVisionMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        gated = self.activation(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
+        gated = multiply(self.activation(self.gate_proj(hidden_states)), self.up_proj(hidden_states))
         return self.down_proj(self.inner_norm(gated))
 
 
@@ -189,7 +199,7 @@ class BifocalVisionLayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(
-        self, hidden_states: torch.Tensor, rotary: Rotary, **kwargs: Any
+        self, hidden_states: torch.Tensor, rotary: torch.Tensor, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         attended, weights = self.attention(self.attention_norm(hidden_states), rotary, **kwargs)
         hidden_states = hidden_states + self.dropout(attended)
@@ -255,9 +265,21 @@ class BifocalVisionModel(BifocalPreTrainedModel):
         """
         if pixel_values is None:
             raise ValueError("The image tower needs pixel_values.")
-        hidden_states, rotary = self.embeddings(pixel_values)
-
         requested = self._requested(output_attentions, output_hidden_states)
+        shape = pixel_values.shape
+        if len(shape) == 4:  # the embeddings say what is wrong with other shapes
+            count, tokens = shape[0], 1 + (shape[2] // self.config.patch_size) * (shape[3] // self.config.patch_size)
+            if self._takes_pieces(count, count * tokens, pixel_values.device, requested):
+                pixels = pixel_values
+                return self._by_pieces(
+                    [tokens] * count, tokens, lambda rows, _: self._run(pixels[rows], requested, **kwargs)
+                )
+        return self._run(pixel_values, requested, **kwargs)
+
+    def _run(
+        self, pixel_values: torch.Tensor, requested: tuple[bool, bool], **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        hidden_states, rotary = self.embeddings(pixel_values)
         hidden_states, all_states, all_weights = run_layers(self.layers, hidden_states, rotary, *requested, **kwargs)
 
         hidden_states = self.norm(hidden_states)

@@ -48,6 +48,33 @@ def test_padding_may_stand_on_the_left():
     torch.testing.assert_close(padded, tower(ids[:, 3:]).pooler_output, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("side", ["right", "left", "none"])
+def test_a_large_batch_taken_in_pieces_gives_the_same(side):
+    """Without gradients on a CPU; with gradients, or with states asked for, the batch stays whole."""
+    tower = small_tower()
+    calls: list[tuple[int, ...]] = []
+    tower.embeddings.register_forward_hook(lambda module, given, output: calls.append(tuple(output.shape[:2])))
+    lengths = torch.randint(1, 40, (200,), generator=torch.Generator().manual_seed(3))
+    lengths[7] = 40
+    ids = torch.randint(1, 97, (200, 40), generator=torch.Generator().manual_seed(2))
+    mask = (torch.arange(40)[None] < lengths[:, None]).long()
+    mask = {"right": mask, "left": mask.flip(1), "none": None}[side]
+    with torch.no_grad():
+        found = tower(ids, mask)
+        pieces, calls[:] = list(calls), []
+        states = tower(ids, mask, output_hidden_states=True)
+    whole = tower(ids, mask)
+    assert calls == [(200, 40), (200, 40)]
+    assert len(pieces) > 3
+    assert sum(rows for rows, _ in pieces) == 200
+    assert all(rows * tokens <= 1024 for rows, tokens in pieces)
+    assert side != "right" or sum(rows * tokens for rows, tokens in pieces) < 1.3 * lengths.sum()
+    torch.testing.assert_close(found.pooler_output, whole.pooler_output, atol=1e-5, rtol=0)
+    torch.testing.assert_close(states.pooler_output, whole.pooler_output, atol=1e-5, rtol=0)
+    kept = slice(None) if mask is None else mask.bool()
+    torch.testing.assert_close(found.last_hidden_state[kept], whole.last_hidden_state[kept], atol=1e-5, rtol=0)
+
+
 @torch.no_grad()
 def test_order_matters_and_so_does_distance():
     tower = small_tower(initializer_range=0.3)

@@ -31,13 +31,40 @@ def test_the_class_token_is_not_turned_and_lengths_stay():
     assert not torch.allclose(turned[:, :, -1], states[:, :, -1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # as complex numbers, and as real ones
+def test_rotation_against_matrices(dtype):
+    """Each pair of channels times the matrix of its angle, and its gradient."""
+    table = rotary_tables(small_tower().config, 3, 2).to(dtype)
+    states = torch.randn(2, 5, 7, 16, dtype=dtype, requires_grad=True)
+    (cos, sin), weights = table.unbind(-1), torch.randn(2, 5, 7, 16, dtype=dtype)
+    matrices = torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], -2)
+    expected = torch.einsum("tpij,bhtpj->bhtpi", matrices, states.unflatten(-1, (-1, 2))).flatten(-2)
+    found = rotate(states, table)
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad((one * weights).sum(), states)[0] for one in (found, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+@torch.no_grad()
+def test_a_large_batch_taken_in_pieces_gives_the_same():
+    tower = small_tower(image_size=64)
+    pixels = pictures(33, 64, 64)
+    calls: list[int] = []
+    tower.embeddings.register_forward_hook(lambda module, given, output: calls.append(len(output[0])))
+    found = tower(pixels)
+    assert calls == [15, 15, 3]  # of 65 tokens each
+    whole = tower(pixels, output_hidden_states=True)
+    torch.testing.assert_close(found.last_hidden_state, whole.last_hidden_state, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.pooler_output, whole.pooler_output, atol=1e-5, rtol=0)
+
+
 def test_rotary_scores_depend_on_the_difference_of_places_only():
     config = small_tower(rope_reference_grid=None).config
-    cos, sin = rotary_tables(config, 4, 4)
+    table = rotary_tables(config, 4, 4)
     query, key = torch.randn(16), torch.randn(16)
 
     def score(a: int, b: int) -> torch.Tensor:
-        return rotate(query, (cos[1 + a], sin[1 + a])) @ rotate(key, (cos[1 + b], sin[1 + b]))
+        return rotate(query, table[1 + a]) @ rotate(key, table[1 + b])
 
     torch.testing.assert_close(score(0, 5), score(5, 10))  # one row down, one column right
     torch.testing.assert_close(score(1, 4), score(6, 9))  # one row down, one column left
@@ -47,9 +74,9 @@ def test_rotary_scores_depend_on_the_difference_of_places_only():
 @pytest.mark.parametrize(("reference", "second"), [(None, 1.0), (4, 1.0), (14, 3.5)])
 def test_positions_are_scaled_to_the_reference_grid(reference, second):
     config = small_tower(rope_reference_grid=reference).config
-    cos, sin = rotary_tables(config, 4, 4)
-    angle = torch.atan2(sin[2], cos[2])  # the second patch: row 0, column 1; frequency 1 in its first column pair
-    assert angle[8] == pytest.approx(torch.atan2(torch.tensor(second).sin(), torch.tensor(second).cos()).item())
+    cos, sin = rotary_tables(config, 4, 4)[2].unbind(-1)
+    angle = torch.atan2(sin, cos)  # the second patch: row 0, column 1; frequency 1 in its first column pair
+    assert angle[4] == pytest.approx(torch.atan2(torch.tensor(second).sin(), torch.tensor(second).cos()).item())
     assert angle[0] == 0
 
 
