@@ -24,18 +24,21 @@ def claims(
         "runs/claims"
     ),
     seeds: Annotated[int, typer.Option(min=1, help="How many.")] = 3,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that share the cores; one for each core if not given.")
+    ] = None,
 ) -> None:
     """Try the paper's claims at small scale, and write a page with a verdict on each."""
     require("datasets", "jinja2", "matplotlib", "scipy", "sentence_transformers")
     import datasets
     from transformers.utils import logging
 
-    from bifocal.claims.trying import try_claims
+    from bifocal.claims.trying import available_cores, try_claims
 
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
     with one_sentence(out, "free space and start again; it goes on from there"):
-        tried = try_claims(out, data, only or (), budget, range(seeds), typer.echo)
+        tried = try_claims(out, data, only or (), budget, range(seeds), typer.echo, workers or available_cores())
     if not tried:
         fail("Nothing has been tried.")
     for one in tried:

@@ -54,20 +54,25 @@ class Arm:
     image_patch: int | None = None
 
 
-def run_arm(arm: Arm, seed: int, scale: float, material: Material, folder: Path) -> dict[str, dict[str, float]]:
+def run_arm(
+    arm: Arm, arms: Sequence[Arm], seed: int, scale: float, material: Material, folder: Path
+) -> dict[str, dict[str, float]]:
     """Train an arm and return its metrics by phase; what is finished in `folder` is not done again.
 
     Args:
+        arms: all of the claim. Those that begin with the same phases share them: they would be the same to the bit.
         scale: factor of all steps.
+        folder: of the claim and the seed; each arm has one in it.
     """
-    told = folder / "metrics.json"
+    told = folder / file_name(arm.name) / "metrics.json"
     if told.exists():
         return json.loads(told.read_text(encoding="utf-8"))
-    folder.mkdir(parents=True, exist_ok=True)
+    told.parent.mkdir(parents=True, exist_ok=True)
     found: dict[str, dict[str, float]] = {}
     before: Path | None = None
-    for phase in arm.phases:
-        place = folder / file_name(phase.name)
+    for number, phase in enumerate(arm.phases, 1):
+        owner = next(other for other in arms if _begins_alike(other, arm, number))
+        place = folder / file_name(owner.name) / file_name(phase.name)
         done = place / "done.json"
         if not done.exists():
             started = time.monotonic()
@@ -87,9 +92,18 @@ def run_arm(arm: Arm, seed: int, scale: float, material: Material, folder: Path)
         found[phase.name] = json.loads(done.read_text(encoding="utf-8"))["metrics"]
         before = place / "model"
     _write(told, found)
-    for phase in arm.phases:  # weights are of no more use
-        shutil.rmtree(folder / file_name(phase.name) / "model", ignore_errors=True)
     return found
+
+
+def _begins_alike(one: Arm, other: Arm, phases: int) -> bool:
+    same = one.phases[:phases] == other.phases[:phases] and one.image_patch == other.image_patch
+    return same and one.measure is other.measure
+
+
+def forget_weights(folder: Path) -> None:
+    """Delete the models of a claim and seed that are finished."""
+    for model in folder.glob("*/*/model"):
+        shutil.rmtree(model)
 
 
 def file_name(name: str) -> str:
@@ -151,11 +165,12 @@ def _train_masked(phase: Phase, seed: int, steps: int, material: Material, place
     from bifocal.training.recipe import Recipe
 
     texts = material.out / "texts.jsonl"
-    if not texts.exists():
-        lines = [json.dumps({"text": text}) for texts_ in material.captions.train for text in texts_]
-        scratch = texts.with_name(".texts.jsonl")
-        scratch.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        os.replace(scratch, texts)
+    with material.lock:
+        if not texts.exists():
+            lines = [json.dumps({"text": text}) for texts_ in material.captions.train for text in texts_]
+            scratch = texts.with_name(".texts.jsonl")
+            scratch.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            os.replace(scratch, texts)
     _ = material.processor
     recipe = Recipe.model_validate(
         {

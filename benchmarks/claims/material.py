@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from PIL import Image, ImageOps
 
 from bifocal.modeling import BifocalModel, BifocalProcessor, load_image
@@ -82,6 +83,7 @@ class Material:
 
     def __init__(self, folder: Path | None, out: Path) -> None:
         self.folder, self.out = folder, out
+        self.lock = FileLock(out / ".lock")  # other processes make the same; only one does
         if folder is not None:
             missing = next((n for n in (*_PHOTOS, *_CAPTIONS, _STS) if not (folder / n).exists()), None)
             if missing is not None:
@@ -166,25 +168,25 @@ class Material:
     def processor(self) -> BifocalProcessor:
         """One tokenizer for all arms, trained on all texts to learn from: arms differ in their training alone."""
         place = self.out / "processor"
-        if not (place / "processor_config.json").exists():
-            from transformers.models.clip import CLIPImageProcessorPil
-
-            from bifocal.training.tokenizer import train_wordpiece
-
-            texts = [text for texts in self.captions.train for text in texts]
-            texts += [
-                text
-                for column in ("long_captions", "descriptions")
-                for t in self.symbols["train"][column]
-                for text in t
-            ]
-            texts += sorted(set(self.pictures.train["caption"]))
-            tokenizer = train_wordpiece(texts, WORDS, LENGTH)
-            images = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
-            scratch = self.out / ".processor"
-            BifocalProcessor(images, tokenizer).save_pretrained(scratch)
-            os.replace(scratch, place)
+        with self.lock:
+            if not (place / "processor_config.json").exists():
+                self._make_processor(place)
         return BifocalProcessor.from_pretrained(place)
+
+    def _make_processor(self, place: Path) -> None:
+        from transformers.models.clip import CLIPImageProcessorPil
+
+        from bifocal.training.tokenizer import train_wordpiece
+
+        texts = [text for texts in self.captions.train for text in texts]
+        for column in ("long_captions", "descriptions"):
+            texts += [text for texts_ in self.symbols["train"][column] for text in texts_]
+        texts += sorted(set(self.pictures.train["caption"]))
+        tokenizer = train_wordpiece(texts, WORDS, LENGTH)
+        images = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+        scratch = self.out / ".processor"
+        BifocalProcessor(images, tokenizer).save_pretrained(scratch)
+        os.replace(scratch, place)
 
     def triplets(self, negatives: int) -> Any:
         """Captions with the captions of other, similar photos, mined once by MiniLM for all numbers of negatives.
@@ -195,22 +197,26 @@ class Material:
         from datasets import Dataset
 
         place = self.out / "triplets.parquet"
-        if not place.exists():
-            from bifocal.training.mining import MiningSettings, mine_texts, write_parquet
-
-            pairs = Dataset.from_dict(
-                {
-                    "query": [texts[0] for texts in self.captions.train],
-                    "positive": [texts[1] for texts in self.captions.train],
-                }
-            )
-            # The nearest may be the same scene in other words, and so no negatives.
-            settings = MiningSettings(negatives=7, skip=2, depth=30)
-            write_parquet(mine_texts(pairs, miner(), settings, self.out / "mining"), place)
+        with self.lock:
+            if not place.exists():
+                self._mine(place)
         mined = Dataset.from_parquet(str(place)).select_columns(["query", "positive", "negatives"])
         if negatives == 0:
             return mined.select_columns(["query", "positive"])
         return mined.map(lambda row: {"negatives": row["negatives"][:negatives]})
+
+    def _mine(self, place: Path) -> None:
+        from datasets import Dataset
+
+        from bifocal.training.mining import MiningSettings, mine_texts, write_parquet
+
+        pairs = Dataset.from_dict({
+            "query": [texts[0] for texts in self.captions.train],
+            "positive": [texts[1] for texts in self.captions.train],
+        })  # fmt: skip
+        # The nearest may be the same scene in other words, and so no negatives.
+        settings = MiningSettings(negatives=7, skip=2, depth=30)
+        write_parquet(mine_texts(pairs, miner(), settings, self.out / "mining"), place)
 
     @cached_property
     def near_duplicates(self) -> tuple[list[str], list[str], np.ndarray]:
@@ -218,14 +224,15 @@ class Material:
         place = self.out / "near-duplicates.json"
         queries = [texts[0] for texts in self.captions.test]
         items = [texts[1] for texts in self.captions.test]
-        if not place.exists():
-            model = miner()
-            vectors = model.encode(items, normalize_embeddings=True, batch_size=64)
-            scores = vectors @ vectors.T
-            np.fill_diagonal(scores, -1.0)
-            nearest = np.argsort(-scores, axis=1, kind="stable")[:, :20]
-            chosen = np.concatenate([np.arange(len(items))[:, None], nearest], axis=1)
-            place.write_text(json.dumps(chosen.tolist()))
+        with self.lock:
+            if not place.exists():
+                model = miner()
+                vectors = model.encode(items, normalize_embeddings=True, batch_size=64)
+                scores = vectors @ vectors.T
+                np.fill_diagonal(scores, -1.0)
+                nearest = np.argsort(-scores, axis=1, kind="stable")[:, :20]
+                chosen = np.concatenate([np.arange(len(items))[:, None], nearest], axis=1)
+                place.write_text(json.dumps(chosen.tolist()))
         return queries, items, np.array(json.loads(place.read_text()))
 
 

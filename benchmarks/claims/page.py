@@ -17,7 +17,7 @@ class Tried:
 
     Args:
         scale: of its steps, 1 for the full budget.
-        minutes: of training and measuring, all arms and seeds.
+        minutes: of training and measuring on two cores, all arms and seeds.
     """
 
     claim: Claim

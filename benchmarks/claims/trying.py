@@ -2,17 +2,18 @@
 
 import json
 import os
-import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bifocal.claims.arms import file_name, run_arm
+from bifocal.claims.arms import file_name
 from bifocal.claims.claims import CLAIMS
 from bifocal.claims.material import ClaimsError, Material
 from bifocal.claims.page import Tried, write_claims_page
 from bifocal.claims.rules import summary
+from bifocal.claims.seed import Job, run_job, start_job
 from bifocal.claims.sources import fetch
 from bifocal.training.run import versions
 
@@ -22,11 +23,14 @@ SEEDS = (0, 1, 2)
 
 def try_claims(
     out: Path, data: Path | None, only: Sequence[str] = (), budget: float = FULL, seeds: Sequence[int] = SEEDS,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = print, workers: int = 1,
 ) -> list[Tried]:  # fmt: skip
     """Try claims in `out`; what is done there, at this budget and on this data, is not done again.
 
     The budget scales the number of steps, so that a run is a function of its arguments and not of the machine's mood.
+
+    Args:
+        workers: processes that share the cores, each with a claim and a seed; 1 stays in this process.
 
     Raises:
         ClaimsError: an unknown claim, or data that is not there.
@@ -38,21 +42,20 @@ def try_claims(
         raise ClaimsError(f"The budget must be some minutes, not {budget:g}.")
     out.mkdir(parents=True, exist_ok=True)
     material = Material(*_data(out, data, say))
-    scale = budget / FULL
-    for name, claim in CLAIMS.items():
-        if only and name not in only:
-            continue
-        place = out / name / f"{100 * scale:g}-percent"
-        for seed in seeds:  # all arms of a seed first, so that what is there is always a fair comparison
-            for arm in claim.arms(material):
-                folder = place / f"seed-{seed}" / file_name(arm.name)
-                if (folder / "metrics.json").exists():
-                    continue
-                say(f"{claim.title}: {arm.name}, seed {seed}")
-                started = time.monotonic()
-                run_arm(arm, seed, scale, material, folder)
-                spent = folder / "seconds.json"
-                spent.write_text(json.dumps(round(time.monotonic() - started, 1)))
+    cores = max(1, available_cores() // workers)
+    jobs = [
+        Job(name, seed, budget / FULL, out, material.folder, cores)
+        for name in CLAIMS
+        if not only or name in only
+        for seed in seeds
+    ]
+    if workers == 1:
+        for job in jobs:
+            run_job(job, material, say)
+    else:
+        with ThreadPoolExecutor(workers) as pool:
+            for _ in pool.map(lambda job: start_job(job, say), jobs):
+                pass
     tried = [found for name in CLAIMS for found in _tried(out / name, name, material)]
     results = {
         one.claim.name: {
@@ -68,6 +71,11 @@ def try_claims(
     if tried:
         write_claims_page(tried, material.described, versions(), out / "claims.html")
     return tried
+
+
+def available_cores() -> int:
+    """Those that this process may use, which are fewer than there are in a container or under taskset."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _data(out: Path, data: Path | None, say: Callable[[str], None]) -> tuple[Path | None, Path]:
@@ -97,14 +105,15 @@ def _tried(place: Path, name: str, material: Material) -> list[Tried]:
     arms = [arm.name for arm in claim.arms(material)]
     for tries in sorted(place.glob("*-percent"), key=lambda path: -float(path.name.partition("-")[0])):
         outcomes: dict[str, dict[int, Any]] = {arm: {} for arm in arms}
-        seconds = 0.0
+        core_seconds = 0.0
         for folder in sorted(tries.glob("seed-*")):
             found = {arm: folder / file_name(arm) / "metrics.json" for arm in arms}
             if all(path.exists() for path in found.values()):
                 for arm, path in found.items():
                     outcomes[arm][int(folder.name.partition("-")[2])] = json.loads(path.read_text(encoding="utf-8"))
-                    seconds += json.loads((path.parent / "seconds.json").read_text(encoding="utf-8"))
+                    spent = json.loads((path.parent / "seconds.json").read_text(encoding="utf-8"))
+                    core_seconds += spent["seconds"] * spent["cores"]
         if outcomes[arms[0]]:
             scale = float(tries.name.partition("-")[0]) / 100
-            return [Tried(claim, outcomes, claim.judge(outcomes, material), scale, seconds / 60)]
+            return [Tried(claim, outcomes, claim.judge(outcomes, material), scale, core_seconds / 60 / 2)]
     return []
