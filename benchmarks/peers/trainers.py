@@ -65,7 +65,7 @@ def by_sentence_transformers(given: argparse.Namespace, scratch: str) -> list[fl
         SentenceTransformerTrainer,
         SentenceTransformerTrainingArguments,
     )
-    from sentence_transformers.losses import CachedMultipleNegativesRankingLoss
+    from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 
     from bifocal.hub.export import export_model
 
