@@ -18,6 +18,7 @@ class Tried:
     Args:
         scale: of its steps, 1 for the full budget.
         minutes: of training and measuring on two cores, all arms and seeds.
+        resumed: whether it was killed and went on, so that the minutes are those of the last sessions only.
     """
 
     claim: Claim
@@ -25,6 +26,7 @@ class Tried:
     verdict: Verdict
     scale: float
     minutes: float
+    resumed: bool = False
 
     @property
     def rows(self) -> list[dict[str, Any]]:

@@ -57,9 +57,11 @@ def run_job(job: Job, material: Material, say: Callable[[str], None]) -> None:
             if (folder / "metrics.json").exists():
                 continue
             say(f"{claim.title}: {arm.name}, seed {job.seed}")
+            resumed = folder.exists()
             started = time.monotonic()
             run_arm(arm, arms, job.seed, job.scale, material, job.folder)
-            spent = {"seconds": round(time.monotonic() - started, 1), "cores": job.cores}
+            # Of a run that was killed, only its last session.
+            spent = {"seconds": round(time.monotonic() - started, 1), "cores": job.cores, "resumed": resumed}
             (folder / "seconds.json").write_text(json.dumps(spent))
         forget_weights(job.folder)
 

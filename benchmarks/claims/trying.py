@@ -105,7 +105,7 @@ def _tried(place: Path, name: str, material: Material) -> list[Tried]:
     arms = [arm.name for arm in claim.arms(material)]
     for tries in sorted(place.glob("*-percent"), key=lambda path: -float(path.name.partition("-")[0])):
         outcomes: dict[str, dict[int, Any]] = {arm: {} for arm in arms}
-        core_seconds = 0.0
+        core_seconds, resumed = 0.0, False
         for folder in sorted(tries.glob("seed-*")):
             found = {arm: folder / file_name(arm) / "metrics.json" for arm in arms}
             if all(path.exists() for path in found.values()):
@@ -113,7 +113,8 @@ def _tried(place: Path, name: str, material: Material) -> list[Tried]:
                     outcomes[arm][int(folder.name.partition("-")[2])] = json.loads(path.read_text(encoding="utf-8"))
                     spent = json.loads((path.parent / "seconds.json").read_text(encoding="utf-8"))
                     core_seconds += spent["seconds"] * spent["cores"]
+                    resumed = resumed or spent.get("resumed", False)
         if outcomes[arms[0]]:
             scale = float(tries.name.partition("-")[0]) / 100
-            return [Tried(claim, outcomes, claim.judge(outcomes, material), scale, core_seconds / 60 / 2)]
+            return [Tried(claim, outcomes, claim.judge(outcomes, material), scale, core_seconds / 60 / 2, resumed)]
     return []
