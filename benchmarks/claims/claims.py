@@ -158,6 +158,7 @@ def _masked_first(material: Material) -> list[Arm]:
 
     return [
         Arm("from nothing", [joint(350)], _both, 8),
+        Arm("from nothing, fewer steps", [joint(200)], _both, 8),  # to tell what a beginning gives; not judged
         Arm("from masked language modelling", [masked, joint(200)], _both, 8),
         Arm("from a text embedder", [embedder, joint(200)], _both, 8),
     ]

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import bifocal.evaluation
@@ -17,7 +18,7 @@ class Tried:
 
     Args:
         scale: of its steps, 1 for the full budget.
-        minutes: of training and measuring on two cores, all arms and seeds.
+        minutes: of two cores, for training and measuring all arms and seeds.
         resumed: whether it was killed and went on, so that the minutes are those of the last sessions only.
     """
 
@@ -66,7 +67,7 @@ def _bars(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> Any:
         label = row["arm"] if phases == 1 else f"{row['arm']}: {row['phase']}"
         axes.bar(places, means, width * 0.92, yerr=spreads, label=label, color=COLOURS[number % len(COLOURS)],
                  hatch="" if number < len(COLOURS) else "//", error_kw={"linewidth": 1})  # fmt: skip
-    axes.set_xticks(range(len(metrics)), metrics, fontsize=8)
+    axes.set_xticks(range(len(metrics)), [fill(metric, 72 // len(metrics)) for metric in metrics], fontsize=8)
     axes.set_ylim(bottom=0)
     figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside lower center", ncols=2)
     return figure

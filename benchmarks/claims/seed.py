@@ -58,10 +58,10 @@ def run_job(job: Job, material: Material, say: Callable[[str], None]) -> None:
                 continue
             say(f"{claim.title}: {arm.name}, seed {job.seed}")
             resumed = folder.exists()
-            started = time.monotonic()
+            started = time.process_time()
             run_arm(arm, arms, job.seed, job.scale, material, job.folder)
-            # Of a run that was killed, only its last session.
-            spent = {"seconds": round(time.monotonic() - started, 1), "cores": job.cores, "resumed": resumed}
+            # Processor time, which neighbours and pauses leave alone; of a run that was killed, only its last session.
+            spent = {"core_seconds": round(time.process_time() - started, 1), "resumed": resumed}
             (folder / "seconds.json").write_text(json.dumps(spent))
         forget_weights(job.folder)
 

@@ -112,8 +112,8 @@ def _tried(place: Path, name: str, material: Material) -> list[Tried]:
                 for arm, path in found.items():
                     outcomes[arm][int(folder.name.partition("-")[2])] = json.loads(path.read_text(encoding="utf-8"))
                     spent = json.loads((path.parent / "seconds.json").read_text(encoding="utf-8"))
-                    core_seconds += spent["seconds"] * spent["cores"]
-                    resumed = resumed or spent.get("resumed", False)
+                    core_seconds += spent["core_seconds"]
+                    resumed = resumed or spent["resumed"]
         if outcomes[arms[0]]:
             scale = float(tries.name.partition("-")[0]) / 100
             return [Tried(claim, outcomes, claim.judge(outcomes, material), scale, core_seconds / 60 / 2, resumed)]
