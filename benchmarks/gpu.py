@@ -180,8 +180,9 @@ def _print(rows: list[dict[str, Any]], device: torch.device) -> None:
     print(f"{'':<32}{'dtype':<10}{'attention':<16}{'compiled':<10}{'batch':>7}{'a second':>12}{'peak MiB':>10}")
     for row in rows:
         shown = (
-            row.get("failed")
-            or f"{row['per_second']:>12,}{row['peak_mib'] if row['peak_mib'] is not None else '-':>10}"
+            f"  failed: {row['failed']}"
+            if "failed" in row
+            else f"{row['per_second']:>12,}{row['peak_mib'] if row['peak_mib'] is not None else '-':>10}"
         )
         print(
             f"{row['what']:<32}{row['dtype']:<10}{row['attention']:<16}{row['compiled']!s:<10}{row['batch']:>7,}{shown}"
