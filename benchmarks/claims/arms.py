@@ -88,10 +88,10 @@ def run_arm(
             for left in place.glob("checkpoint-*"):
                 shutil.rmtree(left)
             # Of a run that was killed, only its last session.
-            _write(done, {"metrics": metrics, "steps": steps, "seconds": round(time.monotonic() - started, 1)})
+            write_json(done, {"metrics": metrics, "steps": steps, "seconds": round(time.monotonic() - started, 1)})
         found[phase.name] = json.loads(done.read_text(encoding="utf-8"))["metrics"]
         before = place / "model"
-    _write(told, found)
+    write_json(told, found)
     return found
 
 
@@ -185,7 +185,8 @@ def _train_masked(phase: Phase, seed: int, steps: int, material: Material, place
     train_mlm(recipe)
 
 
-def _write(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Whole or not at all."""
     scratch = path.with_name(f".{path.name}")
     scratch.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     os.replace(scratch, path)

@@ -13,7 +13,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from bifocal.claims.arms import file_name, forget_weights, run_arm
+from bifocal.claims.arms import file_name, forget_weights, run_arm, write_json
 from bifocal.claims.claims import CLAIMS
 from bifocal.claims.material import ClaimsError, Material
 
@@ -54,7 +54,7 @@ def run_job(job: Job, material: Material, say: Callable[[str], None]) -> None:
     with FileLock(job.folder / ".lock"):
         for arm in arms:
             folder = job.folder / file_name(arm.name)
-            if (folder / "metrics.json").exists():
+            if (folder / "seconds.json").exists():  # what is written last
                 continue
             say(f"{claim.title}: {arm.name}, seed {job.seed}")
             resumed = folder.exists()
@@ -62,7 +62,7 @@ def run_job(job: Job, material: Material, say: Callable[[str], None]) -> None:
             run_arm(arm, arms, job.seed, job.scale, material, job.folder)
             # Processor time, which neighbours and pauses leave alone; of a run that was killed, only its last session.
             spent = {"core_seconds": round(time.process_time() - started, 1), "resumed": resumed}
-            (folder / "seconds.json").write_text(json.dumps(spent))
+            write_json(folder / "seconds.json", spent)
         forget_weights(job.folder)
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bifocal.claims.arms import file_name
+from bifocal.claims.arms import file_name, write_json
 from bifocal.claims.claims import CLAIMS
 from bifocal.claims.material import ClaimsError, Material
 from bifocal.claims.page import Tried, write_claims_page
@@ -65,9 +65,7 @@ def try_claims(
         }
         for one in tried
     }  # fmt: skip
-    scratch = out / ".results.json"
-    scratch.write_text(json.dumps({"data": material.described, "claims": results}, indent=2) + "\n", encoding="utf-8")
-    os.replace(scratch, out / "results.json")
+    write_json(out / "results.json", {"data": material.described, "claims": results})
     if tried:
         write_claims_page(tried, material.described, versions(), out / "claims.html")
     return tried
@@ -107,11 +105,12 @@ def _tried(place: Path, name: str, material: Material) -> list[Tried]:
         outcomes: dict[str, dict[int, Any]] = {arm: {} for arm in arms}
         core_seconds, resumed = 0.0, False
         for folder in sorted(tries.glob("seed-*")):
-            found = {arm: folder / file_name(arm) / "metrics.json" for arm in arms}
-            if all(path.exists() for path in found.values()):
-                for arm, path in found.items():
-                    outcomes[arm][int(folder.name.partition("-")[2])] = json.loads(path.read_text(encoding="utf-8"))
-                    spent = json.loads((path.parent / "seconds.json").read_text(encoding="utf-8"))
+            found = {arm: folder / file_name(arm) for arm in arms}
+            if all((own / "seconds.json").exists() for own in found.values()):
+                for arm, own in found.items():
+                    metrics = json.loads((own / "metrics.json").read_text(encoding="utf-8"))
+                    outcomes[arm][int(folder.name.partition("-")[2])] = metrics
+                    spent = json.loads((own / "seconds.json").read_text(encoding="utf-8"))
                     core_seconds += spent["core_seconds"]
                     resumed = resumed or spent["resumed"]
         if outcomes[arms[0]]:

@@ -84,9 +84,12 @@ def test_a_small_trial(tried, data):
     assert again == [], "what is done is not done again"
     folder = next(out.glob("multi-task/*/seed-0/both"))
     assert not found[0].resumed
-    (folder / "metrics.json").unlink()  # as if it had been killed before the end
+    for name in ("seconds.json", "metrics.json"):  # as if it had been killed just before each was written
+        (folder / name).unlink()
     assert try_claims(out, data, ["multi-task"], 0.1, [0], again.append)[0].resumed
-    assert [line.partition(": ")[2] for line in again] == ["both, seed 0"]
+    (folder / "seconds.json").unlink()
+    assert try_claims(out, data, ["multi-task"], 0.1, [0], again.append)[0].outcomes == found[0].outcomes
+    assert [line.partition(": ")[2] for line in again] == ["both, seed 0"] * 2
     assert " at least " in " ".join((out / "claims.html").read_text().split())
     assert not (folder / "joint" / "model").exists(), "weights that nobody needs are not kept"
 

@@ -1,4 +1,4 @@
-"""The benchmarks against peers: that they run, that both sides compute the same amount, and the arithmetic on paper."""
+"""The benchmarks against peers: that encoding runs both sides in turn, and the arithmetic on paper."""
 
 import importlib
 import json
