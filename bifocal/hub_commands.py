@@ -19,21 +19,25 @@ def convert(
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Also read .bin and .pt, with weights_only=True.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what becomes of each tensor, and stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show how each tensor would be mapped, then exit.")
+    ] = False,
 ) -> None:
     """Make a Bifocal model of published weights; every tensor is accounted for, or nothing is written."""
     require("sentence_transformers")
     from bifocal.hub import convert as conversion
+    from bifocal.hub.source_config import ConversionError
+    from bifocal.hub.weights import read_weights
 
     try:
-        tensors, config = conversion.read_weights(source, allow_pickle)
+        tensors, config = read_weights(source, allow_pickle)
         plan = conversion.plan_conversion(tensors, config, image_size)
         if dry_run:
             typer.echo(plan.text())
             return
         with one_sentence(out):
             lacks = conversion.save_converted(conversion.build(plan), source, out)
-    except (conversion.ConversionError, FileExistsError) as error:
+    except (ConversionError, FileExistsError) as error:
         fail(str(error))
     typer.echo(f"The model is in {out}" + (f"; it lacks {', '.join(lacks)}." if lacks else "."))
 

@@ -1,7 +1,5 @@
 """Published weights as Bifocal models: every tensor is accounted for, or nothing is written."""
 
-import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
+from bifocal.hub.families import family_of
 from bifocal.hub.folders import require_replaceable
 from bifocal.hub.layouts import HEAD, LAYOUTS, Layout, Rule, Tensors
+from bifocal.hub.source_config import ConversionError, derive_config
+from bifocal.hub.weights import read_json, require_numbers, unwrapped
 from bifocal.modeling import (
     BifocalConfig,
     BifocalModel,
@@ -22,17 +24,12 @@ from bifocal.modeling import (
     BifocalVisionModel,
 )
 
-_HEAD_WIDTH = 64  # of both towers in all published sizes
 # Tensors of a source that are no part of the towers we take, by pattern, with the reason.
 _OTHERS = {
     r"cls\.predictions\..*": "the head of masked language modelling",
     r"lm_head\..*": "the head of masked language modelling",
     r"logit_bias": "SigLIP's bias",
 }
-
-
-class ConversionError(ValueError):
-    """What cannot be converted, in one sentence."""
 
 
 @dataclass
@@ -58,64 +55,6 @@ class Plan:
         return "\n".join([f"{found}:", *(f"  {source:<{width}}  {target}" for source, target in self.mapping)])
 
 
-def read_weights(source: str, allow_pickle: bool = False) -> tuple[Tensors, dict[str, Any]]:
-    """The tensors and the configuration at a Hub id, a folder or a file.
-
-    Args:
-        allow_pickle: also read `.bin`, `.pt` and `.pth`, with `weights_only=True`.
-
-    Raises:
-        ConversionError: there are none, or only pickles and these were not asked for.
-    """
-    path = Path(source)
-    if not path.exists():
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-        patterns = ["*.safetensors", "*.json", *(["*.bin", "*.pt", "*.pth"] if allow_pickle else [])]
-        try:
-            path = Path(snapshot_download(source, allow_patterns=patterns))
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            line = str(error).strip().splitlines()[0]
-            raise ConversionError(f"'{source}' is no file or folder here, nor on the Hub ({line}).") from error
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-    pickled = [path] if path.suffix in (".bin", ".pt", ".pth") else []
-    if path.is_dir() and not files:
-        pickled = sorted(p for ending in ("bin", "pt", "pth") for p in path.glob(f"*.{ending}"))
-    if pickled and not allow_pickle:
-        raise ConversionError(
-            f"'{pickled[0]}' is a pickle, which can run code when it is read; pass --allow-pickle if you trust it (it "
-            "is read with weights_only=True)."
-        )
-    if not files and not pickled:
-        raise ConversionError(f"'{source}' holds no weights (*.safetensors).")
-    tensors: Tensors = {}
-    for file in pickled or files:
-        tensors |= _read(file)
-    config = path / "config.json" if path.is_dir() else path.with_name("config.json")
-    return tensors, json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
-
-
-def _read(file: Path) -> Tensors:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        found = torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise ConversionError(f"'{file}' cannot be read ({str(error).splitlines()[0]}).") from error
-    except Exception as error:  # pickle has errors of its own, and weights_only refuses with one of them
-        raise ConversionError(f"'{file}' holds more than weights, and is not read.") from error
-    while isinstance(found, Mapping) and not all(isinstance(value, torch.Tensor) for value in found.values()):
-        inner = next((found[name] for name in ("state_dict", "module", "model") if name in found), None)
-        if inner is None:
-            raise ConversionError(f"'{file}' holds no state dict of tensors.")
-        found = inner
-    return dict(found)
-
-
 def plan_conversion(tensors: Tensors, source_config: Mapping[str, Any] = {}, image_size: int | None = None) -> Plan:
     """Recognise the layouts, derive the configuration from the tensors, and map every one of them.
 
@@ -127,12 +66,16 @@ def plan_conversion(tensors: Tensors, source_config: Mapping[str, Any] = {}, ima
         ConversionError: no known layout; tensors that are missing, left over or of a wrong shape, with their names; or
             a configuration that contradicts them.
     """
+    tensors = unwrapped(tensors)
     names = list(tensors)
     found = {}
     for layout in LAYOUTS:
         prefix = layout.prefix(names)
         if prefix is not None and layout.tower not in found:
             found[layout.tower] = (layout, prefix)
+    family = family_of(names, source_config)
+    if not found and family is not None:
+        raise ConversionError(f"These weights are {family}. bifocal convert takes jina-clip-v1, JinaBERT v2 and EVA02.")
     if not found:
         raise ConversionError(
             f"These {len(names)} tensors are in no layout that is known "
@@ -155,11 +98,17 @@ def plan_conversion(tensors: Tensors, source_config: Mapping[str, Any] = {}, ima
             if target in made:
                 raise ConversionError(f"'{name}' gives '{target}' a second time; the source mixes two spellings.")
             made[target] = part
+        require_numbers(name, tensor)
         mapping.append((name, ", ".join(place)))
+    if left and family is not None:
+        raise ConversionError(
+            f"These weights are {family}; {len(left)} of their tensors have no place in Bifocal's towers: "
+            f"{_some(left)}."
+        )
     if left:
         raise ConversionError(f"{len(left)} tensors are left over: {_some(left)}.")
     try:
-        config = _config(made, found, both, source_config)
+        config = derive_config(made, found, source_config, tensors)
     except ConversionError:
         raise
     except ValueError as error:
@@ -208,80 +157,6 @@ def _dropped(name: str, found: Found, both: bool) -> str | None:
     for layout, prefix in found.values():
         patterns |= {re.escape(prefix) + pattern: reason for pattern, reason in layout.dropped.items()}
     return next((reason for pattern, reason in patterns.items() if re.fullmatch(pattern, name)), None)
-
-
-def _config(made: Tensors, found: Found, both: bool, source: Mapping[str, Any]) -> Any:
-    text = vision = None
-    if "text" in found:
-        own = "text_model." if both else ""
-        words = _need(made, f"{own}embeddings.word_embeddings.weight")
-        width = words.shape[1]
-        settings = source.get("text_config", source) if both else source
-        text = BifocalTextConfig(
-            vocab_size=words.shape[0], hidden_size=width, num_hidden_layers=_layers(made, own),
-            num_attention_heads=_heads(width, settings, "text"),
-            intermediate_size=_need(made, f"{own}layers.0.mlp.gate_up_proj.weight").shape[0] // 2,
-            type_vocab_size=_need(made, f"{own}embeddings.token_type_embeddings.weight").shape[0],
-            max_position_embeddings=int(settings.get("max_position_embeddings", 8192)),
-            pad_token_id=settings.get("pad_token_id", 0),
-        )  # fmt: skip
-        _agree(settings, text, "text")
-    if "vision" in found:
-        own = "vision_model." if both else ""
-        patches = _need(made, f"{own}embeddings.patch_embedding.weight")
-        places = _need(made, f"{own}embeddings.position_embedding")
-        width, patch = patches.shape[0], patches.shape[-1]
-        grid = math.isqrt(places.shape[1] - 1)
-        if places.ndim != 3 or grid * grid != places.shape[1] - 1:
-            raise ConversionError(
-                f"The position table has {places.shape[1]} rows, which is no square and a class token."
-            )
-        settings = source.get("vision_config", {}) if both else source
-        reference = found["vision"][0].rope_reference
-        vision = BifocalVisionConfig(
-            hidden_size=width, num_hidden_layers=_layers(made, own), num_channels=patches.shape[1],
-            num_attention_heads=_heads(width, settings, "vision"), patch_size=patch, image_size=grid * patch,
-            intermediate_size=_need(made, f"{own}layers.0.mlp.gate_proj.weight").shape[0],
-            # jina-clip-v1 counts positions in its own grid, EVA02-CLIP and timm in one of 16.
-            rope_reference_grid=grid if both else reference,
-        )  # fmt: skip
-        _agree(settings, vision, "vision")
-    if not both:
-        return text or vision
-    assert text is not None and vision is not None  # noqa: PT018
-    shared = made.get("vision_projection.weight")
-    return BifocalConfig(
-        text_config=text, vision_config=vision, text_projection=False, vision_projection=shared is not None,
-        projection_dim=text.hidden_size if shared is None else shared.shape[0],
-    )  # fmt: skip
-
-
-def _heads(width: int, settings: Mapping[str, Any], tower: str) -> int:
-    given = settings.get("num_attention_heads")
-    if given is None and width % _HEAD_WIDTH:
-        raise ConversionError(f"The {tower} tower is {width} wide, and its number of heads is nowhere said.")
-    return int(given) if given is not None else width // _HEAD_WIDTH
-
-
-def _layers(made: Tensors, own: str) -> int:
-    numbers = {int(m.group(1)) for name in made if (m := re.match(re.escape(own) + r"layers\.(\d+)\.", name))}
-    return max(numbers, default=-1) + 1
-
-
-def _need(made: Tensors, name: str) -> torch.Tensor:
-    if name not in made:
-        raise ConversionError(f"1 tensor is missing: what '{name}' is made of.")
-    return made[name]
-
-
-def _agree(settings: Mapping[str, Any], config: Any, tower: str) -> None:
-    for key in ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size", "patch_size", "image_size"):
-        said = settings.get(key)
-        if isinstance(said, int) and hasattr(config, key) and said != getattr(config, key):
-            found = getattr(config, key)
-            raise ConversionError(
-                f"The source's configuration says {key}={said} of the {tower} tower, its tensors {found}."
-            )
 
 
 def _resize(made: Tensors, config: Any, image_size: int, both: bool) -> None:
@@ -391,15 +266,46 @@ def save_converted(model: Any, source: str, out: Path) -> list[str]:
 
 def _processor(source: str, config: Any) -> BifocalProcessor | None:
     from transformers import AutoTokenizer
-    from transformers.models.clip import CLIPImageProcessorPil
 
-    vision = getattr(config, "vision_config", config)
-    side = getattr(vision, "image_size", 224)
-    images = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
-    folder = Path(source).parent if Path(source).is_file() else source
+    folder = str(Path(source).parent if Path(source).is_file() else source)
     if Path(folder).exists() and not (Path(folder) / "tokenizer_config.json").exists():
         return None
     try:
-        return BifocalProcessor(images, AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError):  # no tokenizer there; said by the caller
         return None
+    return BifocalProcessor(_image_processor(folder, config), tokenizer)
+
+
+def _image_processor(folder: str, config: Any) -> Any:
+    """CLIP's image processor of the tower's size, with the source's mean, deviation and interpolation if it says them.
+
+    Raises:
+        ConversionError: if the source prepares images in another way.
+    """
+    from transformers.models.clip import CLIPImageProcessorPil
+    from transformers.utils import cached_file
+
+    path = cached_file(
+        folder, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )  # fmt: skip
+    said = read_json(None if path is None else Path(path))
+    resize = said.get("resize_mode", "shortest")
+    if resize != "shortest":
+        raise ConversionError(
+            f"The source's preprocessor_config.json says resize_mode={resize!r}, but Bifocal resizes the shorter side "
+            "and crops. Its vectors would be others."
+        )
+    options = {}
+    for ours, theirs in (("image_mean", "mean"), ("image_std", "std")):
+        if (value := said.get(ours, said.get(theirs))) is not None:
+            options[ours] = value
+    resample = said.get("resample", said.get("interpolation"))
+    if resample is not None:
+        try:
+            options["resample"] = Image.Resampling[resample.upper()] if isinstance(resample, str) else resample
+        except KeyError:
+            raise ConversionError(f"The source's interpolation '{resample}' is not one that Pillow has.") from None
+    side = getattr(getattr(config, "vision_config", config), "image_size", 224)
+    return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}, **options)

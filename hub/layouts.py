@@ -141,7 +141,7 @@ _PATCHES = (
     *_both("blocks.#.attn.proj", "layers.#.attention.out_proj"),
     *_both("norm", "norm"),
 )
-_ROPE = {r"(blocks\.\d+\.attn\.)?rope\..*": "rotary tables, computed from the configuration"}
+_ROPE = {r"(blocks\.\d+\.attn\.)?rope\..*": "rotary tables, kept as numbers of the configuration"}
 
 EVA = Layout(
     name="EVA02, EVA-CLIP's form",

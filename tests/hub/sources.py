@@ -249,14 +249,23 @@ class Eva(nn.Module):
         if not timm:
             for place in (self, *(block.attn for block in self.blocks)):
                 place.rope = nn.Module()
-                for name in ("freqs_cos", "freqs_sin"):
-                    place.rope.register_buffer(name, torch.randn(grid * grid, width // heads))
+                # Interleaved pairs share an angle; the first half of the columns turns by the row.
+                angles = torch.stack([self.axis()] * 2)[:, :, None] * 10_000.0 ** -(
+                    torch.arange(0, width // heads // 2, 2) / (width // heads // 2)
+                )
+                angles = angles.repeat_interleave(2, dim=-1)
+                by_row = angles[0][:, None].expand(grid, grid, -1)
+                table = torch.cat([by_row, angles[1][None].expand(grid, grid, -1)], dim=-1).flatten(0, 1)
+                place.rope.register_buffer("freqs_cos", table.cos())
+                place.rope.register_buffer("freqs_sin", table.sin())
+
+    def axis(self) -> torch.Tensor:
+        return torch.arange(self.grid) / self.grid * self.reference
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         x = self.patch_embed.proj(pixels).flatten(2).transpose(1, 2)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
-        axis = torch.arange(self.grid) / self.grid * self.reference
-        rows, columns = torch.meshgrid(axis, axis, indexing="ij")
+        rows, columns = torch.meshgrid(self.axis(), self.axis(), indexing="ij")
         positions = torch.stack([rows.flatten(), columns.flatten()], dim=1)
         for block in self.blocks:
             x = block(x, positions)

@@ -1,0 +1,73 @@
+"""Published families that `bifocal convert` recognises but does not convert, so that it can say what a source is."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+# model_type of a configuration, or a pattern of tensor names where there is no configuration; the first match counts.
+_FAMILIES: tuple[tuple[tuple[str, ...], str, str], ...] = (
+    (
+        ("bifocal", "bifocal_text", "bifocal_vision"),
+        r"(text_model\.|vision_model\.)?layers\.0\.mlp\.(gate_up_proj|gate_proj)\.weight",
+        "a Bifocal model already; load it with AutoModel.from_pretrained(..., trust_remote_code=True)",
+    ),
+    (
+        (),
+        r"text_model\.transformer\.roberta\..*",
+        "jina-clip-v2, whose text tower is XLM-R with rotary positions",
+    ),
+    (
+        (),
+        r"(.*\.)?roberta\..*parametrizations\..*|roberta\.encoder\.layers\.0\.mixer\..*",
+        "jina-embeddings-v3, an XLM-R with rotary positions",
+    ),
+    (
+        (),
+        r"(.*\.)?encoder\.layer\.0\.(attention\.self\.layer_norm_[qk]|mlp\.up_gated_layer)\..*",
+        "JinaBERT with norms on queries and keys (jina-embeddings-v2-code)",
+    ),
+    (("siglip", "siglip2"), r"vision_model\.head\.probe", "SigLIP"),
+    (("siglip_vision_model", "siglip2_vision_model"), r"head\.probe", "an image tower of SigLIP"),
+    (("metaclip_2",), r"(?!)", "MetaCLIP 2"),
+    (("chinese_clip",), r"(?!)", "Chinese-CLIP"),
+    (("altclip",), r"(?!)", "AltCLIP"),
+    (
+        ("clip", "clip_vision_model", "clip_text_model"),
+        r"(vision_model\.)?embeddings\.class_embedding|text_model\.embeddings\.token_embedding\.weight",
+        "CLIP",
+    ),
+    ((), r"(visual\.)?(conv1\.weight|transformer\.resblocks\.0\..*)", "CLIP in OpenAI's or open_clip's form"),
+    (("dinov2", "dinov2_with_registers"), r"(?!)", "DINOv2"),
+    (("dinov3_vit",), r"(?!)", "DINOv3"),
+    (("vit",), r"(vit\.)?embeddings\.patch_embeddings\.projection\.weight", "ViT"),
+    (("modernbert",), r"(model\.)?layers\.0\.attn\.Wqkv\.weight", "ModernBERT"),
+    (("nomic_bert",), r"encoder\.layers\.0\.attn\.Wqkv\.weight", "NomicBERT"),
+    (("mpnet",), r"(mpnet\.)?encoder\.relative_attention_bias\.weight", "MPNet"),
+    (("xlm-roberta",), r"(?!)", "XLM-R"),
+    (("roberta",), r"roberta\.embeddings\..*", "RoBERTa"),
+    (
+        (),
+        r"(bert\.)?embeddings\.position_embeddings\.weight",
+        "BERT with a position table, which JinaBERT does not have",
+    ),
+    (
+        (),
+        r"(visual\.|vision_model\.)?blocks\.0\.(attn\.qkv\.weight|mlp\.fc1\.weight)",
+        "a plain ViT or EVA-01, without EVA02's sub-LN and SwiGLU",
+    ),
+)
+
+
+def family_of(names: Iterable[str], config: Mapping[str, Any] = {}) -> str | None:
+    """Return what a source is, if it belongs to a family that is known but not converted.
+
+    Args:
+        names: of its tensors.
+        config: its config.json.
+    """
+    given = list(names)
+    kind = config.get("model_type")
+    for types, pattern, family in _FAMILIES:
+        if kind in types or any(re.fullmatch(pattern, name) for name in given):
+            return family
+    return None

@@ -1,0 +1,110 @@
+"""Reading a checkpoint: its tensors from safetensors or, on request, pickles, and its JSON files."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bifocal.hub.layouts import Tensors
+from bifocal.hub.source_config import ConversionError
+
+_PICKLES = (".bin", ".pt", ".pth")
+_ENDINGS = (".safetensors", *_PICKLES)
+_WRAPPERS = ("module.", "_orig_mod.")  # put before every name by DataParallel and torch.compile
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def read_weights(source: str, allow_pickle: bool = False) -> tuple[Tensors, dict[str, Any]]:
+    """The tensors and the configuration at a Hub id, a folder or a file.
+
+    Args:
+        allow_pickle: also read `.bin`, `.pt` and `.pth`, with `weights_only=True`.
+
+    Raises:
+        ConversionError: there are none, or only pickles and these were not asked for.
+    """
+    path = Path(source).expanduser()
+    if not path.exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1 or path.suffix in _ENDINGS):
+        raise ConversionError(f"'{source}' does not exist. Give a file, a folder or a Hub id (organisation/name).")
+    if not path.exists():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+        patterns = ["*.safetensors", "*.json", *(["*.bin", "*.pt", "*.pth"] if allow_pickle else [])]
+        try:
+            path = Path(snapshot_download(source, allow_patterns=patterns))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            line = str(error).strip().splitlines()[0]
+            raise ConversionError(f"'{source}' is no file or folder here, nor on the Hub ({line}).") from error
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    pickled = [path] if path.suffix in _PICKLES else []
+    if path.is_dir() and not files:
+        pickled = sorted(p for ending in _PICKLES for p in path.glob(f"*{ending}"))
+    if pickled and not allow_pickle:
+        raise ConversionError(
+            f"'{pickled[0]}' is a pickle, which can run code when it is read; pass --allow-pickle if you trust it (it "
+            "is read with weights_only=True)."
+        )
+    if not files and not pickled:
+        raise ConversionError(f"'{source}' holds no weights (*.safetensors).")
+    tensors: Tensors = {}
+    for file in pickled or files:
+        tensors |= _read(file)
+    return tensors, read_json(path / "config.json" if path.is_dir() else path.with_name("config.json"))
+
+
+def read_json(path: Path | None) -> dict[str, Any]:
+    """The object in a JSON file; empty if there is no such file."""
+    if path is None or not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConversionError(f"'{path}' is not valid JSON ({error}). Correct or remove it.") from error
+    if not isinstance(found, dict):
+        raise ConversionError(f"'{path}' does not hold a JSON object. Correct or remove it.")
+    return found
+
+
+def _read(file: Path) -> Tensors:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        found = torch.load(file, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise ConversionError(f"'{file}' cannot be read ({str(error).splitlines()[0]}).") from error
+    except Exception as error:  # pickle has errors of its own, and weights_only refuses with one of them
+        raise ConversionError(f"'{file}' holds more than weights, and is not read.") from error
+    while isinstance(found, Mapping) and not all(isinstance(value, torch.Tensor) for value in found.values()):
+        inner = next((found[name] for name in ("state_dict", "module", "model") if name in found), None)
+        if inner is None:
+            raise ConversionError(f"'{file}' holds no state dict of tensors.")
+        found = inner
+    return dict(found)
+
+
+def unwrapped(tensors: Tensors) -> Tensors:
+    """The same without a prefix that a wrapper has put before every name."""
+    for wrapper in _WRAPPERS:
+        if tensors and all(name.startswith(wrapper) for name in tensors):
+            return unwrapped({name.removeprefix(wrapper): tensor for name, tensor in tensors.items()})
+    return tensors
+
+
+def require_numbers(name: str, tensor: torch.Tensor) -> None:
+    """
+    Raises:
+        ConversionError: if a weight is not of floating point, quantised, or not finite.
+    """
+    if tensor.dtype not in _FLOATS:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise ConversionError(
+            f"'{name}' is of type {kind}, not floating point. Convert weights that are not quantised."
+        )
+    if not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
+        raise ConversionError(f"'{name}' holds NaN or infinite numbers. The checkpoint is damaged; fetch it again.")
