@@ -16,7 +16,7 @@ from bifocal.modeling import BifocalConfig, BifocalTextConfig, BifocalVisionConf
 
 _HEAD_WIDTH = 64  # of both towers in all published sizes
 # One size, and the names under which configurations hold it: ours is transformers' name, the others are EVA-CLIP's.
-_SIZES = {
+_SIZES: dict[str, dict[str, tuple[str, ...]]] = {
     "text": {
         "hidden_size": ("hidden_size",),
         "num_hidden_layers": ("num_hidden_layers",),
