@@ -25,8 +25,20 @@ app = typer.Typer(
 app.add_typer(data)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"bifocal {version('bifocal')}")
+        raise typer.Exit
+
+
 @app.callback()
-def _main() -> None:
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
     """Keeps `bifocal COMMAND` the form of every call, however few commands there are."""
 
 
@@ -80,13 +92,13 @@ def mine(
     model: Annotated[str, typer.Option(help="A sentence-transformers model; a Bifocal model across modalities.")],
     direction: Annotated[str, typer.Option(help="text-to-text, text-to-image or image-to-text.")] = "text-to-text",
     column: Annotated[list[str] | None, typer.Option(help="ours=theirs, such as query=question.")] = None,
-    negatives: Annotated[int, typer.Option(help="How many for each query.")] = 7,
-    skip: Annotated[int, typer.Option(help="Leave out the first so many candidates.")] = 0,
-    depth: Annotated[int, typer.Option(help="Look at so many candidates.")] = 100,
+    negatives: Annotated[int, typer.Option(min=1, help="How many for each query.")] = 7,
+    skip: Annotated[int, typer.Option(min=0, help="Leave out the first so many candidates.")] = 0,
+    depth: Annotated[int, typer.Option(min=1, help="Look at so many candidates.")] = 100,
     margin: Annotated[
         float | None, typer.Option(help="A negative is at least so much less similar than the positive.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Of embedding.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts or images per forward pass.")] = 64,
     cache: Annotated[Path | None, typer.Option(help="Folder for embeddings; a killed run finds them again.")] = None,
 ) -> None:
     """Find hard negatives for text pairs, or across pictures and texts, and write them with their scores."""
@@ -154,9 +166,7 @@ for command in (
 @app.command()
 def version() -> None:
     """Print the version."""
-    from importlib.metadata import version as installed
-
-    typer.echo(f"bifocal {installed('bifocal')}")
+    _print_version(True)
 
 
 def main() -> None:

@@ -45,7 +45,7 @@ def inspect(
     source: SourceArgument,
     overrides: Overrides = None,
     kind: Kind = None,
-    rows: Annotated[int, typer.Option(help="Look at so many rows; 0 means all.")] = 10_000,
+    rows: Annotated[int, typer.Option(min=0, help="Look at so many rows; 0 means all.")] = 10_000,
     out: Annotated[Path, typer.Option(help="HTML page to write.")] = Path("runs/data.html"),
 ) -> None:
     """Write a page about a source: counts, lengths, sizes, duplicates, a sample, what is left out and why."""
@@ -55,6 +55,8 @@ def inspect(
     from bifocal.training.recipe import source_of
     from bifocal.training.sources import guess_kind
 
+    if out.is_dir():
+        fail(f"'{out}' is a folder. Give the HTML file to write with --out.")
     with one_sentence(out.parent):
         given = source_of(source, overrides)
         found = inspect_source(given, _kind(kind) or guess_kind(given), rows or None)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from bifocal.evaluation import protocols
@@ -21,7 +20,7 @@ from bifocal.evaluation.retrieval import EvaluationError
 from bifocal.training.data.faults import Fault, Skip, Skipped
 from bifocal.training.data.groups import is_beir, whole_beir
 from bifocal.training.data.inspecting import rows_of
-from bifocal.training.recipe import RecipeError, Source, validated
+from bifocal.training.recipe import RecipeError, Source, read_yaml, validated
 
 SUITES = Path(protocols.__file__).parent / "suites"
 _READ_AS = {
@@ -79,12 +78,7 @@ def load_evaluation_recipe(given: str) -> EvaluationRecipe:
     if path is None:
         shipped = ", ".join(sorted(found.stem for found in SUITES.glob("*.yaml")))
         raise RecipeError(f"There is no evaluation suite '{given}'; give a YAML file or one of {shipped}.")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise RecipeError(f"'{path}' is no YAML ({getattr(error, 'problem', error)}).") from error
-    if not isinstance(values, dict):
-        raise RecipeError(f"'{path}': an evaluation recipe is a mapping with a name and tasks.")
+    values = read_yaml(path)
     recipe = validated(EvaluationRecipe, values, [])
     names = [task.name for task in recipe.tasks]
     if len(set(names)) < len(names):

@@ -14,7 +14,7 @@ def convert(
     ],
     out: Annotated[Path, typer.Argument(help="Folder for the Bifocal model.")],
     image_size: Annotated[
-        int | None, typer.Option(help="Resize the position table for pictures of so many pixels.")
+        int | None, typer.Option(min=1, help="Resize the position table for pictures of so many pixels.")
     ] = None,
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Also read .bin and .pt, with weights_only=True.")

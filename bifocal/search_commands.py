@@ -29,7 +29,7 @@ def index(
         list[int] | None, typer.Option(help="Also search by so many leading dimensions; several times.")
     ] = None,
     precision: Annotated[list[str] | None, typer.Option(help="float32, int8; several times.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Of embedding.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts or images per forward pass.")] = 32,
 ) -> None:
     """Embed pictures and texts for search; a killed run goes on, and nothing is embedded twice."""
     require(*_NEEDS, "pydantic")
@@ -76,7 +76,7 @@ def search(
     index: Index,
     text: Annotated[str | None, typer.Argument(help="What to search for.")] = None,
     image: Annotated[Path | None, typer.Option(help="A picture to search by, alone or with the text.")] = None,
-    hits: Annotated[int, typer.Option("--hits", "-k", help="How many.")] = 10,
+    hits: Annotated[int, typer.Option("--hits", "-k", min=1, help="How many.")] = 10,
     only: Annotated[str | None, typer.Option(help="image or text.")] = None,
     dim: Annotated[int | None, typer.Option(help="Search by so many dimensions.")] = None,
     precision: Annotated[str, typer.Option(help="float32 or int8; with --dim.")] = "float32",
@@ -150,7 +150,7 @@ def database(
 def serve(
     index: Index,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets others in.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 7860,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
     title: Annotated[str, typer.Option(help="Of the page.")] = "Search pictures and texts",
     model: Model = None,
     space: Annotated[

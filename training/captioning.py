@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import yaml
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -18,7 +17,7 @@ from bifocal.modeling import load_image
 from bifocal.training.data.faults import Fault, Skip, Skipped
 from bifocal.training.data.inspecting import rows_of
 from bifocal.training.data.pictures import fault_of
-from bifocal.training.recipe import SHIPPED, RecipeError, Source, validated
+from bifocal.training.recipe import SHIPPED, Source, read_yaml, validated
 from bifocal.training.tasks import TrainingError
 
 _PART = 256  # rows of a file; at most so many are lost when a run is killed
@@ -46,16 +45,10 @@ def caption_recipe(model: str, path: Path | None = None) -> CaptionRecipe:
     """The settings in a file, or those that come with Bifocal.
 
     Raises:
-        RecipeError: no such file, or a wrong key in it.
+        RecipeError: if there is no such file, it is no YAML, or a key in it is wrong.
     """
     path = path or SHIPPED / "caption.yaml"
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        problem = getattr(error, "problem", None) or str(error)
-        raise RecipeError(
-            f"'{path}' cannot be read as YAML ({problem}); write it as training/recipes/caption.yaml is."
-        ) from error
+    values = read_yaml(path)
     return validated(CaptionRecipe, {**values, "model": model}, [])
 
 

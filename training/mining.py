@@ -13,6 +13,7 @@ import numpy as np
 
 from bifocal.training.tasks import TrainingError
 
+DIRECTIONS = ("text-to-text", "text-to-image", "image-to-text")
 _NO_WORD = re.compile(r"[\W_]+")
 
 
@@ -84,7 +85,8 @@ def mine_texts(pairs: Any, model: Any, settings: MiningSettings = MiningSettings
         batch_size=settings.batch_size,
         output_format="labeled-list",
         output_scores=True,
-        cache_folder=None if cache is None else str(cache),
+        # sentence-transformers names what it keeps by texts and base model only.
+        cache_folder=None if cache is None else str(cache / _weights_key(model)),
         verbose=False,
     )
     return _as_triplets(mined, settings)
@@ -132,13 +134,15 @@ def mine_across(
     """
     from datasets import Dataset
 
-    if direction not in ("text-to-image", "image-to-text"):
-        raise MiningError(f"direction must be 'text-to-image' or 'image-to-text', but it is '{direction}'.")
+    if direction not in DIRECTIONS[1:]:
+        raise MiningError(f"direction must be one of {', '.join(DIRECTIONS[1:])}, but it is '{direction}'.")
     _require_columns(pairs, "image", "caption")
     captions = [text[0] if isinstance(text, list) else text for text in pairs["caption"]]
-    texts = _embedded(captions, model.encode_text, cache / "captions", settings)
-    images = _embedded(_Pictures(pairs), model.encode_image, cache / "images", settings)
-    known = pairs["image_id"] if "image_id" in pairs.column_names else _picture_ids(pairs)
+    contents = _picture_ids(pairs)
+    weights = _weights_key(model)
+    texts = _embedded(captions, model.encode_text, cache / f"captions-{_digest(weights, *captions)}", settings)
+    images = _embedded(_Pictures(pairs), model.encode_image, cache / f"images-{_digest(weights, *contents)}", settings)
+    known = pairs["image_id"] if "image_id" in pairs.column_names else contents
     same_picture = _numbers([str(value) for value in known])
     same_caption = _numbers([_key(text) for text in captions])
     queries, candidates = (texts, images) if direction == "text-to-image" else (images, texts)
@@ -228,14 +232,27 @@ def _picture_ids(pairs: Any) -> list[str]:
     return found
 
 
+def _digest(*parts: str) -> str:
+    joined = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        joined.update(part.encode("utf-8", "surrogatepass") + b"\0")
+    return joined.hexdigest()
+
+
+def _weights_key(model: Any) -> str:
+    """Names a model's weights, so that embeddings kept for one are never taken for another's."""
+    joined = hashlib.blake2b(digest_size=8)
+    for name, value in sorted(model.state_dict().items()):
+        joined.update(name.encode() + value.detach().cpu().float().contiguous().numpy().tobytes())
+    return joined.hexdigest()
+
+
 def _embedded(items: Sequence[Any], encode: Any, path: Path, settings: MiningSettings) -> np.ndarray:
     """(items, dimensions) in a file; what a killed run left there is not embedded again."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file, progress = path.with_suffix(".npy"), path.with_suffix(".json")
     done = json.loads(progress.read_text())["done"] if progress.exists() and file.exists() else 0
     vectors = np.load(file, mmap_mode="r+") if done else None
-    if vectors is not None and len(vectors) != len(items):
-        raise MiningError(f"'{file}' holds {len(vectors)} embeddings of other data; remove it or use another folder.")
     for batch in _slices(len(items), 16 * settings.batch_size, done):
         found = encode(items[batch], batch_size=settings.batch_size, show_progress=False)
         if vectors is None:

@@ -193,6 +193,28 @@ def find_recipe(given: str) -> Path:
     raise RecipeError(f"There is no recipe '{given}'; give a file or one of {', '.join(shipped)}.")
 
 
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the mapping in a YAML file.
+
+    Raises:
+        RecipeError: if the file cannot be read, is not UTF-8, not YAML or not a mapping; with the line.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read ({error.strerror}). Give a YAML file.") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} is not a text file in UTF-8. Give a YAML file.") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise RecipeError(f"{path}{line}: this is not valid YAML ({problem}).") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path} does not hold a mapping of keys to values, as a recipe does.")
+    return values
+
+
 def load_recipe(path: Path, overrides: list[str] | None = None, files: bool = False) -> Recipe:
     """Read and check a recipe.
 
@@ -204,15 +226,8 @@ def load_recipe(path: Path, overrides: list[str] | None = None, files: bool = Fa
         RecipeError: no YAML, an unknown key (and the nearest known one), a wrong type, a missing key or (with `files`)
             a missing file; with the line.
     """
-    try:
-        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise RecipeError(f"{path}{line}: this is no YAML ({getattr(error, 'problem', error)}).") from error
-    if not isinstance(values, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of keys to values.")
+    values = read_yaml(path)
+    node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     given: dict[tuple[Any, ...], str] = {}
     for override in overrides or []:
         given[_override(values, override)] = override

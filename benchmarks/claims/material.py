@@ -70,6 +70,16 @@ class Captions:
         )
 
 
+def require_files(folder: Path) -> None:
+    """
+    Raises:
+        ClaimsError: if the folder lacks a file of the layout.
+    """
+    missing = next((n for n in (*_PHOTOS, *_CAPTIONS, _STS) if not (folder / n).exists()), None)
+    if missing is not None:
+        raise ClaimsError(f"'{folder}' has no {missing}; see --help for the layout, or leave --data out.")
+
+
 class Material:
     """All data, and the processor made for it.
 
@@ -85,9 +95,7 @@ class Material:
         self.folder, self.out = folder, out
         self.lock = FileLock(out / ".lock")  # other processes make the same; only one does
         if folder is not None:
-            missing = next((n for n in (*_PHOTOS, *_CAPTIONS, _STS) if not (folder / n).exists()), None)
-            if missing is not None:
-                raise ClaimsError(f"'{folder}' has no {missing}; see --help for the layout, or leave --data out.")
+            require_files(folder)
 
     @property
     def described(self) -> str:

@@ -40,6 +40,8 @@ def try_claims(
         raise ClaimsError(f"There is no claim '{unknown}'; there are {', '.join(CLAIMS)}.")
     if budget <= 0:
         raise ClaimsError(f"The budget must be some minutes, not {budget:g}.")
+    if data is not None:
+        require_files(data)  # before the folder is bound to this data
     out.mkdir(parents=True, exist_ok=True)
     material = Material(*_data(out, data, say))
     cores = max(1, available_cores() // workers)

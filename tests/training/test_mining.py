@@ -1,10 +1,13 @@
 """Hard negatives: never a positive or its duplicate, with the real MiniLM on real captions, and across modalities."""
 
 import json
+import shutil
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset, Features, Image, Value
 
 from bifocal.training.mining import MiningError, MiningSettings, mine_across, mine_texts, write_parquet
@@ -110,6 +113,9 @@ def test_a_killed_run_embeds_only_the_rest(model, tmp_path):
     class Model:
         seen = 0
 
+        def state_dict(self):
+            return model.state_dict()
+
         def encode_text(self, texts, **options):
             if Model.seen + len(texts) > 32:
                 raise StopError
@@ -125,8 +131,33 @@ def test_a_killed_run_embeds_only_the_rest(model, tmp_path):
     assert len(encoded) == 8
     model.encode_text = real
     assert resumed.to_dict() == mine_across(data, model, "text-to-image", tmp_path / "new", settings).to_dict()
-    with pytest.raises(MiningError, match=r"captions.npy' holds 40 embeddings of other data"):
-        mine_across(pictures(39), model, "text-to-image", tmp_path, settings)
+
+
+def test_kept_embeddings_are_of_the_same_model_and_data(model, tmp_path):
+    """Another model, other captions or other images of the same number never meet embeddings kept before."""
+    settings = MiningSettings(negatives=2, depth=10)
+    other = deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    data, changed = pictures(20), pictures(40).select(range(20, 40))
+    for given, rows in ((model, data), (other, data), (model, changed), (model, data)):
+        kept = mine_across(rows, given, "text-to-image", tmp_path / "kept", settings)
+        fresh = mine_across(rows, given, "text-to-image", tmp_path / "fresh", settings)
+        assert kept.to_dict() == fresh.to_dict()
+        shutil.rmtree(tmp_path / "fresh")
+
+
+def test_texts_kept_for_another_model_are_not_used(minilm, tmp_path):
+    pairs = Dataset.from_dict({"query": [f"{n} apples" for n in range(12)], "positive": [f"{n}" for n in range(12)]})
+    settings = MiningSettings(negatives=2, depth=8)
+    other = deepcopy(minilm)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    mine_texts(pairs, minilm, settings, tmp_path)
+    kept = mine_texts(pairs, other, settings, tmp_path)
+    np.testing.assert_allclose(kept["positive_score"], mine_texts(pairs, other, settings)["positive_score"], atol=1e-5)
 
 
 def test_what_cannot_be_mined(model, minilm, tmp_path):
@@ -136,7 +167,7 @@ def test_what_cannot_be_mined(model, minilm, tmp_path):
         mine_texts(pictures(), minilm)
     with pytest.raises(MiningError, match="2 different pairs are too few to find 7 negatives"):
         mine_texts(Dataset.from_dict({"query": ["a", "b"], "positive": ["c", "d"]}), minilm)
-    with pytest.raises(MiningError, match="direction must be 'text-to-image' or"):
+    with pytest.raises(MiningError, match="direction must be one of text-to-image, image-to-text, but"):
         mine_across(pictures(), model, "text-to-text", tmp_path)
     with pytest.raises(MiningError, match="No row has enough negatives"):
         mine_across(pictures(), model, "text-to-image", tmp_path, MiningSettings(margin=5.0))

@@ -90,7 +90,7 @@ def test_values_and_overrides(tmp_path):
         ("    batch_size: 64\n", "", r"line 4: the key 'batch_size' is missing"),
         ("  max_steps: 100\n", "", r"line 1: training needs max_steps"),
         ("  learning_rate", "  output_dir: x\n  learning_rate", r"line 10: 'output_dir' stands at the top of a recipe"),
-        ("tasks:", "tasks: [", r"line \d+: this is no YAML"),
+        ("tasks:", "tasks: [", r"line \d+: this is not valid YAML"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_line(tmp_path, old, new, message):

@@ -1,0 +1,35 @@
+"""Sentences for errors that several rooms meet: what was looked for, why it was not found, and what to do."""
+
+from pathlib import Path
+
+
+def model_not_loaded(place: str | Path, error: Exception, wanted: str = "model") -> str:
+    """Return a sentence on a model that could not be loaded, which speaks of the Hub only where a Hub id was given.
+
+    Args:
+        place: what was given: a folder or a Hub id.
+        error: what loading it raised.
+        wanted: what it should have been, such as "sentence-transformers model".
+    """
+    given, path = str(place), Path(place).expanduser()
+    if path.is_file():
+        return f"'{given}' is a file, not the folder of a {wanted}. Give its folder or a Hub id."
+    if path.is_dir():
+        if not any((path / name).exists() for name in ("config.json", "modules.json")):
+            return f"'{given}' holds no {wanted} (it has no config.json). Give a model's folder or a Hub id."
+        return f"The {wanted} in '{given}' cannot be loaded ({first_line(error)})."
+    if looks_like_path(given):
+        return f"'{given}' does not exist. Give the folder of a {wanted} or a Hub id."
+    return (
+        f"'{given}' is neither a folder here nor a {wanted} that could be fetched from the Hub ({first_line(error)})."
+    )
+
+
+def looks_like_path(given: str) -> bool:
+    """Whether a string can only be meant as a path: Hub ids are `name` or `organisation/name`."""
+    return given.startswith((".", "/", "~", "\\")) or given.count("/") > 1 or "\\" in given
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its class where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
