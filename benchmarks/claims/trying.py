@@ -10,7 +10,7 @@ from typing import Any
 
 from bifocal.claims.arms import file_name, write_json
 from bifocal.claims.claims import CLAIMS
-from bifocal.claims.material import ClaimsError, Material
+from bifocal.claims.material import ClaimsError, Material, require_files
 from bifocal.claims.page import Tried, write_claims_page
 from bifocal.claims.rules import summary
 from bifocal.claims.seed import Job, run_job, start_job
