@@ -11,7 +11,7 @@ from bifocal.console import fail, one_sentence, require
 def claims(
     only: Annotated[list[str] | None, typer.Option(help="Name of a claim; several times. All if none.")] = None,
     budget: Annotated[
-        float, typer.Option(min=0.1, help="Minutes for a claim, of the 40 that it takes with all its steps.")
+        float, typer.Option(help="Minutes for a claim, of the 40 that it takes with all its steps.")
     ] = 40.0,
     data: Annotated[
         Path | None,
