@@ -177,7 +177,7 @@ def disable_image_decoding(dataset: Any) -> Any:
     # `cast_column` copies every row where the images are in lists; the bytes below are the same either way.
     view = copy.deepcopy(dataset)
     for name, feature in features.items():
-        view._info.features[name] = _undecoded(feature)  # type: ignore[index]
+        view._info.features[name] = _undecoded(feature)
     view._fingerprint = update_fingerprint(dataset._fingerprint, disable_image_decoding, {})
     return view
 

@@ -95,9 +95,9 @@ class Task:
                 f"Task '{self.name}': the sigmoid loss is for image-text tasks; use 'info_nce' for texts."
             )
         for number in ("batch_size", "shuffle", "num_negatives"):
-            value = getattr(self, number)
-            if value is not None and value < 1:
-                raise TrainingError(f"Task '{self.name}' needs a {number} of at least 1, not {value}.")
+            count = getattr(self, number)
+            if count is not None and count < 1:
+                raise TrainingError(f"Task '{self.name}' needs a {number} of at least 1, not {count}.")
         # Imported here, since it raises the errors that are defined above.
         from bifocal.training.task_data import choose_negatives, column_names, task_data
 
@@ -111,8 +111,8 @@ class Task:
                     f"{', '.join(names)}); rename or add it."
                 )
         if self.kind == "text-triplet":
-            number = choose_negatives(self.dataset, self.name, self.num_negatives, self.max_bad)
-            object.__setattr__(self, "num_negatives", number)
+            negatives = choose_negatives(self.dataset, self.name, self.num_negatives, self.max_bad)
+            object.__setattr__(self, "num_negatives", negatives)
 
     @property
     def sort(self) -> str:

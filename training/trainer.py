@@ -91,6 +91,7 @@ class MultiTaskTrainer(Trainer):
         require_rows_by_number(eval_tasks)
         processor = processor or getattr(model, "processor", None)
         _require_dual_encoder(model, processor, [*tasks, *eval_tasks])
+        assert processor is not None
         if args.max_steps <= 0:
             raise TrainingError("MultiTaskTrainer counts steps, not epochs; set max_steps in the training arguments.")
         needs_bias = [task.name for task in tasks if task.loss == "sigmoid" and "bias" not in temperature_of(model)]
