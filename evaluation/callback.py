@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 
 from bifocal.evaluation.encoders import Encoder, bifocal_encoder
 from bifocal.evaluation.protocols import Result
+from bifocal.evaluation.retrieval import EvaluationError
 
 Evaluator = Callable[[Encoder], Result]
 
@@ -74,7 +75,16 @@ class EvaluationCallback(TrainerCallback):
         with _undisturbed(model):
             encoder = bifocal_encoder(model, "training", self.batch_size)
             for evaluator in self.evaluators:
-                result = evaluator(encoder)
+                try:
+                    result = evaluator(encoder)
+                except (OSError, ValueError) as error:
+                    if isinstance(error, EvaluationError):
+                        raise
+                    line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+                    raise EvaluationError(
+                        f"An evaluator failed at step {state.global_step} ({type(error).__name__}: {line}). Give it only "
+                        "images that can be read, such as those of an evaluation task that names the others."
+                    ) from error
                 metrics |= {f"eval_{result.task}_{name}": value for name, value in result.metrics.items()}
         return metrics
 

@@ -141,6 +141,8 @@ def _dual_encoder(path: str, batch_size: int, device: str) -> Encoder:
     import torch
     from transformers import AutoModel, AutoProcessor
 
+    from bifocal.training.joint_forward import padded_length
+
     model = AutoModel.from_pretrained(path).to(device).eval()
     if not hasattr(model, "get_text_features") or not hasattr(model, "get_image_features"):
         raise EvaluationError(
@@ -148,9 +150,8 @@ def _dual_encoder(path: str, batch_size: int, device: str) -> Encoder:
             "sentence-transformers, CLIP or SigLIP model."
         )
     processor = AutoProcessor.from_pretrained(path)
-    # SigLIP was trained on texts padded to their full length, and attends to the padding.
-    siglip = "siglip" in model.config.model_type
-    padding = "max_length" if siglip else True
+    full_length = padded_length(model.config)
+    padding = {"padding": True} if full_length is None else {"padding": "max_length", "max_length": full_length}
 
     def batches(items: list[Any], embed: Callable[[list[Any]], Any]) -> np.ndarray:
         found = []
@@ -163,8 +164,8 @@ def _dual_encoder(path: str, batch_size: int, device: str) -> Encoder:
 
     def text(texts: list[str]) -> np.ndarray:
         def embed(some: list[str]) -> Any:
-            inputs = processor(text=some, padding=padding, truncation=True, return_tensors="pt").to(device)
-            if siglip:
+            inputs = processor(text=some, truncation=True, return_tensors="pt", **padding).to(device)
+            if full_length is not None:
                 inputs.pop("attention_mask", None)
             return model.get_text_features(**inputs)
 

@@ -9,6 +9,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from bifocal.training.distributed import World
 from bifocal.training.streams import BlockReader
+from bifocal.training.task_data import read_rows
 from bifocal.training.tasks import Task, TrainingError
 
 SORTS = ("image", "text")
@@ -73,10 +74,10 @@ class Batches:
         world: a process takes its part of the joint batch.
 
     Attributes:
-        picture: decodes a stream's pictures, so that rows whose picture is broken are left out.
+        decode: reads the images of streams, so that rows with a broken one are skipped before a batch is made.
     """
 
-    picture: Callable[[Any], Any] | None = None
+    decode: Callable[[Any], Any] | None = None
 
     def __init__(self, tasks: Sequence[Task], steps: int, seed: int, world: World = World()) -> None:
         self.tasks = tasks
@@ -87,10 +88,11 @@ class Batches:
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
         for task in tasks:
             if not task.streams and len(task.dataset) < task.batch_size * world.size:
+                batch = f"the {task.batch_size * world.size} of its batches in {world.size} processes"
                 raise TrainingError(
-                    f"The data set of task '{task.name}' has {len(task.dataset)} rows, fewer than the "
-                    f"{task.batch_size * world.size} of its batches in {world.size} processes; give a smaller "
-                    "batch_size."
+                    f"The data set of task '{task.name}' has {len(task.dataset)} rows, fewer than "
+                    f"{batch if world.size > 1 else f'its batch of {task.batch_size}'}; give a smaller batch_size or "
+                    "more rows."
                 )
 
     def rows(self, number: int, use: int) -> np.ndarray:
@@ -111,7 +113,7 @@ class Batches:
             task = self.tasks[number]
             if not task.streams:
                 rows = self.rows(number, use).tolist()
-                parts.append((task, rows, task.dataset[rows]))
+                parts.append((task, rows, read_rows(task.dataset, rows)))
         return parts
 
 
@@ -152,7 +154,7 @@ class StepStream(Batches, IterableDataset):
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
         readers = {
             number: BlockReader(
-                task, self.seed + number, self.world.rank * workers + worker, self.world.size * workers, self.picture
+                task, self.seed + number, self.world.rank * workers + worker, self.world.size * workers, self.decode
             )
             for number, task in enumerate(self.tasks)
             if task.streams

@@ -4,10 +4,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 
 from bifocal.modeling import BifocalProcessor
-from bifocal.training.joint_forward import embed
+from bifocal.training.joint_forward import embed, padded_length
 from bifocal.training.tasks import Task
 
 _SHARE = 0.6  # of the free memory; the rest is for gradients, optimiser states and what libraries need
@@ -26,9 +27,8 @@ def find_chunk_sizes(
     """
     largest = {"text": 1, "image": 1}
     for task in tasks:
-        negatives = len(task.dataset[0]["negatives"]) if task.kind == "text-triplet" and not task.streams else 7
-        texts = {"image-text": 1, "text-pair": 2, "text-triplet": 2 + negatives}[task.kind] * task.batch_size
-        largest["text"] = max(largest["text"], texts)
+        texts_of_row = {"image-text": 1, "text-pair": 2, "text-triplet": 2 + (task.num_negatives or 0)}[task.kind]
+        largest["text"] = max(largest["text"], texts_of_row * task.batch_size)
         if task.sort == "image":
             largest["image"] = max(largest["image"], task.batch_size)
     device = next(model.parameters()).device
@@ -44,18 +44,18 @@ def find_chunk_sizes(
 
 def kept_per_row(model: nn.Module, max_length: int, processor: BifocalProcessor, args: Any) -> tuple[int, int]:
     """Bytes that autograd keeps for one text of `max_length` tokens and for one image of the processor's size."""
-    crop = processor.image_processor.crop_size
-    channels = getattr(getattr(model.config, "vision_config", None), "num_channels", 3)
+    pad_to = padded_length(model.config)
     device = next(model.parameters()).device
     model.train()
 
     def text(rows: int) -> int:
-        ids = torch.ones(rows, max_length, dtype=torch.long, device=device)
-        return _kept_for_backward(model, [{"input_ids": ids, "attention_mask": ids}], [], args)
+        ids = torch.ones(rows, pad_to or max_length, dtype=torch.long, device=device)
+        mask = {} if pad_to else {"attention_mask": ids}
+        return _kept_for_backward(model, [{"input_ids": ids, **mask}], [], args)
 
     def image(rows: int) -> int:
-        pixels = torch.zeros(rows, channels, crop["height"], crop["width"], device=device)
-        return _kept_for_backward(model, [], [{"pixel_values": pixels}], args)
+        blank = processor.image_processor([Image.new("RGB", (64, 64))] * rows, return_tensors="pt")
+        return _kept_for_backward(model, [], [{name: value.to(device) for name, value in blank.items()}], args)
 
     return text(2) - text(1), image(2) - image(1)
 

@@ -5,7 +5,7 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -13,6 +13,8 @@ from PIL import Image
 from bifocal.modeling import BifocalProcessor
 from bifocal.training.data.faults import Fault, Skip
 from bifocal.training.data.pictures import PictureReader
+from bifocal.training.row_check import usable_row
+from bifocal.training.task_data import read_rows
 from bifocal.training.tasks import COLUMNS, Task, TrainingError
 
 Augmentation = Callable[[Image.Image, random.Random], Image.Image]
@@ -21,7 +23,7 @@ Inputs = dict[str, torch.Tensor]
 # A bucket of texts ends where a text has fewer than this share of the tokens of the bucket's longest, if the bucket
 # holds at least so many texts.
 _SHORTEST, _FEWEST = 0.8, 8
-_TRIES = 100  # of finding a row in the place of one whose picture cannot be read
+_TRIES = 100  # of finding a row in the place of one that cannot be used
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 
@@ -91,7 +93,8 @@ class MultiTaskCollator:
         augment: applied to each picture with a random generator.
         rank: of the process.
         exact: hand pictures to the processor whole (see `PictureReader`).
-        skip: put another row in the place of one whose picture cannot be read.
+        skip: put another row of the data set in the place of one that cannot be used.
+        pad_to: tokens that every text is padded to, without an attention mask (see `padded_length`).
 
     Attributes:
         bucketed: whether texts are cut into buckets of similar length; if not, all are padded to the longest.
@@ -108,6 +111,7 @@ class MultiTaskCollator:
         rank: int = 0,
         exact: bool = True,
         skip: bool = False,
+        pad_to: int | None = None,
     ) -> None:
         self.processor = processor
         self.max_length = max_length
@@ -115,6 +119,7 @@ class MultiTaskCollator:
         self.augment = augment
         self.rank = rank
         self.skip = skip
+        self.pad_to = pad_to
         self.pictures = PictureReader(processor.image_processor, exact, crop=augment is None)
 
     def __call__(self, items: Sequence[dict[str, Any] | None]) -> StepInputs | None:
@@ -123,8 +128,7 @@ class MultiTaskCollator:
             items: exactly one item of `StepBatches` or `StepStream`.
 
         Raises:
-            TrainingError: an empty text, negatives that differ in number, or a picture that cannot be read, with
-                task, row and column.
+            TrainingError: if a row cannot be used, with its task and name; with `skip`, if too few rows can.
         """
         (item,) = items
         if item is None:  # a step before the one to resume from
@@ -134,30 +138,27 @@ class MultiTaskCollator:
         tasks: dict[str, Columns] = {}
         pictures = 0
         skips: dict[str, tuple[int, list[Skip], int]] = dict(item.get("skips", {}))
-        for task, rows, columns in item["tasks"]:
-            if "image" in columns:
-                rows, columns, left_out = self._decoded(task, rows, columns, item["step"])
-                skips.setdefault(task.name, (len(rows), left_out, 0))
+        for task, names, columns in item["tasks"]:
+            names, rows, skipped = self._whole(task, names, columns, item["step"])
+            skips.setdefault(task.name, (len(rows), skipped, 0))
             generator = random.Random(f"{self.seed}/{item['step']}/{task.name}/{self.rank}")
-            found = tasks[task.name] = Columns(rows)
+            found = tasks[task.name] = Columns(names)
             for column in COLUMNS[task.kind]:
-                values = columns[column]
+                values = [row[column] for row in rows]
                 if column == "image":
                     images.append(self._pixels(values, generator))
                     found.spans[column] = (pictures, pictures + len(values))
                     pictures += len(values)
-                    known = columns.get("image_id", rows)
+                    given = [row.get("image_id") for row in rows]
+                    known = [name if image is None else image for name, image in zip(names, given, strict=True)]
                     found.ids[column] = torch.tensor([content_id(f"image {image_id}") for image_id in known])
                 elif column == "negatives":
-                    flat = self._negatives(task, rows, values)
+                    flat = [text for negatives in values for text in negatives]
                     found.spans[column] = (len(texts), len(texts) + len(flat))
                     texts += flat
                     found.ids[column] = torch.tensor([content_id(text) for text in flat]).view(len(values), -1)
                 else:
-                    drawn = [
-                        self._one_of(task, row, column, value, generator)
-                        for row, value in zip(rows, values, strict=True)
-                    ]
+                    drawn = [self._one_of(task, column, value, generator) for value in values]
                     found.spans[column] = (len(texts), len(texts) + len(drawn))
                     texts += drawn
                     found.ids[column] = torch.tensor([content_id(text) for text in drawn])
@@ -168,76 +169,65 @@ class MultiTaskCollator:
         )  # fmt: skip
 
     @staticmethod
-    def _one_of(task: Task, row: Any, column: str, value: Any, generator: random.Random) -> str:
-        text = generator.choice(value) if isinstance(value, list) and value else value
-        if not isinstance(text, str) or not text.strip():
-            raise TrainingError(
-                f"Row {row} of task '{task.name}' has no text in its column '{column}'; remove the row or fill it."
-            )
+    def _one_of(task: Task, column: str, value: str | list[str], generator: random.Random) -> str:
+        text = generator.choice(value) if isinstance(value, list) else value
         if column == "caption" and task.captions != "whole":
             sentences = _SENTENCE_END.split(text.strip())
             text = sentences[0] if task.captions == "first sentence" else generator.choice(sentences)
         return text
 
-    @staticmethod
-    def _negatives(task: Task, rows: Sequence[Any], values: list[list[str]]) -> list[str]:
-        for row, negatives in zip(rows, values, strict=True):
-            if not negatives or len(negatives) != len(values[0]):
-                raise TrainingError(
-                    f"Row {row} of task '{task.name}' has {len(negatives or [])} negatives and row {rows[0]} has "
-                    f"{len(values[0] or [])}; give every row the same number, at least one."
-                )
-            if not all(isinstance(text, str) and text.strip() for text in negatives):
-                raise TrainingError(
-                    f"Row {row} of task '{task.name}' has no text in its column 'negatives'; remove the row or fill it."
-                )
-        return [text for negatives in values for text in negatives]
-
-    def _decoded(
-        self, task: Task, rows: Sequence[Any], columns: dict[str, list[Any]], step: int
-    ) -> tuple[list[Any], dict[str, list[Any]], list[Skip]]:
-        """Rows and columns with pictures decoded; with `skip`, other rows of the data set for those that cannot be."""
-        rows, columns = list(rows), {name: list(values) for name, values in columns.items()}
-        left_out: list[Skip] = []
-        for place, row in enumerate(rows):
+    def usable(
+        self, task: Task, names: Sequence[Any], columns: dict[str, Any]
+    ) -> tuple[list[dict[str, Any] | None], list[Skip]]:
+        """Return each row as the collator takes it, None for those that cannot be used, and why not."""
+        rows: list[dict[str, Any] | None] = []
+        skipped = []
+        for place, name in enumerate(names):
+            values = {column: found[place] for column, found in columns.items()}
             try:
-                columns["image"][place] = self.pictures.decode(columns["image"][place])
-                continue
+                rows.append(usable_row(task, values, self.pictures.decode))
             except Fault as fault:
-                left_out.append(Skip.of(str(row), fault))
-            if task.streams or not self.skip:  # a stream leaves such rows out before
+                rows.append(None)
+                skipped.append(Skip.of(str(name), fault))
+        return rows, skipped
+
+    def _whole(
+        self, task: Task, names: Sequence[Any], columns: dict[str, Any], step: int
+    ) -> tuple[list[Any], list[dict[str, Any]], list[Skip]]:
+        """Names and rows of a batch; with `skip`, other rows of the data set in place of those that cannot be used."""
+        names = list(names)
+        rows, skipped = self.usable(task, names, columns)
+        for place, row in enumerate(rows):
+            if row is not None:
+                continue
+            if task.streams or not self.skip:  # a stream skips such rows before they come here
                 raise TrainingError(
-                    f"The image of row {row} of task '{task.name}' cannot be used ({fault_text(left_out[-1])}); "
-                    "replace or remove it."
+                    f"Row {skipped[0].row} of task '{task.name}' cannot be used ({fault_text(skipped[0])}); "
+                    "correct or remove it."
                 )
-            draws = random.Random(f"{self.seed}/{step}/{task.name}/{self.rank}/{row}")
+            draws = random.Random(f"{self.seed}/{step}/{task.name}/{self.rank}/{names[place]}")
             for _ in range(_TRIES):
                 other = draws.randrange(len(task.dataset))
-                if other in rows:
+                if other in names:
                     continue
-                found = task.dataset[other]
-                try:
-                    found = {**found, "image": self.pictures.decode(found["image"])}
-                except Fault as fault:
-                    left_out.append(Skip.of(str(other), fault))
-                    continue
-                rows[place] = other
-                for name, values in columns.items():
-                    values[place] = found[name]
-                break
+                (rows[place],), problems = self.usable(task, [other], read_rows(task.dataset, [other]))
+                skipped += problems
+                if rows[place] is not None:
+                    names[place] = other
+                    break
             else:
                 raise TrainingError(
-                    f"Task '{task.name}' has too few pictures that can be read: none of {len(left_out)} rows tried in "
-                    f"place of row {row} can be used ({fault_text(left_out[-1])})."
+                    f"Task '{task.name}' has too few rows that can be used: none of {len(skipped)} tried for one batch "
+                    f"can ({fault_text(skipped[-1])})."
                 )
-        return rows, columns, left_out
+        return names, cast(list[dict[str, Any]], rows), skipped
 
     def _pixels(self, values: list[Any], generator: random.Random) -> Inputs:
         chosen = []
         for value in values:
             picture = generator.choice(value) if isinstance(value, list) else value
             chosen.append(self.augment(picture, generator) if self.augment else picture)
-        return {"pixel_values": self.pictures.pixels(chosen)}
+        return self.pictures.inputs(chosen)
 
     def _buckets(self, texts: list[str]) -> tuple[list[Inputs], torch.Tensor]:
         """Token ids and attention masks of the texts, longest first, in buckets of similar length."""
@@ -245,6 +235,11 @@ class MultiTaskCollator:
             return [], torch.empty(0, dtype=torch.long)
         tokenizer = self.processor.tokenizer
         encoded = tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
+        if self.pad_to is not None:
+            ids = torch.full((len(texts), self.pad_to), tokenizer.pad_token_id or 0)
+            for row, tokens in enumerate(encoded):
+                ids[row, : len(tokens)] = torch.tensor(tokens)
+            return [{"input_ids": ids}], torch.arange(len(texts))
         longest_first = sorted(range(len(texts)), key=lambda text: (-len(encoded[text]), text))
         order = torch.empty(len(texts), dtype=torch.long)
         order[torch.tensor(longest_first)] = torch.arange(len(texts))

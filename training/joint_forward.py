@@ -49,6 +49,14 @@ def temperature_of(model: Any) -> dict[str, torch.Tensor]:
     return found
 
 
+def padded_length(config: Any) -> int | None:
+    """Return how many tokens every text is padded to; None for models that take texts of any length and a mask.
+
+    SigLIP was trained on texts padded to their full length. It attends to the padding, and its vectors depend on it.
+    """
+    return config.text_config.max_position_embeddings if "siglip" in getattr(config, "model_type", "") else None
+
+
 def _pooled(output: Any) -> torch.Tensor:
     return output if isinstance(output, torch.Tensor) else output.pooler_output
 

@@ -56,8 +56,9 @@ class Meters:
             self.accuracies.setdefault(name, []).append(result.accuracy.item())
         self.samples += sum(len(columns.rows) for columns in inputs["tasks"].values())
         for bucket in inputs["texts"]:
-            self.tokens += int(bucket["attention_mask"].sum())
-            self.places += bucket["attention_mask"].numel()
+            mask = bucket.get("attention_mask")  # without one, the model attends to the padding as to any token
+            self.tokens += bucket["input_ids"].numel() if mask is None else int(mask.sum())
+            self.places += bucket["input_ids"].numel()
         for name, (rows, skips, shards) in inputs["skips"].items():
             self.skipped.add(name, rows, skips, shards)
             task = self.tasks[name]

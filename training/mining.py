@@ -10,9 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers.utils import logging
 
+from bifocal.modeling import load_image
+from bifocal.training.task_data import disable_image_decoding
 from bifocal.training.tasks import TrainingError
 
+logger = logging.get_logger(__name__)
 DIRECTIONS = ("text-to-text", "text-to-image", "image-to-text")
 _NO_WORD = re.compile(r"[\W_]+")
 
@@ -68,9 +72,13 @@ def mine_texts(pairs: Any, model: Any, settings: MiningSettings = MiningSettings
     from sentence_transformers.util import mine_hard_negatives
 
     _require_columns(pairs, "query", "positive")
+    given = list(zip(pairs["query"], pairs["positive"], strict=True))
+    _say_skipped([number for number, texts in enumerate(given) if not all(map(_is_text, texts))], len(given))
     first: dict[str, str] = {}
-    queries = [first.setdefault(_key(text), text) for text in pairs["query"]]
-    positives = [first.setdefault(_key(text), text) for text in pairs["positive"]]
+    queries, positives = (
+        [first.setdefault(_key(texts[side]), texts[side]) for texts in given if all(map(_is_text, texts))]
+        for side in (0, 1)
+    )
     rows = [pair for pair in dict.fromkeys(zip(queries, positives, strict=True)) if pair[0] != pair[1]]
     if len(rows) <= settings.negatives:
         raise MiningError(f"{len(rows)} different pairs are too few to find {settings.negatives} negatives for each.")
@@ -118,6 +126,7 @@ def mine_across(
 
     Embeddings go to files in `cache` batch by batch, so that neither they nor a killed run's work must fit anywhere
     else. A candidate with the same picture, the same `image_id` or the same caption as the query's row is no negative.
+    Rows without a readable image or a caption are skipped, and a warning names them.
 
     Args:
         pairs: a `datasets.Dataset` with `image` and `caption`, perhaps `image_id`.
@@ -137,11 +146,18 @@ def mine_across(
     if direction not in DIRECTIONS[1:]:
         raise MiningError(f"direction must be one of {', '.join(DIRECTIONS[1:])}, but it is '{direction}'.")
     _require_columns(pairs, "image", "caption")
-    captions = [text[0] if isinstance(text, list) else text for text in pairs["caption"]]
+    pairs = disable_image_decoding(pairs)
+    given = [text[0] if isinstance(text, list) and text else text for text in pairs["caption"]]
+    captions = [text if _is_text(text) else "" for text in given]
     contents = _picture_ids(pairs)
     weights = _weights_key(model)
-    texts = _embedded(captions, model.encode_text, cache / f"captions-{_digest(weights, *captions)}", settings)
-    images = _embedded(_Pictures(pairs), model.encode_image, cache / f"images-{_digest(weights, *contents)}", settings)
+    texts = _embedded(
+        [text or None for text in captions], model.encode_text, cache / f"captions-{_digest(weights, *captions)}",
+        settings,
+    )  # fmt: skip
+    images = _embedded(_Images(pairs), model.encode_image, cache / f"images-{_digest(weights, *contents)}", settings)
+    usable = np.isfinite(texts[:, 0]) & np.isfinite(images[:, 0])
+    _say_skipped(np.flatnonzero(~usable).tolist(), len(pairs))
     known = pairs["image_id"] if "image_id" in pairs.column_names else contents
     same_picture = _numbers([str(value) for value in known])
     same_caption = _numbers([_key(text) for text in captions])
@@ -153,9 +169,10 @@ def mine_across(
     }
     for start in range(0, len(queries), 256):
         rows = np.arange(start, min(start + 256, len(queries)))
+        rows = rows[usable[rows]]
         block = np.asarray(queries[rows])
         positive = np.einsum("nd,nd->n", block, np.asarray(candidates[rows]))
-        best, scores = _nearest(block, candidates, settings.depth, rows, same_picture, same_caption)
+        best, scores = _nearest(block, candidates, settings.depth, rows, usable, same_picture, same_caption)
         for place, row in enumerate(rows):
             chosen: list[int] = []
             seen: set[int] = set()
@@ -180,17 +197,17 @@ def mine_across(
 
 
 def _nearest(
-    queries: np.ndarray, candidates: np.ndarray, depth: int, rows: np.ndarray, *same: np.ndarray
+    queries: np.ndarray, candidates: np.ndarray, depth: int, rows: np.ndarray, usable: np.ndarray, *same: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """The `depth` most similar candidates of each query, most similar first, and how similar they are.
 
-    Candidates that share a number with the query's row come last, at minus infinity.
+    Candidates that share a number with the query's row, or are not usable, come last, at minus infinity.
     """
     best = np.zeros((len(queries), 0), dtype=np.int64)
     scores = np.zeros((len(queries), 0), dtype=np.float32)
     for start in range(0, len(candidates), 16384):
         block = np.asarray(candidates[start : start + 16384])
-        here = queries @ block.T
+        here = np.where(usable[start : start + len(block)], queries @ block.T, -np.inf)
         for numbers in same:
             here[numbers[rows][:, None] == numbers[start : start + len(block)][None, :]] = -np.inf
         ids = np.broadcast_to(np.arange(start, start + len(block)), here.shape)
@@ -200,8 +217,8 @@ def _nearest(
     return best, scores
 
 
-class _Pictures(Sequence):
-    """The pictures of a data set, read when they are asked for."""
+class _Images(Sequence):
+    """The images of a data set, read when they are asked for; None for one that cannot be read."""
 
     def __init__(self, pairs: Any) -> None:
         self.pairs = pairs
@@ -210,11 +227,31 @@ class _Pictures(Sequence):
         return len(self.pairs)
 
     def __getitem__(self, rows: Any) -> Any:
-        return [_one(value) for value in self.pairs[rows]["image"]]
+        return [_readable(value) for value in self.pairs[rows]["image"]]
+
+
+def _readable(value: Any) -> Any:
+    try:
+        return load_image(_one(value))
+    except (OSError, ValueError):
+        return None
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _say_skipped(rows: Sequence[int], total: int) -> None:
+    if rows:
+        shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
+        logger.warning(
+            f"Mining skips {len(rows):,} of {total:,} rows, which lack a text or an image that can be read: "
+            f"{'row' if len(rows) == 1 else 'rows'} {shown}."
+        )
 
 
 def _one(value: Any) -> Any:
-    chosen = value[0] if isinstance(value, list) else value
+    chosen = value[0] if isinstance(value, list) and value else value
     if isinstance(chosen, dict):
         return chosen["bytes"] if chosen["bytes"] is not None else chosen["path"]
     return chosen
@@ -226,7 +263,10 @@ def _picture_ids(pairs: Any) -> list[str]:
     for batch in _slices(len(pairs), 256):
         for value in pairs[batch]["image"]:
             picture = _one(value)
-            content = Path(picture).read_bytes() if isinstance(picture, str) else picture
+            try:
+                content = Path(picture).read_bytes() if isinstance(picture, str) else picture
+            except OSError:
+                content = str(picture).encode()  # it cannot be read, and is skipped
             content = content if isinstance(content, bytes) else np.asarray(content).tobytes()
             found.append(hashlib.blake2b(content, digest_size=16).hexdigest())
     return found
@@ -248,16 +288,21 @@ def _weights_key(model: Any) -> str:
 
 
 def _embedded(items: Sequence[Any], encode: Any, path: Path, settings: MiningSettings) -> np.ndarray:
-    """(items, dimensions) in a file; what a killed run left there is not embedded again."""
+    """(items, dimensions) in a file; what a killed run left there is not embedded again. An item None is NaN."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file, progress = path.with_suffix(".npy"), path.with_suffix(".json")
     done = json.loads(progress.read_text())["done"] if progress.exists() and file.exists() else 0
     vectors = np.load(file, mmap_mode="r+") if done else None
     for batch in _slices(len(items), 16 * settings.batch_size, done):
-        found = encode(items[batch], batch_size=settings.batch_size, show_progress=False)
+        present = [(batch.start + n, item) for n, item in enumerate(items[batch]) if item is not None]
+        if present:
+            found = encode([item for _, item in present], batch_size=settings.batch_size, show_progress=False)
+            if vectors is None:
+                vectors = np.lib.format.open_memmap(file, "w+", np.float32, (len(items), found.shape[1]))
+                vectors[:] = np.nan
+            vectors[[number for number, _ in present]] = found
         if vectors is None:
-            vectors = np.lib.format.open_memmap(file, "w+", np.float32, (len(items), found.shape[1]))
-        vectors[batch] = found
+            raise MiningError(f"None of the first {batch.stop} rows can be embedded; look at their images and texts.")
         vectors.flush()
         progress.write_text(json.dumps({"done": batch.stop}))
     assert vectors is not None

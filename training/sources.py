@@ -12,11 +12,12 @@ from bifocal.training.data.faults import Fault, Skipped
 from bifocal.training.data.files import READERS, Reader, format_of, read_csv, read_pictures
 from bifocal.training.data.groups import is_beir, read_beir, read_nli
 from bifocal.training.data.places import Fence, LoadedFence, expand, is_remote
-from bifocal.training.data.rows import LAYOUTS, Layout, Normaliser, as_is, has_column, layout_of
+from bifocal.training.data.rows import LAYOUTS, Layout, Normaliser, as_is, dpr, has_column, layout_of
 from bifocal.training.data.shards import ShardStream
-from bifocal.training.data.tables import checked, materialise, undecoded
+from bifocal.training.data.tables import checked, materialise
 from bifocal.training.data.tars import read_tar
 from bifocal.training.recipe import RecipeError, Source
+from bifocal.training.task_data import disable_image_decoding
 from bifocal.training.tasks import KINDS
 
 _PEEKED = 20  # rows that are looked at to know a file's columns
@@ -60,7 +61,7 @@ def load_source(
     stream = open_stream(source, kind, seed)
     if stream is not None:
         return stream if source.streaming else materialise(stream, source, skipped, name)
-    found = undecoded(_from_hub(source))
+    found = disable_image_decoding(_from_hub(source))
     require_columns(found.column_names, source, kind)
     path = os.path.expanduser(source.path) if isinstance(source.path, str) else ""
     fence = LoadedFence(path if os.path.isdir(path) else None)
@@ -85,6 +86,7 @@ def open_stream(source: Source, kind: str, seed: int | None = None) -> ShardStre
 def normaliser(source: Source, kind: str, fence: Fence, layout: Layout = as_is) -> Callable[[str, Any], dict[str, Any]]:
     """From a row of a source to a row of a kind, filters included."""
     steps = Normaliser(kind, source.columns, fence, source.negatives)
+    layout = partial(dpr, negatives=source.negatives) if layout is dpr else layout
     return _Steps(layout, steps, RowFilter(source.clean) if source.clean is not None else None)
 
 
@@ -272,7 +274,8 @@ def with_columns(found: Any, source: Source, columns: tuple[str, ...]) -> Any:
             f"'{source.title}' has no column '{missing[0]}' (it has {', '.join(found.column_names)}); mend columns."
         )
     found = found.select_columns([theirs for theirs in kept if theirs in found.column_names])
-    return undecoded(found.rename_columns({t: o for o, t in source.columns.items() if t != o and o in kept.values()}))
+    renamed = {theirs: ours for ours, theirs in source.columns.items() if theirs != ours and ours in kept.values()}
+    return disable_image_decoding(found.rename_columns(renamed))
 
 
 def _innermost(error: BaseException) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 
 from bifocal.training.data.faults import Fault, Skip, summary
 from bifocal.training.data.shards import Block, ShardStream
+from bifocal.training.row_check import usable_row
 from bifocal.training.tasks import COLUMNS, Task, TrainingError
 
 FAULT = "_fault"  # a column with a `Skip` in JSON for rows that are left out
@@ -25,20 +26,18 @@ class BlockReader:
         task: whose data set is read: a `ShardStream` or a `datasets.IterableDataset`.
         seed: of the order in each block.
         number, count: this reader takes part `number` of `count`.
-        picture: decodes the value of an `image` column, and raises `Fault` where it cannot.
+        decode: reads the value of an `image` column, and raises `Fault` where it cannot.
     """
 
     def __init__(
-        self, task: Task, seed: int, number: int, count: int, picture: Callable[[Any], Any] | None = None
+        self, task: Task, seed: int, number: int, count: int, decode: Callable[[Any], Any] | None = None
     ) -> None:
         self.task = task
         self.key = [seed, number]
-        self.picture = picture
+        self.decode = decode
         stream = task.dataset
         self.part: Any = (
-            stream.part(number, count)
-            if isinstance(stream, ShardStream)
-            else _DatasetPart(stream, number, count, task.shuffle)
+            stream.part(number, count) if isinstance(stream, ShardStream) else _DatasetPart(stream, number, count, task)
         )
         self.epoch = self.block = self.used = 0
         self.good = 0  # rows of this epoch that could be used
@@ -63,13 +62,11 @@ class BlockReader:
                 continue
             row = int(self._order[self.used])
             self.used += 1
-            values = {column: found[row] for column, found in self._columns.items()}
-            if self.picture is not None and "image" in values:
-                try:
-                    values["image"] = self.picture(values["image"])
-                except Fault as fault:
-                    self._add(0, [Skip.of(self._names[row], fault)])
-                    continue
+            try:
+                values = usable_row(self.task, {name: found[row] for name, found in self._columns.items()}, self.decode)
+            except Fault as fault:
+                self._add(0, [Skip.of(self._names[row], fault)])
+                continue
             self.good += 1
             names.append(self._names[row])
             for column, value in values.items():
@@ -116,7 +113,7 @@ class BlockReader:
                 f"{', '.join(block.columns)}); rename or add it."
             )
         self._columns, self.used = block.columns, 0
-        self._names = block.names or [f"{self.epoch}/{self.block}/{row}" for row in range(block.rows)]
+        self._names = block.names
         length = len(next(iter(block.columns.values())))
         self._order = np.random.default_rng([*self.key, self.epoch, self.block]).permutation(length)
 
@@ -145,28 +142,44 @@ class BlockReader:
 
 
 class _DatasetPart:
-    """A part of a `datasets.IterableDataset`, with the methods of a `ShardPart`."""
+    """A part of a `datasets.IterableDataset`, with the methods of a `ShardPart`.
 
-    def __init__(self, stream: Any, number: int, count: int, block: int) -> None:
+    A row is named by its number in the stream, from 0; by its number in the part where the parts are whole shards.
+    """
+
+    def __init__(self, stream: Any, number: int, count: int, task: Task) -> None:
         from datasets.distributed import split_dataset_by_node
 
         # With "auto", a number of shards that is no multiple of `count` would make every reader load every shard.
-        strategy = "shards" if stream.num_shards >= count else "auto"
+        by_shards = stream.num_shards >= count
+        strategy = "shards" if by_shards else "auto"
         self.stream = split_dataset_by_node(stream, number, count, strategy=strategy) if count > 1 else stream
-        self.block = block
+        self.task = task
+        self.step, self.first = (1, 0) if by_shards else (count, number)
+        self.suffix = f" of part {number + 1}/{count}" if by_shards and count > 1 else ""
+        self.epoch = self.row = 0
         self._blocks: Iterator[dict[str, list[Any]]] = iter(())
 
     def open(self, epoch: int, state: Any) -> None:
         self.stream.set_epoch(epoch)
+        self.epoch, self.row = epoch, 0
         if state is not None:
-            self.stream.load_state_dict(state)
-        self._blocks = iter(self.stream.iter(batch_size=self.block))
+            self.row = state.get("row", 0)
+            self.stream.load_state_dict(state.get("stream", state))
+        self._blocks = iter(self.stream.iter(batch_size=self.task.shuffle))
 
     def state(self) -> Any:
-        return self.stream.state_dict()
+        return {"stream": self.stream.state_dict(), "row": self.row}
 
     def next(self, size: int) -> Block | None:
-        rows = next(self._blocks, None)
+        try:
+            rows = next(self._blocks, None)
+        except Exception as error:  # of the code that makes the rows, or of the place where they are read
+            line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+            raise TrainingError(
+                f"The stream of task '{self.task.name}' cannot be read beyond row {self._name(self.row)} "
+                f"({type(error).__name__}: {line}). Make it skip such rows, or keep images undecoded."
+            ) from error
         if rows is None:
             return None
         total = len(next(iter(rows.values())))
@@ -174,7 +187,13 @@ class _DatasetPart:
         skips = [Skip(*json.loads(fault)) for fault in faults if fault is not None]
         kept = [row for row, fault in enumerate(faults) if fault is None]
         columns = rows if len(kept) == total else {name: [v[row] for row in kept] for name, v in rows.items()}
-        return Block([], columns, skips, total, 0)
+        names = [self._name(self.row + row) for row in kept]
+        self.row += total
+        return Block(names, columns, skips, total, 0)
+
+    def _name(self, row: int) -> str:
+        again = f", epoch {self.epoch}" if self.epoch else ""
+        return f"{row * self.step + self.first}{self.suffix}{again}"
 
 
 def _causes(skips: list[Skip]) -> str:

@@ -37,12 +37,13 @@ class Task:
     Args:
         name: how the task is called in logs and errors.
         kind: "image-text", "text-pair" or "text-triplet".
-        dataset: a `datasets.Dataset`, a `datasets.IterableDataset` or a `ShardStream` with the columns of its kind:
-            `image` and `caption`; `query` and `positive`; or these and `negatives`, a list of hard negatives, as many
-            in each row. Rows with the same `image_id`, if there is such a column, show the same picture. An image,
-            caption, query or positive may itself be a list (several pictures of one thing, several captions of a
-            picture): one is drawn at each use.
-        batch_size: rows per step and process.
+        dataset: a `datasets.Dataset` (its format, such as "numpy", does not matter, and broken images cost only their
+            rows), a `datasets.IterableDataset`, a `ShardStream`, or dicts by number: a list, a torch `Dataset`, a
+            pandas DataFrame, read row by row. Its columns are those of its kind: `image` and `caption`; `query` and
+            `positive`; or these and `negatives`, a list of hard negatives. Rows with the same `image_id`, if there is
+            such a column, show the same image. An image, caption, query or positive may itself be a list (several
+            images of one thing, several captions of an image): one is drawn at each use.
+        batch_size: rows per step and process; for evaluation, rows that are compared with each other.
         weight: factor of its share of the steps, beside its rows.
         loss_weight: factor of its loss in the sum.
         temperature: tau of its loss; None means the model's learned temperature for image-text and 0.05 for texts.
@@ -52,13 +53,19 @@ class Task:
             number included.
         captions: "whole", "first sentence" (the short caption in a long one) or "any sentence", one drawn at each use.
         rows: how many rows a streamed data set has, where its share of the steps depends on it.
-        max_bad: the share of rows that may turn out bad in training (pictures that cannot be read, broken rows of a
-            stream); they are left out, and beyond this share the run stops.
+        max_bad: the share of rows that may turn out bad: an image that cannot be read, no text, too few negatives. They
+            are skipped, counted and named in the run's skipped.jsonl, and beyond this share the run stops.
         shuffle: how many rows of a stream are held by each reader and taken in random order; fewer where their pictures
             have more than 256 MiB.
+        num_negatives: how many hard negatives of each row are used, the first ones; rows with fewer are bad. None: the
+            most that nearly all rows have, so that no more than `max_bad` of them are skipped.
 
     Raises:
-        TrainingError: an unknown kind, loss or use of captions, a missing column, or fewer rows than a batch.
+        TrainingError: if a kind, loss or use of captions is unknown, a column is missing, or the data set is of a type
+            that cannot be read row by row.
+
+    Attributes:
+        dataset: what was given, made readable by `task_data`: images undecoded, values plain.
     """
 
     name: str
@@ -75,6 +82,7 @@ class Task:
     rows: int | None = None
     max_bad: float = 0.01
     shuffle: int = 1024
+    num_negatives: int | None = None
 
     def __post_init__(self) -> None:
         for field, known in (("kind", list(COLUMNS)), ("loss", list(LOSSES)), ("captions", list(CAPTIONS))):
@@ -86,10 +94,15 @@ class Task:
             raise TrainingError(
                 f"Task '{self.name}': the sigmoid loss is for image-text tasks; use 'info_nce' for texts."
             )
-        for number in ("batch_size", "shuffle"):
-            if getattr(self, number) < 1:
-                raise TrainingError(f"Task '{self.name}' needs a {number} of at least 1, not {getattr(self, number)}.")
-        names = self.dataset.column_names
+        for number in ("batch_size", "shuffle", "num_negatives"):
+            count = getattr(self, number)
+            if count is not None and count < 1:
+                raise TrainingError(f"Task '{self.name}' needs a {number} of at least 1, not {count}.")
+        # Imported here, since it raises the errors that are defined above.
+        from bifocal.training.task_data import choose_negatives, column_names, task_data
+
+        object.__setattr__(self, "dataset", task_data(self.dataset, self.name, self.kind))
+        names = column_names(self.dataset)
         if names is not None:  # a stream may not know its columns before it is read
             missing = [column for column in COLUMNS[self.kind] if column not in names]
             if missing:
@@ -97,11 +110,9 @@ class Task:
                     f"The data set of task '{self.name}' lacks the column '{missing[0]}' (it has "
                     f"{', '.join(names)}); rename or add it."
                 )
-        if not self.streams and len(self.dataset) < self.batch_size:
-            raise TrainingError(
-                f"The data set of task '{self.name}' has {len(self.dataset)} rows, fewer than its batch of "
-                f"{self.batch_size}; give a smaller batch_size or more rows."
-            )
+        if self.kind == "text-triplet":
+            negatives = choose_negatives(self.dataset, self.name, self.num_negatives, self.max_bad)
+            object.__setattr__(self, "num_negatives", negatives)
 
     @property
     def sort(self) -> str:

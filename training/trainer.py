@@ -17,9 +17,9 @@ from bifocal.training.batches import StepBatches, StepStream
 from bifocal.training.chunk_size import find_chunk_sizes
 from bifocal.training.collator import Augmentation, MultiTaskCollator, StepInputs
 from bifocal.training.distributed import World
-from bifocal.training.evaluating import evaluate_tasks
+from bifocal.training.evaluating import evaluate_tasks, require_rows_by_number, task_list
 from bifocal.training.gradient_cache import cached_step, into_chunks
-from bifocal.training.joint_forward import joint_forward, temperature_of
+from bifocal.training.joint_forward import joint_forward, padded_length, temperature_of
 from bifocal.training.meters import Meters, norms_by_tower
 from bifocal.training.objective import Objective
 from bifocal.training.parameters import decays, freeze, parameter_groups
@@ -85,30 +85,27 @@ class MultiTaskTrainer(Trainer):
     ) -> None:
         if not isinstance(args, BifocalTrainingArguments):
             args = BifocalTrainingArguments(**_given(args))
-        for named in (tasks, eval_tasks or []):
-            names = [task.name for task in named]
-            if (named is tasks and not names) or len(set(names)) < len(names):
-                raise TrainingError(
-                    f"A stage needs at least one task and a name of its own for each, but it has {names}."
-                )
+        tasks, eval_tasks = task_list(tasks), task_list(eval_tasks or [], "eval_tasks")
+        if not tasks:
+            raise TrainingError("A stage needs at least one task; give MultiTaskTrainer tasks=[Task(...)].")
+        require_rows_by_number(eval_tasks)
+        processor = processor or getattr(model, "processor", None)
+        _require_dual_encoder(model, processor, [*tasks, *eval_tasks])
+        assert processor is not None
         if args.max_steps <= 0:
             raise TrainingError("MultiTaskTrainer counts steps, not epochs; set max_steps in the training arguments.")
-        streamed = [task.name for task in eval_tasks or [] if task.streams]
-        if streamed:
-            raise TrainingError(f"The evaluation task '{streamed[0]}' streams; give it a data set that is read whole.")
         needs_bias = [task.name for task in tasks if task.loss == "sigmoid" and "bias" not in temperature_of(model)]
         if needs_bias:
             raise TrainingError(
                 f"The sigmoid loss of task '{needs_bias[0]}' learns a bias, which this model has not; set "
                 "logit_bias_init_value=-10.0 in its config."
             )
-        processor = processor or model.processor
         text_config = getattr(model.config, "text_config", model.config)
         limit = text_config.max_position_embeddings
         max_length = min(max_length or limit, limit)
         self.world = World.current() if args.world_size > 1 else World()
         self.tasks = {task.name: task for task in tasks}
-        self.eval_tasks = {task.name: task for task in eval_tasks or []}
+        self.eval_tasks = {task.name: task for task in eval_tasks}
         self.max_length = max_length
         self.frozen = freeze(model, args.freeze_text_layers, args.freeze_image_layers)
         batches = args.max_steps * args.gradient_accumulation_steps
@@ -123,7 +120,14 @@ class MultiTaskTrainer(Trainer):
             model=model,
             args=args,
             data_collator=MultiTaskCollator(  # type: ignore[arg-type]
-                processor, max_length, args.seed, augment, self.world.rank, args.exact_images, skip=True
+                processor,
+                max_length,
+                args.seed,
+                augment,
+                self.world.rank,
+                args.exact_images,
+                True,
+                padded_length(model.config),
             ),
             train_dataset=self.step_batches,
             eval_dataset=list(self.eval_tasks.values()) or None,
@@ -133,7 +137,7 @@ class MultiTaskTrainer(Trainer):
         for callback in callbacks or []:
             if hasattr(callback, "attach"):  # one that logs by itself
                 callback.attach(self)
-        self.step_batches.picture = self.data_collator.pictures.decode
+        self.step_batches.decode = self.data_collator.pictures.decode
         self.model_accepts_loss_kwargs = False  # the losses are means over the batch, not sums over its tokens
         self.can_return_loss = True
         # Where a forward pass is itself a collective, all processes must make as many.
@@ -247,7 +251,7 @@ class MultiTaskTrainer(Trainer):
         return loss
 
     def _objective(self) -> Objective:
-        return Objective({**self.tasks, **self.eval_tasks}, self.world, self.args.loss_form, self.args.loss_reduction)
+        return Objective(self.tasks, self.world, self.args.loss_form, self.args.loss_reduction)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -363,22 +367,37 @@ class MultiTaskTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Mean loss and in-batch accuracy of each evaluation task over its whole batches, in the order of its rows.
+        """Return the mean loss and in-batch accuracy of each evaluation task over all its rows (see `evaluate_tasks`).
+
+        Args:
+            eval_dataset: a `Task`, a list of them, or a dict of them by name; the trainer's `eval_tasks` when None.
 
         Returns:
             `eval_{task}_loss`, `eval_{task}_accuracy`, and `eval_loss`, the weighted sum of the losses.
 
         Raises:
-            TrainingError: no evaluation tasks.
+            TrainingError: if there are no evaluation tasks, or they are not `Task`s.
         """
-        tasks = list(eval_dataset or self.eval_tasks.values())
+        given = list(self.eval_tasks.values()) if eval_dataset is None else eval_dataset
+        tasks = task_list(given, "What is evaluated on")
         if not tasks:
             raise TrainingError("There is nothing to evaluate on; give the trainer eval_tasks.")
+        require_rows_by_number(tasks)
         metrics = evaluate_tasks(self, tasks, metric_key_prefix)
         # Callbacks first: an `EvaluationCallback` adds what it finds, and that is logged, too.
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.log(metrics)
         return metrics
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """
+        Raises:
+            TrainingError: always; a dual encoder embeds, it predicts no labels.
+        """
+        raise TrainingError(
+            "MultiTaskTrainer has no labels to predict; embed with the model's encode_text and encode_image (or "
+            "get_text_features and get_image_features), or score tasks with evaluate."
+        )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds what the meters saw since the last log, and the learned temperature."""
@@ -388,6 +407,24 @@ class MultiTaskTrainer(Trainer):
             if scale is not None and not self.is_fsdp_enabled:
                 logs["temperature"] = 1.0 / scale.item()
         super().log(logs, *args, **kwargs)
+
+
+def _require_dual_encoder(model: Any, processor: Any, tasks: Sequence[Task]) -> None:
+    """
+    Raises:
+        TrainingError: if the model cannot embed what the tasks hold, or nothing prepares its inputs.
+    """
+    methods = ["get_text_features", *(["get_image_features"] if any(task.sort == "image" for task in tasks) else [])]
+    missing = next((method for method in methods if not callable(getattr(model, method, None))), None)
+    if missing is not None:
+        raise TrainingError(
+            f"A {type(model).__name__} has no {missing}; MultiTaskTrainer trains dual encoders, such as BifocalModel, "
+            "CLIPModel or SiglipModel."
+        )
+    for part in ("tokenizer", "image_processor"):
+        if getattr(processor, part, None) is None:
+            has = "The model comes without a processor" if processor is None else f"The processor has no {part}"
+            raise TrainingError(f"{has}; pass processor=..., such as CLIPProcessor.from_pretrained(folder).")
 
 
 def _given(args: Any) -> dict[str, Any]:

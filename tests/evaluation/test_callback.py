@@ -6,12 +6,13 @@ from datasets import Dataset
 
 from bifocal.evaluation.callback import EvaluationCallback
 from bifocal.evaluation.protocols import image_text_retrieval, text_retrieval
+from bifocal.evaluation.retrieval import EvaluationError
 from bifocal.modeling import BifocalModel
 from bifocal.training.arguments import BifocalTrainingArguments
 from bifocal.training.tasks import Task
 from bifocal.training.trainer import MultiTaskTrainer
 from tests.conftest import small_config
-from tests.modeling.test_images import photo
+from tests.modeling.test_images import photo, png
 
 
 def retrieval(encoder):
@@ -60,3 +61,19 @@ def test_it_chooses_the_best_model(processor, tmp_path):
     }
     assert sorted(found) == [2, 4, 6]
     assert trainer.state.best_metric == pytest.approx(max(found.values()))
+
+
+def test_a_broken_image_is_said(processor, tmp_path):
+    """A column of decoded images raises from within Pillow."""
+    from datasets import Features
+    from datasets import Image as ImageFeature
+
+    stored = {"image": [{"bytes": png(photo(32, 32))[:90], "path": None}]}
+    images = Dataset.from_dict(stored, features=Features({"image": ImageFeature()}))["image"]
+    callback = EvaluationCallback(
+        [lambda encoder: image_text_retrieval(encoder, "photos", images, [["star"]])], every=2
+    )
+    with pytest.raises(
+        EvaluationError, match=r"An evaluator failed at step 2 \(.*Give it only images that can be read"
+    ):
+        train(processor, tmp_path, [callback])

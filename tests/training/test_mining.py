@@ -104,6 +104,21 @@ def test_across_modalities_by_loops(model, tmp_path, direction):
         assert row["negative_captions"] == [data[other]["caption"] for other in row["negative_rows"]]
 
 
+def test_rows_that_cannot_be_used_are_neither_mined_nor_found(model, tmp_path, caplog):
+    stored = list(pictures(8)["image"])
+    stored[3] = {"bytes": b"no picture", "path": None}
+    captions = [f"star number {n}" for n in range(8)]
+    captions[5] = None
+    data = Dataset.from_dict({"image": stored, "caption": captions}, features=pictures().features)
+    data = data.cast_column("image", Image())
+    for _ in ("made", "from the cache"):
+        mined = mine_across(data, model, "text-to-image", tmp_path, MiningSettings(negatives=5, depth=8))
+        assert mined["row"][:] == [0, 1, 2, 4, 6, 7]
+        assert all(not {3, 5} & set(row["negative_rows"]) for row in mined)
+    said = "Mining skips 2 of 8 rows, which lack a text or an image that can be read: rows 3, 5."
+    assert caplog.text.count(said) == 2
+
+
 def test_a_killed_run_embeds_only_the_rest(model, tmp_path):
     data, settings = pictures(40), MiningSettings(negatives=2, depth=10, batch_size=1)
 

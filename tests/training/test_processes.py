@@ -51,6 +51,7 @@ def test_two_processes_equal_one(case, processor, tmp_path):
     two = run(tmp_path / "two", 2, 4, options, kind)
     assert len(one["losses"]) == 20
     torch.testing.assert_close(two["losses"], one["losses"], atol=1e-5, rtol=1e-5)
+    assert two["eval"] == pytest.approx(one["eval"], abs=1e-5)
     assert len(one["gradients"]) > 30
     for part in ("gradients", "weights"):
         for name, value in one[part].items():

@@ -52,7 +52,7 @@ def test_too_many_broken_pictures_stop_the_run(model, processor, tmp_path):
 def test_pictures_that_are_all_broken(model, processor, tmp_path):
     data = Dataset.from_dict({"image": [b"no picture"] * 16, "caption": [f"star {n}" for n in range(16)]})
     args = BifocalTrainingArguments(output_dir=str(tmp_path), max_steps=1, report_to="none", use_cpu=True)
-    with pytest.raises(ValueError, match="Task 'p' has too few pictures that can be read"):
+    with pytest.raises(ValueError, match="Task 'p' has too few rows that can be used"):
         MultiTaskTrainer(model, args, [Task("p", "image-text", data, 4)], processor, 32).train()
     stream = data.to_iterable_dataset()
     with pytest.raises(ValueError, match=r"has no rows for reader 0 that can be used \(16 not a picture\)"):

@@ -29,11 +29,19 @@ def test_together_the_readers_see_every_row_once_an_epoch(shards, readers):
         epoch = []
         while True:
             names, columns = reader.take(1)
-            if names[0].startswith("1/"):
+            if reader.epoch:
+                assert names[0].endswith(", epoch 1")
                 break
             epoch += columns["query"]
         seen.update(epoch)
     assert seen == Counter({f"q{n}": 1 for n in range(37)})
+
+
+def test_rows_are_named_by_their_number():
+    assert sorted(BlockReader(task(9, 1), 0, 0, 1).take(9)[0]) == [str(n) for n in range(9)]
+    names, columns = BlockReader(task(9, 1), 0, 1, 2).take(4)
+    assert [f"q{name}" for name in names] == columns["query"], "also where two readers share the rows of one shard"
+    assert BlockReader(task(6, 2), 0, 1, 2).take(1)[0][0] in [f"{n} of part 2/2" for n in range(3)]
 
 
 def test_rows_come_in_an_order_of_the_seed():

@@ -5,17 +5,19 @@ import json
 import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
-from transformers import TrainingArguments
+from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel, TrainingArguments
 
 from bifocal.modeling import BifocalModel
 from bifocal.training.arguments import BifocalTrainingArguments
 from bifocal.training.callbacks import Stopwatch
 from bifocal.training.checkpoints import last_complete_checkpoint
 from bifocal.training.losses import info_nce, info_nce_plus
-from bifocal.training.tasks import Task
+from bifocal.training.tasks import Task, TrainingError
 from bifocal.training.trainer import MultiTaskTrainer
 from tests.conftest import TEXTS, small_config
 from tests.modeling.test_images import photo
+
+SMALL = dict(vocab_size=320, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
 
 
 def pictures(**options) -> Task:
@@ -68,7 +70,7 @@ def test_the_loss_is_the_weighted_sum(tmp_path, processor):
         return torch.from_numpy(model.encode_text(flat, max_length=32))
 
     model.processor = processor
-    images = torch.from_numpy(model.encode_image([parts[0].dataset[row]["image"] for row in rows["pictures"]]))
+    images = torch.from_numpy(model.encode_image([parts[0].dataset[row]["image"]["bytes"] for row in rows["pictures"]]))
     torch.testing.assert_close(outputs["images"], images, atol=1e-5, rtol=0)
     expected = 0.5 * info_nce(text(parts[0], "caption"), images, 0.07)
     expected = expected + info_nce_plus(
@@ -146,9 +148,19 @@ def test_wrong_set_ups(tmp_path, processor):
     with pytest.raises(ValueError, match="set max_steps"):
         MultiTaskTrainer(model, arguments, [pictures()], processor, 32)
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", max_steps=1)
-    for wrong in ([], [pictures(), pictures()]):
-        with pytest.raises(ValueError, match="at least one task and a name of its own"):
-            MultiTaskTrainer(model, arguments, wrong, processor, 32)
+    pairs = texts("text-pair")
+    clip = CLIPModel(CLIPConfig(text_config=SMALL, vision_config={**SMALL, "image_size": 32, "patch_size": 8}))
+    for wrong, given, message in (
+        ({"tasks": []}, model, "at least one task"),
+        ({"tasks": [pairs, pairs]}, model, "a name of its own, but they are pairs, pairs"),
+        ({"tasks": pairs.dataset}, model, "tasks must be Tasks, but there is a Dataset; wrap data like"),
+        ({"tasks": [pairs], "eval_tasks": {"v": pairs.dataset}}, model, "eval_tasks must be Tasks, .* a Dataset"),
+        ({"tasks": [pairs]}, BertModel(BertConfig(**SMALL)), "A BertModel has no get_text_features; MultiTaskTrainer"),
+        ({"tasks": [pairs], "processor": None}, clip, "comes without a processor; pass processor="),
+        ({"tasks": [pairs], "processor": processor.tokenizer}, clip, "has no tokenizer; pass processor="),
+    ):
+        with pytest.raises(TrainingError, match=message):
+            MultiTaskTrainer(given, arguments, **{"processor": processor, **wrong})
 
 
 def test_the_last_complete_checkpoint(tmp_path):

@@ -8,7 +8,7 @@ from typing import Any
 
 from bifocal.training.data.faults import Fault
 from bifocal.training.data.files import READERS, Row, format_of, lost, read_csv, read_json_lines
-from bifocal.training.data.rows import MOST_NEGATIVES, passage
+from bifocal.training.data.rows import passage
 
 # gold_label of the SNLI and MultiNLI files, and the numbers that the Hub's copies have for them.
 _LABELS = {"entailment": "entailment", "contradiction": "contradiction", 0: "entailment", 2: "contradiction"}
@@ -54,7 +54,7 @@ def _label(value: Any) -> str | None:
 def _triplets(groups: Mapping[str, Mapping[str, list[str]]], triplets: bool) -> Iterator[Row]:
     number = 0
     for premise, found in groups.items():
-        against = list(dict.fromkeys(found.get("contradiction", [])))[:MOST_NEGATIVES]
+        against = list(dict.fromkeys(found.get("contradiction", [])))
         if triplets and not against:
             continue
         for positive in dict.fromkeys(found.get("entailment", [])):

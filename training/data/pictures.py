@@ -1,7 +1,9 @@
 """From what a row holds of a picture to pixel values; JPEGs decoded at reduced scale where the target is small."""
 
 import io
+import os
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,54 +21,74 @@ _ADDRESS = re.compile(r"<_io\.BytesIO object at 0x[0-9a-f]+>")  # in messages of
 _ORIENTATION = 0x0112  # the EXIF tag
 
 
+@dataclass(frozen=True)
+class Cropped:
+    """An image that is decoded, resized and cropped: (3, height, width) bytes."""
+
+    pixels: np.ndarray
+
+
 class PictureReader:
-    """Decodes, resizes, crops and normalises as a `CLIPImageProcessor` does.
+    """Decodes, resizes, crops and normalises as an image processor of transformers does.
 
     Args:
-        processor: a `CLIPImageProcessor`.
-        exact: decode pictures whole and hand them to the processor, as evaluation does. Otherwise JPEGs are decoded at
-            reduced scale: mean pixel differences are below 1 % of the range (0.1 % for pictures too small to be
+        processor: of any family. Only `CLIPImageProcessor` with its usual steps has the faster way below.
+        exact: decode images whole and hand them to the processor, as evaluation does. Otherwise JPEGs are decoded at
+            reduced scale: mean pixel differences are below 1 % of the range (0.1 % for images too small to be
             reduced), at a fraction of the time.
-        crop: resize and crop when decoding, not later; for pictures that nothing is done to in between. They are then
-            arrays of shape (3, height, width) of bytes.
+        crop: resize and crop when decoding, not later; for images that nothing is done to in between.
     """
 
     def __init__(self, processor: Any, exact: bool = False, crop: bool = True) -> None:
         self.processor = processor
-        size, cut = dict(processor.size), dict(processor.crop_size)
+        size, cut = (dict(getattr(processor, name, None) or {}) for name in ("size", "crop_size"))
         self.side = size.get("shortest_edge") or 0
+        steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
         usual = (
             set(size) == {"shortest_edge"} and cut.get("height") == cut.get("width") == self.side
-            and processor.do_resize and processor.do_center_crop and processor.do_rescale and processor.do_normalize
+            and all(getattr(processor, step, False) for step in steps)
         )  # fmt: skip
+        self.usual = usual
         self.exact = exact or not usual
         self.crop = crop and not self.exact
         self._table: Any = None if self.exact else _table(processor)
 
     def decode(self, value: Any) -> Any:
-        """An upright RGB picture from bytes, a path, an undecoded `datasets.Image` or a Pillow picture; of a list each.
+        """An upright RGB image of whatever `load_image` reads or an undecoded `datasets.Image`; of a list each.
 
         What was decoded before is returned as it is.
 
         Raises:
-            Fault: it cannot be read, and why.
+            Fault: if there is none, or it cannot be read, and why.
         """
-        if isinstance(value, list):
+        if isinstance(value, Fault):
+            raise value
+        if isinstance(value, list) and _is_nested(value):
+            value = _array(value)
+        if isinstance(value, list | tuple):
+            if not value:
+                raise Fault("no image", "an empty list")
             return [self.decode(one) for one in value]
-        if isinstance(value, np.ndarray):
+        if isinstance(value, Cropped):
             return value
-        if isinstance(value, dict):
-            value = value["bytes"] if value["bytes"] is not None else value["path"]
+        if isinstance(value, dict) and {"bytes", "path"} & set(value):
+            value = _stored(value)
+        if value is None or (isinstance(value, str | bytes) and not value):
+            raise Fault("no image", f"{value!r}")
         try:
             picture = None if self.exact else self._reduced(value)
             if picture is None:
                 picture = load_image(value)
         except Exception as error:
             raise fault_of(error) from error
-        return self._cropped(picture) if self.crop else picture
+        return Cropped(self._cropped(picture)) if self.crop else picture
 
     def pixels(self, pictures: list[Any]) -> torch.Tensor:
-        """(pictures, 3, height, width) normalised float32, of what `decode` returns."""
+        """(images, 3, height, width) normalised float32, of what `decode` returns."""
+        return self.inputs(pictures)["pixel_values"]
+
+    def inputs(self, pictures: list[Any]) -> dict[str, torch.Tensor]:
+        """What an image tower takes of what `decode` returns: pixel values, and what else the processor makes."""
         if self.exact:
             return self._processed(pictures)
         found = np.empty((len(pictures), 3, self.side, self.side), dtype=np.float32)
@@ -74,14 +96,13 @@ class PictureReader:
             array: Any = self._cropped(picture)
             for channel in range(3):
                 np.take(self._table[channel], array[channel], out=found[place, channel], mode="clip")
-        return torch.from_numpy(found)
+        return {"pixel_values": torch.from_numpy(found)}
 
-    def _processed(self, pictures: list[Image.Image]) -> torch.Tensor:
-        crop = self.processor.crop_size
-        # Pictures of the wanted size pass resizing and cropping unchanged; leaving both out saves most of the time.
-        fits = all(picture.size == (crop["width"], crop["height"]) for picture in pictures)
+    def _processed(self, pictures: list[Image.Image]) -> dict[str, torch.Tensor]:
+        # Images of the wanted size pass resizing and cropping unchanged; leaving both out saves most of the time.
+        fits = self.usual and all(picture.size == (self.side, self.side) for picture in pictures)
         resize = {"do_resize": False, "do_center_crop": False} if fits else {}
-        return self.processor(pictures, return_tensors="pt", **resize)["pixel_values"]
+        return dict(self.processor(pictures, return_tensors="pt", **resize))
 
     def _reduced(self, value: Any) -> Any:
         """A JPEG at the smallest scale that serves; None where the general way is to be taken."""
@@ -89,6 +110,8 @@ class PictureReader:
             return None
         if not isinstance(value, bytes | str):
             return None
+        if isinstance(value, str) and not os.path.isfile(value):
+            return None  # whose message does not repeat what may be a whole image in base64
         image = Image.open(io.BytesIO(value) if isinstance(value, bytes) else value)
         if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
             return load_image(image)
@@ -106,8 +129,8 @@ class PictureReader:
         return self._resized(picture, whole[0] / scale, whole[1] / scale)
 
     def _cropped(self, picture: Any) -> np.ndarray:
-        if isinstance(picture, np.ndarray):
-            return picture
+        if isinstance(picture, Cropped | np.ndarray):
+            return picture.pixels if isinstance(picture, Cropped) else picture
         if picture.size == (self.side, self.side):
             return np.asarray(picture).transpose(2, 0, 1)
         return self._resized(picture, *picture.size)
@@ -137,6 +160,32 @@ class PictureReader:
         box = (left * across, top * down, (left + side) * across, (top + side) * down)
         small = picture.resize((side, side), Image.Resampling(int(self.processor.resample)), box=box)
         return np.asarray(small).transpose(2, 0, 1)
+
+
+def _is_nested(value: list[Any]) -> bool:
+    """Whether a list is an array, as `datasets` gives one back, and not several images."""
+    return bool(value) and isinstance(value[0], list) and bool(value[0]) and isinstance(value[0][0], list | int | float)
+
+
+def _array(value: list[Any]) -> np.ndarray:
+    try:
+        found = np.asarray(value)
+    except ValueError as error:
+        raise Fault("broken picture", "nested lists of different lengths") from error
+    return found.astype(np.uint8) if found.dtype == np.int64 and 0 <= found.min() <= found.max() < 256 else found
+
+
+def _stored(value: dict[str, Any]) -> Any:
+    """What an undecoded `datasets.Image` holds; an address within an archive or a hub is read as `datasets` does."""
+    content, path = value.get("bytes"), value.get("path")
+    if content is None and isinstance(path, str) and "://" in path and not path.startswith(("http://", "https://")):
+        import datasets
+
+        try:
+            return datasets.Image().decode_example({"bytes": None, "path": path})
+        except Exception as error:  # each protocol has its own
+            raise fault_of(error) from error
+    return path if content is None else content
 
 
 def _table(processor: Any) -> np.ndarray:

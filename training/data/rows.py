@@ -24,7 +24,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "second": ("sentence2", "text2", "second"),
     "score": ("score", "label"),
 }
-MOST_NEGATIVES = 7
+DPR_NEGATIVES = 7  # of the hundred that DPR's files hold of a row, where a source does not say how many it takes
 _NUMBERED = re.compile(r"negative_(\d+)$")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
@@ -35,7 +35,7 @@ class Normaliser:
 
     - image-text: `image` (bytes, or the path of a file within the fence), `caption` (a string or a list of them) and
       `image_id`, equal for rows with the same picture;
-    - text-pair: `query`, `positive`; text-triplet: also `negatives`, one to seven;
+    - text-pair: `query`, `positive`; text-triplet: also `negatives`, one at least;
     - text-only: `text`; image-only: `image` and `image_id`;
     - image-label: `image`, `label`, a string; scored-pair: `first`, `second`, `score`, a number.
 
@@ -139,8 +139,6 @@ class Normaliser:
             values += [raw[name] for _, name in numbered if raw[name] is not None]
         found = [_text("negatives", one) for one in values]
         wanted = self.negatives
-        if wanted is None and len(found) > MOST_NEGATIVES:
-            raise Fault(f"more than {MOST_NEGATIVES} negatives", f"{len(found)}; to take the first, set negatives")
         if len(found) < (wanted or 1):
             raise Fault("too few negatives", f"{len(found)} of {wanted or 1}")
         return found[:wanted]
@@ -199,7 +197,7 @@ def sharegpt4v(raw: Mapping[str, Any]) -> dict[str, Any]:
     return {"image": raw.get("image"), "caption": captions[0] if len(captions) == 1 else captions}
 
 
-def dpr(raw: Mapping[str, Any]) -> dict[str, Any]:
+def dpr(raw: Mapping[str, Any], negatives: int | None = None) -> dict[str, Any]:
     """DPR's Natural Questions (arXiv 2004.04906): the first positive passage, hard negatives before others."""
     positives = raw.get("positive_ctxs") or []
     if not positives:
@@ -208,7 +206,7 @@ def dpr(raw: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "query": raw.get("question"),
         "positive": passage(positives[0]),
-        "negatives": [passage(one) for one in others[:MOST_NEGATIVES]],
+        "negatives": [passage(one) for one in others[: negatives or DPR_NEGATIVES]],
     }
 
 

@@ -18,7 +18,7 @@ from bifocal.training.recipe import Source
 from bifocal.training.streams import FAULT
 from bifocal.training.tasks import KINDS, TrainingError
 
-_VERSION = 1  # of how rows are made; a change here makes caches of before useless
+_VERSION = 2  # of how rows are made; a change here makes caches of before useless
 _PEEKED = 100  # rows that are looked at to know whether a column holds lists
 
 
@@ -200,18 +200,6 @@ class _Batch:
             for column, values in made.items():
                 values.append(row.get(column))
         return made
-
-
-def undecoded(dataset: Any) -> Any:
-    """Pictures as bytes or paths: they are decoded in the collator, by the workers, with one set of rules."""
-    from datasets import Image, List
-
-    for name, feature in (dataset.features or {}).items():
-        if isinstance(feature, Image):
-            dataset = dataset.cast_column(name, Image(decode=False))
-        elif isinstance(feature, List) and isinstance(feature.feature, Image):
-            dataset = dataset.cast_column(name, List(Image(decode=False)))
-    return dataset
 
 
 def _stamp(shard: str) -> list[Any]:
