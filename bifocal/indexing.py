@@ -114,6 +114,10 @@ class Reading:
         self.table = _table_of(self.folder, self.source.split) if self.folder is not None and images else None
         # The folder that names begin in.
         self.root = os.path.dirname(self.table) if self.table is not None else self.folder
+        paths = [self.source.path] if isinstance(self.source.path, str) else self.source.path
+        around = self.root or os.path.dirname(os.path.expanduser(paths[0])) or "."
+        roots = [*Fence(self.source.images).roots.items(), ("", os.path.realpath(around))]
+        self.roots = sorted(roots, key=lambda one: -len(one[1]))  # the innermost first
         self.origin = Origin(self._identity(), {"captions": self.captions}, complete=self.source.limit is None)
 
     def remember(self, index: SearchIndex) -> None:
@@ -206,15 +210,10 @@ class Reading:
 
     def _relative(self, path: str) -> str | None:
         """A path as it is within the folder that the source's images begin in."""
-        paths = [self.source.path] if isinstance(self.source.path, str) else self.source.path
-        around = self.root or os.path.dirname(os.path.expanduser(paths[0])) or "."
-        fence = Fence(self.source.images if self.source.images is not None else around)
-        roots = {**fence.roots, **({} if "" in fence.roots else {"": os.path.realpath(around)})}
-        real = os.path.realpath(path)
-        for prefix, root in sorted(roots.items(), key=lambda one: -len(one[1])):
-            if Path(real).is_relative_to(root):
-                return "/".join(filter(None, (prefix, os.path.relpath(real, root).replace(os.sep, "/"))))
-        return os.path.basename(real) if os.path.isabs(path) else None
+        for prefix, root in self.roots:
+            if Path(path).is_relative_to(root):
+                return "/".join(filter(None, (prefix, os.path.relpath(path, root).replace(os.sep, "/"))))
+        return os.path.basename(path) if os.path.isabs(path) else None
 
     def left_out(self) -> list[str]:
         """Return what was passed over without an attempt to read it, in words."""

@@ -51,6 +51,7 @@ def index(
     from bifocal.hub.search.items import SearchError
     from bifocal.hub.search.searcher import Searcher, load_model
     from bifocal.indexing import Reading, kind_of
+    from bifocal.training.data.image_files import printable
     from bifocal.training.recipe import source_of
 
     try:
@@ -76,6 +77,7 @@ def index(
                     made.discard_if_empty()
     except SearchError as error:
         fail(str(error))
+    source = printable(source)
     faults = reading.faults + done.failed
     for name, reason in faults[:5]:
         typer.echo(f"Left out: {name}: {reason}", err=True)
@@ -92,6 +94,8 @@ def index(
         )
     if done.gone and not prune:
         typer.echo(f"{done.gone:,} items of '{source}' in the index are no longer there; --prune deletes them.")
+    for path in made.lost_sources():
+        typer.echo(f"'{path}' was indexed and is not there now; bifocal remove {out} --source PATH deletes its items.")
     if not reading.origin.complete:
         typer.echo(f"Not all of '{source}' was read, so what is no longer there was not looked for.")
 
@@ -162,9 +166,14 @@ def search(
 
 def remove(
     index: Index,
-    names: Annotated[list[str], typer.Argument(help="Names as the hits have them, or patterns of names.")],
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Names as the hits have them, or patterns of names.")
+    ] = None,
+    source: Annotated[str | None, typer.Option(help="Delete what was indexed from this path or Hub id.")] = None,
 ) -> None:
-    """Delete items from an index, also from its files."""
+    """Delete items from an index, also from its files. Content that has other names stays under those."""
+    if not names and source is None:
+        fail("Name what to delete: names as the hits have them, or a --source.")
     require(*_NEEDS)
     from bifocal.hub.search.index import SearchIndex
     from bifocal.hub.search.items import SearchError
@@ -172,7 +181,7 @@ def remove(
     try:
         with one_sentence(index):
             opened = SearchIndex(index)
-            count = opened.remove(names)
+            count = opened.remove(names or [], source)
     except SearchError as error:
         fail(str(error))
     typer.echo(f"{count:,} deleted; {index} has {len(opened):,} left.")

@@ -11,11 +11,12 @@ from typing import Any, cast
 
 import numpy as np
 
-from bifocal.hub.search.items import KINDS, Hit, Item, SearchError, known_kinds, read_picture, thumbnail, unit
+from bifocal.hub.search.adding import Adding
+from bifocal.hub.search.items import KINDS, Hit, Item, SearchError, known_kinds, unit
 from bifocal.hub.search.mirror import NO_SOURCE, Added, Origin, Scan
 from bifocal.hub.search.opened import Opened
 from bifocal.hub.search.settings import FORMAT, PRECISIONS, SETTINGS, read_settings, write_settings
-from bifocal.hub.search.table import ROWS, Place, Snapshot, Table, all_places
+from bifocal.hub.search.table import Place, Snapshot, Table, all_places
 
 _CANDIDATES = 4  # times the hits wanted are taken from a shortened or rounded index, then scored with whole vectors
 _PATIENCE = 3.0  # seconds after which a command says that it waits for another one
@@ -170,44 +171,23 @@ class SearchIndex:
             origin: the source of the items; without one, what the index has and the items lack is never missed.
             prune: delete what the index has of this source and the source has no longer.
         """
-        done = Added()
         with self._alone():
             self._tidy()
             lost = self.table.missing(self.parts)
             for name in lost:
                 self.table.fill(name)
-            done.restored = len(lost)
-            scan = Scan(self._number(origin))
             before = {key for key, _ in all_places(self.table.open())}
-            waiting: dict[str, list[Item]] = {}
-            missing: set[str] = set()  # files that a table names and that are gone
-            for number, item in enumerate(items, 1):
-                progress(number)
-                try:
-                    key = item.key()
-                except SearchError as error:
-                    done.failed.append((item.name, str(error)))
-                    if isinstance(item.image, str | Path) and not os.path.lexists(item.image):
-                        missing.add(item.name)
-                    continue
-                if key in waiting:
-                    waiting[key].append(item)
-                    done.duplicates += 1
-                elif key in before or key in scan.new:
-                    done.duplicates += key in scan.names
-                    done.known += key not in scan.names
-                    scan.see(key, item)
-                else:
-                    waiting[key] = [item]
-                if len(waiting) == ROWS:
-                    self._add_part(waiting, encode_text, encode_image, scan, done)
-                    waiting = {}
-            self._add_part(waiting, encode_text, encode_image, scan, done)
-            unread = {name for name, _ in done.failed} - missing
-            self._update(scan, origin, unread, prune, done)
+            adding = Adding(self.table, before, Scan(self._number(origin)), encode_text, encode_image, self._wrote)
+            done = adding.run(items, progress)
+            done.restored = len(lost)
+            self._update(adding, origin, prune)
             self._opened = None
             self._open()
         return done
+
+    def _wrote(self, parts: int) -> None:
+        self.parts = max(self.parts, parts)
+        self._save()
 
     def _number(self, origin: Origin | None) -> int:
         """The number of a source; of a new one, remembered from now on."""
@@ -226,86 +206,60 @@ class SearchIndex:
             self.sources = sources
         return known
 
-    def _update(self, scan: Scan, origin: Origin | None, unread: set[str], prune: bool, done: Added) -> None:
-        complete = origin is not None and origin.complete
-        unread = unread | (origin.unread if origin is not None else set())
-        if not scan.names:  # a disk that is not mounted, and not a source that has lost everything
+    def _update(self, adding: Adding, origin: Origin | None, prune: bool) -> None:
+        """Bring names and captions up to date, and drop what is replaced or, if so asked, gone."""
+        if not adding.scan.names:  # a disk that is not mounted, and not a source that has lost everything
             return
-        fates: dict[str, list[Place]] = {}
+        complete = origin is not None and origin.complete
+        unread = adding.unread | (origin.unread if origin is not None else set())
+        self.table.rewrite(
+            lambda key, kind, places: adding.scan.now(key, kind, places, complete, unread, prune, adding.done)
+        )
 
-        def places(key: str, kind: str, before: list[Place]) -> list[Place]:
-            if key not in fates:
-                fates[key] = scan.now(key, kind, before, complete, unread, prune, done)
-            return fates[key]
-
-        self.table.rewrite(places)
-
-    def _add_part(
-        self, waiting: dict[str, list[Item]], encode_text: Any, encode_image: Any, scan: Scan, done: Added
-    ) -> None:
-        rows: list[dict[str, Any]] = []
-        pictures = []
-        for key, items in waiting.items():
-            first = items[0]
-            row: dict[str, Any] = {"key": key, "kind": first.kind, "text": first.text, "image": None}
-            if first.image is not None:
-                try:
-                    picture = read_picture(first.image)
-                except SearchError as error:
-                    done.failed += [(item.name, str(error)) for item in items]
-                    done.duplicates -= len(items) - 1
-                    continue
-                pictures.append(picture)
-                row["image"] = thumbnail(picture)
-            rows.append(row)
-        texts = [row["text"] for row in rows if row["kind"] == "text"]
-        found = {
-            "text": iter(unit(encode_text(texts)) if texts else ()),
-            "image": iter(unit(encode_image(pictures)) if pictures else ()),
-        }
-        kept = []
-        for row in rows:
-            row["embedding"] = next(found[row["kind"]]).astype(np.float32)
-            items = waiting[row["key"]]
-            if not np.isfinite(row["embedding"]).all():
-                done.failed += [(item.name, "the model gives no finite embedding of it") for item in items]
-                done.duplicates -= len(items) - 1
-                continue
-            for item in items:
-                scan.see(row["key"], item)
-            scan.new.add(row["key"])
-            row["places"] = scan.places(row["key"])
-            kept.append(row)
-        if kept:
-            self.parts = max(self.parts, self.table.append(kept))
-            self._save()
-            done.count += len(kept)
-
-    def remove(self, names: Sequence[str]) -> int:
+    def remove(self, names: Sequence[str] = (), source: str | None = None) -> int:
         """Delete what has these names, patterns of names (`photos/*`) or keys, from the files too.
 
         Content that has other names stays under those.
+
+        Args:
+            source: a path or Hub id that was indexed; what came from there is deleted.
 
         Returns:
             How many rows were deleted.
 
         Raises:
-            SearchError: a name that fits no row; then nothing is deleted.
+            SearchError: a name that fits no row, or a source that was not indexed; then nothing is deleted.
         """
         with self._alone():
             self._tidy()
-            known = [(key, place.name) for key, places in all_places(self.snapshot()) for place in places]
+            sources = read_settings(self.folder)["sources"]
+            given = (source, os.path.abspath(os.path.expanduser(source))) if source is not None else ()
+            numbers = {n for n, one in enumerate(sources) if set(given) & set(one["identity"].get("paths", ()))}
+            if source is not None and not numbers:
+                known = ", ".join(sorted({str(path) for one in sources for path in one["identity"].get("paths", ())}))
+                raise SearchError(f"'{source}' is no source of '{self.folder}'; its sources are {known or 'unknown'}.")
+            there = [(key, place.name) for key, places in all_places(self.snapshot()) for place in places]
             for name in names:
-                if not any(_fits(name, *one) for one in known):
+                if not any(_fits(name, *one) for one in there):
                     raise SearchError(f"Nothing in '{self.folder}' is called '{name}'; names are those of the hits.")
-            count = self.table.rewrite(
-                lambda key, kind, places: [
-                    place for place in places if not any(_fits(given, key, place.name) for given in names)
+
+            def kept(key: str, kind: str, places: list[Place]) -> list[Place]:
+                return [
+                    place
+                    for place in places
+                    if place.source not in numbers and not any(_fits(name, key, place.name) for name in names)
                 ]
-            )
+
+            count = self.table.rewrite(kept)
             self._opened = None
             self._open()
         return count
+
+    def lost_sources(self) -> list[str]:
+        """Return the paths that were indexed and do not exist any more."""
+        paths = [str(path) for one in self.sources for path in one["identity"].get("paths", ())]
+        local = [path for path in paths if os.path.isabs(path) and not any(sign in path for sign in "*?[{")]
+        return [path for path in dict.fromkeys(local) if not os.path.exists(path)]
 
     def search(
         self, vector: np.ndarray, k: int = 10, kinds: Sequence[str] = KINDS, form: tuple[int, str] | None = None
@@ -409,7 +363,11 @@ def weights_of(model: str | Path) -> str:
     if not folder.exists():
         from huggingface_hub import snapshot_download
 
-        folder = Path(snapshot_download(str(model), allow_patterns=["*.safetensors", "*.json"]))
+        try:
+            folder = Path(snapshot_download(str(model), allow_patterns=["*.safetensors", "*.json"]))
+        except (OSError, ValueError) as error:
+            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise SearchError(f"There is no model at '{model}', here or on the Hub ({said}).") from error
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise SearchError(f"'{model}' has no safetensors; give the folder or Hub id of a Bifocal model.")

@@ -49,7 +49,9 @@ def copy_to_lance(index: SearchIndex, uri: str) -> int:
         else:
             table = database.create_table(_TABLE, schema=schema)
         keys = set()
-        for rows, vectors in zip((one for one in snapshot.tables if len(one)), snapshot.vectors(), strict=True):
+        for rows, vectors in zip(snapshot.tables, snapshot.vectors(), strict=True):
+            if not len(rows):
+                continue
             names = [[place["name"] for place in places] for places in rows.column("places").to_pylist()]
             columns = {name: rows.column(name) for name in ("key", "kind", "name", "text")}
             columns = {name: column.cast(text).combine_chunks() for name, column in columns.items()}

@@ -35,7 +35,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
         if not isinstance(settings.get(name), kind):
             raise SearchError(f"'{path}' is damaged ({name}); index the sources again into another folder.")
     pairs = [form for form in settings["forms"] if isinstance(form, list) and len(form) == 2 and form[1] in PRECISIONS]
-    told = [one for one in settings["sources"] if isinstance(one, dict) and {"identity", "options"} <= set(one)]
+    told = [one for one in settings["sources"] if isinstance(one, dict)]
+    told = [one for one in told if all(isinstance(one.get(name), dict) for name in ("identity", "options"))]
     if not pairs or pairs != settings["forms"] or told != settings["sources"]:
         raise SearchError(f"'{path}' is damaged (forms or sources); index the sources again into another folder.")
     return settings

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from PIL import Image
 
 from bifocal.hub.search.index import SearchIndex
@@ -92,7 +93,8 @@ def test_captions_names_and_content_are_brought_up_to_date(desk, embedded):
     assert rows(desk) == {
         "image kite.png": (["kite.png"], "a kite"), "image ship.png": (["ship.png"], "a boat"),
         "image dog.png": (["dog.png"], "a dog"), "text kite.png#caption": (["kite.png#caption"], "a kite"),
-        "text ship.png#caption": (["ship.png#caption"], "a boat"), "text dog.png#caption": (["dog.png#caption"], "a dog"),
+        "text ship.png#caption": (["ship.png#caption"], "a boat"),
+        "text dog.png#caption": (["dog.png#caption"], "a dog"),
     }  # fmt: skip
     assert "0 new, 6 known before; index has 3" in index(desk, "photos"), "and then there is nothing to do"
 
@@ -125,6 +127,22 @@ def test_sources_do_not_prune_each_other(desk):
     picture(desk / "one" / "4.png", 4)
     assert "2 pruned; index has 3 pictures" in index(desk, str(desk / "one"), "--prune")
     assert set(rows(desk)) == {"image 2.png", "image 3.png", "image 4.png"}
+
+
+def test_a_source_that_is_gone_can_be_forgotten(desk):
+    for place, numbers in (("one", (1, 2)), ("two", (2, 3))):
+        (desk / place).mkdir()
+        for number in numbers:
+            picture(desk / place / f"{number}.png", number)
+        index(desk, place)
+    os.rename(desk / "one", desk / "moved")
+    said = index(desk, "two", "--prune")
+    assert f"'{desk / 'one'}' was indexed and is not there now; bifocal remove index --source PATH deletes" in said
+    assert len(rows(desk)) == 3, "perhaps its disk is only not mounted"
+    assert "'three' is no source of 'index'" in error_of(desk, "remove", "index", "--source", "three")
+    assert "Name what to delete" in error_of(desk, "remove", "index")
+    assert "1 deleted; index has 2 left." in invoke(desk, "remove", "index", "--source", "one").stdout
+    assert set(rows(desk)) == {"image 2.png", "image 3.png"}
 
 
 def test_duplicates_keep_their_names_and_captions(desk):
@@ -295,3 +313,43 @@ def test_a_kind_that_is_not_there_is_said_to_be_missing(desk):
     index(desk, "photos")
     said = error_of(desk, "search", "index", "a star", "--only", "text")
     assert said == "Error: 'index' has no texts; add some with bifocal index, or search without --only."
+
+
+def test_nothing_tells_of_this_machine(desk, saved):
+    """Hits, the database and a Space have no path of the user in any byte; the index itself knows its sources."""
+    home = desk / "jane-doe"
+    shutil.copytree(saved, home / "model")
+    config = json.loads((home / "model" / "config.json").read_text())
+    config["_name_or_path"] = config["text_config"]["_name_or_path"] = str(home / "model")
+    (home / "model" / "config.json").write_text(json.dumps(config))
+    (home / "model" / "stage.json").write_text(json.dumps({"output_dir": str(home)}))
+    described(home / "photos", {"inner/a.png": "a dog"})
+    (home / "photos" / "inner").mkdir()
+    for number, name in enumerate(["inner/a.png", "b.png"]):
+        picture(home / "photos" / name, number)
+    (home / "loose").mkdir()
+    picture(home / "loose" / "c.png", 5)
+    (home / "texts.jsonl").write_text(json.dumps({"text": "a star"}) + "\n")
+    rows_of_table = [{"image": str(home / "loose" / "c.png"), "caption": "a table's image"}]
+    (home / "table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of_table))
+    Dataset.from_dict({"text": ["a saved text"]}).to_parquet(str(home / "parquet" / "train.parquet"))
+    for source, *options in (
+        ("photos", "--captions"), ("loose",), ("texts.jsonl",), ("table.jsonl", "--captions"),
+        ("parquet", "--kind", "text-only"),
+    ):  # fmt: skip
+        model = ("--model", str(home / "model"))
+        done = invoke(desk, "index", str(home / source), str(home / "index"), *model, *options)
+        assert done.exit_code == 0, done.stderr
+    for command in (["database", "lance"], ["serve", "--space", "space"]):
+        done = invoke(desk, command[0], str(home / "index"), *command[1:])
+        assert done.exit_code == 0, done.stderr
+    names = [name for found, _ in rows(home).values() for name in found]
+    assert {"inner/a.png", "inner/a.png#caption", "b.png", "c.png", "texts.jsonl:1", "c.png#caption"} <= set(names)
+    told = [path for folder in ("lance", "space") for path in (desk / folder).rglob("*") if path.is_file()]
+    assert len(told) > 20
+    for path in told:
+        content = path.read_bytes()
+        for secret in (b"jane", str(desk).encode(), str(Path(__file__).parents[2]).encode()):
+            assert secret not in content, path
+    found = invoke(desk, "search", str(home / "index"), "a dog", "--json", "-k", "60").stdout
+    assert "jane" not in found

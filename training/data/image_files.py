@@ -61,6 +61,7 @@ def find_images(folder: str | Path, skip: Iterable[str | Path] = ()) -> FoundIma
     """
     found = FoundImages()
     skipped = {os.path.realpath(path) for path in skip}
+    names = {os.path.basename(path) for path in skipped}
     entered: set[tuple[int, int]] = set()
     # Real folders come before links to them, so that a file has the name of its own place.
     folders: list[str] = [""]
@@ -84,7 +85,7 @@ def find_images(folder: str | Path, skip: Iterable[str | Path] = ()) -> FoundIma
                 found.hidden += 1
             elif entry.is_dir():
                 (links if entry.is_symlink() else folders).append(name)
-            elif os.path.realpath(entry.path) not in skipped:
+            elif entry.name not in names or os.path.realpath(entry.path) not in skipped:
                 _look(entry, name, found)
     found.names.sort()
     return found

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from bifocal.hub.search.index import SearchIndex
+from bifocal.hub.search.index import SearchIndex, weights_of
 from bifocal.hub.search.items import Item, SearchError
 from bifocal.hub.search.searcher import Searcher
 from tests.bifocal.commands import error_of, invoke
@@ -21,10 +21,10 @@ from tests.hub.search.conftest import made_items
 @pytest.fixture(scope="module")
 def intact(model_folder, tmp_path_factory) -> Path:
     """An index of three parts, which nobody changes."""
-    from bifocal.hub.search import index as module
+    from bifocal.hub.search import adding as module
 
     folder = tmp_path_factory.mktemp("intact") / "index"
-    made = SearchIndex.create(folder, str(model_folder), module.weights_of(model_folder), 40)
+    made = SearchIndex.create(folder, str(model_folder), weights_of(model_folder), 40)
     rows, module.ROWS = module.ROWS, 50
     try:
         Searcher(made).add(made_items())
@@ -124,7 +124,7 @@ def test_a_lost_part_is_missed_and_made_again(folder, number):
 )  # fmt: skip
 def test_damaged_settings_are_named(folder, content):
     (folder / "index.json").write_bytes(content)
-    with pytest.raises(SearchError, match="index.json' is damaged|made by another version of Bifocal; index anew"):
+    with pytest.raises(SearchError, match=r"index.json' is damaged|made by another version of Bifocal; index anew"):
         SearchIndex(folder)
     (folder / "index.json").unlink()
     with pytest.raises(SearchError, match="is no index"):

@@ -179,10 +179,10 @@ def test_bad_options_are_named(new, tmp_path, model_folder):
 
 KILLED = """
 import os, signal, sys
-from bifocal.hub.search import index, table
+from bifocal.hub.search import adding, index, table
 from bifocal.hub.search.searcher import Searcher
 from tests.hub.search.conftest import made_items
-index.ROWS = 20
+adding.ROWS = 20
 searcher = Searcher(index.SearchIndex(sys.argv[1]))
 write, left = table.Table._write, [int(sys.argv[2])]
 def killing(self, part, rows):
@@ -218,7 +218,7 @@ def test_killed_runs_go_on(new):
 
 
 def test_two_that_add_at_once(searcher, new, monkeypatch):
-    monkeypatch.setattr("bifocal.hub.search.index.ROWS", 10)
+    monkeypatch.setattr("bifocal.hub.search.adding.ROWS", 10)
     index = new(name="shared").index
     threads = [threading.Thread(target=lambda: Searcher(SearchIndex(index.folder)).add(made_items())) for _ in range(2)]
     for thread in threads:
