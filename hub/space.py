@@ -67,12 +67,12 @@ def write_space(
     if out.exists() and not (out / "app.py").exists() and (not out.is_dir() or any(out.iterdir())):
         raise SearchError(f"'{out}' holds something that is no Space; choose another folder.")
     name = index.model if model is None else model
-    folder = Path(name).expanduser()
-    is_id = not folder.exists() and name.count("/") == 1 and not name.startswith((".", "/", "~"))
-    if not folder.exists() and not is_id:
+    model_folder = Path(name).expanduser()
+    is_id = not model_folder.exists() and name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    if not model_folder.exists() and not is_id:
         raise SearchError(f"The index's model is no longer at '{name}'; name its new place with --model.")
     if not is_id:
-        index.require(weights_of(folder), name)
+        index.require(weights_of(model_folder), name)
     with made_whole(out) as made:
         package = made / "bifocal"
         (package / "hub").mkdir(parents=True)
@@ -92,7 +92,7 @@ def write_space(
         write_settings(made / "index", told)
         if not is_id:
             (made / "model").mkdir()
-            for file in (file for pattern in _MODEL_FILES for file in folder.glob(pattern)):
+            for file in (file for pattern in _MODEL_FILES for file in model_folder.glob(pattern)):
                 shutil.copy2(file, made / "model")
                 if file.suffix == ".json":
                     _without_paths(made / "model" / file.name)

@@ -55,13 +55,14 @@ def build(searcher: Searcher, title: str = "Search pictures and texts") -> gradi
                 with gradio.Row():
                     show = gradio.Radio(list(SHOW), value="In one ranking", label="Show", elem_id="bf-show")
                 with gradio.Row():
-                    count = gradio.Slider(1, _MOST, value=12, step=1, label="Hits", elem_id="bf-count")
+                    count = gradio.Slider(1, _MOST, value=12, step=1, label="Hits", min_width=200, elem_id="bf-count")
                     weight = gradio.Slider(
                         0,
                         1,
                         value=0.5,
                         step=0.05,
                         label="Text against picture, where both are given",
+                        min_width=240,
                         elem_id="bf-weight",
                     )
                 with gradio.Row():
@@ -75,7 +76,7 @@ def build(searcher: Searcher, title: str = "Search pictures and texts") -> gradi
         # The file as it came: gradio itself would decode it, of whatever size it is.
         picture.preprocess = lambda payload: _uploaded(page, payload)  # type: ignore[method-assign]
         # Where a visitor gives an address, gradio would fetch it.
-        picture.async_move_resource_to_block_cache = _stay  # type: ignore[method-assign]
+        picture.async_move_resource_to_block_cache = _stay  # type: ignore[method-assign, assignment]
         results = gradio.HTML(note(f"Nothing searched yet. There are {described}."), elem_id="bf-results")
         find = answer(searcher)
         inputs = [text, picture, show, count, weight]

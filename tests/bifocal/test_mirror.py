@@ -82,7 +82,7 @@ def test_captions_names_and_content_are_brought_up_to_date(desk, embedded):
     described(folder, {"kite.png": "a kite", "ship.png": "a boat", "dog.png": "a dog"})
     embedded.clear()
     said = index(desk, "photos")  # with captions, as the last time
-    assert embedded == ["a kite", "image"], "the corrected caption and the changed image, and nothing else"
+    assert sorted(embedded) == ["a kite", "image"], "the corrected caption and the changed image, and nothing else"
     assert "2 new, 4 known before, 1 captions updated, 2 renamed, 2 replaced; index has 4 pictures and 4 texts" in said
     assert "2 items of 'photos' in the index are no longer there; --prune deletes them." in said
     assert "image cat.png" in rows(desk), "deleted only when asked"
@@ -344,7 +344,9 @@ def test_nothing_tells_of_this_machine(desk, saved):
         done = invoke(desk, command[0], str(home / "index"), *command[1:])
         assert done.exit_code == 0, done.stderr
     names = [name for found, _ in rows(home).values() for name in found]
-    assert {"inner/a.png", "inner/a.png#caption", "b.png", "c.png", "texts.jsonl:1", "c.png#caption"} <= set(names)
+    assert {"inner/a.png", "inner/a.png#caption", "b.png", "c.png", "texts.jsonl:1", "loose/c.png#caption"} <= set(
+        names
+    )
     told = [path for folder in ("lance", "space") for path in (desk / folder).rglob("*") if path.is_file()]
     assert len(told) > 20
     for path in told:
