@@ -11,10 +11,11 @@ from typing import Any
 from bifocal.hub.search.index import SearchIndex
 from bifocal.hub.search.items import Item
 from bifocal.hub.search.mirror import Origin
+from bifocal.training.data.cleaning import RowFilter
 from bifocal.training.data.faults import Fault
-from bifocal.training.data.image_files import FoundImages, by_suffix, find_images, printable
+from bifocal.training.data.image_files import FoundImages, by_suffix, find_images, image_suffixes, printable
 from bifocal.training.data.inspecting import rows_of
-from bifocal.training.data.places import Fence, is_remote
+from bifocal.training.data.places import Fence, expand, is_remote
 from bifocal.training.recipe import RecipeError, Source
 from bifocal.training.sources import METADATA, guess_kind
 
@@ -38,6 +39,8 @@ def kind_of(source: Source, kind: str | None) -> str:
         raise RecipeError(f"The folder '{source.title}' is empty; nothing can be indexed.")
     if kind is not None:
         return kind
+    if _image_files(source) is not None:
+        return "image-only"
     try:
         found = guess_kind(source)
     except RecipeError:
@@ -52,6 +55,18 @@ def kind_of(source: Source, kind: str | None) -> str:
             "name the kind of its rows with --kind."
         ) from None
     return "text-pair" if found == "text-triplet" else found
+
+
+def _image_files(source: Source) -> tuple[str, list[str]] | None:
+    """The folder and names of the images that a path or pattern names; None if it names anything else."""
+    if not isinstance(source.path, str) or is_remote(source.path) or _folder(source) is not None:
+        return None
+    files = expand(source.path)
+    if not files or any(os.path.splitext(file)[1].lower()[1:] not in image_suffixes() for file in files):
+        return None
+    # What stands before the pattern: it stays the same whatever files there are.
+    root = os.path.dirname(re.split(r"[*?\[{]", os.path.expanduser(source.path))[0]) or "."
+    return root, [os.path.relpath(file, root).replace(os.sep, "/") for file in files]
 
 
 def _folder(source: Source) -> str | None:
@@ -149,6 +164,10 @@ class Reading:
         if folder is not None and self.kind == "image-only" and self.table is None and not tars and not self._loaded():
             yield from self._files(folder, find_images(folder, self.skip))
             return
+        files = _image_files(self.source) if self.kind == "image-only" else None
+        if files is not None:
+            yield from self._files(files[0], FoundImages(files[1]))
+            return
         seen: set[str] = set()
         good = 0
         for name, row in rows_of(self.source, self.kind):
@@ -183,8 +202,24 @@ class Reading:
             self.faults.append((printable(name), reason))
             self.origin.unread.add(printable(name))
         self.origin.complete &= found.complete
-        for name in found.names:
-            yield Item(printable(name), "", os.path.join(root, name), own_name=True)
+        if self.source.columns and self.table is None:
+            raise RecipeError(
+                f"'{self.source.title}' has images and no table, so it has no columns; leave out columns."
+            )
+        keep = RowFilter(self.source.clean) if self.source.clean is not None else None
+        for number, name in enumerate(found.names):
+            path = os.path.join(root, name)
+            if self.source.limit is not None and number >= self.source.limit:
+                return
+            try:
+                if keep is not None:
+                    keep({"image": path})
+            except Fault as fault:
+                self.faults.append((printable(name), str(fault)))
+                if not fault.dropped:
+                    self.origin.unread.add(printable(name))
+                continue
+            yield Item(printable(name), "", path, own_name=True)
 
     def _row(self, name: str, row: dict[str, Any], seen: set[str]) -> Iterator[Item]:
         name = printable(self._name(name))

@@ -77,7 +77,7 @@ def index(
                     made.discard_if_empty()
     except SearchError as error:
         fail(str(error))
-    source = printable(source)
+    source, shown = printable(source), printable(str(out))
     faults = reading.faults + done.failed
     for name, reason in faults[:5]:
         typer.echo(f"Left out: {name}: {reason}", err=True)
@@ -87,7 +87,7 @@ def index(
         typer.echo(f"Left out: {passed}.", err=True)
     if not done.count + done.known + done.duplicates:
         fail(f"Nothing in '{source}' could be indexed.")
-    typer.echo(_added(done, len(faults), reading.unnamed, made, out))
+    typer.echo(_added(done, len(faults), reading.unnamed, made, shown))
     if done.restored:
         typer.echo(
             f"{done.restored} parts of the table were missing; if other sources were in them, index those again."
@@ -95,12 +95,15 @@ def index(
     if done.gone and not prune:
         typer.echo(f"{done.gone:,} items of '{source}' in the index are no longer there; --prune deletes them.")
     for path in made.lost_sources():
-        typer.echo(f"'{path}' was indexed and is not there now; bifocal remove {out} --source PATH deletes its items.")
+        path = printable(path)
+        typer.echo(
+            f"'{path}' was indexed and is not there now; bifocal remove {shown} --source PATH deletes its items."
+        )
     if not reading.origin.complete:
         typer.echo(f"Not all of '{source}' was read, so what is no longer there was not looked for.")
 
 
-def _added(done: "Added", faults: int, unnamed: int, made: "SearchIndex", out: Path) -> str:
+def _added(done: "Added", faults: int, unnamed: int, made: "SearchIndex", out: str) -> str:
     """The summary of a run of `bifocal index`."""
     counted = [
         (done.duplicates, "duplicates kept as further names"), (done.updated, "captions updated"),

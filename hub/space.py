@@ -33,7 +33,7 @@ here = Path(__file__).parent
 launch(build(Searcher(SearchIndex(here / "index"), {model}), {title!r}))
 '''
 _CARD = """---
-title: {title}
+title: {quoted}
 emoji: 🔎
 colorFrom: blue
 colorTo: yellow
@@ -73,6 +73,7 @@ def write_space(
         raise SearchError(f"The index's model is no longer at '{name}'; name its new place with --model.")
     if not is_id:
         index.require(weights_of(model_folder), name)
+    title = " ".join(title.split())
     with made_whole(out) as made:
         package = made / "bifocal"
         (package / "hub").mkdir(parents=True)
@@ -101,7 +102,10 @@ def write_space(
         needs = [f"{name}=={version(name).partition('+')[0]}" for name in _NEEDS]
         (made / "requirements.txt").write_text("\n".join(needs) + "\n", encoding="utf-8")
         counts = index.counts()
-        card = _CARD.format(title=title, gradio=version("gradio"), images=counts["image"], texts=counts["text"])
+        card = _CARD.format(
+            title=title, quoted=json.dumps(title, ensure_ascii=False), gradio=version("gradio"),
+            images=counts["image"], texts=counts["text"],
+        )  # fmt: skip
         (made / "README.md").write_text(card, encoding="utf-8")
     return out
 

@@ -94,7 +94,10 @@ class SearchIndex:
             return cls(folder)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise SearchError(f"'{folder}' holds other files and no index; choose another folder.")
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SearchError(f"'{folder}' cannot be made ({error.strerror}); choose another folder.") from error
         write_settings(folder, {**settings, "forms": forms})
         return cls(folder)
 
@@ -330,9 +333,9 @@ class SearchIndex:
     def _require_parts(self) -> None:
         lost = self.table.missing(self.parts)
         if lost:
-            more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+            which = "is" if len(lost) == 1 else f"and {len(lost) - 1} more are"
             raise SearchError(
-                f"'{self.table.folder / lost[0]}'{more} is missing. Put it back, or run bifocal index again with the "
+                f"'{self.table.folder / lost[0]}' {which} missing. Put it back, or run bifocal index again with the "
                 "index's sources, which embeds its items again."
             )
 

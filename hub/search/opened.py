@@ -126,6 +126,6 @@ def _keep(made: Any, path: Path, form: str) -> None:
         for old in path.parent.glob("*.faiss"):
             if old.name.startswith(form) and old != path:
                 old.unlink(missing_ok=True)
-    except (OSError, RuntimeError):  # faiss says RuntimeError where it cannot write
+    except (OSError, RuntimeError, TypeError, ValueError):  # faiss has errors of its own, also for odd paths
         with suppress(OSError):
             scratch.unlink(missing_ok=True)

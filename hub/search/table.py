@@ -1,5 +1,6 @@
 """The table of an index: Arrow files of rows, each written whole, which `datasets` reads without a copy."""
 
+import mmap
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -147,18 +148,18 @@ class Table:
 
         try:
             with part.open("rb") as file:
-                file.seek(0, os.SEEK_END)
-                file.seek(max(file.tell() - len(_END), 0))
-                ended = file.read() == _END
-            if not ended:
+                # Not Arrow's own mapping, which takes no path that is not UTF-8.
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            if mapped[-len(_END) :] != _END:
                 raise damaged(part, "its end is missing")
-            with pa.memory_map(str(part)) as source:
-                table = pa.ipc.open_stream(source).read_all()
+            table = pa.ipc.open_stream(pa.py_buffer(mapped)).read_all()
             # Offsets out of bounds would end the process.
             table.validate(full=True)
         except PermissionError as error:
             raise SearchError(f"'{part}' may not be read; change its permissions.") from error
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        except SearchError:
+            raise
+        except (pa.ArrowException, OSError, ValueError) as error:  # an empty file is a ValueError of mmap
             raise damaged(
                 part, f"it is no Arrow stream that can be read ({str(error).splitlines()[0][:120]})"
             ) from error

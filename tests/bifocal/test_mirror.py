@@ -237,6 +237,31 @@ def test_images_without_a_row_in_the_table_are_indexed_too(desk):
     assert rows(desk)["image b.png"] == (["b.png"], "")
 
 
+def test_images_by_pattern_and_filters(desk):
+    for number, name in enumerate(["a.png", "b.png", "c.jpg"]):
+        (desk / "photos").mkdir(exist_ok=True)
+        picture(desk / "photos" / name, 20 * number)
+    assert "2 new" in index(desk, "photos/*.png", out="some")
+    (desk / "photos" / "a.png").unlink()
+    assert "1 known before, 1 pruned" in index(desk, "photos/*.png", "--prune", out="some")
+    assert set(rows(desk, "some")) == {"image b.png"}
+    assert "0 new, 1 known" in index(desk, "photos/b.png", out="some")
+    assert "1 new, 0 known before, 1 left out" in index(desk, "photos", "clean.min_side=24", "clean.max_ratio=2.2")
+    assert "image b.png" in rows(desk)
+    said = error_of(desk, "index", "photos", "index", "columns.image=picture")
+    assert "'photos' has images and no table, so it has no columns" in said
+
+
+def test_a_folder_with_a_name_that_is_no_text(desk):
+    odd = os.fsdecode(b"caf\xe9")
+    (desk / odd).mkdir()
+    picture(desk / odd / "a.png", 1)
+    assert "caf\\xe9/index has 1 pictures" in index(desk, odd, out=f"{odd}/index")
+    assert "0 new, 1 known" in index(desk, odd, out=f"{odd}/index")
+    assert "a.png" in invoke(desk, "search", f"{odd}/index", "a star").stdout
+    assert "is empty; nothing" not in error_of(desk, "index", f"{odd}/gone", "index", "--model", "model")
+
+
 def test_a_folder_that_cannot_be_entered_is_named(desk, monkeypatch):
     (desk / "photos" / "locked").mkdir(parents=True)
     picture(desk / "photos" / "a.png", 1)

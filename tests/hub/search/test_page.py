@@ -378,8 +378,8 @@ def test_a_space_runs_on_its_own(searcher, tmp_path):
 
 
 def test_a_space_is_pushed_as_one(searcher, tmp_path):
-    space = write_space(searcher.index, tmp_path / "space")
-    assert look(space).space
+    space = write_space(searcher.index, tmp_path / "space", 'A "search": all\n---')
+    assert look(space).space, "whatever is in the title"
     with hub() as (address, state):
         variables = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
         variables |= {
