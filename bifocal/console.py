@@ -40,7 +40,8 @@ def sentence(error: Exception) -> str:
 
 
 def fail(message: str) -> NoReturn:
-    typer.echo(f"Error: {message}", err=True)
+    # A name that is no UTF-8 could not be printed.
+    typer.echo(f"Error: {message}".encode("utf-8", "backslashreplace").decode(), err=True)
     raise typer.Exit(1)
 
 

@@ -4,15 +4,23 @@ import json
 import shutil
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import bifocal.hub.search
 import bifocal.modeling
 from bifocal.hub.folders import made_whole
-from bifocal.hub.search.index import SearchIndex
+from bifocal.hub.search.index import SearchIndex, weights_of
 from bifocal.hub.search.items import SearchError
+from bifocal.hub.search.settings import read_settings, write_settings
 
 _NEEDS = ("datasets", "faiss-cpu", "filelock", "pillow", "safetensors", "torch", "transformers")
-_MODEL_FILES = ("*.json", "*.safetensors", "*.txt")
+# What loads the model and its processor. Other files of its folder tell of its training, and where that was.
+_MODEL_FILES = (
+    "config.json", "*.safetensors", "*.safetensors.index.json", "preprocessor_config.json", "processor_config.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "vocab.txt", "merges.txt", "*.model",
+)  # fmt: skip
+_PATHS = ("_name_or_path", "name_or_path", "tokenizer_file", "vocab_file", "cache_dir")  # keys of theirs
 _APP = '''"""The search page of this Space."""
 
 from pathlib import Path
@@ -25,7 +33,7 @@ here = Path(__file__).parent
 launch(build(Searcher(SearchIndex(here / "index"), {model}), {title!r}))
 '''
 _CARD = """---
-title: {title}
+title: {quoted}
 emoji: 🔎
 colorFrom: blue
 colorTo: yellow
@@ -42,21 +50,30 @@ pinned: false
 """
 
 
-def write_space(index: SearchIndex, out: Path, title: str = "Search pictures and texts") -> Path:
+def write_space(
+    index: SearchIndex, out: Path, title: str = "Search pictures and texts", model: str | None = None
+) -> Path:
     """Write a Space; it is made beside its place and moved there whole, an earlier one is replaced.
 
     A model that is a folder travels with it, one of the Hub is loaded from there. No code of a repository is run: the
-    Space brings the model's and the page's own.
+    Space brings the model's and the page's own. No path of this machine goes with it.
+
+    Args:
+        model: where the index's model is now, if it was moved.
 
     Raises:
         SearchError: something that is no Space is at `out`, or the index's model is not where it was.
     """
     if out.exists() and not (out / "app.py").exists() and (not out.is_dir() or any(out.iterdir())):
         raise SearchError(f"'{out}' holds something that is no Space; choose another folder.")
-    model = Path(index.model)
-    is_id = not model.exists() and index.model.count("/") == 1 and not index.model.startswith((".", "/", "~"))
-    if not model.exists() and not is_id:
-        raise SearchError(f"The index's model is no longer at '{index.model}'; put it back or index anew.")
+    name = index.model if model is None else model
+    model_folder = Path(name).expanduser()
+    is_id = not model_folder.exists() and name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    if not model_folder.exists() and not is_id:
+        raise SearchError(f"The index's model is no longer at '{name}'; name its new place with --model.")
+    if not is_id:
+        index.require(weights_of(model_folder), name)
+    title = " ".join(title.split())
     with made_whole(out) as made:
         package = made / "bifocal"
         (package / "hub").mkdir(parents=True)
@@ -68,19 +85,40 @@ def write_space(index: SearchIndex, out: Path, title: str = "Search pictures and
         ):
             source = Path(str(module.__file__)).parent
             shutil.copytree(source, place, ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copytree(index.folder, made / "index", ignore=shutil.ignore_patterns(".*"))
+        table = made / "index" / "table"
+        table.mkdir(parents=True)
+        for part in index.snapshot().parts:  # FAISS indexes are made where the Space runs
+            shutil.copy2(part, table)
+        told = {**read_settings(index.folder), "model": name if is_id else "model", "sources": []}
+        write_settings(made / "index", told)
         if not is_id:
             (made / "model").mkdir()
-            for file in (file for pattern in _MODEL_FILES for file in model.glob(pattern)):
+            for file in (file for pattern in _MODEL_FILES for file in model_folder.glob(pattern)):
                 shutil.copy2(file, made / "model")
-            settings = (made / "index" / "index.json").read_text(encoding="utf-8")
-            settings = settings.replace(json.dumps(index.model), '"model"')  # a folder's place is nobody's business
-            (made / "index" / "index.json").write_text(settings, encoding="utf-8")
+                if file.suffix == ".json":
+                    _without_paths(made / "model" / file.name)
         model_place = "None" if is_id else 'str(here / "model")'
         (made / "app.py").write_text(_APP.format(model=model_place, title=title), encoding="utf-8")
         needs = [f"{name}=={version(name).partition('+')[0]}" for name in _NEEDS]
         (made / "requirements.txt").write_text("\n".join(needs) + "\n", encoding="utf-8")
         counts = index.counts()
-        card = _CARD.format(title=title, gradio=version("gradio"), images=counts["image"], texts=counts["text"])
+        card = _CARD.format(
+            title=title, quoted=json.dumps(title, ensure_ascii=False), gradio=version("gradio"),
+            images=counts["image"], texts=counts["text"],
+        )  # fmt: skip
         (made / "README.md").write_text(card, encoding="utf-8")
     return out
+
+
+def _without_paths(file: Path) -> None:
+    """Take out of a configuration where it once was."""
+    told = json.loads(file.read_text(encoding="utf-8"))
+    kept = _cleared(told)
+    if kept != told:
+        file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _cleared(told: Any) -> Any:
+    if not isinstance(told, dict):
+        return told
+    return {key: _cleared(value) for key, value in told.items() if key not in _PATHS}

@@ -21,7 +21,7 @@ from bifocal.training.task_data import disable_image_decoding
 from bifocal.training.tasks import KINDS
 
 _PEEKED = 20  # rows that are looked at to know a file's columns
-_METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
 class MissingColumnError(RecipeError):
@@ -129,7 +129,7 @@ def _in_folder(folder: str, source: Source, kind: str) -> Located | None:
     if is_beir(folder):
         return [folder], partial(read_beir, split=source.split), as_is, None
     for place in (folder, os.path.join(folder, source.split)):
-        for name in _METADATA:
+        for name in METADATA:
             path = os.path.join(place, name)
             if os.path.exists(path):
                 return _files([path], source, kind, place)

@@ -1,41 +1,27 @@
 """An index: the table of a model's vectors, FAISS indexes of them, and the model they came from."""
 
 import hashlib
-import json
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
-from bifocal.hub.search.items import KINDS, Hit, Item, SearchError, known_kinds, read_picture, thumbnail, unit
-from bifocal.hub.search.table import ROWS, Table
+from bifocal.hub.search.adding import Adding
+from bifocal.hub.search.items import KINDS, Hit, Item, SearchError, known_kinds, unit
+from bifocal.hub.search.mirror import NO_SOURCE, Added, Origin, Scan
+from bifocal.hub.search.opened import Opened
+from bifocal.hub.search.settings import FORMAT, PRECISIONS, SETTINGS, read_settings, write_settings
+from bifocal.hub.search.table import Place, Snapshot, Table, all_places
 
-_FORMAT = 1
-_SETTINGS = "index.json"
-_PRECISIONS = ("float32", "int8")
 _CANDIDATES = 4  # times the hits wanted are taken from a shortened or rounded index, then scored with whole vectors
-_SAMPLE = 1024  # items of a kind by which scores are made comparable
-_FEW = 8  # items of a kind below which its mean and deviation say nothing
+_PATIENCE = 3.0  # seconds after which a command says that it waits for another one
 
-
-@dataclass
-class Added:
-    """What became of the items given.
-
-    Args:
-        count: new rows.
-        known: items whose content was in the index already, or came before.
-        failed: name and reason of pictures that cannot be read.
-    """
-
-    count: int = 0
-    known: int = 0
-    failed: list[tuple[str, str]] = field(default_factory=list)
+logger = logging.getLogger(__name__)
 
 
 class SearchIndex:
@@ -43,39 +29,36 @@ class SearchIndex:
 
     Each FAISS index (a number of dimensions and a precision) is derived from the table and made anew where it does not
     fit. Those of all dimensions in float32 are exact; from others four times the hits wanted are taken and scored with
-    the whole vectors.
+    the whole vectors. Searching needs no right to write.
 
     Args:
         folder: of an index.
 
     Raises:
-        SearchError: there is none, or one of another version.
+        SearchError: there is none, or one that is damaged or of another version.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        path = self.folder / _SETTINGS
-        if not path.exists():
-            raise SearchError(f"'{folder}' is no index; make one with bifocal index.")
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        if settings.get("format") != _FORMAT:
-            raise SearchError(f"'{folder}' was made by another version of Bifocal; index anew into another folder.")
+        settings = read_settings(self.folder)
         self.model: str = settings["model"]
         self.weights: str = settings["weights"]
         self.dimensions: int = settings["dimensions"]
         self.forms: list[tuple[int, str]] = [(dim, precision) for dim, precision in settings["forms"]]
+        self.sources: list[dict[str, Any]] = settings["sources"]
+        self.parts: int = settings["parts"]
         self.table = Table(self.folder / "table", self.dimensions)
-        self._opened: _Opened | None = None
+        self._opened: Opened | None = None
 
     @classmethod
     def create(
         cls, folder: str | Path, model: str, weights: str, dimensions: int, dims: Sequence[int] = (),
         precisions: Sequence[str] = ("float32",),
     ) -> "SearchIndex":  # fmt: skip
-        """A new, empty index, or the one that is there if it is of the same model.
+        """Return a new, empty index, or the one that is there if it is of the same model, or of any and empty.
 
         Args:
-            model: what loads the model: a folder or Hub id.
+            model: what loads the model: a folder, remembered by its absolute path, or a Hub id.
             weights: names the model's weights, see `weights_of`.
             dimensions: of the model's vectors.
             dims: numbers of leading dimensions to search by; all of them if empty.
@@ -89,20 +72,61 @@ class SearchIndex:
             if not 1 <= dim <= dimensions:
                 raise SearchError(f"dims must be from 1 to {dimensions}, the model's dimensions, but one is {dim}.")
         for precision in precisions:
-            if precision not in _PRECISIONS:
-                raise SearchError(f"'{precision}' is no precision; it must be one of {', '.join(_PRECISIONS)}.")
-        forms = [[dim, precision] for dim in (dims or [dimensions]) for precision in precisions]
-        if (folder / _SETTINGS).exists():
+            if precision not in PRECISIONS:
+                raise SearchError(f"'{precision}' is no precision; it must be one of {', '.join(PRECISIONS)}.")
+        forms = [(dim, precision) for dim in (dims or [dimensions]) for precision in precisions]
+        if os.path.isdir(os.path.expanduser(model)):
+            model = os.path.abspath(os.path.expanduser(model))
+        settings = dict(format=FORMAT, model=model, weights=weights, dimensions=dimensions, sources=[], parts=0)
+        if (folder / SETTINGS).exists():
             found = cls(folder)
-            found.require(weights, model)
-            wanted = [form for form in forms if tuple(form) not in found.forms]
-            forms = [list(form) for form in found.forms] + wanted
-        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            if found.weights == weights or len(found):
+                found.require(weights, model)
+                found.model = model
+                found.forms += [form for form in forms if form not in found.forms]
+                with found._alone():
+                    found._save()
+                return found
+            with found._alone():  # nothing was ever indexed, or all was deleted: its model binds nobody
+                for part in found.table.parts:
+                    part.unlink()
+                write_settings(folder, {**settings, "forms": forms})
+            return cls(folder)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise SearchError(f"'{folder}' holds other files and no index; choose another folder.")
-        folder.mkdir(parents=True, exist_ok=True)
-        settings = dict(format=_FORMAT, model=model, weights=weights, dimensions=dimensions, forms=forms)
-        _write(folder / _SETTINGS, settings)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SearchError(f"'{folder}' cannot be made ({error.strerror}); choose another folder.") from error
+        write_settings(folder, {**settings, "forms": forms})
         return cls(folder)
+
+    def _save(self) -> None:
+        """Write the settings, with what other processes have added to them; only under the lock."""
+        there = read_settings(self.folder)
+        self.sources = there["sources"] + self.sources[len(there["sources"]) :]
+        self.parts = max(self.parts, there["parts"])
+        theirs = [(dim, precision) for dim, precision in there["forms"]]
+        self.forms = theirs + [form for form in self.forms if form not in theirs]
+        settings = dict(
+            format=FORMAT, model=self.model, weights=self.weights, dimensions=self.dimensions, forms=self.forms,
+            parts=self.parts, sources=self.sources,
+        )  # fmt: skip
+        write_settings(self.folder, settings)
+
+    def discard_if_empty(self) -> None:
+        """Delete the files of an index that holds nothing, so that its folder is bound to no model."""
+        with self._alone():
+            if len(self):
+                return
+            for part in self.table.parts:
+                part.unlink()
+            (self.folder / SETTINGS).unlink()
+            self._opened = None
+        (self.folder / ".lock").unlink(missing_ok=True)
+        for folder in (self.table.folder, self.folder / "faiss", self.folder):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
 
     def require(self, weights: str, model: str) -> None:
         """
@@ -118,88 +142,127 @@ class SearchIndex:
     def __len__(self) -> int:
         return len(self._open().keys)
 
+    def snapshot(self) -> Snapshot:
+        """Return the rows as they are now.
+
+        Raises:
+            SearchError: if a part is damaged or missing.
+        """
+        self._require_parts()
+        return self.table.open()
+
     def counts(self) -> dict[str, int]:
         """Rows by kind."""
-        kinds = self._open().kinds
-        return {kind: int((kinds == kind).sum()) for kind in KINDS}
+        return dict(self._open().numbers)
+
+    def options(self, identity: dict[str, Any]) -> dict[str, Any]:
+        """Return the options that a source was indexed with the last time; none if it is new."""
+        return next((one["options"] for one in self.sources if one["identity"] == identity), {})
 
     def add(
         self, items: Iterable[Item], encode_text: Callable[[list[str]], np.ndarray],
         encode_image: Callable[[list[Any]], np.ndarray], progress: Callable[[int], None] = lambda done: None,
+        origin: Origin | None = None, prune: bool = False,
     ) -> Added:  # fmt: skip
         """Embed what is not in the index yet and write it, part by part: a killed run goes on where it was.
+
+        Afterwards names and captions of what was known are brought up to date.
 
         Args:
             encode_text, encode_image: to vectors (items, dimensions).
             progress: called with the number of items looked at.
+            origin: the source of the items; without one, what the index has and the items lack is never missed.
+            prune: delete what the index has of this source and the source has no longer.
         """
-        done = Added()
         with self._alone():
-            known = set(self._open().keys)
-            waiting: list[tuple[str, Item]] = []
-            for number, item in enumerate(items, 1):
-                try:
-                    key = item.key()
-                except SearchError as error:
-                    done.failed.append((item.name, str(error)))
-                    continue
-                if key in known:
-                    done.known += 1
-                else:
-                    known.add(key)
-                    waiting.append((key, item))
-                if len(waiting) == ROWS:
-                    self._write(waiting, encode_text, encode_image, done)
-                    waiting = []
-                progress(number)
-            self._write(waiting, encode_text, encode_image, done)
+            self._tidy()
+            lost = self.table.missing(self.parts)
+            for name in lost:
+                self.table.fill(name)
+            before = {key for key, _ in all_places(self.table.open())}
+            adding = Adding(self.table, before, Scan(self._number(origin)), encode_text, encode_image, self._wrote)
+            done = adding.run(items, progress)
+            done.restored = len(lost)
+            self._update(adding, origin, prune)
             self._opened = None
             self._open()
         return done
 
-    def _write(self, waiting: Sequence[tuple[str, Item]], encode_text: Any, encode_image: Any, done: Added) -> None:
-        rows: list[dict[str, Any]] = []
-        pictures = []
-        for key, item in waiting:
-            row: dict[str, Any] = {"key": key, "kind": item.kind, "name": item.name, "text": item.text, "image": None}
-            if item.image is not None:
-                try:
-                    picture = read_picture(item.image)
-                except SearchError as error:
-                    done.failed.append((item.name, str(error)))
-                    continue
-                pictures.append(picture)
-                row["image"] = {"bytes": thumbnail(picture), "path": None}
-            rows.append(row)
-        texts = [row["text"] for row in rows if row["kind"] == "text"]
-        found = {
-            "text": iter(unit(encode_text(texts)) if texts else ()),
-            "image": iter(unit(encode_image(pictures)) if pictures else ()),
-        }
-        for row in rows:
-            row["embedding"] = next(found[row["kind"]]).astype(np.float32)
-        if rows:
-            self.table.append(rows)
-            done.count += len(rows)
+    def _wrote(self, parts: int) -> None:
+        self.parts = max(self.parts, parts)
+        self._save()
 
-    def remove(self, names: Sequence[str]) -> int:
-        """Delete rows by name, pattern of names (`photos/*`) or key, from the files too.
+    def _number(self, origin: Origin | None) -> int:
+        """The number of a source; of a new one, remembered from now on."""
+        if origin is None:
+            return NO_SOURCE
+        self.sources = read_settings(self.folder)["sources"]
+        known = next((n for n, one in enumerate(self.sources) if one["identity"] == origin.identity), None)
+        told = {"identity": origin.identity, "options": origin.options}
+        if known is None:
+            self.sources.append(told)
+            self._save()
+            return len(self.sources) - 1
+        if self.sources[known] != told:
+            sources = [*self.sources[:known], told, *self.sources[known + 1 :]]
+            write_settings(self.folder, {**read_settings(self.folder), "sources": sources})
+            self.sources = sources
+        return known
+
+    def _update(self, adding: Adding, origin: Origin | None, prune: bool) -> None:
+        """Bring names and captions up to date, and drop what is replaced or, if so asked, gone."""
+        if not adding.scan.names:  # a disk that is not mounted, and not a source that has lost everything
+            return
+        complete = origin is not None and origin.complete
+        unread = adding.unread | (origin.unread if origin is not None else set())
+        self.table.rewrite(
+            lambda key, kind, places: adding.scan.now(key, kind, places, complete, unread, prune, adding.done)
+        )
+
+    def remove(self, names: Sequence[str] = (), source: str | None = None) -> int:
+        """Delete what has these names, patterns of names (`photos/*`) or keys, from the files too.
+
+        Content that has other names stays under those.
+
+        Args:
+            source: a path or Hub id that was indexed; what came from there is deleted.
 
         Returns:
-            How many.
+            How many rows were deleted.
 
         Raises:
-            SearchError: a name that fits no row; then nothing is deleted.
+            SearchError: a name that fits no row, or a source that was not indexed; then nothing is deleted.
         """
         with self._alone():
-            opened = self._open()
+            self._tidy()
+            sources = read_settings(self.folder)["sources"]
+            given = (source, os.path.abspath(os.path.expanduser(source))) if source is not None else ()
+            numbers = {n for n, one in enumerate(sources) if set(given) & set(one["identity"].get("paths", ()))}
+            if source is not None and not numbers:
+                known = ", ".join(sorted({str(path) for one in sources for path in one["identity"].get("paths", ())}))
+                raise SearchError(f"'{source}' is no source of '{self.folder}'; its sources are {known or 'unknown'}.")
+            there = [(key, place.name) for key, places in all_places(self.snapshot()) for place in places]
             for name in names:
-                if not any(_fits(name, *row) for row in zip(opened.keys, opened.names)):
+                if not any(_fits(name, *one) for one in there):
                     raise SearchError(f"Nothing in '{self.folder}' is called '{name}'; names are those of the hits.")
-            count = self.table.remove(lambda key, name: any(_fits(given, key, name) for given in names))
+
+            def kept(key: str, kind: str, places: list[Place]) -> list[Place]:
+                return [
+                    place
+                    for place in places
+                    if place.source not in numbers and not any(_fits(name, key, place.name) for name in names)
+                ]
+
+            count = self.table.rewrite(kept)
             self._opened = None
             self._open()
         return count
+
+    def lost_sources(self) -> list[str]:
+        """Return the paths that were indexed and do not exist any more."""
+        paths = [str(path) for one in self.sources for path in one["identity"].get("paths", ())]
+        local = [path for path in paths if os.path.isabs(path) and not any(sign in path for sign in "*?[{")]
+        return [path for path in dict.fromkeys(local) if not os.path.exists(path)]
 
     def search(
         self, vector: np.ndarray, k: int = 10, kinds: Sequence[str] = KINDS, form: tuple[int, str] | None = None
@@ -242,7 +305,7 @@ class SearchIndex:
         return [opened.hit(row, score, standing) for standing, score, row in hits]
 
     @staticmethod
-    def _nearest(opened: "_Opened", query: np.ndarray, k: int, kind: str, dim: int, precision: str) -> np.ndarray:
+    def _nearest(opened: Opened, query: np.ndarray, k: int, kind: str, dim: int, precision: str) -> np.ndarray:
         import faiss
 
         chosen = opened.masks[kind]
@@ -254,90 +317,43 @@ class SearchIndex:
         _, rows = opened.faiss[dim, precision].search(unit(query[:dim])[None], k, params=options)
         return rows[0][rows[0] >= 0]
 
-    def _open(self) -> "_Opened":
+    def _open(self) -> Opened:
         stamp = self.table.stamp()
         if self._opened is None or self._opened.stamp != stamp:
-            self._opened = _Opened(self, stamp)
+            self._require_parts()
+            self._opened = Opened(self.folder / "faiss", self.table, self.forms)
         return self._opened
+
+    def _tidy(self) -> None:
+        """Delete what killed runs left half written; only under the lock."""
+        self.table.tidy()
+        for left in (self.folder / "faiss").glob(".*.faiss.*"):
+            left.unlink(missing_ok=True)
+
+    def _require_parts(self) -> None:
+        lost = self.table.missing(self.parts)
+        if lost:
+            which = "is" if len(lost) == 1 else f"and {len(lost) - 1} more are"
+            raise SearchError(
+                f"'{self.table.folder / lost[0]}' {which} missing. Put it back, or run bifocal index again with the "
+                "index's sources, which embeds its items again."
+            )
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Two commands that change one index take turns."""
-        from filelock import FileLock
+        """Let commands that change one index take turns."""
+        from filelock import FileLock, Timeout
 
-        with FileLock(self.folder / ".lock"):
+        lock = FileLock(self.folder / ".lock")
+        try:
+            lock.acquire(timeout=_PATIENCE)
+        except Timeout:
+            logger.warning(f"Another command is changing '{self.folder}'; waiting until it has ended.")
+            lock.acquire()
+        try:
             yield
-
-
-class _Opened:
-    """What searching needs of a table as it is now; not changed after it is made, so that threads share it."""
-
-    def __init__(self, index: SearchIndex, stamp: list[list[Any]]) -> None:
-        self.stamp = stamp
-        data = index.table.open()
-        # Arrow's own table: a data set takes milliseconds for each row, Arrow microseconds.
-        self.arrow: Any = None if data is None else data.data
-        self.keys: list[str] = [] if data is None else list(data["key"])
-        self.names: list[str] = [] if data is None else list(data["name"])
-        self.kinds = np.array([] if data is None else data["kind"], dtype=object)
-        self.masks = {kind: np.packbits(self.kinds == kind, bitorder="little") for kind in KINDS}
-        self.numbers = {kind: int((self.kinds == kind).sum()) for kind in KINDS}
-        self.faiss = {form: _faiss(index, *form, stamp) for form in index.forms} if self.keys else {}
-        generator = np.random.default_rng(0)
-        self.samples: dict[str, np.ndarray] = {}
-        for kind in KINDS:
-            rows = np.flatnonzero(self.kinds == kind)
-            if len(rows) >= _FEW:
-                chosen = generator.choice(rows, min(_SAMPLE, len(rows)), replace=False)
-                self.samples[kind] = self.vectors(np.sort(chosen))
-
-    def vectors(self, rows: np.ndarray) -> np.ndarray:
-        """(rows, dimensions), the vectors of some rows."""
-        column = self.arrow.column("embedding")
-        if not len(rows):
-            return np.empty((0, column.type.list_size), np.float32)
-        return np.stack([column[int(row)].values.to_numpy() for row in rows])
-
-    def usual(self, kind: str, query: np.ndarray) -> tuple[float, float]:
-        """Mean and deviation of a query's scores with a kind; 0 and 1 where a kind has too few items to tell."""
-        if len(self.samples) < len(KINDS):
-            return 0.0, 1.0
-        scores = self.samples[kind] @ query
-        return float(scores.mean()), max(float(scores.std()), 1e-6)
-
-    def hit(self, row: int, score: float, standing: float) -> Hit:
-        picture = self.arrow.column("image")[row].as_py()
-        text = self.arrow.column("text")[row].as_py()
-        return Hit(
-            self.names[row], str(self.kinds[row]), text, score, standing, None if picture is None else picture["bytes"]
-        )
-
-
-def _faiss(index: SearchIndex, dim: int, precision: str, stamp: list[list[Any]]) -> Any:
-    """The FAISS index of the table as it is: read if it fits, else made anew and kept."""
-    import faiss
-
-    folder = index.folder / "faiss"
-    path, told = folder / f"{dim}-{precision}.faiss", folder / f"{dim}-{precision}.json"
-    if path.exists() and told.exists() and json.loads(told.read_text(encoding="utf-8")) == stamp:
-        return faiss.read_index(str(path))
-    folder.mkdir(exist_ok=True)
-    made: Any
-    if precision == "float32":
-        made = faiss.IndexFlatIP(dim)
-    else:
-        made = faiss.IndexScalarQuantizer(dim, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT)
-    for vectors in index.table.vectors():
-        short = np.ascontiguousarray(unit(vectors[:, :dim]))
-        if not made.is_trained:  # the range of each dimension, by the first part
-            made.train(short)
-        made.add(short)
-    told.unlink(missing_ok=True)
-    scratch = folder / f".{path.name}"
-    faiss.write_index(made, str(scratch))
-    os.replace(scratch, path)
-    _write(told, stamp)
-    return made
+        finally:
+            lock.release()
 
 
 def weights_of(model: str | Path) -> str:
@@ -346,11 +362,15 @@ def weights_of(model: str | Path) -> str:
     Raises:
         SearchError: there are no weights.
     """
-    folder = Path(model)
+    folder = Path(model).expanduser()
     if not folder.exists():
         from huggingface_hub import snapshot_download
 
-        folder = Path(snapshot_download(str(model), allow_patterns=["*.safetensors", "*.json"]))
+        try:
+            folder = Path(snapshot_download(str(model), allow_patterns=["*.safetensors", "*.json"]))
+        except (OSError, ValueError) as error:
+            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise SearchError(f"There is no model at '{model}', here or on the Hub ({said}).") from error
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise SearchError(f"'{model}' has no safetensors; give the folder or Hub id of a Bifocal model.")
@@ -364,9 +384,3 @@ def weights_of(model: str | Path) -> str:
 
 def _fits(given: str, key: str, name: str) -> bool:
     return given in (key, name) or (any(sign in given for sign in "*?[") and fnmatchcase(name, given))
-
-
-def _write(path: Path, value: Any) -> None:
-    scratch = path.with_name(f".{path.name}")
-    scratch.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(scratch, path)

@@ -31,11 +31,13 @@ class Item:
         name: where it comes from: a path, or a file and row.
         text: of a text, itself; of a picture, what is shown beside it.
         image: a path or the bytes of a file; None for a text.
+        own_name: the name stays with the item, as that of a file does; the number of a row does not.
     """
 
     name: str
     text: str = ""
     image: str | Path | bytes | None = None
+    own_name: bool = False
 
     @property
     def kind(self) -> str:
@@ -53,7 +55,10 @@ class Item:
             content = self.image
         else:
             try:
-                content = Path(self.image).read_bytes()
+                path = Path(self.image)
+                if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+                    raise SearchError("it is no file")
+                content = path.read_bytes()
             except OSError as error:
                 raise SearchError(f"it cannot be read ({error.strerror})") from error
         return hashlib.blake2b(self.kind.encode() + content, digest_size=16).hexdigest()
@@ -67,6 +72,7 @@ class Hit:
         score: cosine similarity to the query.
         standing: in a ranking of both kinds, by how many deviations the score is above the mean of its kind.
         thumbnail: bytes of a PNG or JPEG; None for a text.
+        names: every name that the content has, this one first.
     """
 
     name: str
@@ -75,10 +81,18 @@ class Hit:
     score: float
     standing: float
     thumbnail: bytes | None = None
+    names: tuple[str, ...] = ()
+
+    @property
+    def other_names(self) -> tuple[str, ...]:
+        return tuple(name for name in self.names if name != self.name)
 
     def plain(self) -> dict[str, Any]:
         """For JSON."""
-        return {"name": self.name, "kind": self.kind, "text": self.text, "score": self.score, "standing": self.standing}
+        return {
+            "name": self.name, "names": [self.name, *self.other_names], "kind": self.kind, "text": self.text,
+            "score": self.score, "standing": self.standing,
+        }  # fmt: skip
 
 
 def read_picture(source: Any) -> Image.Image:
@@ -93,6 +107,10 @@ def read_picture(source: Any) -> Image.Image:
         else:
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
                 size = opened.size
+                if opened.format == "EPS":  # a program, which Pillow would hand to Ghostscript
+                    raise SearchError("it is PostScript, which is no image")
+    except SearchError:
+        raise
     except FileNotFoundError as error:
         raise SearchError("it does not exist") from error
     except Exception as error:  # Pillow raises many kinds here

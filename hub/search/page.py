@@ -2,7 +2,9 @@
 
 import base64
 import html
+import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ from typing import Any
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio
+from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
 
 from bifocal.hub.search.items import KINDS, Hit, SearchError
 from bifocal.hub.search.searcher import LONGEST, Searcher
@@ -51,13 +55,14 @@ def build(searcher: Searcher, title: str = "Search pictures and texts") -> gradi
                 with gradio.Row():
                     show = gradio.Radio(list(SHOW), value="In one ranking", label="Show", elem_id="bf-show")
                 with gradio.Row():
-                    count = gradio.Slider(1, _MOST, value=12, step=1, label="Hits", elem_id="bf-count")
+                    count = gradio.Slider(1, _MOST, value=12, step=1, label="Hits", min_width=200, elem_id="bf-count")
                     weight = gradio.Slider(
                         0,
                         1,
                         value=0.5,
                         step=0.05,
                         label="Text against picture, where both are given",
+                        min_width=240,
                         elem_id="bf-weight",
                     )
                 with gradio.Row():
@@ -69,7 +74,9 @@ def build(searcher: Searcher, title: str = "Search pictures and texts") -> gradi
                     elem_id="bf-picture",
                 )  # fmt: skip
         # The file as it came: gradio itself would decode it, of whatever size it is.
-        picture.preprocess = _path_of  # type: ignore[method-assign]
+        picture.preprocess = lambda payload: _uploaded(page, payload)  # type: ignore[method-assign]
+        # Where a visitor gives an address, gradio would fetch it.
+        picture.async_move_resource_to_block_cache = _stay  # type: ignore[method-assign, assignment]
         results = gradio.HTML(note(f"Nothing searched yet. There are {described}."), elem_id="bf-results")
         find = answer(searcher)
         inputs = [text, picture, show, count, weight]
@@ -92,8 +99,50 @@ def build(searcher: Searcher, title: str = "Search pictures and texts") -> gradi
     return page
 
 
-def _path_of(payload: Any) -> str | None:
-    return None if payload is None else payload.path
+_FILE_ROUTE = re.compile(r"(?:^|/gradio_api)/+(file|proxy)[=/](.*)", re.DOTALL)
+_REFUSED = "This is no picture that was uploaded here. Upload one."
+
+
+def _uploaded(page: gradio.Blocks, payload: Any) -> str | None:
+    """The file of a visitor's picture: one that was uploaded to this page, and no other file of the machine.
+
+    Whoever calls the page's route sends a path along, and may send any.
+    """
+    if payload is None:
+        return None
+    path = os.path.realpath(payload.path)
+    if path not in {os.path.realpath(one) for one in page.upload_file_set}:
+        raise gradio.Error(_REFUSED, print_exception=False)
+    return path
+
+
+async def _stay(path: Any) -> Any:
+    if path is not None and "://" in str(path):
+        raise gradio.Error(_REFUSED, print_exception=False)
+    return path
+
+
+class OwnFilesOnly:
+    """Refuses gradio's routes that fetch addresses for a visitor or read files, but for what was uploaded.
+
+    Args:
+        app: the page's application (ASGI).
+        page: whose uploads may be read.
+    """
+
+    def __init__(self, app: Any, page: gradio.Blocks) -> None:
+        self.app, self.page = app, page
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        asked = _FILE_ROUTE.search(scope["path"]) if scope["type"] == "http" else None
+        if asked is not None and (asked[1] == "proxy" or not self._is_ours(asked[2])):
+            await PlainTextResponse("This file is not to be had here.", 403)(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
+
+    def _is_ours(self, given: str) -> bool:
+        path = os.path.realpath(given)
+        return path in {os.path.realpath(one) for one in self.page.upload_file_set}
 
 
 def answer(searcher: Searcher) -> Callable[..., str]:
@@ -101,6 +150,8 @@ def answer(searcher: Searcher) -> Callable[..., str]:
 
     def find(text: str | None, picture: str | None, show: str, count: float, weight: float) -> str:
         try:
+            if not isinstance(text, str | None) or not (_is_number(count) and _is_number(weight)):
+                raise SearchError("This search cannot be read: it takes a text, a number of hits and a weight.")
             if show not in SHOW:
                 raise SearchError(f"'{show}' cannot be shown; it must be one of {', '.join(SHOW)}.")
             if picture is not None and Path(picture).stat().st_size > LARGEST_UPLOAD:
@@ -119,6 +170,10 @@ def answer(searcher: Searcher) -> Callable[..., str]:
         return results_html(found, said)
 
     return find
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def note(text: str, alert: bool = False) -> str:
@@ -148,11 +203,14 @@ def _hit(rank: int, hit: Hit) -> str:
         kind = "png" if hit.thumbnail.startswith(b"\x89PNG") else "jpeg"
         code = base64.b64encode(hit.thumbnail).decode()
         alt = html.escape(text or Path(hit.name).name, quote=True)
-        image = f'<img src="data:image/{kind};base64,{code}" alt="{alt}">'
+        image = f'<span class="bf-frame"><img src="data:image/{kind};base64,{code}" alt="{alt}"></span>'
     width = round(100 * min(max(hit.score, 0.0), 1.0))
     what = "picture" if hit.kind == "image" else "text"
     name = Path(hit.name).name
-    named = f"<small>{html.escape(name)}</small>" if name != hit.text else ""
+    others = len(hit.other_names)
+    also = f" and {others} more" if others else ""
+    title = html.escape("\n".join([hit.name, *hit.other_names[:20]]), quote=True)
+    named = f'<small title="{title}">{html.escape(name + also)}</small>' if name != hit.text or also else ""
     return (
         f'<li class="bf-hit bf-{hit.kind}" tabindex="0">{image}<p>{shown}</p>{named}'
         f'<span class="bf-score"><span>{rank}. {what}</span><span>{hit.score:.3f}</span></span>'
@@ -170,5 +228,6 @@ def launch(page: gradio.Blocks, host: str | None = None, port: int | None = None
         server_name=host, server_port=port, prevent_thread_lock=not wait, quiet=True, show_error=False, share=False,
         max_file_size=LARGEST_UPLOAD, footer_links=[], theme=theme, css_paths=STYLE, ssr_mode=False,
         enable_monitoring=False, pwa=False, mcp_server=False,
+        app_kwargs={"middleware": [Middleware(OwnFilesOnly, page=page)]},
     )  # fmt: skip
     return address

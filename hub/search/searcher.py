@@ -1,13 +1,16 @@
 """A model and an index together: search by text, by picture, or by both."""
 
+import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bifocal.hub.search.index import Added, SearchIndex, weights_of
+from bifocal.hub.search.index import SearchIndex, weights_of
 from bifocal.hub.search.items import KINDS, Hit, Item, SearchError, read_picture, unit
+from bifocal.hub.search.mirror import Added, Origin
 from bifocal.modeling import BifocalModel
 
 LONGEST = 20_000  # characters of a query that are looked at; tokenizing a book takes minutes
@@ -24,7 +27,7 @@ class Searcher:
 
     def __init__(self, index: SearchIndex, model: str | None = None) -> None:
         self.index = index
-        place = model or index.model
+        place = index.model if model is None else os.path.expanduser(model)
         self.model = load_model(place)
         index.require(weights_of(place), place)
         # A tokenizer of the tokenizers library cannot pad for two threads at once.
@@ -67,14 +70,17 @@ class Searcher:
         return self.index.search(self.vector(text, picture, weight), k, kinds, form)
 
     def add(
-        self, items: Iterable[Item], batch_size: int = 32, progress: Callable[[int], None] = lambda done: None
-    ) -> Added:
+        self, items: Iterable[Item], batch_size: int = 32, progress: Callable[[int], None] = lambda done: None,
+        origin: Origin | None = None, prune: bool = False,
+    ) -> Added:  # fmt: skip
         """Embed and add items, see `SearchIndex.add`."""
         return self.index.add(
             items,
             lambda texts: self.model.encode_text(texts, batch_size=batch_size, show_progress=False),
             lambda pictures: self.model.encode_image(pictures, batch_size=batch_size, show_progress=False),
             progress,
+            origin,
+            prune,
         )
 
 
@@ -84,10 +90,13 @@ def load_model(place: str) -> BifocalModel:
     Raises:
         SearchError: there is none.
     """
+    path = Path(place).expanduser()
+    if not path.exists() and (path.is_absolute() or place.startswith((".", "~")) or place.count("/") != 1):
+        raise SearchError(f"There is no Bifocal model at '{place}' (no such folder); pass --model with its place.")
     try:
-        model = BifocalModel.from_pretrained(place).eval()
+        model = BifocalModel.from_pretrained(path if path.exists() else place).eval()
         _ = model.processor
-    except (OSError, ValueError) as error:
-        line = (str(error).strip().splitlines() or [""])[0]
+    except Exception as error:  # transformers, safetensors and tokenizers raise many kinds
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SearchError(f"There is no Bifocal model at '{place}' ({line}).") from error
     return model

@@ -9,13 +9,13 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from bifocal.training.data.faults import Fault
+from bifocal.training.data.image_files import find_images, image_suffixes
 from bifocal.training.data.places import GZIP, open_file
 
-PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+PICTURES = image_suffixes()
 _LONGEST_LINE = 64 * 2**20  # bytes
 _FIELD = 2**24  # characters of a field of a CSV file; Python's own limit is 131,072
 
@@ -209,11 +209,7 @@ def _arrow_rows(batches: Any) -> Iterator[Any]:
 
 def read_pictures(folder: str, start: Any = None) -> Iterator[Row]:
     """Every picture in a folder and its subfolders, by name; a position is a number of rows."""
-    root = Path(folder)
-    names = sorted(
-        path.relative_to(root).as_posix() for path in root.rglob("*") if path.suffix.lower().lstrip(".") in PICTURES
-    )
-    for number, name in islice(enumerate(names, 1), start or 0, None):
+    for number, name in islice(enumerate(find_images(folder).names, 1), start or 0, None):
         yield Row(number, name, {"image": name})
 
 

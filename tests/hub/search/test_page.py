@@ -1,6 +1,7 @@
 """The page as a visitor meets it: a real server, clicked through in a real browser, and many searches at once."""
 
 import io
+import json
 import os
 import re
 import socket
@@ -9,13 +10,15 @@ import sys
 import threading
 import time
 import urllib.request
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from bifocal.hub.push import look
-from bifocal.hub.search.items import Item
+from bifocal.hub.search.items import Hit, Item, thumbnail
 from bifocal.hub.search.page import LARGEST_UPLOAD, answer, results_html
 from bifocal.hub.search.searcher import LONGEST
 from bifocal.hub.space import write_space
@@ -44,6 +47,7 @@ class Server:
     """A command that serves, waited for and ended."""
 
     def __init__(self, command: list[str], port: int, folder: Path, **environment: str) -> None:
+        self.folder = folder
         self.address = f"http://127.0.0.1:{port}"
         self.log = (folder / "server.log").open("w+")
         variables = {**os.environ, "PYTHONPATH": str(ROOT), "GRADIO_TEMP_DIR": str(folder / "uploads"), **environment}
@@ -200,10 +204,139 @@ def test_fifty_at_once(served):
     assert all(found.count("<li") == 5 for found in answers)
 
 
-def test_a_server_shows_no_other_file(served):
-    for path in ("/gradio_api/file=/etc/passwd", "/gradio_api/file=../../etc/passwd", "/file=/etc/hostname"):
-        with pytest.raises(urllib.error.HTTPError, match=r"40[34]"):
-            urllib.request.urlopen(served.address + path, timeout=20)
+@pytest.fixture(scope="module")
+def secret(served) -> Path:
+    """A picture in the folder that the server was started in."""
+    path = served.folder / "secret.png"
+    photo(50, 50).save(path)
+    return path
+
+
+def test_a_server_shows_no_other_file(served, secret):
+    planted = served.folder / "uploads" / "planted.png"
+    planted.parent.mkdir(exist_ok=True)
+    planted.symlink_to(secret)
+    with listener() as (address, asked):
+        for path in (
+            "/gradio_api/file=/etc/passwd", "/gradio_api/file=../../etc/passwd", "/file=/etc/hostname",
+            "/gradio_api/file=secret.png", f"/gradio_api/file={secret}", f"/gradio_api/file={planted}",
+            f"/gradio_api/file/{secret}", f"//gradio_api/file={secret}", f"/gradio_api/file={address}",
+            f"/gradio_api/proxy={address}", "/gradio_api/file=%2Fetc%2Fpasswd", "/gradio_api//file=/etc/passwd",
+        ):  # fmt: skip
+            with pytest.raises(urllib.error.HTTPError, match=r"40[34]"):
+                urllib.request.urlopen(served.address + path, timeout=20)
+        assert asked == []
+
+
+def test_a_server_searches_by_uploads_only(served, secret):
+    (uploaded,) = upload(served.address, secret.read_bytes())
+    meta = {"meta": {"_type": "gradio.FileData"}}
+    assert "bf-hit" in search(served.address, {"path": uploaded, **meta})
+    shown = urllib.request.urlopen(f"{served.address}/gradio_api/file={uploaded}", timeout=20).read()
+    assert shown == secret.read_bytes(), "a visitor sees the picture that was just uploaded"
+    planted = Path(uploaded).with_name("link.png")
+    planted.symlink_to(secret)
+    with listener() as (address, asked):
+        for path in (
+            secret,
+            "secret.png",
+            "/etc/passwd",
+            planted,
+            f"{uploaded}/../../../secret.png",
+            address,
+            "/dev/zero",
+        ):
+            for payload in (
+                {"path": str(path)}, {"path": str(path), **meta}, {"path": str(path), "is_stream": True, **meta},
+                {"path": uploaded, "url": str(path), "is_stream": True}, str(path), {"url": str(path)}, [str(path)],
+            ):  # fmt: skip
+                found = search(served.address, payload)
+                own = isinstance(payload, dict) and payload.get("path") == uploaded
+                assert own or "bf-hit" not in found, payload
+        assert asked == []
+
+
+def test_odd_input_gets_an_answer(served):
+    for text, count, weight in ((["a"], 3, 0.5), ({}, 3, 0.5), ("a", "x", 0.5), ("a", 3, None), ("a", 3, "1e999")):
+        assert re.match("event: (complete|error)\n", search(served.address, None, text, count, weight))
+    assert "bf-hit" in search(served.address, None, "a star", 3, 0.5), "and the server is still there"
+
+
+def test_a_page_says_nothing_of_its_machine(served):
+    for path in ("/", "/config", "/gradio_api/info", "/theme.css"):
+        content = urllib.request.urlopen(served.address + path, timeout=20).read().decode()
+        assert str(served.folder) not in content, path
+        assert str(ROOT) not in content, path
+    assert str(served.folder.parent) not in search(served.address, None, "a star", 60, 0.5)
+
+
+@contextmanager
+def listener():
+    """A server on this machine, and what it was asked for."""
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_error(404)
+
+        do_HEAD = do_GET  # noqa: N815
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/picture.png", asked
+    server.shutdown()
+    server.server_close()
+
+
+def upload(address: str, content: bytes) -> list[str]:
+    body = b"--x\r\nContent-Disposition: form-data; name=files; filename=query.png\r\n\r\n" + content + b"\r\n--x--\r\n"
+    headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    request = urllib.request.Request(f"{address}/gradio_api/upload", body, headers)
+    return json.load(urllib.request.urlopen(request, timeout=20))
+
+
+def search(address: str, picture: object, text: object = "", count: object = 3, weight: object = 0.5) -> str:
+    """What the page's route answers: the results' HTML, or what it says of an error."""
+    body = json.dumps({"data": [text, picture, "In one ranking", count, weight]}).encode()
+    request = urllib.request.Request(
+        f"{address}/gradio_api/call/search", body, {"Content-Type": "application/json"}
+    )  # fmt: skip
+    try:
+        event = json.load(urllib.request.urlopen(request, timeout=20))["event_id"]
+        return urllib.request.urlopen(f"{address}/gradio_api/call/search/{event}", timeout=20).read().decode()
+    except urllib.error.HTTPError as error:
+        return error.read().decode()
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [390, 800, 1400])
+def test_no_image_leaves_its_card(page, width):
+    page.set_viewport_size({"width": width, "height": 900})
+    sizes = [(2000, 6), (6, 2000), (1, 1), (300, 300), (17, 11), (640, 480)]
+    hits = [
+        Hit(f"{'name' * 20}{number}.png", "image", "", 0.5, 0.5, thumbnail(Image.new("RGB", size, "white")))
+        for number, size in enumerate(sizes)
+    ]
+    page.evaluate(
+        "html => document.querySelector('#bf-results .bf-note').parentElement.innerHTML = html",
+        results_html({"": hits}),
+    )
+    boxes = page.evaluate(
+        """async () => {
+            const shown = [...document.querySelectorAll('#bf-results .bf-hit img')];
+            await Promise.all(shown.map(image => image.decode()));
+            return shown.map(image => [image, image.closest('.bf-hit')].map(e => e.getBoundingClientRect().toJSON()));
+        }"""
+    )
+    assert len(boxes) == len(sizes)
+    for image, card in boxes:
+        assert card["left"] <= image["left"] < image["right"] <= card["right"]
+        assert card["top"] <= image["top"] < image["bottom"] <= card["bottom"]
+        assert min(image["width"], image["height"]) >= 8, "also an image of one pixel can be seen"
+    edges = page.locator("#bf-results .bf-hit img").evaluate_all("all => all.map(i => getComputedStyle(i).borderTop)")
+    assert all(edge.startswith("1px solid") for edge in edges), "white images have an edge"
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
 
 def test_what_the_page_answers(searcher, tmp_path):
@@ -226,8 +359,6 @@ def test_a_space_runs_on_its_own(searcher, tmp_path):
     space = write_space(searcher.index, tmp_path / "space", "Stars")
     told = [path.name for path in space.rglob("*") if path.is_file()]
     assert {"app.py", "README.md", "requirements.txt", "page.css", "model.safetensors"} <= set(told)
-    for path in (file for file in space.rglob("*") if file.suffix in (".json", ".py", ".md", ".txt")):
-        assert str(tmp_path.parent) not in path.read_text(), f"{path.name} names a folder of this machine"
     port = free_port()
     command = [sys.executable, "-c", FROM_THE_SPACE, str(space)]
     environment = {"PYTHONPATH": str(space), "GRADIO_SERVER_PORT": str(port)}
@@ -247,8 +378,8 @@ def test_a_space_runs_on_its_own(searcher, tmp_path):
 
 
 def test_a_space_is_pushed_as_one(searcher, tmp_path):
-    space = write_space(searcher.index, tmp_path / "space")
-    assert look(space).space
+    space = write_space(searcher.index, tmp_path / "space", 'A "search": all\n---')
+    assert look(space).space, "whatever is in the title"
     with hub() as (address, state):
         variables = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
         variables |= {
