@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bifocal.training.data.faults import Fault, Skip
-from bifocal.training.data.files import Reader, Row, lost, short
 from bifocal.training.data.places import is_remote
+from bifocal.training.data.text_files import FileFault, Reader, Row, lost, short
 from bifocal.training.tasks import KINDS
 
 _BLOCK_BYTES = 256 * 2**20  # of pictures in a block
@@ -104,6 +104,9 @@ def read_on(read: Reader, shard: str, start: Any = None) -> Iterator[Row]:
                     raise ConnectionError(str(row.value))
                 position, tries = row.position, 0
                 yield row
+            return
+        except FileFault as fault:
+            yield Row(None, short(shard), fault)
             return
         except FileNotFoundError as error:
             yield Row(None, short(shard), lost(error))
