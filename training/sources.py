@@ -16,7 +16,7 @@ from bifocal.training.data.faults import Fault, Skipped
 from bifocal.training.data.files import PICTURES, READERS, format_of, read_pictures
 from bifocal.training.data.groups import is_beir, read_beir, read_nli
 from bifocal.training.data.places import Fence, LoadedFence, expand, is_remote
-from bifocal.training.data.rows import LAYOUTS, MOST_NEGATIVES, Layout, Normaliser, as_is, dpr, layout_of
+from bifocal.training.data.rows import LAYOUTS, Layout, Normaliser, as_is, dpr, layout_of
 from bifocal.training.data.shards import ShardStream
 from bifocal.training.data.tables import checked, materialise, undecoded
 from bifocal.training.data.tars import read_tar
@@ -88,6 +88,7 @@ def open_stream(source: Source, kind: str, seed: int | None = None) -> ShardStre
 def normaliser(source: Source, kind: str, fence: Fence, layout: Layout = as_is) -> Callable[[str, Any], dict[str, Any]]:
     """From a row of a source to a row of a kind, filters included."""
     steps = Normaliser(kind, source.columns, fence, source.negatives)
+    layout = partial(dpr, negatives=source.negatives) if layout is dpr else layout
     return _Steps(layout, steps, RowFilter(source.clean) if source.clean is not None else None)
 
 
@@ -192,10 +193,7 @@ def _files(shards: list[str], source: Source, kind: str, root: str | None) -> Lo
         names = {**row, **names}
     layout = form if form in (*LAYOUTS, "nli") else layout_of(names)
     if layout == "nli" and kind in ("text-pair", "text-triplet"):
-        most = source.negatives or MOST_NEGATIVES
-        return shards, partial(read_nli, triplets=kind == "text-triplet", read=read, negatives=most), as_is, None
-    if layout == "dpr":
-        return shards, read, partial(dpr, negatives=source.negatives or MOST_NEGATIVES), root
+        return shards, partial(read_nli, triplets=kind == "text-triplet", read=read), as_is, None
     if layout not in LAYOUTS and names:
         require_columns(list(names), source, kind, rows)
     return shards, read, LAYOUTS.get(layout or "", as_is), root
@@ -275,7 +273,7 @@ def guess_kind(source: Source) -> str:
         return "text-pair"
     kinds = ("text-triplet", "image-text", "text-pair", "text-only")
     names: list[str] | None = None
-    problem = "no rows"
+    problems: list[tuple[str, Fault]] = []
     for kind in kinds:
         try:
             found = open_stream(source, kind)
@@ -291,16 +289,16 @@ def guess_kind(source: Source) -> str:
         rows = list(islice(found.rows(), _PEEKED))
         if not all(isinstance(row, Fault) for _, row in rows):
             return kind
-        problem = next((f"{name}: {row}" for name, row in rows), problem)
-    if names:
+        problems += [(name, row) for name, row in rows[:1] if isinstance(row, Fault)]
+    if names and not problems:
         raise RecipeError(
             f"The kind of rows of '{source.title}' cannot be told by its columns ({', '.join(names[:20])}). Name it "
             "with --kind, and the columns with columns.OURS=THEIRS, such as columns.query=title."
         )
-    raise RecipeError(
-        f"The kind of rows of '{source.title}' cannot be told, since none of the first can be used ({problem}). "
-        "Name it with --kind."
-    )
+    # Of a kind that it is not, its rows lack a column.
+    told = next((one for one in problems if not one[1].cause.startswith("no ")), problems[0] if problems else None)
+    said = f"; none of the first can be used ({told[0]}: {told[1]})" if told is not None else ""
+    raise RecipeError(f"The kind of rows of '{source.title}' cannot be told{said}. Name it with --kind.")
 
 
 def _columns_elsewhere(source: Source) -> list[str] | None:

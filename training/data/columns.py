@@ -62,15 +62,15 @@ def require_columns(names: list[str] | None, source: Source, kind: str, rows: Se
             raise MissingColumnError(f"'{source.title}' has no column '{theirs}' (it has {has}){meant}", names)
     steps = Normaliser(kind, source.columns)
     found = {ours: steps.column_of(ours, names) for ours in KINDS[kind]}
-    for ours, theirs in found.items():
-        if ours not in source.columns and theirs is None and not has_column(ours, names):
+    for ours, column in found.items():
+        if ours not in source.columns and column is None and not has_column(ours, names):
             taken = [one for one in found.values() if one is not None]
             hint = column_hint(ours, names, rows, taken)
             raise MissingColumnError(f"'{source.title}' has no column '{ours}' (it has {has}){hint}.", names)
-        if ours not in source.columns and f"{theirs}.1" in names:
+        if ours not in source.columns and f"{column}.1" in names:
             raise MissingColumnError(
-                f"'{source.title}' has two columns '{theirs}' (the second is read as '{theirs}.1'); say which under "
-                f"columns, such as {ours}: {theirs}.1.",
+                f"'{source.title}' has two columns '{column}' (the second is read as '{column}.1'); say which under "
+                f"columns, such as {ours}: {column}.1.",
                 names,
             )
 

@@ -118,17 +118,14 @@ class Skipped:
         where = f"; they are named in {self.log}" if self.log is not None else ""
         raise BadRowsError(
             f"'{task}': {share:.1%} of {self.rows[task]:,} rows are bad, more than max_bad={most:g} allows"
-            f"{self.told(task)}{where}. Mend or remove them, or raise max_bad."
+            f" ({summary(self.bad[task])}){where}{self.example(task)}. Mend or remove them, or raise max_bad."
         )
 
-    def told(self, task: str) -> str:
-        """Return how many bad rows have which cause, and one row with the most frequent; empty if there are none."""
-        bad = self.bad.get(task, Counter())
-        if not bad:
-            return ""
-        first = self.first.get((task, bad.most_common(1)[0][0]))  # not known after resuming
-        example = f", such as {first.row}: {first.detail[:300]}" if first is not None and first.detail else ""
-        return f" ({summary(bad)}){example}"
+    def example(self, task: str) -> str:
+        """Return ", such as ROW: DETAIL" for one row with the most frequent cause; empty if none is known."""
+        causes = self.bad.get(task, Counter()).most_common(1)
+        first = self.first.get((task, causes[0][0])) if causes else None  # not known after resuming
+        return f", such as {first.row}: {first.detail[:300]}" if first is not None and first.detail else ""
 
     def state(self) -> dict[str, Any]:
         """Counts, and how long the log is, in plain types."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from bifocal.training.data.delimited import read_csv
 from bifocal.training.data.faults import Fault
-from bifocal.training.data.rows import MOST_NEGATIVES, passage
+from bifocal.training.data.rows import passage
 from bifocal.training.data.shards import read_on
 from bifocal.training.data.text_files import Reader, Row, lost, read_json_lines
 
@@ -17,9 +17,7 @@ _NUMBER = re.compile(r"-?\d+(\.\d*)?")
 _LABELS = {"entailment": "entailment", "contradiction": "contradiction", 0: "entailment", 2: "contradiction"}
 
 
-def read_nli(
-    path: str, start: Any = None, triplets: bool = True, read: Reader = read_json_lines, negatives: int = MOST_NEGATIVES
-) -> Iterator[Row]:
+def read_nli(path: str, start: Any = None, triplets: bool = True, read: Reader = read_json_lines) -> Iterator[Row]:
     """A file of SNLI or MultiNLI as triplets: for each premise its entailed sentences as positives, its contradictions
     as hard negatives (arXiv 2104.08821, section 3.2 has one of each; here each entailed sentence is a row).
 
@@ -28,7 +26,6 @@ def read_nli(
     Args:
         triplets: leave out premises without a contradiction.
         read: the lines of the file.
-        negatives: at most so many contradictions of a premise.
     """
     groups: dict[
         str, dict[str, dict[str, str]]
@@ -45,7 +42,7 @@ def read_nli(
             faults.append(row._replace(value=Fault("no query", "no premise or no hypothesis")))
         elif label in ("entailment", "contradiction"):
             groups.setdefault(premise, {}).setdefault(label, {}).setdefault(sentence, row.name)
-    yield from _numbered([*faults, *_triplets(groups, triplets, negatives)], start)
+    yield from _numbered([*faults, *_triplets(groups, triplets)], start)
 
 
 def _numbered(rows: Iterable[Row], start: Any) -> Iterator[Row]:
@@ -60,9 +57,9 @@ def _label(value: Any) -> str | None:
     return _LABELS.get(value)
 
 
-def _triplets(groups: Mapping[str, Mapping[str, Mapping[str, str]]], triplets: bool, negatives: int) -> Iterator[Row]:
+def _triplets(groups: Mapping[str, Mapping[str, Mapping[str, str]]], triplets: bool) -> Iterator[Row]:
     for premise, found in groups.items():
-        against = list(found.get("contradiction", ()))[:negatives]
+        against = list(found.get("contradiction", ()))
         if triplets and not against:
             continue
         for positive, name in found.get("entailment", {}).items():

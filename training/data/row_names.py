@@ -32,10 +32,16 @@ def with_row_names(dataset: Any, names: RowNames) -> Any:
     return dataset
 
 
-def row_name(dataset: Any, number: int) -> str:
-    """Return the name of a row: file and number where they are known, such as `pairs.csv:17`, or else its number."""
+def row_name(dataset: Any, row: Any) -> str:
+    """Return the name of a row: file and number where they are known, such as `pairs.csv:17`, or else its number.
+
+    Args:
+        row: its number, or the name that a stream has given it.
+    """
     names = getattr(dataset, "row_names", None)
-    return str(number) if names is None or len(names) != len(dataset) else names[number]
+    if names is None or not isinstance(row, int) or len(names) != len(dataset):
+        return str(row)
+    return str(names[row])
 
 
 def select_rows(dataset: Any, rows: Sequence[int]) -> Any:

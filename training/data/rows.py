@@ -26,7 +26,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "second": ("sentence2", "text2", "second"),
     "score": ("score", "label"),
 }
-MOST_NEGATIVES = 7  # that are taken of a published layout with many, where the source does not say
+DPR_NEGATIVES = 7  # of the hundred that DPR's files hold of a row, where a source does not say how many it takes
 _NUMBERED = re.compile(r"negative_(\d+)$")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
@@ -41,7 +41,7 @@ class Normaliser:
 
     - image-text: `image` (bytes, or the path of a file within the fence), `caption` (a string or a list of them) and
       `image_id`, equal for rows with the same picture;
-    - text-pair: `query`, `positive`; text-triplet: also `negatives`, one or more;
+    - text-pair: `query`, `positive`; text-triplet: also `negatives`, one at least;
     - text-only: `text`; image-only: `image` and `image_id`;
     - image-label: `image`, `label`, a string; scored-pair: `first`, `second`, `score`, a number.
 
@@ -222,12 +222,8 @@ def sharegpt4v(raw: Mapping[str, Any]) -> dict[str, Any]:
     return {"image": raw.get("image"), "caption": captions[0] if len(captions) == 1 else captions}
 
 
-def dpr(raw: Mapping[str, Any], negatives: int = MOST_NEGATIVES) -> dict[str, Any]:
-    """DPR's Natural Questions (arXiv 2004.04906): the first positive passage, hard negatives before others.
-
-    Args:
-        negatives: how many of the negatives, of which a row may have a hundred.
-    """
+def dpr(raw: Mapping[str, Any], negatives: int | None = None) -> dict[str, Any]:
+    """DPR's Natural Questions (arXiv 2004.04906): the first positive passage, hard negatives before others."""
     positives = raw.get("positive_ctxs") or []
     if not positives:
         raise Fault("no positive", "no positive_ctxs")
@@ -235,7 +231,7 @@ def dpr(raw: Mapping[str, Any], negatives: int = MOST_NEGATIVES) -> dict[str, An
     return {
         "query": raw.get("question"),
         "positive": passage(positives[0]),
-        "negatives": [passage(one) for one in others[:negatives]],
+        "negatives": [passage(one) for one in others[: negatives or DPR_NEGATIVES]],
     }
 
 

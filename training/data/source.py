@@ -32,7 +32,8 @@ class Source(Strict):
         columns: theirs for each of ours, such as `caption: text`; `json.FIELD` is a field of a shard's JSON.
         images: the folder that relative paths of pictures begin in, or one for each first part of a path; no picture
             outside is read. The folder of the file that names them when None.
-        negatives: how many of a row's hard negatives to take; rows with fewer are left out.
+        negatives: how many of a row's hard negatives to take, the first ones; rows with fewer are left out. All of them
+            when None (of DPR's files the first seven), of which a task uses as many as nearly all rows have.
         streaming: read in order, without a copy on disk.
         limit: take only the first so many rows.
         clean: filters, see `Cleaning`.

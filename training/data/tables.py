@@ -91,7 +91,7 @@ def _account(found: Any, source: Source, skipped: Skipped, name: str, shards: in
     faults = found.select_columns([FAULT])[FAULT]
     kept = [row for row, fault in enumerate(faults) if fault is None] if skips else range(len(found))
     if not kept:
-        raise TrainingError(f"'{source.title}' has no row that can be used{skipped.told(name)}.")
+        raise TrainingError(f"'{source.title}' has no row that can be used{skipped.example(name)}.")
     good = found.remove_columns([FAULT, ROW])
     return with_row_names(good.select(kept) if skips else good, RowNames(found.select_columns([ROW]), kept))
 

@@ -263,7 +263,7 @@ def test_the_settings_do_what_they_say(tmp_path):
     expected = [{"query": "für", "positive": "schön"}]
     for encoding in ("utf-8", "utf-8-sig", "cp1252", "utf-16", "utf-32", "utf-16-be"):
         (tmp_path / "a.csv").write_bytes(TEXT.encode(encoding))
-        (tmp_path / "a.jsonl").write_bytes(json.dumps(expected[0], ensure_ascii=False).encode(encoding) * 1)
+        (tmp_path / "a.jsonl").write_bytes(json.dumps(expected[0], ensure_ascii=False).encode(encoding))
         (tmp_path / "a.json").write_bytes(json.dumps(expected, ensure_ascii=False).encode(encoding))
         for name in ("a.csv", "a.jsonl", "a.json"):
             assert good(stream(tmp_path / name, encoding=encoding)) == expected, (name, encoding)

@@ -180,8 +180,8 @@ def test_triplets_by_sentence_transformers_names(tmp_path):
     found = stream(path, "text-triplet")
     assert [len(row["negatives"]) for row in found] == [2, 7, 9]
     assert list(faults(found).values()) == ["too few negatives"]
-    cut = stream(path, "text-triplet", negatives=8)
-    assert [len(row["negatives"]) for row in cut] == [8]
+    for number, rows in ((5, 2), (8, 1)):
+        assert [len(row["negatives"]) for row in stream(path, "text-triplet", negatives=number)] == [number] * rows
 
 
 def test_a_beir_folder(tmp_path):
@@ -201,6 +201,9 @@ def test_a_beir_folder(tmp_path):
     with pytest.raises(ValueError, match=r"1 missing file.*Mend"):
         load(tmp_path, "text-pair", split="test")
     assert len(load(tmp_path, "text-pair", max_bad=0.5)) == 2
+    (tmp_path / "qrels" / "train.tsv").write_text("1\td1\t1\n2\td2\t1\n2\td2\tmuch\n")
+    assert len(good(stream(tmp_path, "text-pair"))) == 2, "a file without a line of names loses none of its rows"
+    assert faults(stream(tmp_path, "text-pair")) == {"train.tsv:3": "broken judgement"}
     (tmp_path / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\n1\td1\t1\n")
     assert len(load(tmp_path, "text-pair")) == 1, "a changed file in the folder is read again"
 
