@@ -13,7 +13,9 @@ data = typer.Typer(name="data", help="Look at training data, clean it, caption p
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(help="key=value of a source, such as columns.caption=title, images=FOLDER or clean.min_side=64."),
+    typer.Argument(
+        help="key=value of a source, such as columns.caption=title, images=FOLDER, delimiter=';' or clean.min_side=64."
+    ),
 ]
 SourceArgument = Annotated[str, typer.Argument(help="Files, a pattern, a folder, a Hub id or corpus:NAME.")]
 Kind = Annotated[

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from bifocal.training.arguments import BifocalTrainingArguments
 from bifocal.training.data.cleaning import Cleaning, Consistency
 from bifocal.training.data.files import format_of
+from bifocal.training.data.source import Source, Strict
 from bifocal.training.tasks import TrainingError
 
 SHIPPED = Path(__file__).parent / "recipes"
@@ -20,68 +21,7 @@ class RecipeError(TrainingError):
     """What is wrong with a recipe, in one sentence with its file and line."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
-
-
-class Source(_Strict):
-    """Where rows come from.
-
-    Args:
-        path: files (JSONL, JSON, CSV, TSV, Parquet, Arrow, tar shards; the first four also as .gz) by path, glob, brace
-            pattern or address (`hf://`, `https://`), one or a list; a folder of pictures with a `metadata.jsonl` or
-            `metadata.csv`, of tar shards, or in BEIR's layout; a data set's id on the Hub; `corpus:NAME` for one of the
-            corpora that `bifocal data list` prints; or "symbols", the one that needs no download.
-        format: of the files where neither name nor content says it.
-        name, split: configuration and split of a data set.
-        header: names of the columns of a CSV or TSV file that has no line with them.
-        columns: theirs for each of ours, such as `caption: text`; `json.FIELD` is a field of a shard's JSON.
-        images: the folder that relative paths of pictures begin in, or one for each first part of a path; no picture
-            outside is read. The folder of the file that names them when None.
-        negatives: how many of a row's hard negatives to take, the first ones; rows with fewer are left out. All of them
-            when None (of DPR's files the first seven), of which a task uses as many as nearly all rows have.
-        streaming: read in order, without a copy on disk.
-        limit: take only the first so many rows.
-        clean: filters, see `Cleaning`.
-        max_bad: the share of rows that may be bad; they are left out and named in the run's skipped.jsonl.
-    """
-
-    path: str | list[str]
-    format: (
-        Literal[
-            "webdataset",
-            "jsonl",
-            "json",
-            "csv",
-            "tsv",
-            "parquet",
-            "arrow",
-            "sharegpt4v",
-            "dpr",
-            "nli",
-            "msmarco",
-            "hub",
-        ]
-        | None
-    ) = None
-    name: str | None = None
-    split: str = "train"
-    header: list[str] | None = None
-    columns: dict[str, str] = {}
-    images: str | dict[str, str] | None = None
-    negatives: Annotated[int, Field(ge=1)] | None = None
-    streaming: bool = False
-    limit: Annotated[int, Field(ge=1)] | None = None
-    clean: Cleaning | None = None
-    max_bad: Annotated[float, Field(ge=0, le=1)] = 0.01
-
-    @property
-    def title(self) -> str:
-        """The path, or the first of several, for messages."""
-        return self.path if isinstance(self.path, str) else f"{self.path[0]} and {len(self.path) - 1} more"
-
-
-class TaskRecipe(_Strict):
+class TaskRecipe(Strict):
     """A `Task` with the source of its rows."""
 
     name: str
@@ -99,7 +39,7 @@ class TaskRecipe(_Strict):
     shuffle: Annotated[int, Field(ge=1)] = 1024
 
 
-class MaskedLanguageModelling(_Strict):
+class MaskedLanguageModelling(Strict):
     """Stage 0: the text tower learns to fill masked words.
 
     Args:
@@ -113,7 +53,7 @@ class MaskedLanguageModelling(_Strict):
     probability: Annotated[float, Field(gt=0, lt=1)] = 0.3
 
 
-class StartFrom(_Strict):
+class StartFrom(Strict):
     """The stage before, by its recipe's name; or a text tower and an image tower from two folders or Hub ids."""
 
     stage: str | None = None
@@ -121,7 +61,7 @@ class StartFrom(_Strict):
     image: str | None = None
 
 
-class Lora(_Strict):
+class Lora(Strict):
     """Low-rank adapters (peft) in place of full training."""
 
     r: Annotated[int, Field(ge=1)] = 16
@@ -130,7 +70,7 @@ class Lora(_Strict):
     target_modules: list[str] = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
-class Recipe(_Strict):
+class Recipe(Strict):
     """One stage.
 
     Args:
@@ -319,12 +259,20 @@ def _override(values: dict[str, Any], override: str) -> tuple[Any, ...]:
                 raise RecipeError(f"'{override}': there is no '{part}' among {', '.join(map(str, names))}.")
         where.append(step)
         if number == len(parts) - 1:
-            place[step] = yaml.safe_load(text)
+            # To YAML a pipe and a tab are signs of its own.
+            place[step] = text.strip("'\"") if step == "delimiter" else _yaml_value(override, text)
         else:
             if isinstance(place, dict) and not isinstance(place.get(step), dict | list):
                 place[step] = {}
             place = place[step]
     return tuple(where)
+
+
+def _yaml_value(override: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"'{override}': '{text}' is no YAML ({getattr(error, 'problem', error)}).") from error
 
 
 class _TrainingKeyError(ValueError):

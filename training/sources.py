@@ -1,31 +1,34 @@
 """From the source a recipe names to a data set with the columns of its kind."""
 
 import os
-from collections.abc import Callable
+import re
+from collections import Counter
+from collections.abc import Callable, Collection
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from bifocal.training.data.cleaning import RowFilter
+from bifocal.training.data.columns import MissingColumnError, require_columns
+from bifocal.training.data.delimited import header_of, read_csv
 from bifocal.training.data.faults import Fault, Skipped
-from bifocal.training.data.files import READERS, Reader, format_of, read_csv, read_pictures
+from bifocal.training.data.files import PICTURES, READERS, format_of, read_pictures
 from bifocal.training.data.groups import is_beir, read_beir, read_nli
 from bifocal.training.data.places import Fence, LoadedFence, expand, is_remote
-from bifocal.training.data.rows import LAYOUTS, Layout, Normaliser, as_is, dpr, has_column, layout_of
+from bifocal.training.data.rows import LAYOUTS, Layout, Normaliser, as_is, dpr, layout_of
 from bifocal.training.data.shards import ShardStream
 from bifocal.training.data.tables import checked, materialise
 from bifocal.training.data.tars import read_tar
+from bifocal.training.data.text_files import FileFault, Reader
 from bifocal.training.recipe import RecipeError, Source
 from bifocal.training.task_data import disable_image_decoding
 from bifocal.training.tasks import KINDS
 
 _PEEKED = 20  # rows that are looked at to know a file's columns
+_LOOKED = 20  # files that are looked at to find one with rows
+_TEXT_TABLES = ("csv", "tsv", "json", "jsonl")
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-
-
-class MissingColumnError(RecipeError):
-    """A source lacks a column."""
 
 
 def load_source(
@@ -135,69 +138,183 @@ def _in_folder(folder: str, source: Source, kind: str) -> Located | None:
                 return _files([path], source, kind, place)
     tars = sorted(map(str, Path(folder).glob("*.tar")))
     if tars:
-        return tars, read_tar, as_is, None
+        return _files(tars, source, kind, folder)
     if os.path.exists(os.path.join(folder, "state.json")):  # Dataset.save_to_disk
         return _files(sorted(map(str, Path(folder).glob("data-*.arrow"))), source, kind, folder)
+    if not any(files for _, _, files in os.walk(folder)):
+        raise RecipeError(f"'{folder}' is an empty folder.")
     if kind == "image-only":
         return [folder], read_pictures, as_is, folder
-    return None
+    tables = _text_tables(folder, source)
+    return _files(tables, source, kind, folder) if tables else None
+
+
+def _text_tables(folder: str, source: Source) -> list[str]:
+    """Return the CSV, TSV or JSON files of a split, as `datasets` finds them; none if it finds others.
+
+    They are read here, since its own reader of CSV takes the lines after a quote that never closes for one field.
+
+    Raises:
+        RecipeError: if there are such files, but none of this split.
+    """
+    from datasets import load_dataset_builder
+
+    if not _holds(folder, _TEXT_TABLES):
+        return []
+    try:
+        config = load_dataset_builder(folder, source.name).config
+    except Exception:  # said when the folder is loaded
+        return []
+    files = {str(split): list(map(str, found)) for split, found in (config.data_files or {}).items()}
+    found = files.get(source.split, [])
+    if not found and files:
+        raise RecipeError(f"'{folder}' has no split '{source.split}' (it has {', '.join(files)}); set split.")
+    return found if all(format_of(path) in _TEXT_TABLES for path in found) else []
+
+
+def _holds(folder: str, formats: Collection[str]) -> bool:
+    return any(format_of(name) in formats for _, _, files in os.walk(folder) for name in files)
 
 
 def _files(shards: list[str], source: Source, kind: str, root: str | None) -> Located:
     form = source.format or format_of(shards[0])
-    if form == "webdataset":
-        return shards, read_tar, as_is, None
-    if form == "msmarco":
-        return shards, partial(read_csv, header=("query", "positive", "negative"), quotes=False), as_is, None
-    table = format_of(shards[0]) if form in (*LAYOUTS, "nli") else form
-    if table not in READERS:
+    table = format_of(shards[0]) if form in (*LAYOUTS, "nli") else "tsv" if form == "msmarco" else form
+    if table not in (*READERS, "webdataset"):
         known = ", ".join(["tar", *READERS])
         raise RecipeError(
             f"'{shards[0]}' is of no format that is known by its name ({known}); name one with format, or convert it."
         )
-    read = partial(read_csv, header=tuple(source.header)) if source.header else READERS[table]
-    names = _first_columns(shards, read)
+    read = _reader(str(table), source, kind)
+    # A remote tar shard would be fetched as a whole.
+    rows = [] if table == "webdataset" and is_remote(shards[0]) else _first_rows(shards, read)
+    if form in ("webdataset", "msmarco"):
+        return shards, read, as_is, None
+    names: dict[str, Any] = {}
+    for row in rows:
+        names = {**row, **names}
     layout = form if form in (*LAYOUTS, "nli") else layout_of(names)
     if layout == "nli" and kind in ("text-pair", "text-triplet"):
-        return shards, partial(read_nli, triplets=kind == "text-triplet"), as_is, None
+        return shards, partial(read_nli, triplets=kind == "text-triplet", read=read), as_is, None
     if layout not in LAYOUTS and names:
-        require_columns(list(names), source, kind)
+        require_columns(list(names), source, kind, rows)
     return shards, read, LAYOUTS.get(layout or "", as_is), root
 
 
-def _first_columns(shards: list[str], read: Reader) -> dict[str, Any]:
-    """The columns of the first rows of the first file, with a value of each; none where they cannot be read."""
-    found: dict[str, Any] = {}
-    try:
-        for _, row in zip(range(_PEEKED), read(shards[0], None), strict=False):
-            if not isinstance(row.value, Fault):
-                found = {**row.value, **found}
-    except Exception:  # said when the file's turn comes
-        return found
-    return found
+def _reader(table: str, source: Source, kind: str) -> Reader:
+    """The reader of a format, with what the source says of it.
+
+    Raises:
+        RecipeError: if it says what the format does not have.
+    """
+    keys = {"csv": ("delimiter", "quoting", "encoding"), "tsv": ("delimiter", "quoting", "encoding")}
+    allowed = {**keys, "json": ("encoding",), "jsonl": ("encoding",)}.get(table, ())
+    given = {key: getattr(source, key) for key in keys["csv"] if getattr(source, key) is not None}
+    for key in given:
+        if key not in allowed:
+            files = "CSV, TSV, JSON and JSONL" if key == "encoding" else "CSV and TSV"
+            raise RecipeError(f"'{source.title}' is read as {table}, but {key} is for {files} files; remove it.")
+    if table in ("csv", "tsv"):
+        header = tuple(source.header or (("query", "positive", "negative") if source.format == "msmarco" else ()))
+        return partial(read_csv, header=header, tabs=table == "tsv", **given)
+    if table in ("parquet", "arrow"):
+        return partial(READERS[table], labels=kind != "scored-pair")  # type: ignore[call-arg]
+    return read_tar if table == "webdataset" else partial(READERS[table], **given)
+
+
+def _first_rows(shards: list[str], read: Reader) -> list[dict[str, Any]]:
+    """Return some rows of the first file that has any; none if they cannot be read, which is said when its turn comes.
+
+    Raises:
+        RecipeError: if this file cannot be read as its source says, or no file has rows.
+    """
+    unread = len(shards) > _LOOKED
+    for shard in shards[:_LOOKED]:
+        found: list[dict[str, Any]] = []
+        seen = 0
+        try:
+            for _, row in zip(range(_PEEKED), read(shard, None), strict=False):
+                seen += 1
+                if not isinstance(row.value, Fault):
+                    found.append(row.value)
+        except FileFault as fault:
+            raise RecipeError(f"'{shard}' cannot be read ({fault.cause}): {fault.detail}.") from fault
+        except Exception:
+            unread = True
+            continue
+        if seen and not _is_empty(shard):
+            return found
+    if unread:
+        return []
+    more = f", nor have the {len(shards) - 1} files after it" if len(shards) > 1 else ""
+    raise RecipeError(f"{_empty(shards[0], read)}{more}.")
+
+
+def _is_empty(shard: str) -> bool:
+    return not is_remote(shard) and os.path.isfile(shard) and os.path.getsize(shard) == 0
+
+
+def _empty(shard: str, read: Reader) -> str:
+    """What there is in a file without rows."""
+    if _is_empty(shard):
+        return f"'{shard}' is empty (0 bytes) and has no rows"
+    names = header_of(shard, **read.keywords) if isinstance(read, partial) and read.func is read_csv else []
+    return f"'{shard}' has a header ({', '.join(names)}), but no rows" if names else f"'{shard}' has no rows"
 
 
 def guess_kind(source: Source) -> str:
     """The kind of rows that a source is made for, by its layout and columns.
 
     Raises:
-        RecipeError: they fit none, or cannot be looked at without loading the source.
+        RecipeError: if there is no such source, or its columns fit no kind.
     """
     source = _named(source)
     paths = [source.path] if isinstance(source.path, str) else source.path
     folder = os.path.expanduser(paths[0])
     if os.path.isdir(folder) and is_beir(folder):
         return "text-pair"
-    for kind in ("text-triplet", "image-text", "text-pair", "text-only"):
+    kinds = ("text-triplet", "image-text", "text-pair", "text-only")
+    names: list[str] | None = None
+    problems: list[tuple[str, Fault]] = []
+    for kind in kinds:
         try:
             found = open_stream(source, kind)
-        except MissingColumnError:
+        except MissingColumnError as error:
+            names = error.names
             continue
-        if found is None:
+        if found is None:  # for `datasets`, which tells the columns without reading all rows
+            names = _columns_elsewhere(source)
+            fitting = [kind for kind in kinds if names and _has_columns(names, source, kind)]
+            if fitting:
+                return fitting[0]
             break
-        if not all(isinstance(row, Fault) for _, row in islice(found.rows(), _PEEKED)):
+        rows = list(islice(found.rows(), _PEEKED))
+        if not all(isinstance(row, Fault) for _, row in rows):
             return kind
-    raise RecipeError(f"The kind of rows of '{source.title}' cannot be told by its columns; name it with --kind.")
+        problems += [(name, row) for name, row in rows[:1] if isinstance(row, Fault)]
+    if names and not problems:
+        raise RecipeError(
+            f"The kind of rows of '{source.title}' cannot be told by its columns ({', '.join(names[:20])}). Name it "
+            "with --kind, and the columns with columns.OURS=THEIRS, such as columns.query=title."
+        )
+    # Of a kind that it is not, its rows lack a column.
+    told = next((one for one in problems if not one[1].cause.startswith("no ")), problems[0] if problems else None)
+    said = f"; none of the first can be used ({told[0]}: {told[1]})" if told is not None else ""
+    raise RecipeError(f"The kind of rows of '{source.title}' cannot be told{said}. Name it with --kind.")
+
+
+def _columns_elsewhere(source: Source) -> list[str] | None:
+    folder = os.path.expanduser(source.path) if isinstance(source.path, str) else ""
+    if os.path.isdir(folder) and not _holds(folder, (*READERS, "webdataset")):
+        raise RecipeError(f"{_not_loaded(source.title, folder)}.")
+    return _from_hub(source.model_copy(update={"streaming": True})).column_names
+
+
+def _has_columns(names: list[str], source: Source, kind: str) -> bool:
+    try:
+        require_columns(names, source, kind)
+    except MissingColumnError:
+        return False
+    return True
 
 
 def _named(source: Source) -> Source:
@@ -233,34 +350,31 @@ def _from_hub(source: Source) -> Any:
     path = source.path if isinstance(source.path, str) else None
     if path is None:
         raise RecipeError(f"'{source.title}': a list of paths takes files, and no ids of the Hub.")
+    folder = os.path.expanduser(path)
     try:
-        found = load_dataset(os.path.expanduser(path), source.name, **options)
+        found = load_dataset(folder, source.name, **options)
     except Exception as error:
-        raise RecipeError(
-            f"'{path}' is no file or folder that can be read here, and could not be loaded from the Hub "
-            f"({_innermost(error)})."
-        ) from error
+        raise RecipeError(f"{_not_loaded(path, folder)} ({_innermost(error)}).") from error
     return found.take(source.limit) if source.limit is not None else found
 
 
-def require_columns(names: list[str] | None, source: Source, kind: str) -> None:
-    """
-    Raises:
-        MissingColumnError: a source with columns of these names lacks one that is named, or that the kind needs.
-    """
-    if names is None:  # a stream that does not know them before it is read
-        return
-    for ours, theirs in source.columns.items():
-        if theirs not in names and theirs.partition(".")[0] not in names:
-            raise MissingColumnError(
-                f"'{source.title}' has no column '{theirs}' (it has {', '.join(names)}); mend columns.{ours}."
-            )
-    for ours in KINDS[kind]:
-        if ours not in source.columns and not has_column(ours, names):
-            raise MissingColumnError(
-                f"'{source.title}' has no column '{ours}' (it has {', '.join(names)}); name the right one under "
-                f"columns, such as {ours}: {names[0]}."
-            )
+def _not_loaded(path: str, folder: str) -> str:
+    if os.path.isdir(folder):
+        return f"'{path}' is a folder in which no rows can be found{_held(folder)}"
+    if os.path.exists(folder):
+        return f"'{path}' is a file of no known format; name it with format"
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
+        return f"There is no file or folder '{path}', and no data set of this name could be loaded from the Hub"
+    return f"There is nothing at '{path}'; check the path"
+
+
+def _held(folder: str) -> str:
+    """What a folder holds, in a few words, and what it lacks if these are images."""
+    endings = Counter(name.rpartition(".")[2].lower() for _, _, files in os.walk(folder) for name in files)
+    images = sum(count for ending, count in endings.items() if ending in PICTURES)
+    if images:
+        return f"; it holds {images:,} images, but no metadata.jsonl or metadata.csv with their captions"
+    return f"; it holds {', '.join(f'{count:,} .{ending}' for ending, count in endings.most_common(4))}"
 
 
 def with_columns(found: Any, source: Source, columns: tuple[str, ...]) -> Any:

@@ -50,10 +50,15 @@ def test_inspect_and_clean(here):
     ("command", "message"),
     [
         (["inspect", "none.jsonl"], "There is nothing at 'none.jsonl'; check the path."),
+        (["inspect", "none"], "There is no file or folder 'none', and no data set of this name could be loaded from"),
+        (["inspect", "empty"], "'empty' is an empty folder."),
+        (["inspect", "empty.csv"], "'empty.csv' is empty (0 bytes) and has no rows."),
+        (["inspect", "s.csv"], "has a semicolon where a comma was expected; set delimiter=';'."),
+        (["inspect", "s.csv", "delimiter=;;"], "'delimiter=;;': the delimiter must be one character, such as ';'"),
         (["inspect", "a.jsonl", "clean.min_sid=3"], "'clean.min_sid=3': unknown key 'min_sid'; did you mean"),
         (["inspect", "a.jsonl", "--kind", "images"], "'images' is no kind of rows; it must be one of image-text"),
         (["inspect", "a.jsonl", "--kind", "image-text"], "'a.jsonl' has no column 'image' (it has query, positive)"),
-        (["inspect", "x.jsonl"], "The kind of rows of 'x.jsonl' cannot be told by its columns; name it with --kind."),
+        (["inspect", "x.jsonl"], "The kind of rows of 'x.jsonl' cannot be told by its columns (a). Name it with"),
         (["clean", "bad.jsonl", "out"], "50.0% of 2 rows are bad, more than max_bad=0.01 allows (1 no query)"),
         (["caption", "photos", "out", "--model", "photos"], "'photos' is no image-text model that transformers"),
     ],
@@ -61,6 +66,9 @@ def test_inspect_and_clean(here):
 def test_bad_input_gets_one_sentence(here, command, message):
     lines(here / "a.jsonl", [{"query": "a", "positive": "b"}])
     lines(here / "x.jsonl", [{"a": 1}])
+    (here / "empty").mkdir()
+    (here / "empty.csv").touch()
+    (here / "s.csv").write_text("query;positive\na;b\n")
     lines(here / "bad.jsonl", [{"query": "a", "positive": "b"}, {"query": "", "positive": "b"}])
     (here / "photos").mkdir()
     (here / "photos" / "a.jpg").write_bytes(picture())
@@ -69,6 +77,14 @@ def test_bad_input_gets_one_sentence(here, command, message):
     assert done.stderr.startswith("Error: ")
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_settings_of_a_table_and_kinds_without_captions(here):
+    (here / "s.csv").write_bytes("query;positive\nfür;schön\n".encode("cp1252"))
+    assert run("inspect", "s.csv", "delimiter=;", "encoding=cp1252").stdout.startswith("1 of 1 rows can be used")
+    (here / "photos").mkdir()
+    (here / "photos" / "a.jpg").write_bytes(picture())
+    assert run("inspect", "photos", "--kind", "image-only").stdout.startswith("1 of 1 rows can be used")
 
 
 def test_a_page_that_cannot_be_written(here):

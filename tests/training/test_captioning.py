@@ -181,7 +181,7 @@ print(c.caption_source(Source(path={str(folder)!r}), Path({str(tmp_path / "out")
 
 def test_what_cannot_be_done(blip, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="has no picture that could be captioned"):
+    with pytest.raises(ValueError, match="is an empty folder"):
         caption_source(Source(path=str(tmp_path / "empty")), tmp_path / "out", settings(blip))
     with pytest.raises(ValueError, match="is no image-text model that transformers can load"):
         caption_source(Source(path=str(tmp_path / "empty")), tmp_path / "out", settings(tmp_path / "empty"))

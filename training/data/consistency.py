@@ -8,6 +8,7 @@ import numpy as np
 
 from bifocal.training.data.cleaning import Consistency
 from bifocal.training.data.faults import Skip, Skipped
+from bifocal.training.data.row_names import row_name, select_rows
 from bifocal.training.tasks import TrainingError
 
 
@@ -25,9 +26,12 @@ def consistent(pairs: Any, settings: Consistency, skipped: Skipped, name: str) -
     ranks = _ranks_kept(pairs, settings)
     passes = ranks < settings.nearest
     bad = np.flatnonzero(~passes)
-    skips = [Skip(f"row {row}", "inconsistent pair", f"positive at rank {ranks[row] + 1}", dropped=True) for row in bad]
+    skips = [
+        Skip(row_name(pairs, int(row)), "inconsistent pair", f"positive at rank {ranks[row] + 1}", dropped=True)
+        for row in bad
+    ]
     skipped.add(name, 0, skips)
-    return pairs if not len(bad) else pairs.select(np.flatnonzero(passes))
+    return pairs if not len(bad) else select_rows(pairs, np.flatnonzero(passes).tolist())
 
 
 def _ranks_kept(pairs: Any, settings: Consistency) -> np.ndarray:

@@ -66,6 +66,7 @@ class Skipped:
         self.dropped: dict[str, Counter[str]] = {}
         self.shards: Counter[str] = Counter()
         self.lost: Counter[str] = Counter()
+        self.first: dict[tuple[str, str], Skip] = {}  # by task and cause
 
     def add(self, task: str, rows: int, skips: Iterable[Skip] = (), shards: int = 0) -> None:
         """
@@ -83,6 +84,7 @@ class Skipped:
         for skip in skips:
             counts = (self.dropped if skip.dropped else self.bad).setdefault(task, Counter())
             counts[skip.cause] += 1
+            self.first.setdefault((task, skip.cause), skip)
             self.lost[task] += skip.shard
             entry = {"task": task, "row": skip.row, "cause": skip.cause, "detail": skip.detail}
             lines.append(json.dumps({**entry, "dropped": skip.dropped}, ensure_ascii=False) + "\n")
@@ -115,9 +117,15 @@ class Skipped:
             return
         where = f"; they are named in {self.log}" if self.log is not None else ""
         raise BadRowsError(
-            f"'{task}': {share:.1%} of {self.rows[task]:,} rows are bad, more than max_bad={most:g} allows "
-            f"({summary(self.bad[task])}){where}. Mend or remove them, or raise max_bad."
+            f"'{task}': {share:.1%} of {self.rows[task]:,} rows are bad, more than max_bad={most:g} allows"
+            f" ({summary(self.bad[task])}){where}{self.example(task)}. Mend or remove them, or raise max_bad."
         )
+
+    def example(self, task: str) -> str:
+        """Return ", such as ROW: DETAIL" for one row with the most frequent cause; empty if none is known."""
+        causes = self.bad.get(task, Counter()).most_common(1)
+        first = self.first.get((task, causes[0][0])) if causes else None  # not known after resuming
+        return f", such as {first.row}: {first.detail[:300]}" if first is not None and first.detail else ""
 
     def state(self) -> dict[str, Any]:
         """Counts, and how long the log is, in plain types."""

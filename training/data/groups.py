@@ -6,15 +6,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from bifocal.training.data.delimited import read_csv
 from bifocal.training.data.faults import Fault
-from bifocal.training.data.files import READERS, Row, format_of, lost, read_csv, read_json_lines
 from bifocal.training.data.rows import passage
+from bifocal.training.data.shards import read_on
+from bifocal.training.data.text_files import Reader, Row, lost, read_json_lines
 
+_NUMBER = re.compile(r"-?\d+(\.\d*)?")
 # gold_label of the SNLI and MultiNLI files, and the numbers that the Hub's copies have for them.
 _LABELS = {"entailment": "entailment", "contradiction": "contradiction", 0: "entailment", 2: "contradiction"}
 
 
-def read_nli(path: str, start: Any = None, triplets: bool = True) -> Iterator[Row]:
+def read_nli(path: str, start: Any = None, triplets: bool = True, read: Reader = read_json_lines) -> Iterator[Row]:
     """A file of SNLI or MultiNLI as triplets: for each premise its entailed sentences as positives, its contradictions
     as hard negatives (arXiv 2104.08821, section 3.2 has one of each; here each entailed sentence is a row).
 
@@ -22,10 +25,13 @@ def read_nli(path: str, start: Any = None, triplets: bool = True) -> Iterator[Ro
 
     Args:
         triplets: leave out premises without a contradiction.
+        read: the lines of the file.
     """
-    groups: dict[str, dict[str, list[str]]] = {}
+    groups: dict[
+        str, dict[str, dict[str, str]]
+    ] = {}  # by premise and label, the sentences with the names of their rows
     faults: list[Row] = []
-    for row in READERS[format_of(path) or "jsonl"](path, None):
+    for row in read(path, None):
         if isinstance(row.value, Fault):
             faults.append(row)
             continue
@@ -35,7 +41,7 @@ def read_nli(path: str, start: Any = None, triplets: bool = True) -> Iterator[Ro
         if not isinstance(premise, str) or not isinstance(sentence, str):
             faults.append(row._replace(value=Fault("no query", "no premise or no hypothesis")))
         elif label in ("entailment", "contradiction"):
-            groups.setdefault(premise, {}).setdefault(label, []).append(sentence)
+            groups.setdefault(premise, {}).setdefault(label, {}).setdefault(sentence, row.name)
     yield from _numbered([*faults, *_triplets(groups, triplets)], start)
 
 
@@ -51,16 +57,13 @@ def _label(value: Any) -> str | None:
     return _LABELS.get(value)
 
 
-def _triplets(groups: Mapping[str, Mapping[str, list[str]]], triplets: bool) -> Iterator[Row]:
-    number = 0
+def _triplets(groups: Mapping[str, Mapping[str, Mapping[str, str]]], triplets: bool) -> Iterator[Row]:
     for premise, found in groups.items():
-        against = list(dict.fromkeys(found.get("contradiction", [])))
+        against = list(found.get("contradiction", ()))
         if triplets and not against:
             continue
-        for positive in dict.fromkeys(found.get("entailment", [])):
-            number += 1
-            value = {"query": premise, "positive": positive, "negatives": against}
-            yield Row(number, f"premise {number}", value)
+        for positive, name in found.get("entailment", {}).items():
+            yield Row(None, name, {"query": premise, "positive": positive, "negatives": against})
 
 
 def is_beir(folder: str) -> bool:
@@ -69,6 +72,20 @@ def is_beir(folder: str) -> bool:
 
 def _either(folder: Path, name: str) -> Path | None:
     return next((p for p in (folder / f"{name}.jsonl", folder / f"{name}.jsonl.gz") if p.exists()), None)
+
+
+def _judgements(path: str, start: Any = None) -> Iterator[Row]:
+    """Yield rows with `query-id`, `corpus-id` and `score`, of a file with or without a line of these names."""
+    names = ("query-id", "corpus-id", "score")
+    for row in read_csv(path, header=names, tabs=True):
+        if isinstance(row.value, Fault):
+            yield row
+            continue
+        score = row.value["score"].strip()
+        if _NUMBER.fullmatch(score):
+            yield row._replace(value={**row.value, "score": float(score)})
+        elif not row.name.endswith(":1"):
+            yield row._replace(value=Fault("broken judgement", f"the score {score[:50]!r} is no number"))
 
 
 def read_beir(folder: str, start: Any = None, split: str = "train") -> Iterator[Row]:
@@ -86,21 +103,17 @@ def read_beir(folder: str, start: Any = None, split: str = "train") -> Iterator[
         error = FileNotFoundError(f"no judgements '{judgements}' (splits that are there: {there})")
         yield Row(None, f"{root.name}/qrels/{split}.tsv", lost(error))
         return
-    rows = list(read_csv(str(judgements)))
     relevant = []
-    faults = [row for row in rows if isinstance(row.value, Fault)]
-    for row in rows:
+    faults = []
+    for row in read_on(_judgements, str(judgements)):
         if isinstance(row.value, Fault):
-            continue
-        query, document, score = (str(value) for value in list(row.value.values())[:3])
-        if not re.fullmatch(r"-?\d+(\.0*)?", score):
-            faults.append(row._replace(value=Fault("broken judgement", f"the score {score[:50]!r} is no number")))
-        elif float(score) > 0:
-            relevant.append((row.name, query, document))
+            faults.append(row)
+        elif row.value["score"] > 0:
+            relevant.append((row.name, row.value["query-id"], row.value["corpus-id"]))
     texts: dict[str, dict[str, str]] = {}
     for name, wanted in (("queries", {q for _, q, _ in relevant}), ("corpus", {d for _, _, d in relevant})):
         texts[name] = {}
-        for row in read_json_lines(str(_either(root, name))):
+        for row in read_on(read_json_lines, str(_either(root, name))):
             if isinstance(row.value, Fault):
                 faults.append(row)
             elif str(row.value.get("_id")) in wanted:
@@ -122,15 +135,14 @@ def whole_beir(folder: str, split: str = "test") -> tuple[dict[str, str], dict[s
     if not judgements.exists():
         there = ", ".join(sorted(path.stem for path in judgements.parent.glob("*.tsv"))) or "none"
         raise RecipeError(f"'{folder}' has no judgements of the split '{split}' (there are {there}).")
-    for row in read_csv(str(judgements)):
+    for row in read_on(_judgements, str(judgements)):
         if isinstance(row.value, Fault):
             raise RecipeError(f"'{judgements}', {row.name}: {row.value}; mend the file.")
-        query, document, score = (str(value) for value in list(row.value.values())[:3])
-        if float(score) > 0:
-            relevant.setdefault(query, []).append(document)
+        if row.value["score"] > 0:
+            relevant.setdefault(row.value["query-id"], []).append(row.value["corpus-id"])
     for name in ("queries", "corpus"):
         texts[name] = {}
-        for row in read_json_lines(str(_either(Path(folder), name))):
+        for row in read_on(read_json_lines, str(_either(Path(folder), name))):
             if isinstance(row.value, Fault):
                 raise RecipeError(f"'{folder}', {row.name}: {row.value}; mend the file.")
             texts[name][str(row.value.get("_id"))] = passage(row.value)

@@ -135,14 +135,18 @@ def _measure(found: Inspection, row: dict[str, Any], seen: dict[str, set[bytes]]
         found.sizes.append(size_of(data))
         found.megabytes += len(data) / 1e6
         _repeated(found, seen, "pictures", data)
-        caption = row["caption"]
-        found.counts.append(len(caption) if isinstance(caption, list) else 1)
+        if "caption" in row:
+            found.counts.append(len(row["caption"]) if isinstance(row["caption"], list) else 1)
     if "negatives" in row:
         found.counts.append(len(row["negatives"]))
     for column, value in texts.items():
+        if isinstance(value, float):  # a score
+            continue
         lengths = found.lengths.setdefault(column, [])
         lengths.extend(len(text) for text in (value if isinstance(value, list) else [value]))
-    _repeated(found, seen, "texts", "\0".join(same(value) for value in texts.values()).encode())
+    written = [same(value) for value in texts.values() if not isinstance(value, float)]
+    if written and "label" not in row:
+        _repeated(found, seen, "texts", "\0".join(written).encode())
 
 
 def _repeated(found: Inspection, seen: dict[str, set[bytes]], what: str, value: bytes) -> None:
@@ -156,7 +160,7 @@ def _shown(name: str, row: dict[str, Any]) -> dict[str, Any]:
     for column, value in row.items():
         if column in ("image", "image_id"):
             continue
-        texts += [(column, text) for text in (value if isinstance(value, list) else [value])]
+        texts += [(column, str(text)) for text in (value if isinstance(value, list) else [value])]
     shown: dict[str, Any] = {"name": name, "texts": texts}
     if "image" in row:
         shown["thumbnail"] = _thumbnail(row["image"])

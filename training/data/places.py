@@ -5,6 +5,7 @@ import gzip
 import os
 import shutil
 import tempfile
+import unicodedata
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ _PATTERN = frozenset("*?[")
 _SPOOLED = 64 * 2**20  # bytes of a fetched file that are held in memory, not on disk
 _TIMEOUT = 60.0  # seconds for a server to answer, and between two pieces
 GZIP = (".gz", ".tgz")
+MISSING = "missing picture"  # the cause of a row whose image is not there
 
 
 def is_remote(path: str) -> bool:
@@ -103,18 +105,56 @@ class Fence:
         """The file that a path names.
 
         Raises:
-            Fault: an address, a path out of its root (also through a link), or one for which there is no root.
+            Fault: if it is an address, leads out of its root (also through a link), has no root, or no file is there.
         """
         if is_remote(given) or given.startswith("data:"):
-            raise Fault("path outside the roots", f"{given[:200]} is an address, not a file under a root")
+            raise Fault(
+                "path outside the roots",
+                f"{shown(given)} is an address; download the images, and name them by their files",
+            )
         prefix = max((p for p in self.roots if not p or given.startswith(f"{p}/")), key=len, default=None)
         if prefix is None:
-            raise Fault("path outside the roots", f"no root is given for {given[:200]}; name one under images")
+            known = ", ".join(self.roots) or "none is given"
+            raise Fault(
+                "path outside the roots",
+                f"{shown(given)} is below none of the folders of images ({known}); set images=FOLDER",
+            )
         root = self.roots[prefix]
         path = os.path.realpath(os.path.join(root, given[len(prefix) :].lstrip("/") if prefix else given))
-        if not Path(path).is_relative_to(root):
-            raise Fault("path outside the roots", f"{given[:200]} leads out of {root}")
+        found = existing(path, root) if Path(path).is_relative_to(root) else None
+        if not Path(found or path).is_relative_to(root):
+            raise Fault(
+                "path outside the roots",
+                f"{shown(given)} is not below {root}; set images to the folder that holds the images, such as "
+                "images=FOLDER",
+            )
+        if found is None:
+            raise Fault(MISSING, path)
+        return found
+
+
+def existing(path: str, root: str = "") -> str | None:
+    """Return the file that a path names, also where its name is spelt otherwise on disk; None if there is none.
+
+    Names with accents come in two forms of Unicode (macOS writes NFD, most others NFC), and tables made on Windows have
+    backslashes.
+
+    Args:
+        root: the beginning of the path that is spelt right.
+    """
+    if os.path.exists(path):
         return path
+    inner = path.removeprefix(root)
+    for one in (inner, inner.replace("\\", "/")):
+        for spelt in (one, unicodedata.normalize("NFC", one), unicodedata.normalize("NFD", one)):
+            if os.path.exists(root + spelt):
+                return os.path.realpath(root + spelt)
+    return None
+
+
+def shown(path: str) -> str:
+    """Return a path for a message; what is too long to be one (an image in base64) is not repeated."""
+    return path if len(path) <= 300 else f"{path[:40]}... ({len(path):,} characters)"
 
 
 class LoadedFence(Fence):
@@ -141,8 +181,10 @@ class LoadedFence(Fence):
         if is_remote(given):
             if "hf://" in given:
                 return given
-            raise Fault("path outside the roots", f"{given[:200]} is not on the Hub")
+            raise Fault("path outside the roots", f"{shown(given)} is not on the Hub")
         path = os.path.realpath(given)
         if not os.path.isabs(given) or not any(Path(path).is_relative_to(place) for place in self.places):
-            raise Fault("path outside the roots", f"{given[:200]} is none that datasets has loaded")
+            raise Fault("path outside the roots", f"{shown(given)} is not a file that datasets has loaded")
+        if not os.path.exists(path):
+            raise Fault(MISSING, path)
         return path

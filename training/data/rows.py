@@ -1,5 +1,6 @@
 """The one normalised row of each kind, made of whatever columns a source has."""
 
+import base64
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -7,6 +8,7 @@ from typing import Any
 
 from bifocal.training.data.faults import Fault
 from bifocal.training.data.places import Fence, is_remote
+from bifocal.training.data.text_files import OTHER_ENCODING
 from bifocal.training.tasks import KINDS
 
 # Columns that a source may have for ours, in the order in which they are looked for: sentence-transformers' names for
@@ -28,6 +30,10 @@ DPR_NEGATIVES = 7  # of the hundred that DPR's files hold of a row, where a sour
 _NUMBERED = re.compile(r"negative_(\d+)$")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
+_BYTES = re.compile(r"[\udc80-\udcff]")  # what a reader has in place of bytes that it could not decode
+_BASE64_IMAGES = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk0", "SUkq", "TU0AK")  # JPEG, PNG, GIF, WebP, BMP, TIFF
+_SHORTEST_BASE64 = 100  # characters; a shorter text is a path
+_LONGEST_PATH = 4096
 
 
 class Normaliser:
@@ -153,11 +159,29 @@ class Normaliser:
                 raise Fault("no image", "0 bytes")
             return bytes(value), None
         if isinstance(value, str) and value.strip():
+            content = _embedded(value)
+            if content is not None:
+                return content, None
+            if len(value) > _LONGEST_PATH:
+                raise Fault("no image", f"a text of {len(value):,} characters is no path: {value[:40]!r}...")
             if _CONTROL.search(value):
                 raise Fault("control characters", f"in the path {value[:200]!r}")
             path = self.fence.resolve(value)
             return (self._fetched(path) if is_remote(path) else path), path
-        raise Fault("no image", f"a {type(value).__name__} is neither bytes nor a path")
+        if value is None or isinstance(value, str):
+            raise Fault("no image", "the cell is empty")
+        raise Fault("no image", f"it is neither bytes nor a path, but of type {type(value).__name__}")
+
+
+def _embedded(value: str) -> bytes | None:
+    """Return the image that a text holds in base64, as a data URI or bare, as some tables have it; None for a path."""
+    content = value.partition(",")[2] if value[:5].lower() == "data:" else value
+    if content is value and (len(value) < _SHORTEST_BASE64 or not value.startswith(_BASE64_IMAGES)):
+        return None
+    try:
+        return base64.b64decode("".join(content.split()), validate=True)
+    except ValueError as error:
+        raise Fault("no image", f"{len(value):,} characters that are no base64 ({error})") from error
 
 
 def has_column(column: str, names: Iterable[str]) -> bool:
@@ -173,7 +197,8 @@ def _text(column: str, value: Any) -> str:
     if not value.strip():
         raise Fault(f"no {column}", "an empty text")
     if _SURROGATE.search(value):
-        raise Fault("not UTF-8", f"in {column}: {value[:100]!r}")
+        remedy = f"; {OTHER_ENCODING}" if _BYTES.search(value) else ""
+        raise Fault("not UTF-8", f"in {column}: {value[:100]!r}{remedy}")
     if _CONTROL.search(value):
         raise Fault("control characters", f"in {column}: {value[:100]!r}")
     return value.strip()

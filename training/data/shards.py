@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bifocal.training.data.faults import Fault, Skip
-from bifocal.training.data.files import Reader, Row, lost, short
 from bifocal.training.data.places import is_remote
+from bifocal.training.data.text_files import FileFault, Reader, Row, lost, short
 from bifocal.training.tasks import KINDS
 
 _BLOCK_BYTES = 256 * 2**20  # of pictures in a block
@@ -54,6 +54,7 @@ class ShardStream:
         self.normalise = normalise
         self.kind = kind
         self.seed = seed
+        self._ambiguous = len(set(map(short, shards))) < len(shards)
         self.column_names = [*KINDS[kind], *(["image_id"] if "image" in KINDS[kind] else [])]
 
     def part(self, number: int, count: int) -> "ShardPart":
@@ -69,10 +70,16 @@ class ShardStream:
 
         return IterableDataset.from_generator(_good_rows, gen_kwargs={"shards": list(self.shards), "stream": self})
 
+    def read_shard(self, shard: str, start: Any = None) -> Iterator[Row]:
+        """Yield the rows of a file, named by its whole path if another file has the same name."""
+        for row in read_on(self.read, shard, start):
+            named = self._ambiguous and row.name.startswith(short(shard))
+            yield row._replace(name=shard + row.name.removeprefix(short(shard))) if named else row
+
     def rows(self) -> Iterator[tuple[str, dict[str, Any] | Fault]]:
         """Every row once with its name, good or not, in the order of the files."""
         for shard in self.shards:
-            for row in read_on(self.read, shard):
+            for row in self.read_shard(shard):
                 yield row.name, normalised(self.normalise, row)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -104,6 +111,9 @@ def read_on(read: Reader, shard: str, start: Any = None) -> Iterator[Row]:
                     raise ConnectionError(str(row.value))
                 position, tries = row.position, 0
                 yield row
+            return
+        except FileFault as fault:
+            yield Row(None, short(shard), fault)
             return
         except FileNotFoundError as error:
             yield Row(None, short(shard), lost(error))
@@ -186,7 +196,7 @@ class ShardPart:
         position, number = state["position"], state["row"]
         for place in range(state["shard"], len(mine)):
             whole = True
-            for row in read_on(self.stream.read, self.stream.shards[mine[place]], position):
+            for row in self.stream.read_shard(self.stream.shards[mine[place]], position):
                 at = number
                 number += 1
                 is_lost = isinstance(row.value, Fault) and row.value.shard

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from bifocal.training.data.faults import Fault, Skip, Skipped
-from bifocal.training.data.files import Row
-from bifocal.training.data.places import is_remote
+from bifocal.training.data.labels import class_names, with_class_names
+from bifocal.training.data.places import MISSING, existing, is_remote
+from bifocal.training.data.row_names import ROW, RowNames, with_row_names
 from bifocal.training.data.shards import ShardStream
+from bifocal.training.data.text_files import Row
 from bifocal.training.recipe import Source
 from bifocal.training.streams import FAULT
 from bifocal.training.tasks import KINDS, TrainingError
@@ -30,28 +32,39 @@ def materialise(stream: ShardStream, source: Source, skipped: Skipped, name: str
 
     Raises:
         BadRowsError: more than the source's `max_bad`.
-        TrainingError: no good row.
+        TrainingError: no row, or no good one.
         OSError: the cache cannot be written.
     """
-    from datasets import Dataset, Features, List
+    from datasets import Features, List
 
     settings = source.model_dump(mode="json", exclude={"streaming", "max_bad"})
     about = [_VERSION, settings, stream.kind, mark or [_stamp(shard) for shard in stream.shards]]
     fingerprint = hashlib.blake2b(json.dumps(about).encode(), digest_size=12).hexdigest()
-    features = _features(stream)
+    features = _features(stream, source)
     lists = {column for column, feature in features.items() if isinstance(feature, List)}
     arguments = {"stream": stream, "limit": source.limit, "lists": lists}
-    try:
-        with _quiet():
-            found = Dataset.from_generator(_rows, Features(features), gen_kwargs=arguments, fingerprint=fingerprint)
-    except Exception as error:
-        raise _root(error) from error
+    found = _cached(Features(features), arguments, fingerprint)
+    # Images that were missing when the rows were cached may be there now.
+    returned = [skip.row for skip in _skips(found) if skip.cause == MISSING and existing(skip.detail) is not None]
+    if returned:
+        salted = hashlib.blake2b(json.dumps([fingerprint, returned]).encode(), digest_size=12).hexdigest()
+        found = _cached(Features(features), arguments, salted)
     found = _account(found, source, skipped, name, len(stream.shards))
     if source.clean is not None and source.clean.consistency is not None:
         from bifocal.training.data.consistency import consistent
 
         found = consistent(found, source.clean.consistency, skipped, name)
     return found
+
+
+def _cached(features: Any, arguments: dict[str, Any], fingerprint: str) -> Any:
+    from datasets import Dataset
+
+    try:
+        with _quiet():
+            return Dataset.from_generator(_rows, features, gen_kwargs=arguments, fingerprint=fingerprint)
+    except Exception as error:
+        raise _root(error) from error
 
 
 @contextmanager
@@ -71,34 +84,39 @@ def _quiet() -> Iterator[None]:
 
 def _account(found: Any, source: Source, skipped: Skipped, name: str, shards: int) -> Any:
     """The good rows; the others go into the account."""
-    faults = found.select_columns([FAULT])[FAULT] if len(found) else []
-    skips, kept = [], []
-    for row, fault in enumerate(faults):
-        if fault is None:
-            kept.append(row)
-        else:
-            skips.append(Skip(*json.loads(fault)))
+    skips = _skips(found)
     lost = sum(skip.shard for skip in skips)
     skipped.add(name, len(found), skips, shards=shards - lost)
     skipped.check(name, source.max_bad, ended=True)
+    faults = found.select_columns([FAULT])[FAULT]
+    kept = [row for row, fault in enumerate(faults) if fault is None] if skips else range(len(found))
     if not kept:
-        raise TrainingError(f"'{source.title}' has no row that can be used; look at its files and columns.")
-    good = found if len(kept) == len(found) else found.select(kept)
-    return good.remove_columns([FAULT])
+        raise TrainingError(f"'{source.title}' has no row that can be used{skipped.example(name)}.")
+    good = found.remove_columns([FAULT, ROW])
+    return with_row_names(good.select(kept) if skips else good, RowNames(found.select_columns([ROW]), kept))
 
 
-def _features(stream: ShardStream) -> dict[str, Any]:
+def _skips(found: Any) -> list[Skip]:
+    faults = found.select_columns([FAULT])[FAULT]
+    return [Skip(*json.loads(fault)) for fault in faults if fault is not None]
+
+
+def _features(stream: ShardStream, source: Source) -> dict[str, Any]:
     from datasets import Image, List, Value
 
-    first = [row for _, row in islice(stream.rows(), _PEEKED) if not isinstance(row, Fault)]
+    rows = [row for _, row in islice(stream.rows(), _PEEKED)]
+    if not rows:
+        raise TrainingError(f"'{source.title}' has no rows.")
+    first = [row for row in rows if not isinstance(row, Fault)]
     if getattr(stream.normalise, "keep", None) is not None:
         stream.normalise.keep.seen.clear()  # type: ignore[attr-defined]  # what was only peeked at comes again
     features: dict[str, Any] = {}
     for column in stream.column_names:
         text = Value("string")
         lists = column in ("negatives", "caption") or any(isinstance(row[column], list) for row in first)
-        features[column] = Image(decode=False) if column == "image" else List(text) if lists else text
-    return {**features, FAULT: Value("string")}
+        one = Value("float64") if column == "score" else text
+        features[column] = Image(decode=False) if column == "image" else List(text) if lists else one
+    return {**features, FAULT: Value("string"), ROW: Value("string")}
 
 
 def _rows(stream: ShardStream, limit: int | None, lists: set[str]) -> Iterator[dict[str, Any]]:
@@ -113,14 +131,14 @@ def _rows(stream: ShardStream, limit: int | None, lists: set[str]) -> Iterator[d
             if mixed is not None:
                 row = Fault(f"a list as {mixed}", "other rows have one text")
         if isinstance(row, Fault):
-            yield {**empty, FAULT: json.dumps(Skip.of(name, row))}
+            yield {**empty, FAULT: json.dumps(Skip.of(name, row)), ROW: name}
             continue
         good += 1
         values = {c: [v] if c in lists and not isinstance(v, list) else v for c, v in row.items()}
         if "image" in values:
             kept = "bytes" if isinstance(values["image"], bytes) else "path"
             values["image"] = {"bytes": None, "path": None, kept: values["image"]}
-        yield {**values, FAULT: None}
+        yield {**values, FAULT: None, ROW: name}
 
 
 def checked(
@@ -131,10 +149,13 @@ def checked(
     if source.streaming:
         columns = [*KINDS[kind], *(["image_id"] if "image" in KINDS[kind] else []), FAULT]
         drop = [column for column in found.column_names or [] if column not in columns]
-        return found.map(_Batch(normalise, columns, source.title), batched=True, with_indices=True, remove_columns=drop)
-    if kind == "image-text" and source.clean is None:
+        batch = _Batch(normalise, columns, source.title, {} if kind == "scored-pair" else class_names(found.features))
+        return found.map(batch, batched=True, with_indices=True, remove_columns=drop)
+    named = normalise.steps.column_of("caption", found.column_names) in class_names(found.features)  # type: ignore[attr-defined]
+    if kind == "image-text" and source.clean is None and not named:
         return _with_captions(found, source, normalise, skipped, name)
-    stream = ShardStream([source.title], _TableReader(found), normalise, kind, None)
+    names = {} if kind == "scored-pair" else class_names(found.features)
+    stream = ShardStream([source.title], _TableReader(found, names), normalise, kind, None)
     return materialise(stream, source, skipped, name, mark=found._fingerprint)
 
 
@@ -156,7 +177,8 @@ def _with_captions(found: Any, source: Source, normalise: Any, skipped: Skipped,
     skipped.check(name, source.max_bad, ended=True)
     found = found.select_columns([theirs for theirs in named.values() if theirs is not None])
     found = found if not skips else found.select(good)
-    return found.rename_columns({theirs: ours for ours, theirs in named.items() if theirs not in (None, ours)})
+    found = found.rename_columns({theirs: ours for ours, theirs in named.items() if theirs not in (None, ours)})
+    return with_row_names(found, RowNames(source.title, good))
 
 
 def _paths(found: Any, column: str) -> list[str | None] | None:
@@ -174,19 +196,25 @@ def _paths(found: Any, column: str) -> list[str | None] | None:
 class _TableReader:
     """The rows of a `datasets.Dataset`; a position is a number of rows."""
 
-    def __init__(self, found: Any) -> None:
-        self.found = found
+    def __init__(self, found: Any, names: dict[str, list[str]]) -> None:
+        self.found, self.names = found, names
 
     def __call__(self, title: str, start: Any = None) -> Iterator[Row]:
         for number in range(start or 0, len(self.found)):
-            yield Row(number + 1, f"{title}:{number}", self.found[number])
+            yield Row(number + 1, f"{title}:{number}", with_class_names(self.found[number], self.names))
 
 
 class _Batch:
     """Normalises rows of an `IterableDataset`; a bad row stays, with its cause in a column of its own."""
 
-    def __init__(self, normalise: Callable[[str, Any], dict[str, Any]], columns: list[str], title: str) -> None:
-        self.normalise, self.columns, self.title = normalise, columns, title
+    def __init__(
+        self,
+        normalise: Callable[[str, Any], dict[str, Any]],
+        columns: list[str],
+        title: str,
+        names: dict[str, list[str]],
+    ) -> None:
+        self.normalise, self.columns, self.title, self.names = normalise, columns, title, names
 
     def __call__(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         made: dict[str, list[Any]] = {column: [] for column in self.columns}
@@ -194,7 +222,8 @@ class _Batch:
             name = f"{self.title}:{index}"
             row: dict[str, Any]
             try:
-                row = self.normalise(name, {column: values[place] for column, values in batch.items()})
+                raw = {column: values[place] for column, values in batch.items()}
+                row = self.normalise(name, with_class_names(raw, self.names))
             except Fault as fault:
                 row = {FAULT: json.dumps(Skip.of(name, fault))}
             for column, values in made.items():

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from bifocal.training.data.faults import Fault
-from bifocal.training.data.files import PICTURES, Row, lost, short
+from bifocal.training.data.files import PICTURES
 from bifocal.training.data.places import open_file
+from bifocal.training.data.text_files import Row, lost, short
 
 _LARGEST = 256 * 2**20  # bytes of a member
 

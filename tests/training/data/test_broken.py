@@ -124,8 +124,6 @@ def test_a_tar_cut_between_two_members_or_with_a_broken_header(tmp_path):
     assert list(faults(stream(path)).values()) == ["file breaks off"]
     path.write_bytes(whole[:place] + b"\x55" * 512 + whole[place + 512 :])
     assert list(faults(stream(path)).values()) == ["file breaks off"]
-    path.write_bytes(b"")
-    assert list(faults(stream(path)).values()) == ["file breaks off"]
     path.write_bytes(b"no tar at all" * 100)
     assert list(faults(stream(path)).values()) == ["file breaks off"]
 
@@ -266,7 +264,7 @@ def test_a_json_array_cut_short_or_with_a_broken_byte(tmp_path):
     path.write_bytes(whole.replace(b"q 7", b"q \xff"))
     found = stream(path, "text-pair")
     assert len(good(found)) == 49
-    assert list(faults(found).values()) == ["control characters"]
+    assert faults(found) == {"a.json:8": "not UTF-8"}
 
 
 def test_csv(tmp_path):
@@ -349,6 +347,7 @@ def test_a_data_set_that_is_loaded_names_no_file_elsewhere(tmp_path, streaming, 
 
 def test_paths_in_shares_of_sharegpt4v_stay_in_their_root(tmp_path):
     (tmp_path / "coco").mkdir()
+    (tmp_path / "coco" / "1.jpg").write_bytes(picture())
     answer = [{"from": "gpt", "value": "A caption."}]
     rows = [{"image": name, "conversations": answer} for name in ("coco/../../etc/passwd", "/etc/passwd", "coco/1.jpg")]
     path = tmp_path / "s.json"

@@ -23,14 +23,14 @@ OPENED: Counter = Counter()
 def numbered(path: str, start=None):
     """The rows of a simulated file `NUMBER/COUNT`."""
     OPENED[path] += 1
-    number, count = map(int, path.split("/"))
+    number, count = map(int, path.split("-"))
     for row in range(start or 0, count):
         name = f"{number}:{row}"
         yield Row(row + 1, name, Fault("odd one") if row % 11 == 10 else {"query": name, "positive": "p"})
 
 
 def simulated(counts: list[int], seed: int | None = 0) -> ShardStream:
-    files = [f"{number}/{count}" for number, count in enumerate(counts)]
+    files = [f"{number}-{count}" for number, count in enumerate(counts)]
     return ShardStream(files, numbered, lambda name, raw: raw, "text-pair", seed)
 
 
