@@ -12,7 +12,7 @@ from bifocal.evaluation.examples import worst_searches
 from bifocal.evaluation.labels import class_names, class_numbers
 from bifocal.evaluation.relevance import caption_answers, content_ids, right_answers, shared_rows
 from bifocal.evaluation.retrieval import EvaluationError, recall_at, relevant_ranks, retrieval_metrics
-from bifocal.evaluation.rows import Rows, several
+from bifocal.evaluation.rows import Chosen, Rows, several
 from bifocal.training.data.faults import Fault, Skip
 
 # A photo's class in a sentence; the mean of the sentences' embeddings is the class's (arXiv 2103.00020, section 3.1.4).
@@ -83,7 +83,7 @@ def image_text_retrieval(
     groups = rows.texts("captions", "caption")
     vectors, digests = rows.images(encoder)
     rows.require_some()
-    good = rows.good
+    images, good = rows.columns["images"], rows.good
     texts = [text for number in good for text in groups[number]]
     owner = np.repeat(np.arange(len(good)), [len(groups[number]) for number in good])
     image_vectors, text_vectors = np.stack([vectors[number] for number in good]), encoder.texts(texts)
@@ -106,8 +106,9 @@ def image_text_retrieval(
         "images": len(good), "captions": len(texts), "shared rows": shared_rows(owner, text_ids, image_ids),
         "dimensions": image_vectors.shape[1],
     }  # fmt: skip
-    shown = [rows.columns["images"][number] for number in good]
-    examples = worst_searches(shown, texts, owner, image_vectors, text_vectors, to_image, to_text, images_of, texts_of)
+    examples = worst_searches(
+        Chosen(images, good), texts, owner, image_vectors, text_vectors, to_image, to_text, images_of, texts_of
+    )
     return _with_skips(Result(name, "image-text retrieval", "mean_recall", metrics, sizes, arrays, examples), rows)
 
 

@@ -36,6 +36,19 @@ def several(task: str, what: str, values: Any) -> Any:
     raise EvaluationError(f"The {what} of '{task}' are a {type(values).__name__}; give a list, one item for each row.")
 
 
+class Chosen(Sequence):
+    """Some items of a sequence, read when they are asked for."""
+
+    def __init__(self, items: Any, numbers: Sequence[int]) -> None:
+        self.items, self.numbers = items, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, number: Any) -> Any:
+        return self.items[self.numbers[number]]
+
+
 class Rows:
     """The rows of one data set, of which some turn out to be unusable.
 

@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from bifocal.evaluation.report import Gallery, Hit, Item, Report, Search, Stage, write_report
-from tests.browser import LONG_NAME, needs_browser, odd_images, opened
+from tests.browser import LONG_NAME, check_layout, needs_browser, odd_images, opened
 
 
 def example() -> Report:
@@ -54,3 +54,8 @@ def test_in_a_browser(page_file):
         assert missed.count() == 1
         assert "star" in missed.inner_text()
         assert "right answer at rank 17" in page.locator("main").inner_text()
+        # The check itself: images as high as before and as wide as they come run over their cards.
+        style = page.add_style_tag(content=".hit img { width: auto; max-width: none; }")
+        with pytest.raises(AssertionError, match="leaves its DIV.hit"):
+            check_layout(page)
+        style.evaluate("style => style.remove()")
