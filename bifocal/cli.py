@@ -136,7 +136,7 @@ def evaluate(
 
     from bifocal.evaluate import evaluate as measure
     from bifocal.evaluate import load_evaluation_recipe, write_cards
-    from bifocal.evaluation.evaluation_page import summary, write_evaluation_page
+    from bifocal.evaluation.evaluation_page import remarks, summary, write_evaluation_page
 
     with one_sentence(out, "free space or choose another --out; it goes on from there"):
         recipe = None if suite is None and mteb else load_evaluation_recipe(suite or "symbols")
@@ -152,7 +152,8 @@ def evaluate(
     for task in zip(*results.values(), strict=True):
         measured = [(model, result) for model, result in zip(results, task, strict=True) if result.metrics]
         reached = "  ".join(f"{model} {result.metrics[result.main]:.3f}" for model, result in measured)
-        typer.echo(f"{task[0].task} ({task[0].main}): {reached}")
+        said = remarks(measured[0][1]) if measured else []
+        typer.echo(f"{task[0].task} ({task[0].main}): {reached}" + (f"  ({'; '.join(said)})" if said else ""))
     typer.echo(f"See {out / 'report.html'}.")
 
 

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from bifocal.evaluation.relevance import right_answers
 from bifocal.evaluation.report import Gallery, Hit, Item, Report, Search, Stage, write_report
-from bifocal.evaluation.retrieval import recall_at, retrieval_metrics, target_ranks
-from bifocal.modeling import BifocalModel
+from bifocal.evaluation.retrieval import recall_at, relevant_ranks, retrieval_metrics, target_ranks
+from bifocal.evaluation.rows import image_digest
+from bifocal.modeling import BifocalModel, load_image
 
 DIRECTIONS = {"text to picture": ("name", "picture"), "picture to text": ("picture", "name")}
 _CURVE = 50
@@ -25,38 +27,45 @@ class Evaluation:
         vectors: (symbols, dimensions) by "name", "long caption", "description" and "picture".
         metrics: for the table of stages.
         recall: Recall@1 to Recall@50 by direction.
+        keys: by the same names as the vectors, what equal texts and equal pictures share. Some symbols look alike to
+            the pixel (Latin A, Greek Alpha); they are right answers of each other.
     """
 
     vectors: dict[str, np.ndarray]
     metrics: dict[str, float]
     recall: dict[str, list[float]]
+    keys: dict[str, list[str]]
+
+    def ranks(self, query: str, item: str) -> np.ndarray:
+        """The rank at which each symbol finds the first right answer."""
+        return target_ranks(
+            self.vectors[query], self.vectors[item], query_keys=self.keys[query], item_keys=self.keys[item]
+        )
 
 
 def evaluate_symbols(model: BifocalModel, symbols: Any) -> Evaluation:
     """Search all of `symbols` (a split of the data set) by name, by picture and from name to description."""
     pictures = [images[0] for images in symbols["images"]]
-    vectors = {
-        "name": model.encode_text(list(symbols["name"]), batch_size=128, show_progress=False),
-        "long caption": model.encode_text(
-            [texts[0] for texts in symbols["long_captions"]], batch_size=128, show_progress=False
-        ),
-        "description": model.encode_text(
-            [texts[0] for texts in symbols["descriptions"]], batch_size=128, show_progress=False
-        ),
-        "picture": model.encode_image(pictures, batch_size=128, show_progress=False),
+    keys = {
+        "name": list(symbols["name"]),
+        "long caption": [texts[0] for texts in symbols["long_captions"]],
+        "description": [texts[0] for texts in symbols["descriptions"]],
     }
+    vectors = {name: model.encode_text(texts, batch_size=128, show_progress=False) for name, texts in keys.items()}
+    vectors["picture"] = model.encode_image(pictures, batch_size=128, show_progress=False)
+    keys["picture"] = [image_digest(load_image(picture)) for picture in pictures]
     metrics: dict[str, float] = {}
     recall: dict[str, list[float]] = {}
+    found_by = Evaluation(vectors, metrics, recall, keys)
     for direction, (query, item) in DIRECTIONS.items():
-        ranks = target_ranks(vectors[query], vectors[item])
+        ranks = found_by.ranks(query, item)
         found = retrieval_metrics(ranks)
         metrics |= {f"{direction} R@{k}": found[f"recall@{k}"] for k in (1, 5, 10)}
         recall[direction] = [recall_at(ranks, k) for k in range(1, _CURVE + 1)]
-    by_long_caption = target_ranks(vectors["long caption"], vectors["picture"])
-    metrics["long caption to picture R@5"] = recall_at(by_long_caption, 5)
-    to_description = target_ranks(vectors["name"], vectors["description"])
+    metrics["long caption to picture R@5"] = recall_at(found_by.ranks("long caption", "picture"), 5)
+    to_description = found_by.ranks("name", "description")
     metrics |= {f"name to description R@{k}": recall_at(to_description, k) for k in (1, 5)}
-    return Evaluation(vectors, metrics, recall)
+    return found_by
 
 
 def example_searches(evaluation: Evaluation, symbols: Any, seed: int, count: int = 8) -> list[Gallery]:
@@ -80,25 +89,35 @@ def example_searches(evaluation: Evaluation, symbols: Any, seed: int, count: int
     )
     galleries = []
     for number, (title, query, item, shown) in enumerate(plan):
-        rows = drawn[number::4]
+        right = right_answers(
+            evaluation.keys[query], evaluation.keys[item], ((row, row) for row in range(len(symbols)))
+        )
         searches = [
-            _search(row, evaluation.vectors[query][row], items[query][row], evaluation.vectors[item], items[shown])
-            for row in rows
-        ]
+            _search(
+                row, evaluation.vectors[query][row], items[query][row], evaluation.vectors[item], items[shown],
+                right[row],
+            )
+            for row in drawn[number::4]
+        ]  # fmt: skip
+        shared = sum(len(answers) > 1 for answers in right)
         hits = sum(search.rank <= _HITS for search in searches)
         note = (
             f"{len(searches)} queries drawn at random among {len(symbols)} symbols that training never saw; for {hits} "
             f"of them the right answer (green) is among the first {_HITS}. The number is the cosine similarity."
         )
+        if shared:
+            note += f" {shared} symbols look like another one to the pixel; either is a right answer."
         galleries.append(Gallery(title, note, searches))
     return galleries
 
 
-def _search(row: int, vector: np.ndarray, query: Item, vectors: np.ndarray, shown: Sequence[Item]) -> Search:
+def _search(
+    row: int, vector: np.ndarray, query: Item, vectors: np.ndarray, shown: Sequence[Item], right: Sequence[int]
+) -> Search:
     scores = vectors @ vector
     best = np.argsort(-scores, kind="stable")[:_HITS]
-    hits = [Hit(shown[other], float(scores[other]), bool(other == row)) for other in best]
-    rank = int(target_ranks(vector[None], vectors, np.array([row]))[0])
+    hits = [Hit(shown[other], float(scores[other]), int(other) in right) for other in best]
+    rank = int(relevant_ranks(vector[None], vectors, [right])[0, 0])
     return Search(query, hits, shown[row], rank)
 
 

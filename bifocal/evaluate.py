@@ -4,63 +4,31 @@ import difflib
 import hashlib
 import json
 import os
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
+from zipfile import BadZipFile
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from bifocal.evaluation import protocols
-from bifocal.evaluation.encoders import Encoder, load_encoder
+from bifocal.evaluation.encoders import Encoder, load_encoder, require_model
 from bifocal.evaluation.protocols import Result
 from bifocal.evaluation.retrieval import EvaluationError
-from bifocal.training.data.faults import Fault, Skip, Skipped
-from bifocal.training.data.groups import is_beir, whole_beir
-from bifocal.training.data.inspecting import rows_of
+from bifocal.evaluation_data import EvaluationTask, Strict, TaskData, account, read_task
+from bifocal.training.data.faults import Skip, Skipped
 from bifocal.training.recipe import RecipeError, Source, read_yaml, validated
 
 SUITES = Path(protocols.__file__).parent / "suites"
-_READ_AS = {
-    "image-text-retrieval": "image-text", "zero-shot": "image-label", "linear-probe": "image-label",
-    "sts": "scored-pair", "pair-classification": "scored-pair", "text-retrieval": "text-pair",
-}  # fmt: skip
-
-
 _PICTURES = ("image-text-retrieval", "zero-shot", "linear-probe")
+_VERSION = 2  # of what is measured; results of before are measured again when it changes
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class EvaluationTask(_Strict):
-    """
-    Args:
-        name: of the data set, for tables.
-        kind: the protocol.
-        data: the source of its rows; for text retrieval pairs, whose different positives are the corpus, or a BEIR
-            folder.
-        train: for a linear probe, the rows to fit on.
-        templates: sentences with `{}` in the place of a class name.
-        classes: the name of each label, where labels are no names.
-        threshold: for pair classification, from which score on a pair is positive.
-        ks: of Recall@k and nDCG@k.
-    """
-
-    name: str
-    kind: Literal["image-text-retrieval", "zero-shot", "linear-probe", "sts", "pair-classification", "text-retrieval"]
-    data: Source
-    train: Source | None = None
-    templates: list[str] = list(protocols.TEMPLATES)
-    classes: dict[str, str] = {}
-    threshold: float = 0.5
-    ks: list[Annotated[int, Field(ge=1)]] = [1, 5, 10]
-
-
-class EvaluationRecipe(_Strict):
+class EvaluationRecipe(Strict):
     """What to evaluate on."""
 
     name: str
@@ -87,53 +55,106 @@ def load_evaluation_recipe(given: str) -> EvaluationRecipe:
 
 
 def evaluate(
-    models: Sequence[str],
+    models: str | Sequence[str],
     recipe: EvaluationRecipe | None,
     out: Path,
-    only: Sequence[str] = (),
-    mteb: Sequence[str] = (),
+    only: str | Sequence[str] = (),
+    mteb: str | Sequence[str] = (),
 ) -> dict[str, list[Result]]:
-    """Measure every model on every task; what was measured before on the same data and weights is read from `out`.
+    """Measure every model on the same rows of every task; finished results in `out` are reused.
+
+    A result is reused if the model's weights, the task's settings and its rows are those that it was measured with.
+    Rows that cannot be used are skipped for all models, and named in `out/skipped.jsonl`.
 
     Args:
         only: names of the recipe's tasks; all when empty.
         mteb: names of mteb's tasks, or of suites of them.
 
     Returns:
-        Results by model, in the order given; without metrics where a model embeds no pictures and a task needs them.
+        Results by model, in the order given; without metrics where a model embeds no images and a task needs them.
 
     Raises:
-        EvaluationError, RecipeError: an unknown task, no such model, nothing to evaluate on.
-        OSError: the folder cannot be written.
+        EvaluationError, RecipeError: if there is no such task or model, or nothing to evaluate on.
+        BadRowsError: if more rows are bad than a source's `max_bad` allows.
+        OSError: if the folder cannot be written.
     """
+    models, only, mteb = ([one] if isinstance(one, str) else list(one) for one in (models, only, mteb))
     chosen = _chosen(recipe, only) if recipe is not None else []
     batch_size = recipe.batch_size if recipe is not None else 64
     from_mteb = _mteb_tasks(mteb) if mteb else []
-    results: dict[str, list[Result]] = {}
+    if out.exists() and not out.is_dir():
+        raise EvaluationError(f"'{out}' is a file, and the results need a folder; choose another with --out.")
+    for path in models:
+        require_model(path)
+    results: dict[str, list[Result]] = {path: [] for path in models}
     skipped = Skipped(out / "skipped.jsonl")
     (out / "skipped.jsonl").unlink(missing_ok=True)
-    for path in models:
-        encoder: Encoder | None = None
-        for task in chosen:
-            place = out / "results" / _key(path, task)
-            found = _kept(place)
-            if found is None:
-                encoder = encoder or load_encoder(path, batch_size)
-                if encoder.image is None and task.kind in _PICTURES:
-                    # A place in the table stays empty: text models stand beside ours where they can.
-                    results.setdefault(path, []).append(Result(task.name, task.kind, "", {}, {}))
-                    continue
-                started = time.monotonic()
-                found = run_task(encoder, task, skipped)
-                found.seconds, found.parameters = round(time.monotonic() - started, 2), encoder.parameters
-                found.speed = encoder.speed()
-                _keep(found, place)
-            results.setdefault(path, []).append(found)
-        if from_mteb:
-            from bifocal.evaluation.mteb_tasks import run_mteb
+    with tempfile.TemporaryDirectory(prefix="bifocal-evaluate-") as scratch:
+        works = [_Work(task, models, out, Path(scratch), skipped) for task in chosen]
+        for path in models:
+            encoder: Encoder | None = None
+            for work in works:
+                if path not in work.found:
+                    encoder = encoder or load_encoder(path, batch_size)
+                    work.measure(path, encoder)
+                results[path].append(work.found[path])
+            if from_mteb:
+                from bifocal.evaluation.mteb_tasks import run_mteb
 
-            results.setdefault(path, []).extend(run_mteb(path, from_mteb, out / "mteb", batch_size))
+                results[path].extend(run_mteb(path, from_mteb, out / "mteb", batch_size))
     return results
+
+
+class _Work:
+    """A task, its results so far, and its rows if some are still to be measured.
+
+    Raises: see `read_task`.
+    """
+
+    def __init__(self, task: EvaluationTask, models: Sequence[str], out: Path, scratch: Path, skipped: Skipped) -> None:
+        self.task, self.skipped, self.accounted = task, skipped, False
+        self.places = {path: out / "results" / _key(path, task) for path in models}
+        kept = {path: _kept(place) for path, place in self.places.items()}
+        self.found = {path: result for path, result in kept.items() if result is not None}
+        self.data: TaskData | None = None
+        digests = {result.rows for result in self.found.values()}
+        if len(self.found) < len(models) or len(digests) > 1 or not _on_hub(task.data):
+            # Files here may have changed since, and two models must be measured on the same rows.
+            self.data = read_task(task, scratch, skipped)
+            self.found = {path: result for path, result in self.found.items() if result.rows == self.data.digest}
+        for result in self.found.values():
+            self._account(result)
+
+    def measure(self, path: str, encoder: Encoder) -> None:
+        assert self.data is not None  # it was read, since this result is missing
+        if encoder.image is None and self.task.kind in _PICTURES:
+            # A place in the table stays empty: text models stand beside ours where they can.
+            self.found[path] = Result(self.task.name, self.task.kind, "", {}, {})
+            return
+        started = time.monotonic()
+        result = self.data.measure(encoder)
+        result.seconds, result.parameters = round(time.monotonic() - started, 2), encoder.parameters
+        result.speed = encoder.speed()
+        self._account(result)
+        _keep(result, self.places[path])
+        self.found[path] = result
+
+    def _account(self, result: Result) -> None:
+        """Log the skipped rows, which are the same for every model."""
+        if self.accounted or not result.metrics:
+            return
+        self.accounted = True
+        if self.data is not None:
+            account(self.data, result, self.skipped)
+        else:
+            self.skipped.add(self.task.name, 0, result.skips)
+
+
+def _on_hub(source: Source) -> bool:
+    path = source.path
+    return isinstance(path, str) and (
+        source.format == "hub" or (path.count("/") == 1 and not os.path.exists(os.path.expanduser(path)))
+    )
 
 
 def _chosen(recipe: EvaluationRecipe, only: Sequence[str]) -> list[EvaluationTask]:
@@ -162,8 +183,8 @@ def write_cards(results: dict[str, list[Result]], recipe: EvaluationRecipe | Non
     """
     from bifocal.hub.results import add_results
 
-    paths = {} if recipe is None else {task.name: task.data.path for task in recipe.tasks}
-    on_hub = {n: p for n, p in paths.items() if isinstance(p, str) and p.count("/") == 1 and not os.path.exists(p)}
+    tasks = [] if recipe is None else recipe.tasks
+    on_hub = {task.name: str(task.data.path) for task in tasks if _on_hub(task.data)}
     for model, measured in results.items():
         try:
             add_results(Path(model), [(r.task, r.kind, r.metrics) for r in measured if r.metrics], on_hub)
@@ -171,96 +192,16 @@ def write_cards(results: dict[str, list[Result]], recipe: EvaluationRecipe | Non
             raise EvaluationError(f"The card of '{model}' cannot be written: {error}") from error
 
 
-def run_task(encoder: Encoder, task: EvaluationTask, skipped: Skipped) -> Result:
-    """Read a task's data and measure.
-
-    Raises:
-        EvaluationError, RecipeError: nothing to evaluate on, or bad rows beyond the source's `max_bad`.
-    """
-    if task.kind == "text-retrieval":
-        folder = task.data.path if isinstance(task.data.path, str) else ""
-        if os.path.isdir(folder) and is_beir(folder):
-            queries, corpus, relevant = whole_beir(folder, task.data.split)
-        else:
-            queries, corpus, relevant = _as_retrieval(_rows(task.data, "text-pair", task.name, skipped))
-        return protocols.text_retrieval(encoder, task.name, queries, corpus, relevant, task.ks)
-    rows = _rows(task.data, _READ_AS[task.kind], task.name, skipped)
-    if task.kind == "image-text-retrieval":
-        images, captions = _by_image(rows)
-        return protocols.image_text_retrieval(encoder, task.name, images, captions, task.ks)
-    if task.kind in ("zero-shot", "linear-probe"):
-        names = sorted({row["label"] for row in rows})
-        numbers = [names.index(row["label"]) for row in rows]
-        images = [row["image"] for row in rows]
-        if task.kind == "zero-shot":
-            classes = [task.classes.get(name, name) for name in names]
-            return protocols.zero_shot(encoder, task.name, images, numbers, classes, task.templates)
-        if task.train is None:
-            raise RecipeError(f"The linear probe '{task.name}' needs rows to fit on; name them under train.")
-        fit = [row for row in _rows(task.train, "image-label", task.name, skipped) if row["label"] in names]
-        train = ([row["image"] for row in fit], [names.index(row["label"]) for row in fit])
-        return protocols.linear_probe(encoder, task.name, train, (images, numbers))
-    first, second = ([row[column] for row in rows] for column in ("first", "second"))
-    scores = [row["score"] for row in rows]
-    if task.kind == "sts":
-        return protocols.semantic_similarity(encoder, task.name, first, second, scores)
-    labels = [int(score >= task.threshold) for score in scores]
-    return protocols.pair_classification(encoder, task.name, first, second, labels)
-
-
-def _rows(source: Source, kind: str, name: str, skipped: Skipped) -> list[dict[str, Any]]:
-    good: list[dict[str, Any]] = []
-    count = 0
-    for row_name, row in rows_of(source, kind):
-        if source.limit is not None and len(good) >= source.limit:
-            break
-        count += 1
-        if isinstance(row, Fault):
-            skipped.add(name, 0, [Skip.of(row_name, row)])
-        else:
-            good.append(row)
-    skipped.add(name, count)
-    skipped.check(name, source.max_bad, ended=True)
-    if not good:
-        raise EvaluationError(f"'{name}' has no row that can be used; look at {source.title}.")
-    return good
-
-
-def _by_image(rows: list[dict[str, Any]]) -> tuple[list[Any], list[list[str]]]:
-    """Pictures, and the captions of each: rows with one `image_id` show one picture."""
-    images: dict[str, Any] = {}
-    captions: dict[str, list[str]] = {}
-    for row in rows:
-        images.setdefault(row["image_id"], row["image"])
-        texts = row["caption"] if isinstance(row["caption"], list) else [row["caption"]]
-        captions.setdefault(row["image_id"], []).extend(texts)
-    return list(images.values()), list(captions.values())
-
-
-def _as_retrieval(rows: list[dict[str, Any]]) -> tuple[dict[str, str], dict[str, str], dict[str, list[str]]]:
-    """Queries, the different positives as corpus, and which belong together; equal texts are one."""
-    corpus: dict[str, str] = {}
-    queries: dict[str, str] = {}
-    relevant: dict[str, list[str]] = {}
-    for row in rows:
-        for query in row["query"] if isinstance(row["query"], list) else [row["query"]]:
-            for positive in row["positive"] if isinstance(row["positive"], list) else [row["positive"]]:
-                queries[query], corpus[positive] = query, positive
-                relevant.setdefault(query, []).append(positive)
-    return queries, corpus, relevant
-
-
 # What is done
 
 
 def _key(model: str, task: EvaluationTask) -> str:
-    """A file name that changes with the model's weights and the task's settings and files."""
-    stamp: list[Any] = [task.model_dump(mode="json")]
-    for path in (model, *([task.data.path] if isinstance(task.data.path, str) else task.data.path)):
-        place = Path(path)
-        files = sorted(place.glob("*")) if place.is_dir() else [place]
-        stamp.append([path, [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.is_file()]])
-    digest = hashlib.blake2b(json.dumps(stamp, default=str).encode(), digest_size=6).hexdigest()
+    """A file name that changes with the model's weights and the task's settings."""
+    place = Path(model).expanduser()
+    files = sorted(path for path in place.rglob("*") if path.is_file()) if place.is_dir() else []
+    stamp = [[str(f.relative_to(place)), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+    about = json.dumps([_VERSION, model, stamp, task.model_dump(mode="json")], default=str)
+    digest = hashlib.blake2b(about.encode(), digest_size=6).hexdigest()
     name = "".join(sign if sign.isalnum() or sign in "-_." else "-" for sign in f"{model}--{task.name}")[-80:]
     return f"{name}--{digest}"
 
@@ -280,7 +221,11 @@ def _kept(place: Path) -> Result | None:
     facts = place.with_name(place.name + ".json")
     if not facts.exists():
         return None
-    found = Result(**json.loads(facts.read_text(encoding="utf-8")))
-    with np.load(place.with_name(place.name + ".npz")) as arrays:
-        found.arrays |= {name: arrays[name] for name in arrays.files}
+    try:
+        found = Result(**json.loads(facts.read_text(encoding="utf-8")))
+        found.skips = [Skip(*skip) for skip in found.skips]
+        with np.load(place.with_name(place.name + ".npz")) as arrays:
+            found.arrays |= {name: arrays[name] for name in arrays.files}
+    except (OSError, ValueError, TypeError, EOFError, BadZipFile):  # damaged, so that it is measured again
+        return None
     return found

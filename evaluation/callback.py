@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from bifocal.evaluation.encoders import Encoder, bifocal_encoder
+from bifocal.evaluation.encoders import Encoder, encoder_of
 from bifocal.evaluation.protocols import Result
 from bifocal.evaluation.retrieval import EvaluationError
 
@@ -29,16 +29,25 @@ class EvaluationCallback(TrainerCallback):
         batch_size: of embedding.
     """
 
-    def __init__(self, evaluators: Sequence[Evaluator], every: int | None = None, batch_size: int = 64) -> None:
-        self.evaluators = list(evaluators)
+    def __init__(
+        self, evaluators: Evaluator | Sequence[Evaluator], every: int | None = None, batch_size: int = 64
+    ) -> None:
+        self.evaluators = [evaluators] if callable(evaluators) else list(evaluators)
         self.every = every
         self.batch_size = batch_size
         self.log: Callable[[dict[str, float]], None] | None = None
+        self.processor: Any = None
         self._last = -1
 
     def attach(self, trainer: Any) -> None:
-        """Log through a trainer, and so to whatever it reports to; `MultiTaskTrainer` calls this."""
+        """Log through a trainer, and so to whatever it reports to; `MultiTaskTrainer` calls this.
+
+        Raises:
+            EvaluationError: if the trainer's model cannot be evaluated.
+        """
         self.log = trainer.log
+        self.processor = getattr(trainer, "processing_class", None)
+        encoder_of(getattr(trainer.model, "module", trainer.model), self.processor, "training")
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if self.every and state.global_step % self.every == 0:
@@ -73,7 +82,7 @@ class EvaluationCallback(TrainerCallback):
         self._last = state.global_step
         metrics: dict[str, float] = {}
         with _undisturbed(model):
-            encoder = bifocal_encoder(model, "training", self.batch_size)
+            encoder = encoder_of(model, self.processor, "training", self.batch_size)
             for evaluator in self.evaluators:
                 try:
                     result = evaluator(encoder)

@@ -21,6 +21,7 @@ class Encoder:
         family: "Bifocal", "sentence-transformers" or "transformers".
         text, image: from a list to (number, dimensions) unit vectors in float32; None for what the model cannot embed.
         parameters: how many it has.
+        batch_size: texts or images per forward pass.
         done: texts and images embedded so far, and the seconds it took, by "texts" and "pictures".
     """
 
@@ -29,6 +30,7 @@ class Encoder:
     text: Callable[[list[str]], np.ndarray] | None
     image: Callable[[list[Any]], np.ndarray] | None
     parameters: int
+    batch_size: int = 64
     done: dict[str, tuple[int, float]] = field(default_factory=dict)
 
     def speed(self) -> dict[str, float]:
@@ -42,7 +44,7 @@ class Encoder:
         Raises:
             EvaluationError: the model embeds no texts, or some embeddings are not finite.
         """
-        return self._embedded("texts", self.text, list(texts))
+        return self._embedded("texts", self.text, texts)
 
     def images(self, images: Sequence[Any]) -> np.ndarray:
         """
@@ -52,9 +54,14 @@ class Encoder:
         Raises:
             EvaluationError: the model embeds no pictures, or some embeddings are not finite.
         """
-        return self._embedded("pictures", self.image, list(images))
+        return self._embedded("pictures", self.image, images)
 
-    def _embedded(self, what: str, encode: Callable[[list[Any]], np.ndarray] | None, items: list[Any]) -> np.ndarray:
+    def _embedded(
+        self, what: str, encode: Callable[[list[Any]], np.ndarray] | None, given: Sequence[Any]
+    ) -> np.ndarray:
+        if isinstance(given, str | bytes):
+            raise EvaluationError(f"The {what} to embed are a single {type(given).__name__}; give a list.")
+        items = list(given)
         if encode is None:
             raise EvaluationError(f"'{self.name}' embeds no {what}; leave it out of what needs them.")
         started = time.monotonic()
@@ -70,6 +77,43 @@ class Encoder:
         return vectors
 
 
+def require_model(path: str) -> None:
+    """
+    Raises:
+        EvaluationError: if a model is neither a folder that holds one nor perhaps an id on the Hub.
+    """
+    place = Path(path).expanduser()
+    if place.is_file():
+        raise EvaluationError(f"'{path}' is a file; give the folder of a model.")
+    if place.is_dir():
+        if any((place / name).is_file() for name in ("config.json", "modules.json")):
+            return
+        within = next((n for n in ("model", "final") if (place / n / "config.json").is_file()), None)
+        hint = f"; did you mean '{Path(path) / within}'?" if within else "."
+        raise EvaluationError(f"'{path}' holds no model: there is neither config.json nor modules.json in it{hint}")
+    if _is_local(path):
+        raise EvaluationError(f"There is no model at '{path}'; check the path.")
+    try:
+        there = _has(path, "config.json") or _has(path, "modules.json")
+        reason = "it has neither config.json nor modules.json"
+    except Exception as error:  # no such repository, no connection, a name that none can have
+        there, reason = False, _first_line(error)
+    if not there:
+        raise EvaluationError(f"There is no model folder '{path}' here, and no such model on the Hub ({reason}).")
+
+
+def _first_line(error: Exception) -> str:
+    said = str(error).strip()
+    return said.splitlines()[0][:200].rstrip(".") if said else type(error).__name__
+
+
+def _is_local(path: str) -> bool:
+    """Whether a path that does not exist can only have meant a folder here, and no id on the Hub."""
+    parts = Path(path).parts
+    plain = len(parts) > 2 or path.startswith((".", "/", "~")) or "\\" in path or path.endswith("/")
+    return plain or (len(parts) == 2 and Path(parts[0]).is_dir())
+
+
 def load_encoder(path: str, batch_size: int = 64, device: str | None = None) -> Encoder:
     """A model by its folder or Hub id.
 
@@ -83,6 +127,8 @@ def load_encoder(path: str, batch_size: int = 64, device: str | None = None) -> 
     import torch
     from transformers import AutoConfig
 
+    require_model(path)
+    path = str(Path(path).expanduser()) if path.startswith("~") else path
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         if _has(path, "modules.json") and not _is_bifocal(path):
@@ -91,11 +137,10 @@ def load_encoder(path: str, batch_size: int = 64, device: str | None = None) -> 
         if config.model_type == "bifocal":
             return _bifocal(path, batch_size, device)
         return _dual_encoder(path, batch_size, device)
-    except (OSError, ValueError, KeyError) as error:
-        if isinstance(error, EvaluationError):
-            raise
-        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise EvaluationError(f"There is no model at '{path}' that can be loaded ({line}).") from error
+    except EvaluationError:
+        raise
+    except Exception as error:  # of configuration, weights, tokenizer: each library has its own
+        raise EvaluationError(f"The model '{path}' cannot be loaded ({_first_line(error)}).") from error
 
 
 def bifocal_encoder(model: BifocalModel, name: str, batch_size: int = 64) -> Encoder:
@@ -107,7 +152,28 @@ def bifocal_encoder(model: BifocalModel, name: str, batch_size: int = 64) -> Enc
     def image(images: list[Any]) -> np.ndarray:
         return np.asarray(model.encode_image(images, batch_size=batch_size, show_progress=False))
 
-    return Encoder(name, "Bifocal", text, image, sum(p.numel() for p in model.parameters()))
+    return Encoder(name, "Bifocal", text, image, sum(p.numel() for p in model.parameters()), batch_size)
+
+
+def encoder_of(model: Any, processor: Any, name: str, batch_size: int = 64) -> Encoder:
+    """A model at hand: ours, or one of transformers with both towers.
+
+    Args:
+        processor: for a model that has none of its own.
+
+    Raises:
+        EvaluationError: if the model does not embed texts and images into one space, or has no processor.
+    """
+    if hasattr(model, "encode_text") and hasattr(model, "encode_image"):
+        return bifocal_encoder(model, name, batch_size)
+    if not hasattr(model, "get_text_features") or not hasattr(model, "get_image_features"):
+        raise EvaluationError(
+            f"A {type(model).__name__} cannot be evaluated here: it has neither encode_text and encode_image nor "
+            "get_text_features and get_image_features."
+        )
+    if processor is None:
+        raise EvaluationError(f"To evaluate a {type(model).__name__}, give its processor (processor=...).")
+    return dual_encoder(model, processor, name, batch_size)
 
 
 def sentence_transformer(path: str, batch_size: int = 64, device: str | None = None) -> Encoder | None:
@@ -133,15 +199,12 @@ def _sentence_transformer(path: str, batch_size: int, device: str | None) -> Enc
 
     sees = bool({"image"} & set(getattr(model, "modalities", []) or []))
     count = sum(p.numel() for p in model.parameters())
-    return Encoder(_name(path), "sentence-transformers", encode, image if sees else None, count)
+    return Encoder(_name(path), "sentence-transformers", encode, image if sees else None, count, batch_size)
 
 
 def _dual_encoder(path: str, batch_size: int, device: str) -> Encoder:
     """A model of transformers with `get_text_features` and `get_image_features`: CLIP, SigLIP, ALIGN, ..."""
-    import torch
     from transformers import AutoModel, AutoProcessor
-
-    from bifocal.training.joint_forward import padded_length
 
     model = AutoModel.from_pretrained(path).to(device).eval()
     if not hasattr(model, "get_text_features") or not hasattr(model, "get_image_features"):
@@ -150,6 +213,15 @@ def _dual_encoder(path: str, batch_size: int, device: str) -> Encoder:
             "sentence-transformers, CLIP or SigLIP model."
         )
     processor = AutoProcessor.from_pretrained(path)
+    return dual_encoder(model, processor, _name(path), batch_size)
+
+
+def dual_encoder(model: Any, processor: Any, name: str, batch_size: int = 64) -> Encoder:
+    """A model of transformers with `get_text_features` and `get_image_features` at hand, and its processor."""
+    import torch
+
+    from bifocal.training.joint_forward import padded_length
+
     full_length = padded_length(model.config)
     padding = {"padding": True} if full_length is None else {"padding": "max_length", "max_length": full_length}
 
@@ -164,7 +236,7 @@ def _dual_encoder(path: str, batch_size: int, device: str) -> Encoder:
 
     def text(texts: list[str]) -> np.ndarray:
         def embed(some: list[str]) -> Any:
-            inputs = processor(text=some, truncation=True, return_tensors="pt", **padding).to(device)
+            inputs = processor(text=some, truncation=True, return_tensors="pt", **padding).to(model.device)
             if full_length is not None:
                 inputs.pop("attention_mask", None)
             return model.get_text_features(**inputs)
@@ -174,11 +246,11 @@ def _dual_encoder(path: str, batch_size: int, device: str) -> Encoder:
     def image(images: list[Any]) -> np.ndarray:
         def embed(some: list[Any]) -> Any:
             pictures = [load_image(one) for one in some]
-            return model.get_image_features(**processor(images=pictures, return_tensors="pt").to(device))
+            return model.get_image_features(**processor(images=pictures, return_tensors="pt").to(model.device))
 
         return batches(images, embed)
 
-    return Encoder(_name(path), "transformers", text, image, sum(p.numel() for p in model.parameters()))
+    return Encoder(name, "transformers", text, image, sum(p.numel() for p in model.parameters()), batch_size)
 
 
 def _is_bifocal(path: str) -> bool:

@@ -48,7 +48,7 @@ def run_mteb(
         revision: of the model, under which results are kept; of a folder a digest of its weights when None.
 
     Raises:
-        EvaluationError: the model cannot embed what a task needs.
+        EvaluationError: the model cannot embed what a task needs, or a task's data cannot be loaded.
     """
     import mteb
 
@@ -64,7 +64,14 @@ def run_mteb(
             )
     wrapped = _wrap(encoder, revision or _revision(model))
     options: Any = {"encode_kwargs": {"batch_size": batch_size}, "show_progress_bar": False}
-    found = mteb.evaluate(wrapped, list(tasks), cache=mteb.ResultCache(cache), **options)
+    try:
+        found = mteb.evaluate(wrapped, list(tasks), cache=mteb.ResultCache(cache), **options)
+    except OSError as error:
+        if error.errno is not None:  # the disk, not the data
+            raise
+        names = ", ".join(task.metadata.name for task in tasks)
+        said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise EvaluationError(f"The data of mteb's {names} could not be loaded ({said:.200}).") from error
     kinds = {task.metadata.name: str(task.metadata.type) for task in tasks}
     return [_as_result(task_result, kinds[task_result.task_name]) for task_result in found.task_results]
 

@@ -7,30 +7,46 @@ this). Published tables of image-text retrieval follow the former; it is `recall
 Ties never flatter: a wrong item exactly as similar as a right one counts as found before it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 
+from bifocal.evaluation.relevance import right_answers
+
 _BLOCK_BYTES = 128 * 2**20  # of similarities at a time
+_SORTED_FROM = 16  # right items of a query, from which sorting its similarities is faster than a pass for each
 
 
 class EvaluationError(ValueError):
     """What cannot be evaluated, in one sentence."""
 
 
-def target_ranks(queries: np.ndarray, items: np.ndarray, targets: np.ndarray | None = None) -> np.ndarray:
-    """The rank, from 1, at which each query finds its one right item by cosine similarity.
+def target_ranks(
+    queries: np.ndarray,
+    items: np.ndarray,
+    targets: np.ndarray | None = None,
+    query_keys: Sequence[Hashable] | None = None,
+    item_keys: Sequence[Hashable] | None = None,
+) -> np.ndarray:
+    """Return the rank, from 1, at which each query finds the first of its right items by cosine similarity.
 
     Args:
         queries: (Q, D) unit vectors.
         items: (N, D) unit vectors.
-        targets: (Q,) the number of each query's right item; query i belongs to item i when None.
+        targets: (Q,) the number of each query's own item; query i belongs to item i when None.
+        query_keys, item_keys: what equal contents share, such as the texts themselves or digests of images. Queries of
+            equal content have each other's items as right answers, and so have items of equal content.
 
     Returns:
         (Q,) integers.
     """
     targets = np.arange(len(queries)) if targets is None else np.asarray(targets)
-    return relevant_ranks(queries, items, targets[:, None].tolist())[:, 0]
+    relevant = right_answers(
+        range(len(queries)) if query_keys is None else query_keys,
+        range(len(items)) if item_keys is None else item_keys,
+        enumerate(targets.tolist()),
+    )
+    return relevant_ranks(queries, items, relevant)[:, 0]
 
 
 def relevant_ranks(queries: np.ndarray, items: np.ndarray, relevant: Sequence[Sequence[int]]) -> np.ndarray:
@@ -63,12 +79,19 @@ def relevant_ranks(queries: np.ndarray, items: np.ndarray, relevant: Sequence[Se
         own = np.take_along_axis(scores, np.maximum(right[block], 0), axis=1)
         own = np.where(right[block] >= 0, own, -np.inf)
         best_first = -np.sort(-own, axis=1)  # right items among themselves: the most similar first
-        for place in range(most):
-            score = best_first[:, place : place + 1]
-            # Wrong items at least as similar stand before it, right ones only if they are more similar.
-            wrong = (scores >= score).sum(axis=1) - (own >= score).sum(axis=1)
-            ranks[block, place] = np.where(np.isfinite(score[:, 0]), wrong + place + 1, 0)
+        # Wrong items at least as similar stand before a right one, right ones only if they are more similar.
+        wrong = _at_least(scores, best_first) - _at_least(own, best_first)
+        ranks[block] = np.where(np.isfinite(best_first), wrong + np.arange(1, most + 1), 0)
     return ranks
+
+
+def _at_least(scores: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """Return how many scores of a row are at least as high as each of its bounds: (rows, bounds)."""
+    if bounds.shape[1] < _SORTED_FROM:
+        return np.stack([(scores >= bounds[:, n, None]).sum(axis=1) for n in range(bounds.shape[1])], axis=1)
+    ordered = np.sort(scores, axis=1)
+    below = [np.searchsorted(row, values, side="left") for row, values in zip(ordered, bounds, strict=True)]
+    return scores.shape[1] - np.stack(below)
 
 
 def _require(queries: np.ndarray, items: np.ndarray, relevant: Sequence[Sequence[int]]) -> None:

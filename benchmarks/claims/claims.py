@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
@@ -10,7 +11,7 @@ import yaml
 from bifocal.claims.arms import Arm, Phase
 from bifocal.claims.material import Material, picture_metric, text_metrics
 from bifocal.claims.rules import Check, Outcomes, Verdict, at_least, difference
-from bifocal.modeling import BifocalModel
+from bifocal.modeling import BifocalModel, load_image
 from bifocal.training.tasks import Task
 
 R5, STS = "text retrieval R@5", "STS Spearman"
@@ -82,15 +83,23 @@ _NEAR = "right among 21 near-duplicates"
 _SEEN_NEAR = "right before 7 negatives, trained on"
 
 
+def _digests(images: list[Any]) -> list[str]:
+    """What symbols that look alike to the pixel share: they are right answers of each other."""
+    from bifocal.evaluation.rows import image_digest
+
+    return [image_digest(load_image(image)) for image in images]
+
+
 def _symbol_metrics(model: BifocalModel, material: Material) -> dict[str, float]:
     from bifocal.evaluation.retrieval import recall_at, target_ranks
 
     test = material.symbols["test"]
-    pictures = model.encode_image([images[0] for images in test["images"]], batch_size=128, show_progress=False)
+    shown = [images[0] for images in test["images"]]
+    pictures, keys = model.encode_image(shown, batch_size=128, show_progress=False), _digests(shown)
 
     def recall(texts: list[str]) -> float:
         vectors = model.encode_text(texts, batch_size=128, show_progress=False)
-        return recall_at(target_ranks(vectors, pictures), 5)
+        return recall_at(target_ranks(vectors, pictures, query_keys=texts, item_keys=keys), 5)
 
     return {_SYMBOL: recall(list(test["name"])), _LONG: recall([texts[0] for texts in test["long_captions"]])}
 
@@ -227,12 +236,15 @@ def _by_length(model: BifocalModel, material: Material) -> dict[str, float]:
     from bifocal.evaluation.retrieval import recall_at, target_ranks
 
     test = material.symbols["test"]
-    pictures = model.encode_image([images[0] for images in test["images"]], batch_size=128, show_progress=False)
+    shown = [images[0] for images in test["images"]]
+    pictures, keys = model.encode_image(shown, batch_size=128, show_progress=False), _digests(shown)
     metrics = {}
     for count in _SENTENCES:
         texts = [". ".join(captions[0].split(". ")[:count]) for captions in test["long_captions"]]
         vectors = model.encode_text(texts, batch_size=128, show_progress=False)
-        metrics[f"{count} sentence{'s' * (count > 1)}"] = recall_at(target_ranks(vectors, pictures), 5)
+        metrics[f"{count} sentence{'s' * (count > 1)}"] = recall_at(
+            target_ranks(vectors, pictures, query_keys=texts, item_keys=keys), 5
+        )
     return metrics
 
 

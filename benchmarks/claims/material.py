@@ -287,7 +287,8 @@ def text_metrics(model: BifocalModel, material: Material) -> dict[str, float]:
         return np.asarray(model.encode_text(texts, batch_size=128, show_progress=False))
 
     test = material.captions.test
-    ranks = target_ranks(encode([texts[0] for texts in test]), encode([texts[1] for texts in test]))
+    queries, items = ([texts[place] for texts in test] for place in (0, 1))
+    ranks = target_ranks(encode(queries), encode(items), query_keys=queries, item_keys=items)
     metrics = {"text retrieval R@5": recall_at(ranks, 5)}
     if material.sts is not None:
         first, second, scores = material.sts

@@ -17,7 +17,7 @@ from bifocal.claims.material import ClaimsError, Material
 from bifocal.claims.rules import Check, difference, summary
 from bifocal.claims.trying import try_claims
 from tests.bifocal.commands import error_of
-from tests.browser import WIDTHS, needs_browser, opened
+from tests.browser import needs_browser, opened
 from tests.hub_stand_in import Repo, hub
 from tests.training.data.test_hub import python
 
@@ -95,9 +95,8 @@ def test_a_small_trial(tried, data):
 
 
 @needs_browser
-@pytest.mark.parametrize("width", WIDTHS)
-def test_the_page(tried, width):
-    with opened(tried[0] / "claims.html", width) as page:
+def test_the_page(tried):
+    with opened(tried[0] / "claims.html") as page:
         assert page.locator("section#multi-task h2").inner_text() == "One model keeps both"
         verdict = page.locator(".verdict").inner_text()
         assert verdict in ("Shown.", "Not shown at this scale.")

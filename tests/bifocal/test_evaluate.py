@@ -14,7 +14,8 @@ from bifocal.cli import app
 from bifocal.evaluation.encoders import load_encoder
 from bifocal.hub.export import export_model
 from bifocal.modeling import BifocalModel
-from tests.browser import WIDTHS, needs_browser, opened
+from tests.bifocal.commands import error_of, invoke
+from tests.browser import LONG_NAME, needs_browser, odd_images, opened
 from tests.conftest import small_config
 from tests.training.data.files import lines, picture
 from tests.training.data.test_cleaning import model_folder
@@ -52,7 +53,9 @@ def here(processor, tmp_path_factory):
     (root / "photos").mkdir()
     for number in range(12):
         (root / "photos" / f"{number}.jpg").write_bytes(picture((48, 32), seed=number))
-    captions = [{"file_name": f"{n}.jpg", "caption": [f"star {n}", f"a sign {n}"]} for n in range(12)]
+    for number, image in enumerate(odd_images().values()):
+        image.save(root / "photos" / f"{number}.jpg")
+    captions = [{"file_name": f"{n}.jpg", "caption": [f"star {n}", f"{LONG_NAME} {n}"]} for n in range(12)]
     lines(root / "photos" / "metadata.jsonl", captions)
     lines(root / "labels.jsonl", [{"image": f"photos/{n}.jpg", "label": n % 2} for n in range(12)])
     (root / "scores.csv").write_text("".join(f'star {n},"box {n % 3}",{n % 5}\n' for n in range(20)))
@@ -85,7 +88,7 @@ def test_every_protocol_for_two_families(done, here, monkeypatch):
         for entry in model.values():
             assert entry["main"] in entry["metrics"]
     photos = numbers["ours"]["photos"]
-    assert photos["sizes"] == {"images": 12, "captions": 24, "dimensions": 40}
+    assert photos["sizes"] == {"images": 12, "captions": 24, "shared rows": 0, "dimensions": 40}
     assert "image_to_text/recall_mteb@5" in photos["metrics"]
     assert set(photos["recall_by_precision"]) == {"float32", "int8", "binary"}
     assert list(photos["recall_by_dimension"]) == ["8", "16", "32", "40"]
@@ -127,9 +130,8 @@ def test_results_flow_into_the_card(here, monkeypatch, tmp_path):
 
 
 @needs_browser
-@pytest.mark.parametrize("width", WIDTHS)
-def test_the_page_in_a_browser(done, width):
-    with opened(done[1] / "report.html", width) as page:
+def test_the_page_in_a_browser(done):
+    with opened(done[1] / "report.html") as page:
         assert page.locator("h1").inner_text() == "Evaluation: local"
         text = page.locator("body").inner_text()
         for said in ("Side by side", "Where ours fails most", "Not measured here", "jina-clip-v1", "62.39", "binary"):
@@ -137,10 +139,65 @@ def test_the_page_in_a_browser(done, width):
         assert page.locator("img").count() > 9
 
 
+def test_models_are_measured_on_the_same_good_rows(here, tmp_path):
+    """Skipped rows and rows that share an image are in the log, the numbers, the line and the page."""
+    images = {n: picture((48, 32), seed=min(n, 9)) for n in range(11)}  # the last two are equal
+    images[3] = images[3][:200]
+    for number, content in images.items():
+        (tmp_path / f"{number}.jpg").write_bytes(content)
+    rows = [{"image": f"{n}.jpg", "caption": f"star {n}"} for n in images]
+    lines(tmp_path / "rows.jsonl", [*rows, {"image": "5.jpg", "caption": None}, {"image": "none.jpg", "caption": "a"}])
+    (tmp_path / "suite.yaml").write_text(
+        "name: bad rows\ntasks: [{name: rows, kind: image-text-retrieval, data: {path: rows.jsonl, max_bad: 0.5}}]\n"
+    )
+
+    def measured(*models: str):
+        command = ["evaluate", *(str(here / model) for model in models), "--suite", "suite.yaml", "--out", "out"]
+        found = invoke(tmp_path, *command)
+        assert found.exit_code == 0, found.stderr
+        return found.stdout, json.loads((tmp_path / "out" / "results.json").read_text())
+
+    measured("ours")
+    said, numbers = measured("ours", "clip")
+    assert "2 rows share a text or an image with another row" in said
+    assert "3 rows were skipped" in said
+    ours, clip = (numbers[str(here / model)]["rows"] for model in ("ours", "clip"))
+    assert ours["sizes"] | {"dimensions": 0} == clip["sizes"] | {"dimensions": 0}
+    assert ours["sizes"]["images"] == 10
+    assert ours["sizes"]["shared rows"] == 2
+    assert ours["skipped"] == clip["skipped"]
+    assert sum(ours["skipped"].values()) == 3
+    log = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
+    assert len(log) == 3, "each once, whether measured or kept"
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "3 rows were skipped" in page
+    assert log[0]["row"] in page
+    # An image that is repaired changes the rows: both models are measured again.
+    (tmp_path / "3.jpg").write_bytes(picture((48, 32), seed=3))
+    said, numbers = measured("ours", "clip")
+    assert [numbers[str(here / model)]["rows"]["sizes"]["images"] for model in ("ours", "clip")] == [11, 11]
+    lines(tmp_path / "rows.jsonl", [{"image": "none.jpg", "caption": "a"}] * 3 + rows[:2])
+    assert "60.0% of 5 rows are bad, more than max_bad=0.5" in error_of(
+        tmp_path, "evaluate", str(here / "ours"), "--suite", "suite.yaml", "--out", "out"
+    )
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["nothing"], "There is no model at 'nothing' that can be loaded"),
+        (["nothing"], "There is no model folder 'nothing' here, and no such model on the Hub ("),
+        (["./nothing"], "There is no model at './nothing'; check the path"),
+        (["photos/nothing"], "There is no model at 'photos/nothing'; check the path"),
+        (["photos"], "'photos' holds no model: there is neither config.json nor modules.json in it"),
+        (["run"], "neither config.json nor modules.json in it; did you mean 'run/model'?"),
+        (["labels.jsonl"], "'labels.jsonl' is a file; give the folder of a model"),
+        (["damaged"], "The model 'damaged' cannot be loaded ("),
+        (["ours", "--suite", "photos"], "There is no evaluation suite 'photos'; give a YAML file or one of"),
+        (["ours", "--suite", "photos/1.jpg"], "'photos/1.jpg' is no YAML file: its bytes are no UTF-8 text"),
+        (["ours", "--suite", "suite.yaml", "--out", "labels.jsonl"], "'labels.jsonl' is a file, and the results"),
+        (["ours", "--suite", "nobody.yaml"], "'t' has no row that can be used; look at nobody.jsonl"),
+        (["ours", "--suite", "ints.yaml"], "are named by numbers (0, 1), which make no prompts"),
+        (["ours", "--suite", "wrong.yaml"], "name none of its labels (such as 0, 1); mend classes"),
         (["ours", "--suite", "suit.yaml"], "There is no evaluation suite 'suit.yaml'; give a YAML file or one of"),
         (["ours", "--suite", "suite.yaml", "--only", "photo"], "no task 'photo' in 'local'; did you mean 'photos'?"),
         (["ours", "--mteb", "SciFac"], "mteb has no task 'SciFac'; did you mean 'SciFact'?"),
@@ -153,10 +210,17 @@ def test_the_page_in_a_browser(done, width):
 def test_bad_input_gets_one_sentence(here, monkeypatch, tmp_path, command, message):
     lines(here / "captions", [{"query": "a"}])
     (here / "bad.csv").write_text("a,b,1\na,b,x\n")
+    (here / "nobody.jsonl").write_text("")
+    for folder, config in (("run/model", "{}"), ("damaged", "{")):
+        (here / folder).mkdir(parents=True, exist_ok=True)
+        (here / folder / "config.json").write_text(config)
     for name, task in (
         ("empty", "{name: t, kind: image-text-retrieval, data: {path: captions, format: jsonl}}"),
         ("kind", "{name: t, kind: retrieval, data: {path: photos}}"),
         ("bad", "{name: t, kind: sts, data: {path: bad.csv, header: [sentence1, sentence2, score]}}"),
+        ("nobody", "{name: t, kind: sts, data: {path: nobody.jsonl}}"),
+        ("ints", "{name: t, kind: zero-shot, data: {path: labels.jsonl}}"),
+        ("wrong", "{name: t, kind: zero-shot, data: {path: labels.jsonl}, classes: {cat: tabby}}"),
         ("split", "{name: t, kind: text-retrieval, data: {path: beir, split: dev}}"),
     ):
         (here / f"{name}.yaml").write_text(f"name: {name}\ntasks: [{task}]\n")
@@ -165,7 +229,5 @@ def test_bad_input_gets_one_sentence(here, monkeypatch, tmp_path, command, messa
         (here / "empty.yaml").write_text("name: e\ntasks: [{name: captions, kind: image-text-retrieval, data: "
                                          "{path: captions.jsonl}}]\n")  # fmt: skip
         message = message.replace("'captions'", "'captions.jsonl'")
-    found = run(here, monkeypatch, *command, "--out", str(tmp_path))
-    assert found.exit_code == 1
-    assert found.stderr.strip().splitlines()[-1].startswith("Error: "), (found.stderr, found.exception)
-    assert message in found.stderr
+    command = command if "--out" in command else [*command, "--out", str(tmp_path)]
+    assert message in error_of(here, "evaluate", *command)

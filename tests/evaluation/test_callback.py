@@ -1,8 +1,11 @@
 """Evaluation in training: logged, chosen by, and without a trace in the weights."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from datasets import Dataset
+from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel
 
 from bifocal.evaluation.callback import EvaluationCallback
 from bifocal.evaluation.protocols import image_text_retrieval, text_retrieval
@@ -77,3 +80,28 @@ def test_a_broken_image_is_said(processor, tmp_path):
         EvaluationError, match=r"An evaluator failed at step 2 \(.*Give it only images that can be read"
     ):
         train(processor, tmp_path, [callback])
+
+
+def test_models_of_transformers(processor, tmp_path):
+    """One with both towers is evaluated through the trainer's processor; one that cannot be is refused at the start."""
+    tiny = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    towers = dict(
+        text_config={**tiny, "vocab_size": 320, "max_position_embeddings": 64, "eos_token_id": 3},
+        vision_config={**tiny, "image_size": 32, "patch_size": 8},
+    )
+    model = CLIPModel(CLIPConfig(**towers, projection_dim=16))
+    data = Dataset.from_dict(
+        {"image": [photo(32 + n, 32) for n in range(8)], "caption": [f"star {n}" for n in range(8)]}
+    )
+    args = BifocalTrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no"
+    )
+    watch = EvaluationCallback(retrieval)
+    trainer = MultiTaskTrainer(model, args, [Task("p", "image-text", data, 4)], processor, callbacks=[watch])
+    trainer.train()
+    assert any("eval_photos_mean_recall" in entry for entry in trainer.state.log_history)
+    with pytest.raises(EvaluationError, match="To evaluate a CLIPModel, give its processor"):
+        watch.attach(SimpleNamespace(log=None, model=model))
+    bert = BertModel(BertConfig(**tiny, vocab_size=320))
+    with pytest.raises(EvaluationError, match="A BertModel cannot be evaluated here"):
+        watch.attach(SimpleNamespace(log=None, model=bert, processing_class=processor))

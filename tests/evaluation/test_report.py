@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from bifocal.evaluation.report import Gallery, Hit, Item, Report, Search, Stage, write_report
-from tests.browser import WIDTHS, needs_browser, opened
+from tests.browser import LONG_NAME, check_layout, needs_browser, odd_images, opened
 
 
 def example() -> Report:
@@ -17,7 +17,12 @@ def example() -> Report:
               {"image-text": [(10, 4.0), (20, 2.0 / number)]}, {"text to picture": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]})
         for number in (1, 2, 3)
     ]  # fmt: skip
-    galleries = [Gallery("Pictures found", "Drawn at random.", [found]), Gallery("Names found", "Too.", [missed])]
+    odd = [Item(LONG_NAME, image, name) for name, image in odd_images().items()]
+    strange = [Search(item, [Hit(other, 0.5, other is item) for other in odd], item, 1) for item in odd]
+    galleries = [
+        Gallery("Pictures found", "Drawn at random.", [found]), Gallery("Names found", "Too.", [missed]),
+        Gallery(LONG_NAME, LONG_NAME, strange),
+    ]  # fmt: skip
     return Report("A report", "What it is about.", {"Recall@5": "0.71"}, stages, galleries, {"seed": "0"})
 
 
@@ -36,17 +41,21 @@ def test_nothing_is_outside_the_page(page_file):
 
 
 @needs_browser
-@pytest.mark.parametrize("width", WIDTHS)
-def test_in_a_browser(page_file, width):
-    with opened(page_file, width) as page:
+def test_in_a_browser(page_file):
+    with opened(page_file) as page:
         assert page.title() == "A report"
         assert page.locator("h1").inner_text() == "A report"
-        assert page.locator("img").count() == 2 + 2 + 1
+        assert page.locator("img").count() == 2 + 2 + 1 + len(odd_images()) * (1 + len(odd_images()))
         assert page.locator(".figures strong").inner_text() == "0.71"
         assert page.locator("tbody tr").count() == 3
         assert "0.300" in page.locator("tbody tr").nth(2).inner_text()
-        assert page.locator(".hit.right").count() == 1
+        assert page.locator(".hit.right").count() == 1 + len(odd_images())
         missed = page.locator(".hit.answer")
         assert missed.count() == 1
         assert "star" in missed.inner_text()
         assert "right answer at rank 17" in page.locator("main").inner_text()
+        # The check itself: images as high as before and as wide as they come run over their cards.
+        style = page.add_style_tag(content=".hit img { width: auto; max-width: none; }")
+        with pytest.raises(AssertionError, match="leaves its DIV.hit"):
+            check_layout(page)
+        style.evaluate("style => style.remove()")

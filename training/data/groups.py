@@ -103,13 +103,7 @@ def read_beir(folder: str, start: Any = None, split: str = "train") -> Iterator[
         error = FileNotFoundError(f"no judgements '{judgements}' (splits that are there: {there})")
         yield Row(None, f"{root.name}/qrels/{split}.tsv", lost(error))
         return
-    relevant = []
-    faults = []
-    for row in read_on(_judgements, str(judgements)):
-        if isinstance(row.value, Fault):
-            faults.append(row)
-        elif row.value["score"] > 0:
-            relevant.append((row.name, row.value["query-id"], row.value["corpus-id"]))
+    relevant, faults = _relevant(judgements)
     texts: dict[str, dict[str, str]] = {}
     for name, wanted in (("queries", {q for _, q, _ in relevant}), ("corpus", {d for _, _, d in relevant})):
         texts[name] = {}
@@ -121,36 +115,52 @@ def read_beir(folder: str, start: Any = None, split: str = "train") -> Iterator[
     yield from _numbered([*faults, *_judged(relevant, texts)], start)
 
 
-def whole_beir(folder: str, split: str = "test") -> tuple[dict[str, str], dict[str, str], dict[str, list[str]]]:
-    """Queries, the whole corpus, and the ids of the relevant passages of each judged query.
+def whole_beir(
+    folder: str, split: str = "test"
+) -> tuple[dict[str, str], dict[str, str], dict[str, list[str]], list[tuple[str, Fault]]]:
+    """Queries, the whole corpus, the ids of the relevant passages of each judged query, and faulty lines by name.
 
     Raises:
-        RecipeError: no judgements of this split, or a broken line.
+        RecipeError: no judgements of this split.
     """
     from bifocal.training.recipe import RecipeError
 
-    relevant: dict[str, list[str]] = {}
-    texts: dict[str, dict[str, str]] = {}
     judgements = Path(folder) / "qrels" / f"{split}.tsv"
     if not judgements.exists():
         there = ", ".join(sorted(path.stem for path in judgements.parent.glob("*.tsv"))) or "none"
         raise RecipeError(f"'{folder}' has no judgements of the split '{split}' (there are {there}).")
-    for row in read_on(_judgements, str(judgements)):
-        if isinstance(row.value, Fault):
-            raise RecipeError(f"'{judgements}', {row.name}: {row.value}; mend the file.")
-        if row.value["score"] > 0:
-            relevant.setdefault(row.value["query-id"], []).append(row.value["corpus-id"])
+    relevant, rows = _relevant(judgements)
+    texts: dict[str, dict[str, str]] = {}
     for name in ("queries", "corpus"):
         texts[name] = {}
         for row in read_on(read_json_lines, str(_either(Path(folder), name))):
             if isinstance(row.value, Fault):
-                raise RecipeError(f"'{folder}', {row.name}: {row.value}; mend the file.")
-            texts[name][str(row.value.get("_id"))] = passage(row.value)
-    return (
-        {query: texts["queries"][query] for query in relevant if query in texts["queries"]},
-        texts["corpus"],
-        relevant,
-    )
+                rows.append(row)
+            elif "_id" not in row.value:
+                rows.append(row._replace(value=Fault("no _id", ", ".join(map(str, row.value)))))
+            else:
+                texts[name][str(row.value["_id"])] = passage(row.value)
+    faults = [(row.name, row.value) for row in rows if isinstance(row.value, Fault)]
+    right: dict[str, list[str]] = {}
+    for name, query, document in relevant:
+        missing = next((i for i, t in ((query, "queries"), (document, "corpus")) if i not in texts[t]), None)
+        if missing is None:
+            right.setdefault(query, []).append(document)
+        else:
+            faults.append((name, Fault("judgement of a missing text", f"'{missing}'")))
+    return {query: texts["queries"][query] for query in right}, texts["corpus"], right, faults
+
+
+def _relevant(judgements: Path) -> tuple[list[tuple[str, str, str]], list[Row]]:
+    """(name of the row, query, relevant passage), and the rows that cannot be read."""
+    relevant: list[tuple[str, str, str]] = []
+    faults: list[Row] = []
+    for row in read_on(_judgements, str(judgements)):
+        if isinstance(row.value, Fault):
+            faults.append(row)
+        elif row.value["score"] > 0:
+            relevant.append((row.name, row.value["query-id"], row.value["corpus-id"]))
+    return relevant, faults
 
 
 def _judged(relevant: list[tuple[str, str, str]], texts: dict[str, dict[str, str]]) -> Iterator[Row]:

@@ -1,5 +1,6 @@
 """The page about a source: its figures are right, and it opens in a browser."""
 
+import json
 from dataclasses import asdict
 
 import pytest
@@ -8,7 +9,7 @@ from bifocal.evaluation.data_page import write_data_page
 from bifocal.training.data.inspecting import inspect_source
 from bifocal.training.recipe import RecipeError, Source
 from bifocal.training.sources import guess_kind
-from tests.browser import WIDTHS, needs_browser, opened
+from tests.browser import LONG_NAME, needs_browser, odd_images, opened
 from tests.training.data.files import lines, picture, shards
 
 
@@ -59,12 +60,15 @@ def test_the_symbols_too():
 
 
 @needs_browser
-@pytest.mark.parametrize("width", WIDTHS)
-def test_in_a_browser(folder, width):
+def test_in_a_browser(folder):
     page_file = folder / "page.html"
-    write_data_page(asdict(inspect_source(Source(path=str(folder), clean={"min_side": 16}), "image-text")), page_file)
-    with opened(page_file, width) as page:
+    for number, image in enumerate(odd_images().values(), 10):
+        image.save(folder / f"{number}.png")
+        with (folder / "metadata.jsonl").open("a") as file:
+            file.write(json.dumps({"file_name": f"{number}.png", "caption": LONG_NAME}) + "\n")
+    write_data_page(asdict(inspect_source(Source(path=str(folder), clean={"min_side": 2}), "image-text")), page_file)
+    with opened(page_file) as page:
         text = page.locator("body").inner_text()
-        for said in ("usable, 50.0%", "not a picture", "small picture", "<script>alert(1)</script>", "1.jpg"):
+        for said in ("usable, 81.8%", "not a picture", "<script>alert(1)</script>", "1.jpg"):
             assert said in text
-        assert page.locator("img").count() == 3 + 2
+        assert page.locator("img").count() == 9 + 2
