@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bifocal.hub.folders import require_replaceable
+from bifocal.files import MODEL, replace_folder
 from bifocal.hub.layouts import HEAD, LAYOUTS, Layout, Rule, Tensors
 from bifocal.modeling import (
     BifocalConfig,
@@ -374,7 +374,7 @@ def save_converted(model: Any, source: str, out: Path) -> list[str]:
         What the folder lacks, in words; nothing if it is complete.
 
     Raises:
-        FileExistsError: something that is no model is there.
+        NotOursError: if `out` may not be replaced (`bifocal.files.require_replaceable`).
     """
     from bifocal.hub.export import export_model
 
@@ -382,10 +382,10 @@ def save_converted(model: Any, source: str, out: Path) -> list[str]:
     if isinstance(model, BifocalModel) and processor is not None:
         export_model(model, out, processor)
         return []
-    require_replaceable(out)
-    model.save_pretrained(out)
-    if processor is not None:
-        processor.save_pretrained(out)
+    with replace_folder(out, MODEL) as made:
+        model.save_pretrained(made)
+        if processor is not None:
+            processor.save_pretrained(made)
     return [] if processor is not None or isinstance(model, BifocalVisionModel) else ["a tokenizer"]
 
 

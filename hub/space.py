@@ -7,7 +7,7 @@ from pathlib import Path
 
 import bifocal.hub.search
 import bifocal.modeling
-from bifocal.hub.folders import made_whole
+from bifocal.files import MARKER, NotOursError, replace_folder
 from bifocal.hub.search.index import SearchIndex
 from bifocal.hub.search.items import SearchError
 
@@ -43,21 +43,23 @@ pinned: false
 
 
 def write_space(index: SearchIndex, out: Path, title: str = "Search pictures and texts") -> Path:
-    """Write a Space; it is made beside its place and moved there whole, an earlier one is replaced.
+    """Write a Space, whole or not at all; an earlier one there that nobody changed is replaced.
 
     A model that is a folder travels with it, one of the Hub is loaded from there. No code of a repository is run: the
     Space brings the model's and the page's own.
 
     Raises:
-        SearchError: something that is no Space is at `out`, or the index's model is not where it was.
+        SearchError: if the index's model is not where it was.
+        NotOursError: if `out` may not be replaced (`bifocal.files.require_replaceable`), or lies in the index or model.
     """
-    if out.exists() and not (out / "app.py").exists() and (not out.is_dir() or any(out.iterdir())):
-        raise SearchError(f"'{out}' holds something that is no Space; choose another folder.")
     model = Path(index.model)
     is_id = not model.exists() and index.model.count("/") == 1 and not index.model.startswith((".", "/", "~"))
     if not model.exists() and not is_id:
         raise SearchError(f"The index's model is no longer at '{index.model}'; put it back or index anew.")
-    with made_whole(out) as made:
+    for copied in (index.folder, *([] if is_id else [model])):
+        if out.resolve().is_relative_to(copied.resolve()):
+            raise NotOursError(f"'{out}' lies in '{copied}', which is copied into the Space; choose another folder.")
+    with replace_folder(out, "Space") as made:
         package = made / "bifocal"
         (package / "hub").mkdir(parents=True)
         for folder, of in ((package, "The parts of Bifocal that this Space needs."), (package / "hub", "See above.")):
@@ -72,7 +74,8 @@ def write_space(index: SearchIndex, out: Path, title: str = "Search pictures and
         if not is_id:
             (made / "model").mkdir()
             for file in (file for pattern in _MODEL_FILES for file in model.glob(pattern)):
-                shutil.copy2(file, made / "model")
+                if file.name != MARKER:
+                    shutil.copy2(file, made / "model")
             settings = (made / "index" / "index.json").read_text(encoding="utf-8")
             settings = settings.replace(json.dumps(index.model), '"model"')  # a folder's place is nobody's business
             (made / "index" / "index.json").write_text(settings, encoding="utf-8")
