@@ -18,7 +18,8 @@ from bifocal.evaluation import protocols
 from bifocal.evaluation.encoders import Encoder, load_encoder
 from bifocal.evaluation.protocols import Result
 from bifocal.evaluation.retrieval import EvaluationError
-from bifocal.training.data.faults import Fault, Skip, Skipped
+from bifocal.files import replace_file
+from bifocal.training.data.faults import Fault, Skip, Skipped, start_log
 from bifocal.training.data.groups import is_beir, whole_beir
 from bifocal.training.data.inspecting import rows_of
 from bifocal.training.recipe import RecipeError, Source, validated
@@ -116,8 +117,7 @@ def evaluate(
     batch_size = recipe.batch_size if recipe is not None else 64
     from_mteb = _mteb_tasks(mteb) if mteb else []
     results: dict[str, list[Result]] = {}
-    skipped = Skipped(out / "skipped.jsonl")
-    (out / "skipped.jsonl").unlink(missing_ok=True)
+    skipped = Skipped(start_log(out / "skipped.jsonl"))
     for path in models:
         encoder: Encoder | None = None
         for task in chosen:
@@ -272,14 +272,11 @@ def _key(model: str, task: EvaluationTask) -> str:
 
 
 def _keep(result: Result, place: Path) -> None:
-    place.parent.mkdir(parents=True, exist_ok=True)
-    scratch = place.with_name(f".{place.name}.npz")
-    np.savez(scratch, **result.arrays)  # type: ignore[arg-type]  # its own options have other names
-    os.replace(scratch, place.with_name(place.name + ".npz"))
-    scratch = place.with_name(f".{place.name}.json")
+    with replace_file(place.with_name(place.name + ".npz")) as scratch:
+        np.savez(scratch, **result.arrays)  # type: ignore[arg-type]  # its own options have other names
     facts = json.dumps({**asdict(result), "arrays": {}}, ensure_ascii=False)
-    scratch.write_text(facts, encoding="utf-8", errors="surrogatepass")
-    os.replace(scratch, place.with_name(place.name + ".json"))
+    with replace_file(place.with_name(place.name + ".json")) as scratch:
+        scratch.write_text(facts, encoding="utf-8", errors="surrogatepass")
 
 
 def _kept(place: Path) -> Result | None:

@@ -12,7 +12,9 @@ from bifocal.evaluation.gap import modality_gap
 from bifocal.evaluation.plots import COLOURS, blank, svg
 from bifocal.evaluation.protocols import Result
 from bifocal.evaluation.retrieval import recall_at
+from bifocal.files import overwrite
 
+EVALUATION = "evaluation"  # kind of the page and of the numbers beside it
 _CURVE = 50
 _MAPPED = 400  # pairs in the two-dimensional map
 _HEATED = 14  # pairs in the heat map
@@ -26,7 +28,8 @@ def write_evaluation_page(results: Mapping[str, Sequence[Result]], path: Path, t
         results: of each model, the same tasks in the same order.
 
     Raises:
-        OSError: the page cannot be written.
+        NotOursError: if a file is there that is no such page, or that was changed since it was written.
+        OSError: if the page cannot be written.
     """
     from jinja2 import Environment, PackageLoader
 
@@ -41,9 +44,8 @@ def write_evaluation_page(results: Mapping[str, Sequence[Result]], path: Path, t
         speed=_speed(results),
         published=yaml.safe_load((Path(__file__).parent / "published.yaml").read_text(encoding="utf-8")),
     )
-    scratch = path.with_name(f".{path.name}")
-    scratch.write_text(page, encoding="utf-8", errors="backslashreplace")
-    scratch.replace(path)
+    with overwrite(path, EVALUATION) as scratch:
+        scratch.write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
 def summary(results: Mapping[str, Sequence[Result]]) -> dict[str, Any]:

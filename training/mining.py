@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from bifocal.files import overwrite, write_json
 from bifocal.training.tasks import TrainingError
 
+MINED = "file of mined negatives"
 _NO_WORD = re.compile(r"[\W_]+")
 
 
@@ -229,10 +230,13 @@ def _picture_ids(pairs: Any) -> list[str]:
 
 
 def _embedded(items: Sequence[Any], encode: Any, path: Path, settings: MiningSettings) -> np.ndarray:
-    """(items, dimensions) in a file; what a killed run left there is not embedded again."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """(items, dimensions) in a file; what a killed run left there is not embedded again.
+
+    Raises:
+        MiningError: if the files there are of other data, or not of a mining run.
+    """
     file, progress = path.with_suffix(".npy"), path.with_suffix(".json")
-    done = json.loads(progress.read_text())["done"] if progress.exists() and file.exists() else 0
+    done = _progress(file, progress)
     vectors = np.load(file, mmap_mode="r+") if done else None
     if vectors is not None and len(vectors) != len(items):
         raise MiningError(f"'{file}' holds {len(vectors)} embeddings of other data; remove it or use another folder.")
@@ -242,9 +246,26 @@ def _embedded(items: Sequence[Any], encode: Any, path: Path, settings: MiningSet
             vectors = np.lib.format.open_memmap(file, "w+", np.float32, (len(items), found.shape[1]))
         vectors[batch] = found
         vectors.flush()
-        progress.write_text(json.dumps({"done": batch.stop}))
+        write_json(progress, {"done": batch.stop})
     assert vectors is not None
     return vectors
+
+
+def _progress(file: Path, progress: Path) -> int:
+    """How many embeddings of a file are made; begins a file of progress, by which the other is known as ours."""
+    try:
+        found = json.loads(progress.read_text(encoding="utf-8")) if progress.exists() else None
+    except ValueError:
+        found = {}
+    ours = isinstance(found, dict) and set(found) == {"done"}
+    if (found is not None and not ours) or (found is None and file.exists()):
+        raise MiningError(
+            f"'{progress if found is not None else file}' is no file of a mining run, and one would be written there; "
+            "choose another cache folder."
+        )
+    if found is None:
+        write_json(progress, {"done": 0})
+    return found["done"] if found and file.exists() else 0
 
 
 def _slices(count: int, size: int, start: int = 0) -> Iterator[slice]:
@@ -269,8 +290,10 @@ def _require_columns(data: Any, *columns: str) -> None:
 
 
 def write_parquet(mined: Any, path: Path) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}")
-    mined.to_parquet(str(scratch))
-    shutil.move(scratch, path)
+    """Write what was mined, whole or not at all.
+
+    Raises:
+        NotOursError: if a file is there that is not of an earlier mining run.
+    """
+    with overwrite(path, MINED) as scratch:
+        mined.to_parquet(str(scratch))
