@@ -54,10 +54,11 @@ def demo(
     """Train a small model through the three stages, search with it and write a report."""
     require("accelerate", "datasets", "fontTools", "jinja2", "matplotlib", "sentence_transformers")
     from bifocal.demo import DemoError, full_settings, quick_settings, run_demo
+    from bifocal.files import NotOursError
 
     try:
         run_demo(out, quick_settings(seed) if quick else full_settings(seed), force)
-    except DemoError as error:
+    except (DemoError, NotOursError) as error:
         fail(str(error))
     except Exception as error:
         if not cannot_write(error, out):
@@ -136,13 +137,17 @@ def evaluate(
 
     from bifocal.evaluate import evaluate as measure
     from bifocal.evaluate import load_evaluation_recipe, write_cards
-    from bifocal.evaluation.evaluation_page import remarks, summary, write_evaluation_page
+    from bifocal.evaluation.evaluation_page import EVALUATION, remarks, summary, write_evaluation_page
+    from bifocal.files import overwrite, require_overwritable
 
     with one_sentence(out, "free space or choose another --out; it goes on from there"):
         recipe = None if suite is None and mteb else load_evaluation_recipe(suite or "symbols")
+        for name in ("results.json", "report.html"):
+            require_overwritable(out / name, EVALUATION)
         results = measure(models, recipe, out, only or (), mteb or ())
         numbers = summary(results)
-        (out / "results.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+        with overwrite(out / "results.json", EVALUATION) as scratch:
+            scratch.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
         if card:
             write_cards(results, recipe)
         write_evaluation_page(results, out / "report.html", f"Evaluation: {recipe.name if recipe else 'MTEB'}")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bifocal.errors import model_not_loaded
+from bifocal.files import RUN, require_overwritable
 from bifocal.training.recipe import Recipe
 from bifocal.training.tasks import COLUMNS
 
@@ -27,7 +28,7 @@ def train(recipe: Recipe, force: bool) -> str:
             description=f"A Bifocal model trained by the recipe '{recipe.name}'.",
             stages=[TrainedStage(**stage) for stage in facts],
         )
-        export_model(model, folder, processor, card)
+        export_model(model, folder, processor, card, kind=RUN)
 
     folder = run_recipe(recipe, save, force)
     if folder is None:
@@ -105,6 +106,7 @@ def mine(
     from bifocal.training.recipe import RecipeError, Source
     from bifocal.training.sources import load_source
 
+    require_overwritable(out, mining.MINED)  # now, and not after hours of mining
     renamed = {}
     for column in columns:
         ours, equals, theirs = column.partition("=")

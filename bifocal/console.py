@@ -59,9 +59,10 @@ def one_sentence(folder: Path, remedy: str = "free space or choose another place
         raise
     except Exception as error:
         from bifocal.evaluation.retrieval import EvaluationError
+        from bifocal.files import NotOursError
         from bifocal.training.tasks import TrainingError
 
-        if isinstance(error, TrainingError | EvaluationError | FloatingPointError):
+        if isinstance(error, NotOursError | TrainingError | EvaluationError | FloatingPointError):
             fail(sentence(error))
         if not cannot_write(error, folder):
             raise

@@ -52,7 +52,8 @@ def inspect(
 ) -> None:
     """Write a page about a source: counts, lengths, sizes, duplicates, a sample, what is left out and why."""
     require("datasets", "jinja2", "matplotlib", "pydantic")
-    from bifocal.evaluation.data_page import write_data_page
+    from bifocal.evaluation.data_page import PAGE, write_data_page
+    from bifocal.files import require_overwritable
     from bifocal.training.data.inspecting import inspect_source
     from bifocal.training.recipe import source_of
     from bifocal.training.sources import guess_kind
@@ -60,9 +61,9 @@ def inspect(
     if out.is_dir():
         fail(f"'{out}' is a folder. Give the HTML file to write with --out.")
     with one_sentence(out.parent):
+        require_overwritable(out, PAGE)
         given = source_of(source, overrides)
         found = inspect_source(given, _kind(kind) or guess_kind(given), rows or None)
-        out.parent.mkdir(parents=True, exist_ok=True)
         write_data_page(asdict(found), out)
     typer.echo(f"{found.good:,} of {found.rows:,} rows can be used; see {out}.")
 
@@ -71,7 +72,7 @@ def inspect(
 def clean(source: SourceArgument, out: Path, overrides: Overrides = None, kind: Kind = None) -> None:
     """Write the rows of a source that pass its filters into a folder of Parquet files, which may be streamed."""
     require("datasets", "pydantic")
-    from bifocal.training.data.faults import Skipped, summary
+    from bifocal.training.data.faults import Skipped, start_log, summary
     from bifocal.training.data.writing import write_clean
     from bifocal.training.recipe import source_of
     from bifocal.training.sources import guess_kind
@@ -79,7 +80,7 @@ def clean(source: SourceArgument, out: Path, overrides: Overrides = None, kind: 
     skipped = Skipped(out / "skipped.jsonl")
     with one_sentence(out):
         given = source_of(source, overrides)
-        (out / "skipped.jsonl").unlink(missing_ok=True)
+        start_log(out / "skipped.jsonl")
         rows = write_clean(given, _kind(kind) or guess_kind(given), out, skipped)
     left_out: Counter[str] = Counter()
     for counts in [*skipped.bad.values(), *skipped.dropped.values()]:

@@ -1,8 +1,6 @@
 """The main job in small: train on symbols through the three stages, evaluate, export, search and report."""
 
 import json
-import os
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -11,11 +9,12 @@ from typing import Any
 
 from bifocal.demo_results import evaluate_symbols, example_searches, searches_as_text, write_demo_report
 from bifocal.evaluation.report import Stage
+from bifocal.files import MARKER, RUN, overwrite, replace_folder, require_overwritable, require_replaceable, write_json
 from bifocal.hub.card import Card, TrainedStage
 from bifocal.hub.export import export_model
 from bifocal.modeling import BifocalModel, BifocalProcessor
 from bifocal.training.callbacks import StageProgress, Stopwatch
-from bifocal.training.checkpoints import last_complete_checkpoint
+from bifocal.training.checkpoints import clear_run, last_complete_checkpoint, require_clearable
 from bifocal.training.data.symbols import SymbolsConfig, build_symbols
 from bifocal.training.history import STAGE, stage_facts, write_stage
 from bifocal.training.recipe import Recipe, find_recipe, load_recipe
@@ -98,7 +97,8 @@ def run_demo(out: Path, settings: DemoSettings, force: bool = False) -> None:
     """Train, evaluate, export and report into `out`; go on from the last checkpoint if a run there was killed.
 
     Raises:
-        DemoError: `out` holds something else or a run with other settings.
+        DemoError: if `out` holds something else or a run with other settings.
+        NotOursError: if a file of the run was changed, or is not the run's.
     """
     if not _open_run(out, settings, force):
         return
@@ -133,10 +133,13 @@ def _open_run(out: Path, settings: DemoSettings, force: bool) -> bool:
     """Claim the folder; False if a finished run is there already."""
     recipes = {stage: json.loads(settings.recipe(stage, Path()).model_dump_json()) for stage in STAGES}
     wanted = json.loads(json.dumps({"data": asdict(settings.data), "vocab_size": settings.vocab_size} | recipes))
-    found = _read_json(out / "settings.json")
+    try:
+        found = _read_json(out / "settings.json")
+    except ValueError:  # somebody else's
+        found = {}
     if out.exists() and not out.is_dir():
         raise DemoError(f"'{out}' is a file; choose another folder with --out.")
-    if found is None and out.exists() and any(out.iterdir()):
+    if found is None and out.exists() and any(path.name != MARKER for path in out.iterdir()):
         raise DemoError(f"'{out}' holds other files and no run of the demo; choose another folder with --out.")
     if found is not None and force:
         _clear(out)
@@ -147,7 +150,12 @@ def _open_run(out: Path, settings: DemoSettings, force: bool) -> bool:
     elif (out / "results.json").exists():
         print(f"This run is finished; see {out / 'report.html'}. To train again, add --force.")
         return False
-    _write_json(out / "settings.json", wanted)
+    require_replaceable(out / "model", RUN)  # now, and not after the training
+    for name in ("report.html", "results.json"):
+        require_overwritable(out / name, RUN)
+    if found is None or force:
+        with overwrite(out / "settings.json", RUN) as scratch:
+            scratch.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
     return True
 
 
@@ -166,9 +174,8 @@ def _processor(out: Path, settings: DemoSettings, train: Any) -> BifocalProcesso
     side = settings.data.image_size
     images = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     processor = BifocalProcessor(images, tokenizer)
-    scratch = out / ".processor"
-    processor.save_pretrained(scratch)
-    os.replace(scratch, folder)
+    with replace_folder(folder, RUN) as made:
+        processor.save_pretrained(made)
     return processor
 
 
@@ -203,12 +210,10 @@ def _train_stage(recipe: Recipe, title: str, symbols: Any) -> dict[str, Any]:
         "recall": evaluation.recall,
         "losses": {name.removeprefix("loss/"): [[entry["step"], entry[name]] for entry in logs] for name in names},
     }
-    scratch = folder / ".model"
-    model.save_pretrained(scratch)
-    shutil.rmtree(folder / "model", ignore_errors=True)
-    os.replace(scratch, folder / "model")
+    with replace_folder(folder / "model", RUN) as made:
+        model.save_pretrained(made)
     write_stage(folder, stage_facts(prepared, watch.seconds, versions()))
-    _write_json(folder / "result.json", result)
+    write_json(folder / "result.json", result)
     return result
 
 
@@ -232,7 +237,7 @@ def _finish(
         license="apache-2.0",
         stages=[TrainedStage(**_read_json(out / stage / STAGE)) for stage in STAGES],
     )
-    export_model(model, folder, processor, card)
+    export_model(model, folder, processor, card, kind=RUN)
     difference = _check_folder(folder, test)
     evaluation = evaluate_symbols(model, test)
     galleries = example_searches(evaluation, test, settings.seed)
@@ -247,7 +252,9 @@ def _finish(
     write_demo_report(
         out / "report.html", [Stage(**stage) for stage in stages], galleries, figures, _described(settings, out, model)
     )
-    _write_json(out / "results.json", {"stages": stages, "seconds": seconds, "load difference": difference})
+    with overwrite(out / "results.json", RUN) as scratch:
+        results = {"stages": stages, "seconds": seconds, "load difference": difference}
+        scratch.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print(
         f"\nAutoModel and SentenceTransformer load {folder} and agree to {difference:.1e}.\n"
         f"Report: {out / 'report.html'}\nThis run took {time.time() - started:.0f} s."
@@ -301,20 +308,21 @@ def _metrics_line(title: str, metrics: dict[str, float]) -> str:
 
 
 def _clear(out: Path) -> None:
-    """Remove what a run of the demo makes, and nothing else."""
-    for name in ("processor", ".processor", "model", *STAGES):
-        shutil.rmtree(out / name, ignore_errors=True)
-    for name in ("settings.json", "results.json", "report.html"):
-        (out / name).unlink(missing_ok=True)
+    """Remove what a run of the demo makes, and nothing else.
+
+    Raises:
+        NotOursError: if any of it was changed or is not the run's; then nothing is removed.
+    """
+    files = ("settings.json", "results.json", "report.html")
+    require_clearable(out, *files)
+    for stage in STAGES:
+        require_clearable(out / stage)
+    for stage in STAGES:
+        clear_run(out / stage)
+        for name in ("result.json", STAGE, "skipped-loading.jsonl", "skipped.jsonl"):
+            (out / stage / name).unlink(missing_ok=True)
+    clear_run(out, *files)
 
 
 def _read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
-def _write_json(path: Path, value: Any) -> None:
-    """Write whole or not at all: a run may be killed at any moment."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}")
-    scratch.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(scratch, path)

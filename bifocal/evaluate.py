@@ -20,7 +20,8 @@ from bifocal.evaluation.encoders import Encoder, load_encoder, require_model
 from bifocal.evaluation.protocols import Result
 from bifocal.evaluation.retrieval import EvaluationError
 from bifocal.evaluation_data import EvaluationTask, Strict, TaskData, account, read_task
-from bifocal.training.data.faults import Skip, Skipped
+from bifocal.files import replace_file
+from bifocal.training.data.faults import Skip, Skipped, start_log
 from bifocal.training.recipe import RecipeError, Source, read_yaml, validated
 
 SUITES = Path(protocols.__file__).parent / "suites"
@@ -87,8 +88,7 @@ def evaluate(
     for path in models:
         require_model(path)
     results: dict[str, list[Result]] = {path: [] for path in models}
-    skipped = Skipped(out / "skipped.jsonl")
-    (out / "skipped.jsonl").unlink(missing_ok=True)
+    skipped = Skipped(start_log(out / "skipped.jsonl"))
     with tempfile.TemporaryDirectory(prefix="bifocal-evaluate-") as scratch:
         works = [_Work(task, models, out, Path(scratch), skipped) for task in chosen]
         for path in models:
@@ -207,14 +207,11 @@ def _key(model: str, task: EvaluationTask) -> str:
 
 
 def _keep(result: Result, place: Path) -> None:
-    place.parent.mkdir(parents=True, exist_ok=True)
-    scratch = place.with_name(f".{place.name}.npz")
-    np.savez(scratch, **result.arrays)  # type: ignore[arg-type]  # its own options have other names
-    os.replace(scratch, place.with_name(place.name + ".npz"))
-    scratch = place.with_name(f".{place.name}.json")
+    with replace_file(place.with_name(place.name + ".npz")) as scratch:
+        np.savez(scratch, **result.arrays)  # type: ignore[arg-type]  # its own options have other names
     facts = json.dumps({**asdict(result), "arrays": {}}, ensure_ascii=False)
-    scratch.write_text(facts, encoding="utf-8", errors="surrogatepass")
-    os.replace(scratch, place.with_name(place.name + ".json"))
+    with replace_file(place.with_name(place.name + ".json")) as scratch:
+        scratch.write_text(facts, encoding="utf-8", errors="surrogatepass")
 
 
 def _kept(place: Path) -> Result | None:

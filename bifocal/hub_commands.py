@@ -12,7 +12,7 @@ def convert(
     source: Annotated[
         str, typer.Argument(help="A Hub id, a folder or a file of weights: jina-clip-v1, JinaBERT, EVA02.")
     ],
-    out: Annotated[Path, typer.Argument(help="Folder for the Bifocal model.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the Bifocal model; an earlier one is replaced.")],
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Resize the position table for pictures of so many pixels.")
     ] = None,
@@ -25,6 +25,7 @@ def convert(
 ) -> None:
     """Make a Bifocal model of published weights; every tensor is accounted for, or nothing is written."""
     require("sentence_transformers")
+    from bifocal.files import MODEL, require_replaceable
     from bifocal.hub import convert as conversion
     from bifocal.hub.source_config import ConversionError
     from bifocal.hub.weights import read_weights
@@ -36,15 +37,19 @@ def convert(
             typer.echo(plan.text())
             return
         with one_sentence(out):
+            require_replaceable(out, MODEL)
             lacks = conversion.save_converted(conversion.build(plan), source, out)
-    except (ConversionError, FileExistsError) as error:
+    except ConversionError as error:
         fail(str(error))
     typer.echo(f"The model is in {out}" + (f"; it lacks {', '.join(lacks)}." if lacks else "."))
 
 
 def export(
     run: Annotated[Path, typer.Argument(help="Folder of a finished run, or of a model.")],
-    out: Annotated[Path | None, typer.Argument(help="Folder for all that the Hub should have.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Argument(help="Folder for all that the Hub should have; an unchanged earlier export is replaced."),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="The repository it is meant for, organisation/name.")] = None,
     description: Annotated[str | None, typer.Option(help="What the model is for, in a sentence or two.")] = None,
     license: Annotated[str | None, typer.Option(help="As the Hub names it, such as apache-2.0.")] = None,
@@ -66,15 +71,20 @@ def export(
     if out is None and not check:
         fail("Name a folder to export to, or add --check to look at one that is exported.")
     if out is not None:
+        from bifocal.files import parts
+        from bifocal.hub.export import left_out
         from bifocal.hub.onnx import OnnxError
         from bifocal.releasing import release_run
 
+        before = parts(out)
         try:
             with one_sentence(out):
                 release_run(run, out, name, description, license, results, examples, onnx, shard)
-        except (FileExistsError, OnnxError) as error:
+        except OnnxError as error:
             fail(str(error))
         typer.echo(f"The model is in {out}.")
+        if gone := left_out(before, out):
+            typer.echo(f"It leaves out {gone}, which the earlier export had.")
     if check:
         from bifocal.hub.check import CheckError, check_folder
 

@@ -6,8 +6,9 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
+from bifocal.files import MODEL, NotOursError, require_replaceable
 from bifocal.hub.card import Card
-from bifocal.hub.export import SHARD, read_facts
+from bifocal.hub.export import SHARD, read_facts, require_size
 from bifocal.hub.release import Extras, release
 from bifocal.modeling import BifocalModel
 from bifocal.training.recipe import RecipeError, Source
@@ -41,20 +42,29 @@ def release_run(
         examples: an image-text source on which the int8 files are measured; drawings when None.
 
     Raises:
-        ReleaseError, RecipeError, OnnxError, FileExistsError: with what to do.
+        ReleaseError: if the size or the name is none, or `run` holds no Bifocal model.
+        RecipeError: if the examples cannot be read.
+        OnnxError: if an ONNX file differs from torch.
+        NotOursError: if `out` may not be replaced (`bifocal.files.require_replaceable`), or is what is exported.
     """
+    _require_options(name, shard)
     folder = run / "model" if (run / "model" / "config.json").exists() else run
     if not (folder / "config.json").exists():
         raise ReleaseError(f"'{run}' holds no model; give the folder of a finished run, or a model's.")
-    if out.resolve() in (run.resolve(), folder.resolve()):
-        raise ReleaseError(f"'{out}' is what is to be exported; write to another folder.")
+    _require_apart(out, run, folder)
+    require_replaceable(out, MODEL)
+    kind = _model_type(folder)
+    if kind != "bifocal":
+        raise ReleaseError(
+            f"'{folder}' holds a {kind} model, and this command writes Bifocal models; call bifocal.export_model."
+        )
+    measured, evaluation = _evaluation(results, folder)
     try:
         model = BifocalModel.from_pretrained(folder)
         _ = model.processor
     except (OSError, ValueError) as error:
         raise ReleaseError(f"The model in '{folder}' cannot be loaded ({str(error).splitlines()[0]}).") from error
     card = read_facts(folder)
-    measured, evaluation = _evaluation(results, folder)
     card = replace(
         card,
         name=name,
@@ -73,6 +83,41 @@ def release_run(
         onnx=onnx,
     )
     return release(model, out, card, extras, shard)
+
+
+def _require_options(name: str | None, shard: str) -> None:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        require_size(shard)
+        validate_repo_id(name)  # None means that there is no name yet
+    except HFValidationError as error:
+        raise ReleaseError(
+            f"'{name}' is no name of a repository; write organisation/name with letters, digits, '-', '_' and '.'."
+        ) from error
+    except ValueError as error:
+        raise ReleaseError(str(error)) from error
+
+
+def _require_apart(out: Path, run: Path, model: Path) -> None:
+    """
+    Raises:
+        NotOursError: if an export into `out` would touch what is exported. Beside the model, in the run's folder, it
+            may be.
+    """
+    place = out.expanduser().resolve()
+    for source in (run.resolve(), model.resolve()):
+        if source.is_relative_to(place):
+            raise NotOursError(f"'{out}' is or holds what is to be exported; choose another folder.")
+    if place.is_relative_to(model.resolve()):
+        raise NotOursError(f"'{out}' lies in the model that is to be exported; choose another folder.")
+
+
+def _model_type(folder: Path) -> str:
+    try:
+        return str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ReleaseError(f"'{folder / 'config.json'}' is no configuration of a model.") from error
 
 
 def _recipes(run: Path) -> dict[str, Any]:

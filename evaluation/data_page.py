@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from bifocal.evaluation.plots import COLOURS, blank, svg
+from bifocal.files import overwrite
+
+PAGE = "page about data"
 
 
 def write_data_page(inspection: Mapping[str, Any], path: Path) -> None:
@@ -16,7 +19,8 @@ def write_data_page(inspection: Mapping[str, Any], path: Path) -> None:
         inspection: the fields of `bifocal.training.data.inspecting.Inspection`.
 
     Raises:
-        OSError: the page cannot be written.
+        NotOursError: if a file is there that is no such page, or that was changed since it was written.
+        OSError: if the page cannot be written.
     """
     from jinja2 import Environment, PackageLoader
 
@@ -30,9 +34,8 @@ def write_data_page(inspection: Mapping[str, Any], path: Path) -> None:
         bad=bad,
         dropped=dropped,
     )
-    scratch = path.with_name(f".{path.name}")
-    scratch.write_text(page, encoding="utf-8", errors="backslashreplace")
-    scratch.replace(path)
+    with overwrite(path, PAGE) as scratch:
+        scratch.write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
 def _figures(data: Mapping[str, Any], bad: int, dropped: int) -> dict[str, str]:

@@ -21,8 +21,10 @@ from bifocal.evaluation.evaluation_plots import (
     scatter_plot,
 )
 from bifocal.evaluation.protocols import Result
+from bifocal.files import overwrite
 from bifocal.training.data.faults import summary as fault_summary
 
+EVALUATION = "evaluation"  # kind of the page and of the numbers beside it
 _NAMED = 20  # skipped rows that are listed
 _UNSHOWN = ("dimensions", "shared rows")  # told elsewhere
 
@@ -34,7 +36,8 @@ def write_evaluation_page(results: Mapping[str, Sequence[Result]], path: Path, t
         results: of each model, the same tasks in the same order.
 
     Raises:
-        OSError: the page cannot be written.
+        NotOursError: if a file is there that is no such page, or that was changed since it was written.
+        OSError: if the page cannot be written.
     """
     from jinja2 import Environment, PackageLoader
 
@@ -49,9 +52,8 @@ def write_evaluation_page(results: Mapping[str, Sequence[Result]], path: Path, t
         speed=_speed(results),
         published=yaml.safe_load((Path(__file__).parent / "published.yaml").read_text(encoding="utf-8")),
     )
-    scratch = path.with_name(f".{path.name}")
-    scratch.write_text(page, encoding="utf-8", errors="backslashreplace")
-    scratch.replace(path)
+    with overwrite(path, EVALUATION) as scratch:
+        scratch.write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
 def summary(results: Mapping[str, Sequence[Result]]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image
 
 from bifocal.evaluation.plots import COLOURS, blank, svg
+from bifocal.files import RUN, overwrite
 
 
 @dataclass
@@ -97,14 +98,19 @@ class Report:
 
 
 def write_report(report: Report, path: Path) -> None:
-    """Render the page. It needs no other file and asks for nothing over the network."""
+    """Render the page. It needs no other file and asks for nothing over the network.
+
+    Raises:
+        NotOursError: if a file is there that is no such page, or that was changed since it was written.
+    """
     from jinja2 import Environment, PackageLoader
 
     environment = Environment(loader=PackageLoader("bifocal.evaluation"), autoescape=True)
     page = environment.get_template("report.html.j2").render(
         report=report, columns=list(report.stages[0].metrics), plots=_plots(report.stages)
     )
-    path.write_text(page, encoding="utf-8")
+    with overwrite(path, RUN) as scratch:
+        scratch.write_text(page, encoding="utf-8")
 
 
 def _plots(stages: Sequence[Stage]) -> list[dict[str, str]]:

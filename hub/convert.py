@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from PIL import Image
 
+from bifocal.files import MODEL, replace_folder
 from bifocal.hub.families import family_of
-from bifocal.hub.folders import require_replaceable
 from bifocal.hub.layouts import HEAD, LAYOUTS, Layout, Rule, Tensors
 from bifocal.hub.source_config import ConversionError, derive_config
 from bifocal.hub.weights import read_json, require_numbers, unwrapped
@@ -249,7 +249,7 @@ def save_converted(model: Any, source: str, out: Path) -> list[str]:
         What the folder lacks, in words; nothing if it is complete.
 
     Raises:
-        FileExistsError: something that is no model is there.
+        NotOursError: if `out` may not be replaced (`bifocal.files.require_replaceable`).
     """
     from bifocal.hub.export import export_model
 
@@ -257,10 +257,10 @@ def save_converted(model: Any, source: str, out: Path) -> list[str]:
     if isinstance(model, BifocalModel) and processor is not None:
         export_model(model, out, processor)
         return []
-    require_replaceable(out)
-    model.save_pretrained(out)
-    if processor is not None:
-        processor.save_pretrained(out)
+    with replace_folder(out, MODEL) as made:
+        model.save_pretrained(made)
+        if processor is not None:
+            processor.save_pretrained(made)
     return [] if processor is not None or isinstance(model, BifocalVisionModel) else ["a tokenizer"]
 
 

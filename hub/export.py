@@ -1,66 +1,114 @@
 """A folder that is ready for the Hub: weights, code, tokenizer, processor, sentence-transformers' files and a card."""
 
+import copy
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from transformers.utils import logging
+
+from bifocal.files import MODEL, parts, replace_folder
 from bifocal.hub.card import Card, TrainedStage, write_card
-from bifocal.hub.folders import made_whole, require_replaceable
-from bifocal.modeling import BifocalModel, BifocalProcessor
+from bifocal.hub.other_families import finish_other_model
+from bifocal.hub.sentence_files import as_sentence_transformer, save_sentence_files
+from bifocal.modeling import BifocalProcessor
 
+logger = logging.get_logger(__name__)
 FACTS = "card.json"  # what the card was made of, so that it can be written again
 SHARD = "2GB"
-# sentence-transformers 6 calls these methods of the model by the kind of input: no module code of ours is needed.
-MODALITIES = {
-    "text": {"method": "get_text_features", "method_output_name": "pooler_output"},
-    "image": {"method": "get_image_features", "method_output_name": "pooler_output"},
-}
 
 
 def export_model(
-    model: BifocalModel,
+    model: Any,
     folder: str | Path,
     processor: BifocalProcessor | None = None,
     card: Card | None = None,
     shard: str = SHARD,
+    kind: str = MODEL,
 ) -> Path:
-    """Write a Hub-ready folder that AutoModel, AutoProcessor and SentenceTransformer load.
+    """Write a Hub-ready folder that AutoModel, AutoProcessor and SentenceTransformer load, and return its path.
 
-    The folder is made beside its place and moved there whole, so that it is never half written. An earlier export
-    there is replaced.
+    The folder is written whole or not at all. An earlier export there is replaced if nobody changed it. The adapters of
+    a peft model are merged into the weights of a copy, so that its training can continue.
 
     Args:
+        model: a [`BifocalModel`], such a model with peft's adapters, or transformers' CLIP or SigLIP.
         processor: `model.processor` when None.
         card: what its model card says.
         shard: largest size of a file of weights, such as "2GB".
-
-    Returns:
-        The folder.
+        kind: what the folder is called in the list of its files; only folders of the same kind are replaced.
 
     Raises:
-        FileExistsError: something that is no model is there; it is left alone.
+        NotOursError: if the folder may not be replaced (`bifocal.files.require_replaceable`); it is left alone.
+        ValueError: if the size is no size, the model embeds no texts and images into one space, its adapters cannot be
+            merged, or there is no processor.
     """
-    folder = Path(folder)
-    card = card or Card()
-    processor = processor or model.processor
-    require_replaceable(folder)
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Normalize, Transformer
-
-    with made_whole(folder) as made:
-        model.save_pretrained(made, max_shard_size=shard)
-        sharded = (made / "model.safetensors.index.json").exists()
-        processor.save_pretrained(made)
-        tower = Transformer(str(made), modality_config=MODALITIES, module_output_name="sentence_embedding")
-        SentenceTransformer(modules=[tower, Normalize()], device="cpu").save_pretrained(
-            str(made), create_model_card=False
-        )
-        if sharded:  # sentence-transformers has put one file in the place of the shards
-            (made / "model.safetensors").unlink()
-            model.save_pretrained(made, max_shard_size=shard)
-        (made / FACTS).write_text(json.dumps(asdict(card), indent=2) + "\n", encoding="utf-8")
-        write_card(made / "README.md", card, card.name or folder.name, model)
+    require_size(shard)
+    folder = Path(folder).expanduser()
+    before = parts(folder)
+    with replace_folder(folder, kind) as made:
+        model, processor = _ready(model, processor)
+        write_model(model, made, processor, card or Card(), shard)
+    if before:
+        gone = left_out(before, folder)
+        if gone:
+            logger.warning(f"'{folder}' no longer has {gone}, which the earlier export had.")
     return folder
+
+
+def require_size(shard: str | int) -> None:
+    """
+    Raises:
+        ValueError: if this is no size of a file of weights.
+    """
+    number = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:[KMGT]B)", str(shard).strip(), re.IGNORECASE)
+    if not (number and float(number[1]) > 0) and not (isinstance(shard, int) and shard > 0):
+        raise ValueError(f"'{shard}' is no size of a file; write a number with KB, MB, GB or TB, such as {SHARD}.")
+
+
+def left_out(before: set[str], folder: Path) -> str:
+    """Name the parts that a folder had and no longer has, weights aside, since these depend on the size of a file."""
+    gone = sorted(part for part in before - parts(folder) if ".safetensors" not in part)
+    return ", ".join(gone)
+
+
+def _ready(model: Any, processor: Any) -> tuple[Any, Any]:
+    """The model with its adapters merged, and its processor."""
+    if hasattr(model, "peft_config") and hasattr(model, "merge_and_unload"):
+        processor = processor or getattr(model, "processor", None)
+        model = copy.deepcopy(model).merge_and_unload()
+    elif hasattr(model, "peft_config"):
+        kinds = ", ".join(str(getattr(one.peft_type, "value", one.peft_type)) for one in model.peft_config.values())
+        raise ValueError(f"peft cannot merge {kinds} into the weights; save the adapter alone with save_pretrained.")
+    elif getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            "Adapters that were added with add_adapter cannot be merged; wrap the model with peft.get_peft_model, or "
+            "save the adapter alone with save_pretrained."
+        )
+    if not hasattr(model, "get_text_features") or not hasattr(model, "get_image_features"):
+        raise ValueError(
+            f"A {type(model).__name__} does not embed texts and images into one space, so it has no model card here; "
+            "write it with save_pretrained."
+        )
+    processor = processor or getattr(model, "processor", None)
+    if processor is None:
+        raise ValueError(f"This {type(model).__name__} has no processor; pass processor=.")
+    return model, processor
+
+
+def write_model(model: Any, folder: Path, processor: Any, card: Card, shard: str = SHARD) -> None:
+    """Write a model, its processor, sentence-transformers' files and its card into a new folder."""
+    name = card.name or folder.name
+    model.save_pretrained(folder, max_shard_size=shard)
+    processor.save_pretrained(folder)
+    if model.config.model_type != "bifocal":
+        finish_other_model(model, folder, processor, card, name, shard)
+        return
+    save_sentence_files(as_sentence_transformer(folder), folder, model, shard)
+    (folder / FACTS).write_text(json.dumps(asdict(card), indent=2) + "\n", encoding="utf-8")
+    write_card(folder / "README.md", card, name, model)
 
 
 def read_facts(folder: Path) -> Card:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bifocal.files import MARKER
+
 _NEEDED = ("config.json", "README.md")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 # Tokens of the Hub and of others, private keys; a folder that holds one is not uploaded.
@@ -52,7 +54,7 @@ def look(folder: Path) -> Upload:
     files: dict[str, int] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if not path.is_file() or name.startswith(".cache/"):
+        if not path.is_file() or name.startswith(".cache/") or path.name == MARKER:
             continue
         if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
             raise PushError(f"'{name}' is a link out of the folder; replace it by the file.")
@@ -119,7 +121,7 @@ def push(
             api.create_branch(repository, branch=revision, exist_ok=True, repo_type=kind)
         done = api.upload_folder(
             repo_id=repository, repo_type=kind, folder_path=folder, revision=revision, create_pr=pull_request or None,
-            commit_message=f"Upload a Bifocal {kind}",
+            commit_message=f"Upload a Bifocal {kind}", ignore_patterns=[MARKER, f"*/{MARKER}"],
         )  # fmt: skip
     except PushError:
         raise

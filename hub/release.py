@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,9 +10,9 @@ from typing import Any
 
 from safetensors.numpy import save_file
 
+from bifocal.files import MODEL, replace_folder
 from bifocal.hub.card import Card
-from bifocal.hub.export import SHARD, export_model
-from bifocal.hub.folders import made_whole, require_replaceable
+from bifocal.hub.export import SHARD, write_model
 from bifocal.hub.results import add_results
 from bifocal.hub.samples import samples
 from bifocal.modeling import BifocalModel
@@ -45,7 +46,7 @@ class Extras:
 
 
 def release(model: BifocalModel, out: Path, card: Card, extras: Extras, shard: str = SHARD) -> Path:
-    """Write a complete folder; it is made beside its place and moved there whole.
+    """Write a complete folder, whole or not at all; an earlier model there that nobody changed is replaced.
 
     Args:
         model: with its processor.
@@ -54,12 +55,11 @@ def release(model: BifocalModel, out: Path, card: Card, extras: Extras, shard: s
         The folder.
 
     Raises:
-        FileExistsError: something that is no model is at `out`.
-        OnnxError: an ONNX file that differs from torch.
+        NotOursError: if `out` may not be replaced (`bifocal.files.require_replaceable`).
+        OnnxError: if an ONNX file differs from torch.
     """
-    require_replaceable(out)
-    with made_whole(out) as made:
-        scratch = made.parent  # what is measured before the model is written
+    with replace_folder(out, MODEL) as made:
+        scratch = Path(tempfile.mkdtemp(dir=made.parent))  # what is measured before the model is written
         plots = {}
         if extras.draw is not None:
             (scratch / "plots").mkdir()
@@ -73,7 +73,7 @@ def release(model: BifocalModel, out: Path, card: Card, extras: Extras, shard: s
             drawings = ([text for text, _ in pairs], [picture for _, picture in pairs], "drawings of coloured shapes")
             facts = measure(model, scratch / "onnx", *(extras.measured_on or drawings))
         card = replace(card, name=card.name or out.name, plots=plots, onnx=facts)
-        export_model(model, made, card=card, shard=shard)
+        write_model(model, made, model.processor, card, shard)
         for folder in ("onnx", "plots"):
             if (scratch / folder).exists():
                 os.replace(scratch / folder, made / folder)

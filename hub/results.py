@@ -5,6 +5,8 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard
 
+from bifocal.files import amend
+
 # The Hub's names of tasks for our protocols.
 _TASKS = {
     "image-text retrieval": "feature-extraction",
@@ -52,7 +54,6 @@ def add_results(
         ]  # fmt: skip
     card.data.eval_results = kept
     card.data.model_name = card.data.model_name or folder.name
-    scratch = path.with_name(".README.md")
-    card.save(scratch)
-    scratch.replace(path)
+    with amend(path) as scratch:
+        card.save(scratch)
     return len(kept)

@@ -8,7 +8,7 @@ from typing import Any
 
 import bifocal.hub.search
 import bifocal.modeling
-from bifocal.hub.folders import made_whole
+from bifocal.files import NotOursError, replace_folder
 from bifocal.hub.search.index import SearchIndex, weights_of
 from bifocal.hub.search.items import SearchError
 from bifocal.hub.search.settings import read_settings, write_settings
@@ -53,7 +53,7 @@ pinned: false
 def write_space(
     index: SearchIndex, out: Path, title: str = "Search pictures and texts", model: str | None = None
 ) -> Path:
-    """Write a Space; it is made beside its place and moved there whole, an earlier one is replaced.
+    """Write a Space, whole or not at all; an earlier one there that nobody changed is replaced.
 
     A model that is a folder travels with it, one of the Hub is loaded from there. No code of a repository is run: the
     Space brings the model's and the page's own. No path of this machine goes with it.
@@ -62,10 +62,9 @@ def write_space(
         model: where the index's model is now, if it was moved.
 
     Raises:
-        SearchError: something that is no Space is at `out`, or the index's model is not where it was.
+        SearchError: if the index's model is not where it was.
+        NotOursError: if `out` may not be replaced (`bifocal.files.require_replaceable`), or lies in the index or model.
     """
-    if out.exists() and not (out / "app.py").exists() and (not out.is_dir() or any(out.iterdir())):
-        raise SearchError(f"'{out}' holds something that is no Space; choose another folder.")
     name = index.model if model is None else model
     model_folder = Path(name).expanduser()
     is_id = not model_folder.exists() and name.count("/") == 1 and not name.startswith((".", "/", "~"))
@@ -74,7 +73,10 @@ def write_space(
     if not is_id:
         index.require(weights_of(model_folder), name)
     title = " ".join(title.split())
-    with made_whole(out) as made:
+    for copied in (index.folder, *([] if is_id else [model_folder])):
+        if out.resolve().is_relative_to(copied.resolve()):
+            raise NotOursError(f"'{out}' lies in '{copied}', which is copied into the Space; choose another folder.")
+    with replace_folder(out, "Space") as made:
         package = made / "bifocal"
         (package / "hub").mkdir(parents=True)
         for folder, of in ((package, "The parts of Bifocal that this Space needs."), (package / "hub", "See above.")):

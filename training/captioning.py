@@ -1,7 +1,6 @@
 """Long captions for one's own pictures, by any image-text model of transformers."""
 
 import hashlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -13,8 +12,9 @@ import torch
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
+from bifocal.files import replace_file
 from bifocal.modeling import load_image
-from bifocal.training.data.faults import Fault, Skip, Skipped
+from bifocal.training.data.faults import Fault, Skip, Skipped, start_log
 from bifocal.training.data.inspecting import rows_of
 from bifocal.training.data.pictures import fault_of
 from bifocal.training.recipe import SHIPPED, Source, read_yaml, validated
@@ -75,8 +75,7 @@ def caption_source(source: Source, out: Path, recipe: CaptionRecipe) -> Captione
     captioner = _Captioner(recipe)
     out.mkdir(parents=True, exist_ok=True)
     done, parts = _done(out, captioner.provenance)
-    skipped = Skipped(out / "skipped.jsonl")
-    (out / "skipped.jsonl").unlink(missing_ok=True)
+    skipped = Skipped(start_log(out / "skipped.jsonl"))
     result = Captioned(before=len(done))
     pictures = _pictures(source, done, skipped, result)
     while rows := list(islice(pictures, _PART)):
@@ -96,19 +95,28 @@ def caption_source(source: Source, out: Path, recipe: CaptionRecipe) -> Captione
 
 
 def _done(out: Path, provenance: dict[str, str]) -> tuple[set[str], int]:
-    """Names of the rows that have captions, and the number of files."""
-    from pyarrow.parquet import read_table
+    """Names of the rows that have captions, and the first number that no file has."""
+    from pyarrow import ArrowInvalid
+    from pyarrow.parquet import read_schema, read_table
 
     done: set[str] = set()
-    parts = sorted(out.glob("part-*.parquet"))
-    for path in parts:
-        table = read_table(path, columns=["row", *provenance])
+    numbers = [-1]
+    for path in sorted(out.glob("part-*.parquet")):
+        columns = ["row", *provenance]
+        try:
+            ours = path.stem.partition("-")[2].isdigit() and set(columns) <= set(read_schema(path).names)
+        except ArrowInvalid:
+            ours = False
+        if not ours:
+            raise TrainingError(f"'{path}' holds no captions by this command; choose another folder or move it away.")
+        numbers.append(int(path.stem.partition("-")[2]))
+        table = read_table(path, columns=columns)
         for name, value in provenance.items():
             other = next((found for found in table[name].unique().to_pylist() if found != value), None)
             if other is not None:
                 raise TrainingError(f"'{out}' holds captions by another {name} ('{other}'); choose another folder.")
         done.update(table["row"].to_pylist())
-    return done, len(parts)
+    return done, max(numbers) + 1
 
 
 def _pictures(
@@ -149,9 +157,8 @@ def _write(
         return 0
     image_type = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     texts = [(name, pa.string()) for name in ("row", "image_id", "caption", *provenance, "made")]
-    scratch = path.with_name(f".{path.name}")
-    write_table(pa.Table.from_pylist(kept, schema=pa.schema([("image", image_type), *texts])), scratch)
-    os.replace(scratch, path)
+    with replace_file(path) as scratch:
+        write_table(pa.Table.from_pylist(kept, schema=pa.schema([("image", image_type), *texts])), scratch)
     return len(kept)
 
 

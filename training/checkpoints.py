@@ -1,24 +1,77 @@
-"""Finding the checkpoint to go on from after a run was killed, possibly while it saved one."""
+"""Checkpoints of a run's folder: find the one to resume from, and remove an earlier run."""
 
 import json
+import re
 import shutil
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
+
+from bifocal.files import RUN, remove_folder, require_overwritable, require_removable
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")  # as transformers' Trainer names them, and takes them for its own
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of transformers' Trainer in `folder` that was saved whole; None if there is none.
+    """Return the newest checkpoint of transformers' Trainer in `folder` that was saved whole; None without one.
 
     The Trainer writes `trainer_state.json` last, so a checkpoint in which it is missing or cut short was being saved
-    when the run was killed. Such a one is removed, or the Trainer would take it for its newest.
+    when the run was killed, or somebody removed that file. Such a one gets another name, since the Trainer would count
+    it as its newest.
     """
     numbered = []
-    for path in folder.glob("checkpoint-*"):
-        number = path.name.removeprefix("checkpoint-")
-        if not number.isdigit():
-            continue
+    for path in checkpoints(folder):
         try:
             json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-            numbered.append((int(number), path))
+            numbered.append((int(path.name.partition("-")[2]), path))
         except (OSError, ValueError):
-            shutil.rmtree(path)
+            _set_aside(path)
     return max(numbered)[1] if numbered else None
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints of a run's folder, complete or not."""
+    return [
+        path
+        for path in sorted(folder.glob("checkpoint-*"))
+        if _CHECKPOINT.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
+    ]
+
+
+def _set_aside(path: Path) -> None:
+    names = (f"incomplete-{path.name}" + (f"-{number}" if number > 1 else "") for number in count(1))
+    aside = next(place for place in map(path.with_name, names) if not place.exists())
+    with suppress(FileNotFoundError):  # another process of the run was quicker
+        path.rename(aside)
+        print(f"'{path}' was not saved completely; it is now '{aside.name}', which you may delete.")
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Remove the checkpoints of a run's folder."""
+    for path in checkpoints(folder):
+        shutil.rmtree(path)
+
+
+def clear_run(folder: Path, *files: str) -> None:
+    """Remove a run's checkpoints, model and processor, and files of the given names, from its folder.
+
+    Raises:
+        NotOursError: if the model, the processor or a file is not as Bifocal wrote it; then nothing is removed.
+    """
+    require_clearable(folder, *files)
+    remove_checkpoints(folder)
+    for name in ("model", "processor"):
+        remove_folder(folder / name, RUN)
+    for name in files:
+        (folder / name).unlink(missing_ok=True)
+
+
+def require_clearable(folder: Path, *files: str) -> None:
+    """
+    Raises:
+        NotOursError: see `clear_run`.
+    """
+    for name in files:
+        require_overwritable(folder / name, RUN)
+    for name in ("model", "processor"):
+        require_removable(folder / name, RUN)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from bifocal.files import write_json
 from bifocal.training.distributed import World
 from bifocal.training.recipe import Recipe, Source, StartFrom
 
@@ -54,9 +55,7 @@ def stage_facts(prepared: Any, seconds: float, versions: dict[str, str]) -> dict
 
 def write_stage(folder: Path, facts: dict[str, Any]) -> None:
     """Keep a stage's facts in its run's folder; whole or not at all."""
-    scratch = folder / f".{STAGE}"
-    scratch.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    os.replace(scratch, folder / STAGE)
+    write_json(folder / STAGE, facts)
 
 
 def public_name(source: Source) -> str:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +11,13 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
+from bifocal.files import overwrite, write_json
 from bifocal.modeling import load_image
 from bifocal.training.task_data import disable_image_decoding
 from bifocal.training.tasks import TrainingError
 
 logger = logging.get_logger(__name__)
+MINED = "file of mined negatives"
 DIRECTIONS = ("text-to-text", "text-to-image", "image-to-text")
 _NO_WORD = re.compile(r"[\W_]+")
 
@@ -288,10 +289,13 @@ def _weights_key(model: Any) -> str:
 
 
 def _embedded(items: Sequence[Any], encode: Any, path: Path, settings: MiningSettings) -> np.ndarray:
-    """(items, dimensions) in a file; what a killed run left there is not embedded again. An item None is NaN."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """(items, dimensions) in a file; what a killed run left there is not embedded again. An item None is NaN.
+
+    Raises:
+        MiningError: if the files there are not of a mining run.
+    """
     file, progress = path.with_suffix(".npy"), path.with_suffix(".json")
-    done = json.loads(progress.read_text())["done"] if progress.exists() and file.exists() else 0
+    done = _progress(file, progress)
     vectors = np.load(file, mmap_mode="r+") if done else None
     for batch in _slices(len(items), 16 * settings.batch_size, done):
         present = [(batch.start + n, item) for n, item in enumerate(items[batch]) if item is not None]
@@ -304,9 +308,26 @@ def _embedded(items: Sequence[Any], encode: Any, path: Path, settings: MiningSet
         if vectors is None:
             raise MiningError(f"None of the first {batch.stop} rows can be embedded; look at their images and texts.")
         vectors.flush()
-        progress.write_text(json.dumps({"done": batch.stop}))
+        write_json(progress, {"done": batch.stop})
     assert vectors is not None
     return vectors
+
+
+def _progress(file: Path, progress: Path) -> int:
+    """How many embeddings of a file are made; begins a file of progress, by which the other is known as ours."""
+    try:
+        found = json.loads(progress.read_text(encoding="utf-8")) if progress.exists() else None
+    except ValueError:
+        found = {}
+    ours = isinstance(found, dict) and set(found) == {"done"}
+    if (found is not None and not ours) or (found is None and file.exists()):
+        raise MiningError(
+            f"'{progress if found is not None else file}' is no file of a mining run, and one would be written there; "
+            "choose another cache folder."
+        )
+    if found is None:
+        write_json(progress, {"done": 0})
+    return found["done"] if found and file.exists() else 0
 
 
 def _slices(count: int, size: int, start: int = 0) -> Iterator[slice]:
@@ -331,8 +352,10 @@ def _require_columns(data: Any, *columns: str) -> None:
 
 
 def write_parquet(mined: Any, path: Path) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}")
-    mined.to_parquet(str(scratch))
-    shutil.move(scratch, path)
+    """Write what was mined, whole or not at all.
+
+    Raises:
+        NotOursError: if a file is there that is not of an earlier mining run.
+    """
+    with overwrite(path, MINED) as scratch:
+        mined.to_parquet(str(scratch))

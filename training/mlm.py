@@ -1,11 +1,11 @@
 """Stage 0: masked language modelling of the text tower (arXiv 2310.19923, section 4.1: 30 % of the tokens)."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 from transformers import DataCollatorForLanguageModeling
 
+from bifocal.files import RUN, replace_folder
 from bifocal.modeling import BifocalProcessor, BifocalTextConfig, BifocalTextForMaskedLM
 from bifocal.training.checkpoints import last_complete_checkpoint
 from bifocal.training.data.faults import Skipped
@@ -67,10 +67,9 @@ def train_mlm(recipe: Recipe) -> Path:
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     folder = recipe.folder / "model"
     if trainer.is_world_process_zero():
-        scratch = recipe.folder / ".model"
-        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(scratch)
-        processor.save_pretrained(scratch)
-        os.replace(scratch, folder)
+        with replace_folder(folder, RUN) as made:
+            trainer.accelerator.unwrap_model(trainer.model).save_pretrained(made)
+            processor.save_pretrained(made)
     trainer.accelerator.wait_for_everyone()
     return folder
 

@@ -1,9 +1,7 @@
 """Carrying out a recipe: load, train, and keep all that is needed to go on or to do it again."""
 
 import json
-import os
 import platform
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -14,6 +12,16 @@ import torch
 import yaml
 from transformers.utils import logging
 
+from bifocal.files import (
+    MARKER,
+    RUN,
+    NotOursError,
+    record,
+    replace_file,
+    replace_folder,
+    require_replaceable,
+    write_json,
+)
 from bifocal.modeling import (
     BifocalConfig,
     BifocalModel,
@@ -23,8 +31,8 @@ from bifocal.modeling import (
 )
 from bifocal.training.arguments import BifocalTrainingArguments
 from bifocal.training.callbacks import Stopwatch
-from bifocal.training.checkpoints import last_complete_checkpoint
-from bifocal.training.data.faults import Skipped
+from bifocal.training.checkpoints import checkpoints, clear_run, last_complete_checkpoint
+from bifocal.training.data.faults import Skipped, start_log
 from bifocal.training.distributed import World
 from bifocal.training.history import stage_facts, write_stage
 from bifocal.training.recipe import Recipe, RecipeError, StartFrom
@@ -105,9 +113,7 @@ def fresh_log(recipe: Recipe) -> Path | None:
     """Where rows that are left out while loading are named; anew each time, since all are read again."""
     if not recipe.folder.exists() or World.current().rank:
         return None
-    log = recipe.folder / "skipped-loading.jsonl"
-    log.unlink(missing_ok=True)
-    return log
+    return start_log(recipe.folder / "skipped-loading.jsonl")
 
 
 def _tasks(recipe: Recipe, given: Sequence[Any], load: Callable[..., Any], skipped: Skipped) -> list[Task]:
@@ -142,9 +148,8 @@ def load_processor(recipe: Recipe, tasks: Sequence[Task]) -> BifocalProcessor:
         processor.image_processor.size = {"shortest_edge": side}
         processor.image_processor.crop_size = {"height": side, "width": side}
     if not kept.exists() and World.current().rank == 0 and recipe.folder.exists():
-        scratch = recipe.folder / ".processor"
-        processor.save_pretrained(scratch)
-        os.replace(scratch, kept)
+        with replace_folder(kept, RUN) as made:
+            processor.save_pretrained(made)
     return processor
 
 
@@ -272,30 +277,41 @@ def open_run(recipe: Recipe, force: bool) -> bool:
     if folder.exists() and not folder.is_dir():
         raise RecipeError(f"'{folder}' is a file; set another output_dir.")
     kept = folder / RESOLVED
-    if folder.exists() and any(folder.iterdir()) and not kept.exists():
+    if folder.exists() and any(path.name != MARKER for path in folder.iterdir()) and not kept.exists():
         raise RecipeError(f"'{folder}' holds other files and no run; set another output_dir.")
-    trained = any(folder.glob("checkpoint-*")) or (folder / "model").exists()
-    if kept.exists() and (force or not trained):
-        for path in folder.iterdir():
-            if path.name.startswith("checkpoint-") or path.name in ("model", "processor", ".processor"):
-                shutil.rmtree(path)
-        kept.unlink()
-    elif kept.exists():
-        found = yaml.safe_load(kept.read_text(encoding="utf-8"))
-        changed = sorted(_changes(found, wanted))
-        if changed:
-            raise RecipeError(
-                f"'{folder}' holds a run of this recipe with other values of {', '.join(changed[:5])}; set another "
-                "output_dir, or start anew with --force."
-            )
-        if (folder / "model" / "config.json").exists():
-            return False
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n", encoding="utf-8")
-    scratch = folder / f".{RESOLVED}"
-    scratch.write_text(yaml.safe_dump(wanted, sort_keys=False), encoding="utf-8")
-    os.replace(scratch, kept)
+    try:
+        if kept.exists():
+            changed = sorted(_changes(_resolved(kept), wanted))
+            trained = bool(checkpoints(folder)) or (folder / "model").exists()
+            if force or (changed and not trained):
+                clear_run(folder, RESOLVED)
+            elif changed:
+                raise RecipeError(
+                    f"'{folder}' holds a run of this recipe with other values of {', '.join(changed[:5])}; set another "
+                    "output_dir, or start anew with --force."
+                )
+            elif (folder / "model" / "config.json").exists():
+                return False
+            elif not trained:  # a tokenizer that was trained there is trained again, since the data may have changed
+                clear_run(folder)
+        require_replaceable(folder / "model", RUN)  # now, and not after the training
+    except NotOursError as error:
+        raise RecipeError(str(error)) from error
+    # What is here now is a run's folder: new, cleared, or with the very recipe that would be written.
+    write_json(folder / "versions.json", versions())
+    with replace_file(kept) as scratch:
+        scratch.write_text(yaml.safe_dump(wanted, sort_keys=False), encoding="utf-8")
+    record(folder, RUN, RESOLVED, "versions.json")
     return True
+
+
+def _resolved(path: Path) -> dict[str, Any]:
+    """The recipe that is there, empty if it is none."""
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _open_together(recipe: Recipe, force: bool) -> bool:

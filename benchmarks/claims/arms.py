@@ -1,8 +1,6 @@
 """An arm of a claim: what is trained, in phases, and measured after each; killed, it goes on."""
 
 import json
-import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from bifocal.claims.material import LENGTH, SIDE, Material, flip_and_shift
+from bifocal.files import RUN, remove_folder, replace_file, replace_folder, write_json
 from bifocal.modeling import BifocalConfig, BifocalModel, BifocalTextModel
+from bifocal.training.checkpoints import last_complete_checkpoint, remove_checkpoints
 from bifocal.training.tasks import Task
 
 TEXT = dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256,
@@ -84,9 +84,9 @@ def run_arm(
                 model = _start(arm, seed, before, material)
                 _train(phase, model, seed, steps, material, place)
                 metrics = arm.measure(model, material)
-                model.save_pretrained(place / "model")
-            for left in place.glob("checkpoint-*"):
-                shutil.rmtree(left)
+                with replace_folder(place / "model", RUN) as made:
+                    model.save_pretrained(made)
+            remove_checkpoints(place)
             # Of a run that was killed, only its last session.
             write_json(done, {"metrics": metrics, "steps": steps, "seconds": round(time.monotonic() - started, 1)})
         found[phase.name] = json.loads(done.read_text(encoding="utf-8"))["metrics"]
@@ -103,7 +103,7 @@ def _begins_alike(one: Arm, other: Arm, phases: int) -> bool:
 def forget_weights(folder: Path) -> None:
     """Delete the models of a claim and seed that are finished."""
     for model in folder.glob("*/*/model"):
-        shutil.rmtree(model)
+        remove_folder(model, RUN)
 
 
 def file_name(name: str) -> str:
@@ -137,7 +137,6 @@ def _train(phase: Phase, model: BifocalModel, seed: int, steps: int, material: M
     from transformers.trainer_callback import ProgressCallback
 
     from bifocal.training.arguments import BifocalTrainingArguments
-    from bifocal.training.checkpoints import last_complete_checkpoint
     from bifocal.training.trainer import MultiTaskTrainer
 
     assert phase.tasks is not None
@@ -168,9 +167,8 @@ def _train_masked(phase: Phase, seed: int, steps: int, material: Material, place
     with material.lock:
         if not texts.exists():
             lines = [json.dumps({"text": text}) for texts_ in material.captions.train for text in texts_]
-            scratch = texts.with_name(".texts.jsonl")
-            scratch.write_text("\n".join(lines) + "\n", encoding="utf-8")
-            os.replace(scratch, texts)
+            with replace_file(texts) as scratch:
+                scratch.write_text("\n".join(lines) + "\n", encoding="utf-8")
     _ = material.processor
     recipe = Recipe.model_validate(
         {
@@ -183,10 +181,3 @@ def _train_masked(phase: Phase, seed: int, steps: int, material: Material, place
     )  # fmt: skip
     place.mkdir(parents=True, exist_ok=True)
     train_mlm(recipe)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all."""
-    scratch = path.with_name(f".{path.name}")
-    scratch.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(scratch, path)

@@ -1,7 +1,6 @@
 """What the claims are tried on: photos with labels, captions of photos, scored pairs of sentences; and symbols."""
 
 import json
-import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import numpy as np
 from filelock import FileLock
 from PIL import Image, ImageOps
 
+from bifocal.files import RUN, replace_file, replace_folder
 from bifocal.modeling import BifocalModel, BifocalProcessor, load_image
 from bifocal.training.tasks import TrainingError
 
@@ -192,9 +192,8 @@ class Material:
         texts += sorted(set(self.pictures.train["caption"]))
         tokenizer = train_wordpiece(texts, WORDS, LENGTH)
         images = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
-        scratch = self.out / ".processor"
-        BifocalProcessor(images, tokenizer).save_pretrained(scratch)
-        os.replace(scratch, place)
+        with replace_folder(place, RUN) as made:
+            BifocalProcessor(images, tokenizer).save_pretrained(made)
 
     def triplets(self, negatives: int) -> Any:
         """Captions with the captions of other, similar photos, mined once by MiniLM for all numbers of negatives.
@@ -240,7 +239,8 @@ class Material:
                 np.fill_diagonal(scores, -1.0)
                 nearest = np.argsort(-scores, axis=1, kind="stable")[:, :20]
                 chosen = np.concatenate([np.arange(len(items))[:, None], nearest], axis=1)
-                place.write_text(json.dumps(chosen.tolist()))
+                with replace_file(place) as scratch:
+                    scratch.write_text(json.dumps(chosen.tolist()))
         return queries, items, np.array(json.loads(place.read_text()))
 
 

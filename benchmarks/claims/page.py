@@ -10,6 +10,7 @@ import bifocal.evaluation
 from bifocal.claims.claims import Claim
 from bifocal.claims.rules import Outcomes, Verdict, summary
 from bifocal.evaluation.plots import COLOURS, blank, svg
+from bifocal.files import replace_file
 
 
 @dataclass
@@ -50,9 +51,8 @@ def write_claims_page(tried: Sequence[Tried], described: str, versions: Mapping[
     folders = [str(Path(__file__).parent / "templates"), str(styles)]
     environment = Environment(loader=FileSystemLoader(folders), autoescape=True, undefined=StrictUndefined)
     page = environment.get_template("claims.html.j2").render(tried=tried, described=described, versions=versions)
-    scratch = path.with_name(f".{path.name}")
-    scratch.write_text(page, encoding="utf-8")
-    scratch.replace(path)
+    with replace_file(path) as scratch:
+        scratch.write_text(page, encoding="utf-8")
 
 
 def _bars(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> Any:

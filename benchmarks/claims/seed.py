@@ -13,9 +13,10 @@ from typing import Any
 
 from filelock import FileLock
 
-from bifocal.claims.arms import file_name, forget_weights, run_arm, write_json
+from bifocal.claims.arms import file_name, forget_weights, run_arm
 from bifocal.claims.claims import CLAIMS
 from bifocal.claims.material import ClaimsError, Material
+from bifocal.files import write_json
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,12 @@
 
 import csv
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from bifocal.files import replace_folder
 
 RECIPE = Path(__file__).with_name("sources.yaml")
 
@@ -21,14 +21,12 @@ def fetch(folder: Path, recipe: Path = RECIPE) -> Path:
     if folder.exists():
         return folder
     sources = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    scratch = folder.with_name(f".{folder.name}")
-    shutil.rmtree(scratch, ignore_errors=True)
-    for part in ("cifar10", "captions", "stsb"):
-        (scratch / part).mkdir(parents=True)
-    _photos(sources["photos"], scratch / "cifar10")
-    _captions(sources["captions"], scratch / "captions")
-    _sts(sources["sts"], scratch / "stsb" / "stsb-dev.csv")
-    os.replace(scratch, folder)
+    with replace_folder(folder, "copy of the claims' data") as made:
+        for part in ("cifar10", "captions", "stsb"):
+            (made / part).mkdir(parents=True)
+        _photos(sources["photos"], made / "cifar10")
+        _captions(sources["captions"], made / "captions")
+        _sts(sources["sts"], made / "stsb" / "stsb-dev.csv")
     return folder
 
 

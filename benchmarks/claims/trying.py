@@ -8,13 +8,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bifocal.claims.arms import file_name, write_json
+from bifocal.claims.arms import file_name
 from bifocal.claims.claims import CLAIMS
 from bifocal.claims.material import ClaimsError, Material, require_files
 from bifocal.claims.page import Tried, write_claims_page
 from bifocal.claims.rules import summary
 from bifocal.claims.seed import Job, run_job, start_job
 from bifocal.claims.sources import fetch
+from bifocal.files import write_json
 from bifocal.training.run import versions
 
 FULL = 40.0  # minutes that a claim takes at most on two cores, with all its steps
@@ -33,16 +34,17 @@ def try_claims(
         workers: processes that share the cores, each with a claim and a seed; 1 stays in this process.
 
     Raises:
-        ClaimsError: an unknown claim, or data that is not there.
+        ClaimsError: if a claim is unknown, the data is not there, or `out` holds something else.
     """
     unknown = next((name for name in only if name not in CLAIMS), None)
     if unknown is not None:
         raise ClaimsError(f"There is no claim '{unknown}'; there are {', '.join(CLAIMS)}.")
     if budget <= 0:
         raise ClaimsError(f"The budget must be some minutes, not {budget:g}.")
+    if out.is_dir() and any(out.iterdir()) and not _source(out).exists():
+        raise ClaimsError(f"'{out}' holds other files and no claims; choose another --out.")
     if data is not None:
         require_files(data)  # before the folder is bound to this data
-    out.mkdir(parents=True, exist_ok=True)
     material = Material(*_data(out, data, say))
     cores = max(1, available_cores() // workers)
     jobs = [
@@ -83,10 +85,11 @@ def _data(out: Path, data: Path | None, say: Callable[[str], None]) -> tuple[Pat
 
     What a folder was begun with it is gone on with; other data is refused.
     """
-    folder = out / "material"
-    folder.mkdir(exist_ok=True)
-    told = folder / "source.json"
+    told = _source(out)
+    folder = told.parent
+    folder.mkdir(parents=True, exist_ok=True)
     before = json.loads(told.read_text(encoding="utf-8")) if told.exists() else None
+    write_json(told, before)
     if data is None and before != "symbols":
         try:
             data = fetch(out / "data")
@@ -95,8 +98,13 @@ def _data(out: Path, data: Path | None, say: Callable[[str], None]) -> tuple[Pat
     wanted = "symbols" if data is None else "files"
     if before not in (None, wanted):
         raise ClaimsError(f"'{out}' holds claims tried on other data; choose another --out.")
-    told.write_text(json.dumps(wanted), encoding="utf-8")
+    write_json(told, wanted)
     return data, folder
+
+
+def _source(out: Path) -> Path:
+    """The file that says which data the claims in a folder are tried on; written first, it shows whose that is."""
+    return out / "material" / "source.json"
 
 
 def _tried(place: Path, name: str, material: Material) -> list[Tried]:

@@ -106,6 +106,9 @@ def test_the_page(tried):
 def test_what_is_wrong_is_said(tried, data, tmp_path):
     with pytest.raises(ClaimsError, match="There is no claim 'magic'; there are multi-task, stages, mlm-first"):
         try_claims(tmp_path / "out", data, ["magic"])
+    (tmp_path / "mine" / "data").mkdir(parents=True)
+    with pytest.raises(ClaimsError, match="mine' holds other files and no claims; choose another --out"):
+        try_claims(tmp_path / "mine", data, ["multi-task"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(ClaimsError, match=r"has no cifar10/train\.parquet; see --help"):
         Material(tmp_path / "empty", tmp_path)

@@ -87,6 +87,28 @@ def test_settings_of_a_table_and_kinds_without_captions(here):
     assert run("inspect", "photos", "--kind", "image-only").stdout.startswith("1 of 1 rows can be used")
 
 
+def test_what_is_in_the_way_is_left_alone(here):
+    lines(here / "a.jsonl", [{"query": "", "positive": "b"}, *({"query": "a", "positive": "b"} for _ in range(9))])
+    (here / "page.html").write_text("my own page")
+    (here / "clean").mkdir()
+    (here / "clean" / "skipped.jsonl").write_text('{"id": 1, "reason": "mine"}')
+    (here / ".out").mkdir()  # an earlier version collected its files there
+    (here / ".out" / "mine.parquet").write_text("mine")
+    refused = run("inspect", "a.jsonl", "--out", "page.html")
+    assert refused.stderr.startswith("Error: 'page.html' exists and is not known as a file of Bifocal's")
+    assert (here / "page.html").read_text() == "my own page"
+    refused = run("clean", "a.jsonl", "clean", "max_bad=0.5")
+    assert refused.stderr == (
+        "Error: 'clean/skipped.jsonl' is no log of skipped rows, and one would be written there; move it away.\n"
+    )
+    assert (here / "clean" / "skipped.jsonl").read_text() == '{"id": 1, "reason": "mine"}'
+    for _ in range(2):  # the log of a run that failed is ours
+        assert "are bad, more than max_bad" in run("clean", "a.jsonl", "out").stderr
+    assert run("clean", "a.jsonl", "out", "max_bad=0.5").exit_code == 0
+    assert (here / ".out" / "mine.parquet").exists()
+    assert sorted(path.name for path in (here / "out").iterdir()) == ["00000-of-00001.parquet", "skipped.jsonl"]
+
+
 def test_a_page_that_cannot_be_written(here):
     lines(here / "a.jsonl", [{"query": "a", "positive": "b"}])
     (here / "file").touch()

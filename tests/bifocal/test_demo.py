@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bifocal.demo import _open_run, quick_settings
+from bifocal.files import MARKER, NotOursError
 from bifocal.modeling import BifocalModel
 
 
@@ -109,6 +112,32 @@ def test_a_folder_with_something_else_in_it(cache, tmp_path):
     code, _, errors = finish(command(cache, "--out", str(tmp_path / "thesis.tex")))
     assert code == 1
     assert "is a file; choose another folder with --out" in errors
+
+
+def test_only_what_the_demo_wrote_is_cleared(run, tmp_path):
+    """In this process: a project that has a settings.json and a model, and runs with something of the user's."""
+    project = tmp_path / "project"
+    (project / "model").mkdir(parents=True)
+    (project / "model" / "weights").write_text("mine")
+    for content in ('{"port": 80}', "words"):
+        (project / "settings.json").write_text(content)
+        with pytest.raises(NotOursError, match=r"settings.json' exists and is not known as a file of Bifocal's"):
+            _open_run(project, quick_settings(0), force=True)
+        assert sorted(path.name for path in project.rglob("*")) == ["model", "settings.json", "weights"]
+    for name, content in (("report.html", "my notes"), ("model/notes", "mine"), ("stage2/model/notes", "mine")):
+        copy = tmp_path / name.replace("/", "-")
+        shutil.copytree(run, copy)
+        (copy / name).write_text(content)
+        before = sorted(copy.rglob("*"))
+        with pytest.raises(NotOursError, match=Path(name).name):
+            _open_run(copy, quick_settings(0), force=True)
+        assert sorted(copy.rglob("*")) == before
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    (copy / "stage1" / "notes").write_text("mine")
+    assert _open_run(copy, quick_settings(0), force=True)
+    left = {path.relative_to(copy).as_posix() for path in copy.rglob("*") if path.is_file()}
+    assert left - {"notes.txt"} == {MARKER, "settings.json", "stage1/notes"}
 
 
 def test_a_full_disk(cache, run, small_disk):

@@ -129,6 +129,18 @@ def test_results_flow_into_the_card(here, monkeypatch, tmp_path):
     assert load_encoder(str(tmp_path / "ours")).texts(["star"]).shape == (1, 40), "the model is as it was"
 
 
+def test_a_report_of_the_users_is_left_alone(here, monkeypatch, tmp_path):
+    monkeypatch.setattr("bifocal.evaluate.load_encoder", lambda *_: pytest.fail("it measured first"))
+    for name in ("report.html", "results.json", "skipped.jsonl"):
+        out = tmp_path / name.partition(".")[0]
+        out.mkdir()
+        (out / name).write_text("mine")
+        found = run(here, monkeypatch, "ours", "--suite", "suite.yaml", "--out", str(out))
+        assert found.exit_code == 1
+        assert f"{name}' " in found.stderr
+        assert [(path.name, path.read_text()) for path in out.iterdir()] == [(name, "mine")]
+
+
 @needs_browser
 def test_the_page_in_a_browser(done):
     with opened(done[1] / "report.html") as page:

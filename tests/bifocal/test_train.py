@@ -15,7 +15,7 @@ from transformers import AutoModel
 
 from bifocal.hub.export import export_model
 from bifocal.modeling import BifocalModel, BifocalTextForMaskedLM, BifocalTextModel
-from tests.bifocal.commands import error_of
+from tests.bifocal.commands import error_of, invoke
 from tests.conftest import TEXTS, small_config
 from tests.modeling.test_images import photo
 
@@ -114,11 +114,23 @@ def test_the_run_is_exported_whole(reader, tuned):
     assert "Apache License" in (release / "LICENSE").read_text()
 
     assert "differs" in run(reader, "export", "runs/release", "--check").stdout, "alone, it looks at what is there"
+    fewer = invoke(reader, "export", "runs/finetune", "runs/release", "--no-onnx")
+    assert fewer.stdout.splitlines() == [
+        "The model is in runs/release.", "It leaves out evaluation.json, onnx/, which the earlier export had.",
+    ]  # fmt: skip
+    assert not (release / "onnx").exists()
     for wrong, message in (
         (["runs/finetune"], "Name a folder to export to, or add --check"),
         (["pictures", "runs/x"], "'pictures' holds no model; give the folder of a finished run"),
-        (["runs/finetune", "runs/finetune"], "is what is to be exported; write to another folder."),
-        (["runs/finetune", "pictures", "--no-onnx"], "'pictures' holds something that is no model"),
+        (["runs/finetune", "runs/finetune"], "is or holds what is to be exported; choose another folder."),
+        (["runs/finetune/model", "runs/finetune"], "is or holds what is to be exported; choose another folder."),
+        (["runs/finetune", "runs/finetune/model"], "is or holds what is to be exported; choose another folder."),
+        (["runs/finetune", "runs/finetune/model/x"], "lies in the model that is to be exported"),
+        (["runs/demo/model", "runs/finetune/model"], "in 'runs/finetune/model' belongs to a training run, not a model"),
+        (["runs/finetune", "pictures", "--no-onnx"], "'pictures' holds '0.png' and no list of files that Bifocal"),
+        (["runs/finetune", "."], "is or holds what is to be exported"),
+        (["runs/finetune", "runs/x", "--shard", "banana"], "'banana' is no size of a file; write a number with KB"),
+        (["runs/finetune", "runs/x", "--name", "no such name!"], "'no such name!' is no name of a repository; write"),
         (["runs/finetune", "runs/x", "--results", "mine.yaml"], "'mine.yaml' is no results.json of bifocal evaluate"),
         (["runs/finetune/model", "--check"], "has no examples/inputs.json to compare with"),
     ):

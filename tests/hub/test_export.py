@@ -1,15 +1,35 @@
 """A Hub-ready folder: complete, its card valid, and replaced whole."""
 
 import json
+import re
+import shutil
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from sentence_transformers import SentenceTransformer
+from transformers import (
+    AutoModel,
+    BertConfig,
+    BertModel,
+    CLIPConfig,
+    CLIPModel,
+    CLIPProcessor,
+    SiglipConfig,
+    SiglipModel,
+    SiglipProcessor,
+)
+from transformers.models.clip import CLIPImageProcessorPil
+from transformers.models.siglip import SiglipImageProcessorPil
 
+from bifocal.files import MARKER, RUN, NotOursError, parts
 from bifocal.hub.card import Card
 from bifocal.hub.export import export_model
+from bifocal.hub.results import add_results
+from bifocal.hub.samples import samples
 from bifocal.modeling import BifocalModel
-from tests.conftest import small_config
+from tests.conftest import TEXTS, small_config
 
 CARD = Card(
     name="someone/small-model",
@@ -50,13 +70,18 @@ def test_the_card(folder):
     assert 'from_pretrained("someone/small-model", trust_remote_code=True)' in card.text
 
 
-def test_an_earlier_folder_is_replaced_whole(folder, processor):
-    (folder / "left-over.txt").write_text("old")
+def test_an_earlier_folder_is_replaced_whole_unless_it_was_changed(folder, processor):
     model = BifocalModel(small_config(projection_dim=24))
     export_model(model, folder, processor, CARD)
-    assert not (folder / "left-over.txt").exists()
     assert BifocalModel.from_pretrained(folder).config.projection_dim == 24
     assert [path.name for path in folder.parent.iterdir()] == ["model"], "nothing is left beside it"
+    add_results(folder, [("photos", "zero-shot classification", {"accuracy": 0.5})])
+    export_model(model, folder, processor, CARD)  # results in the card are ours
+    assert "photos" not in (folder / "README.md").read_text()
+    (folder / "README.md").write_text("My own words")
+    with pytest.raises(NotOursError, match=r"'README\.md' in '.*' was changed after Bifocal wrote it; choose another"):
+        export_model(model, folder, processor, CARD)
+    assert (folder / "README.md").read_text() == "My own words"
 
 
 def test_a_card_without_figures(model, tmp_path):
@@ -70,7 +95,123 @@ def test_a_card_without_figures(model, tmp_path):
 
 def test_a_folder_with_something_else_is_left_alone(model, tmp_path):
     (tmp_path / "thesis.tex").write_text("do not lose me")
-    with pytest.raises(FileExistsError, match="holds something that is no model; choose another folder"):
+    with pytest.raises(FileExistsError, match=r"holds 'thesis\.tex' and no list of files that Bifocal wrote"):
         export_model(model, tmp_path)
     assert (tmp_path / "thesis.tex").read_text() == "do not lose me"
     assert [path.name for path in tmp_path.parent.iterdir() if path.name.startswith(f".{tmp_path.name}")] == []
+
+
+def test_a_trained_model_is_not_replaced_by_an_export(model, tmp_path):
+    run = export_model(model, tmp_path / "run" / "model", kind=RUN)
+    with pytest.raises(NotOursError, match="belongs to a training run, not a model"):
+        export_model(model, run)
+    with pytest.raises(NotOursError, match=r"lies in '.*', which Bifocal wrote as a whole"):
+        export_model(model, run / "release")
+    with pytest.raises(NotOursError, match="holds 'model' and no list of files"):
+        export_model(model, run.parent)
+
+
+def test_what_an_export_no_longer_has_is_said(folder, processor, caplog):
+    shutil.rmtree(folder)
+    model = BifocalModel(small_config())
+    model.processor = processor
+    from bifocal.hub.release import Extras, release
+
+    release(model, folder, CARD, Extras(onnx=False, licence="Apache", evaluation={"x": 1}))
+    before = parts(folder)
+    with caplog.at_level("WARNING"):
+        export_model(model, folder, card=CARD)
+    assert before - parts(folder) == {"examples/", "LICENSE", "evaluation.json"}
+    said = "no longer has LICENSE, evaluation.json, examples/, which the earlier export had."
+    assert any(record.getMessage().endswith(said) for record in caplog.records)
+
+
+@pytest.mark.parametrize("size", ["banana", "2", "0GB", "-1GB", "2 GiB", "nanMB", 0, -3])
+def test_a_size_that_is_none_is_refused_before_anything(model, tmp_path, size):
+    with pytest.raises(ValueError, match=r"is no size of a file; write a number with KB, MB, GB or TB"):
+        export_model(model, tmp_path / "new", shard=size)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_adapters_are_merged_and_training_may_go_on(model, tmp_path):
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    wanted = adapted.get_base_model().eval().encode_text(TEXTS, show_progress=False)
+    folder = export_model(adapted, tmp_path / "model")
+    loaded = BifocalModel.from_pretrained(folder)
+    np.testing.assert_allclose(loaded.encode_text(TEXTS, show_progress=False), wanted, atol=1e-5)
+    assert not list(folder.glob("adapter*"))
+    assert any("lora" in name for name, _ in adapted.named_parameters()), "the adapters are still there"
+    np.testing.assert_allclose(adapted.get_base_model().encode_text(TEXTS, show_progress=False), wanted, atol=1e-6)
+
+
+def test_what_cannot_be_exported_says_how(processor, tmp_path):
+    peft = pytest.importorskip("peft")
+    tiny = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=320)
+    bert = BertModel(BertConfig(**tiny))
+    with pytest.raises(ValueError, match="A BertModel does not embed texts and images into one space"):
+        export_model(bert, tmp_path / "bert", processor)
+    prompts = peft.get_peft_model(bert, peft.PromptTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=2))
+    with pytest.raises(ValueError, match="peft cannot merge PROMPT_TUNING into the weights; save the adapter alone"):
+        export_model(prompts, tmp_path / "prompts", processor)
+    with pytest.raises(ValueError, match="This CLIPModel has no processor; pass processor="):
+        export_model(CLIPModel(CLIPConfig(**towers())), tmp_path / "clip")
+    assert list(tmp_path.iterdir()) == [], "nothing is left of what was begun"
+
+
+def towers() -> dict:
+    tiny = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    text = {**tiny, "vocab_size": 320, "max_position_embeddings": 64, "bos_token_id": 2, "eos_token_id": 3}
+    return dict(text_config=text, vision_config={**tiny, "image_size": 32, "patch_size": 8})
+
+
+def clip(tokenizer):
+    images = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    return CLIPModel(CLIPConfig(**towers(), projection_dim=16)), CLIPProcessor(images, tokenizer)
+
+
+def siglip(tokenizer):
+    images = SiglipImageProcessorPil(size={"height": 32, "width": 32})
+    return SiglipModel(SiglipConfig(**towers())), SiglipProcessor(images, tokenizer)
+
+
+@pytest.mark.parametrize(("family", "masked"), [(clip, True), (siglip, True), (siglip, False)])
+def test_another_familys_card_is_true_for_it(family, masked, processor, tmp_path, monkeypatch):
+    """What the card says is run: both ways give the model's own vectors, or the card shows one way only."""
+    torch.manual_seed(0)
+    processor.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    inputs = ["input_ids", "attention_mask"] if masked else ["input_ids"]
+    model, own = family(type(processor.tokenizer).from_pretrained(tmp_path / "tokenizer", model_input_names=inputs))
+    folder = export_model(model.eval(), tmp_path / "other", own)
+    card = ModelCard.load(folder / "README.md")
+    for untrue in ("JinaBERT", "EVA02", "WordPiece", "Jina CLIP", "encode_text", "ONNX"):
+        assert untrue not in card.text
+    assert f"A {type(model).__name__} of transformers with {sum(p.numel() for p in model.parameters()):,}" in card.text
+    assert "into one space of 16 dimensions" in card.text
+    blocks = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    # SigLIP's own tokenizer makes no mask; with one, sentence-transformers would give other vectors.
+    assert len(blocks) == (1 if family is siglip and masked else 2)
+    assert (folder / "modules.json").exists() == (len(blocks) == 2)
+    monkeypatch.chdir(tmp_path)
+    for (_, picture), name in zip(samples(), ("first.png", "second.png")):
+        picture.save(name)
+    found = []
+    for block in blocks:
+        space: dict = {}
+        exec(block, space)
+        found.append(np.asarray(space["similarity"]))
+    for other in found[1:]:
+        np.testing.assert_allclose(other, found[0], atol=1e-5)
+    assert type(AutoModel.from_pretrained(folder)) is type(model)
+    if family is clip:
+        sharded = export_model(model, tmp_path / "shards", own, shard="20KB")
+        assert not (sharded / "model.safetensors").exists()
+        vectors = SentenceTransformer(str(sharded), device="cpu").encode(["a red circle"])
+        assert vectors.shape == (1, 16)
+
+
+def test_the_list_of_files_is_in_every_export(folder):
+    listed = json.loads((folder / MARKER).read_text())
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert set(listed["files"]) == there - {MARKER}
+    assert str(folder.parent) not in (folder / MARKER).read_text(), "it names no folder of this machine"

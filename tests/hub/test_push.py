@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bifocal.files import MARKER
 from bifocal.hub.export import export_model
 from bifocal.hub.push import PushError, look
 from bifocal.modeling import BifocalModel
@@ -67,6 +68,9 @@ def test_pushed_and_loaded_by_name(exported, tmp_path):
         assert repo.private
         assert repo.files["model.safetensors"] == (exported / "model.safetensors").read_bytes()
         assert state.sent, "large files go by LFS"
+        assert MARKER in {path.name for path in exported.iterdir()}
+        assert MARKER not in repo.files
+        assert MARKER not in done.stdout
         loaded = run(address, tmp_path / "other", LOAD, code=True)
         assert loaded.returncode == 0, loaded.stderr[-3000:]
         difference, size = json.loads(loaded.stdout.splitlines()[-1])

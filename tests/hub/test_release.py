@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 
+from bifocal.files import MODEL, require_replaceable
 from bifocal.hub.card import Card, TrainedStage
 from bifocal.hub.check import CheckError, check_folder
 from bifocal.hub.export import export_model, read_facts
@@ -62,6 +63,7 @@ def test_everything_is_there(folder):
         recipes/first.yaml evaluation.json plots/curve.png LICENSE README.md examples/inputs.json card.json"""
     assert [name for name in wanted.split() if not (folder / name).exists()] == []
     assert [path.name for path in folder.parent.iterdir()] == ["out"], "nothing is left beside it"
+    assert require_replaceable(folder, MODEL) == folder, "all of it is listed as it is, the card's results too"
     assert "/home" not in (folder / "recipes" / "first.yaml").read_text()
     assert "path: a.tar" in (folder / "recipes" / "first.yaml").read_text()
 
@@ -202,7 +204,7 @@ def test_weights_in_shards(model, tmp_path):
 
 def test_what_is_in_the_way_is_left_alone(model, tmp_path):
     (tmp_path / "thesis.tex").write_text("do not lose me")
-    with pytest.raises(FileExistsError, match="holds something that is no model"):
+    with pytest.raises(FileExistsError, match=r"holds 'thesis\.tex' and no list of files that Bifocal wrote"):
         release(model, tmp_path, Card(), Extras(onnx=False))
     assert (tmp_path / "thesis.tex").exists()
 

@@ -179,6 +179,21 @@ print(c.caption_source(Source(path={str(folder)!r}), Path({str(tmp_path / "out")
     assert names == [f"{n}.jpg" for n in range(9)]
 
 
+def test_captions_that_are_there_are_never_overwritten(blip, pictures, tmp_path):
+    out = tmp_path / "out"
+    caption_source(Source(path=str(pictures)), out, settings(blip))
+    (out / "part-00000.parquet").rename(out / "part-00001.parquet")
+    kept = (out / "part-00001.parquet").read_bytes()
+    (pictures / "9.jpg").write_bytes(picture(seed=9))
+    assert caption_source(Source(path=str(pictures)), out, settings(blip)).made == 1
+    assert (out / "part-00001.parquet").read_bytes() == kept
+    assert sorted(path.name for path in out.glob("*.parquet")) == ["part-00001.parquet", "part-00002.parquet"]
+    for content in (b"words", (tmp_path / "out" / "part-00001.parquet").read_bytes()):
+        (out / "part-mine.parquet").write_bytes(content)
+        with pytest.raises(ValueError, match=r"part-mine.parquet' holds no captions by this command; choose another"):
+            caption_source(Source(path=str(pictures)), out, settings(blip))
+
+
 def test_what_cannot_be_done(blip, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="is an empty folder"):

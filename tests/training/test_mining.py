@@ -10,6 +10,8 @@ import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
 
+from bifocal.commands import mine
+from bifocal.files import NotOursError
 from bifocal.training.mining import MiningError, MiningSettings, mine_across, mine_texts, write_parquet
 from bifocal.training.tasks import Task
 from tests.conftest import SHARED
@@ -173,6 +175,25 @@ def test_texts_kept_for_another_model_are_not_used(minilm, tmp_path):
     mine_texts(pairs, minilm, settings, tmp_path)
     kept = mine_texts(pairs, other, settings, tmp_path)
     np.testing.assert_allclose(kept["positive_score"], mine_texts(pairs, other, settings)["positive_score"], atol=1e-5)
+
+
+def test_files_of_the_users_are_left_alone(model, tmp_path):
+    settings = MiningSettings(negatives=2, depth=10)
+    for name, content in (("captions.json", '{"images": []}'), ("captions.json", "words"), ("captions.npy", "words")):
+        cache = tmp_path / f"{name}{len(content)}"
+        cache.mkdir()
+        (cache / name).write_text(content)
+        with pytest.raises(MiningError, match=f"{name}' is no file of a mining run.*; choose another cache folder"):
+            mine_across(pictures(), model, "text-to-image", cache, settings)
+        assert [(path.name, path.read_text()) for path in cache.iterdir()] == [(name, content)]
+    mined = mine_across(pictures(), model, "text-to-image", tmp_path / "new", settings)
+    write_parquet(mined, tmp_path / "mined.parquet")
+    write_parquet(mined, tmp_path / "mined.parquet")
+    (tmp_path / "mine.parquet").write_text("words")
+    with pytest.raises(NotOursError, match=r"mine.parquet' exists and is not known as a file of Bifocal's"):
+        write_parquet(mined, tmp_path / "mine.parquet")
+    with pytest.raises(NotOursError, match=r"mine.parquet' exists"):  # before anything is read
+        mine("no such source", tmp_path / "mine.parquet", "no such model", "text-to-text", [], None, {})
 
 
 def test_what_cannot_be_mined(model, minilm, tmp_path):

@@ -174,4 +174,10 @@ def test_the_last_complete_checkpoint(tmp_path):
     (tmp_path / "checkpoint-notes").mkdir()
     assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-100"
     left = sorted(path.name for path in tmp_path.iterdir())
-    assert left == ["checkpoint-100", "checkpoint-50", "checkpoint-notes"], "cut ones are gone, others' are left"
+    assert left == [
+        "checkpoint-100", "checkpoint-50", "checkpoint-notes", "incomplete-checkpoint-150", "incomplete-checkpoint-200",
+    ], "cut ones are out of the way, and still there: somebody may have removed that file on purpose"  # fmt: skip
+    (tmp_path / "checkpoint-200").mkdir()
+    assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-100"
+    assert (tmp_path / "incomplete-checkpoint-200" / "model.safetensors").exists()
+    assert (tmp_path / "incomplete-checkpoint-200-2").is_dir()

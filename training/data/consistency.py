@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from bifocal.files import replace_file
 from bifocal.training.data.cleaning import Consistency
 from bifocal.training.data.faults import Skip, Skipped
 from bifocal.training.data.row_names import row_name, select_rows
@@ -44,9 +45,8 @@ def _ranks_kept(pairs: Any, settings: Consistency) -> np.ndarray:
         return np.load(path)
     ranks = _ranks(pairs, settings)
     if path is not None:
-        scratch = path.with_name(f".{path.name}")
-        np.save(scratch, ranks)
-        scratch.replace(path)
+        with replace_file(path) as scratch:
+            np.save(scratch, ranks)
     return ranks
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bifocal.files import NotOursError
 from bifocal.training.tasks import TrainingError
 
 # Below so many rows a share says little; small sources are judged when they end.
@@ -43,6 +44,25 @@ class Skip(NamedTuple):
     @classmethod
     def of(cls, row: str, fault: Fault) -> "Skip":
         return cls(row, fault.cause, fault.detail, fault.dropped, fault.shard)
+
+
+def start_log(path: Path) -> Path:
+    """Return the place of a log that begins now; one that an earlier run wrote there is removed.
+
+    Raises:
+        NotOursError: if the file there is no such log.
+    """
+    if path.exists():
+        try:
+            with path.open(encoding="utf-8") as file:
+                first = file.readline()
+            ours = not first or {"task", "row", "cause", "detail", "dropped"} == set(json.loads(first))
+        except (OSError, ValueError, TypeError):
+            ours = False
+        if not ours:
+            raise NotOursError(f"'{path}' is no log of skipped rows, and one would be written there; move it away.")
+        path.unlink()
+    return path
 
 
 class BadRowsError(TrainingError):

@@ -1,6 +1,7 @@
 """A cleaned copy of a source as Parquet files, which then may be streamed."""
 
 import os
+import tempfile
 from pathlib import Path
 
 from bifocal.training.data.cleaning import Cleaning
@@ -24,23 +25,22 @@ def write_clean(source: Source, kind: str, out: Path, skipped: Skipped) -> int:
     from datasets.table import embed_table_storage
     from pyarrow.parquet import ParquetWriter
 
-    others = [path.name for path in out.glob("*") if path.name != "skipped.jsonl"] if out.exists() else []
+    others = [path.name for path in sorted(out.iterdir()) if path.name != "skipped.jsonl"] if out.exists() else []
     if others:
-        raise TrainingError(f"'{out}' is not empty (it has {others[0]}); choose another folder.")
+        raise TrainingError(f"'{out}' is not empty (it has {others[0]}); choose another folder or empty this one.")
     cleaning = (source.clean or Cleaning()).model_copy(update={"readable": True})
     source = source.model_copy(update={"streaming": False, "clean": cleaning})
     data = load_source(source, kind, 0, skipped, source.title)
     files = max(1, -(-len(data) // _ROWS))
-    scratch = out.with_name(f".{out.name}")
-    scratch.mkdir(parents=True, exist_ok=True)
-    for number in range(files):
-        part = data.shard(files, number, contiguous=True).with_format("arrow")
-        name = f"{number:05}-of-{files:05}.parquet"
-        with ParquetWriter(scratch / name, part.features.arrow_schema) as writer:
-            for rows in part.iter(_GROUP):
-                writer.write_table(embed_table_storage(rows))  # pictures into the file, where rows name paths
     out.mkdir(parents=True, exist_ok=True)
-    for path in sorted(scratch.glob("*.parquet")):
-        os.replace(path, out / path.name)
-    scratch.rmdir()
+    # All files are complete before the first one is where a source would find it.
+    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=out) as scratch:
+        for number in range(files):
+            part = data.shard(files, number, contiguous=True).with_format("arrow")
+            name = f"{number:05}-of-{files:05}.parquet"
+            with ParquetWriter(Path(scratch, name), part.features.arrow_schema) as writer:
+                for rows in part.iter(_GROUP):
+                    writer.write_table(embed_table_storage(rows))  # pictures into the file, where rows name paths
+        for path in sorted(Path(scratch).glob("*.parquet")):
+            os.replace(path, out / path.name)
     return len(data)

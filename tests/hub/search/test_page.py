@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from bifocal.files import MARKER, NotOursError
 from bifocal.hub.push import look
 from bifocal.hub.search.items import Hit, Item, thumbnail
 from bifocal.hub.search.page import LARGEST_UPLOAD, answer, results_html
@@ -373,8 +374,21 @@ def test_a_space_runs_on_its_own(searcher, tmp_path):
     assert write_space(searcher.index, space).exists(), "a Space may be written again"
     (tmp_path / "other").mkdir()
     photo(8, 8).save(tmp_path / "other" / "mine.png")
-    with pytest.raises(ValueError, match="holds something that is no Space"):
-        write_space(searcher.index, tmp_path / "other")
+    model = Path(searcher.index.model)
+    for place, said in (
+        (tmp_path / "other", r"holds 'mine\.png' and no list of files"),
+        (searcher.index.folder, r"lies in '.*index', which is copied into the Space"),
+        (searcher.index.folder / "space", r"lies in '.*index', which is copied into the Space"),
+        (searcher.index.folder.parent, "and no list of files"),
+        (model / "space", "lies in '.*model'"),
+        (model, "lies in '.*model'"),
+    ):
+        with pytest.raises(NotOursError, match=said):
+            write_space(searcher.index, place)
+    assert not list(space.rglob(f"model/{MARKER}")), "the model's list is not the copy's"
+    (space / "app.py").write_text("print('my own page')")
+    with pytest.raises(NotOursError, match=r"'app\.py' in '.*space' was changed"):
+        write_space(searcher.index, space)
 
 
 def test_a_space_is_pushed_as_one(searcher, tmp_path):

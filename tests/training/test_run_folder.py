@@ -1,0 +1,98 @@
+"""The folder of a run: claimed, resumed, and cleared with --force of nothing but what the run wrote."""
+
+from pathlib import Path
+
+import pytest
+
+from bifocal.files import MARKER, RUN, replace_folder
+from bifocal.training.recipe import Recipe, RecipeError
+from bifocal.training.run import open_run
+
+
+def recipe(folder: Path, steps: int = 3) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "name": "words", "output_dir": str(folder), "processor": "somewhere",
+            "mlm": {"data": {"path": "texts.csv"}, "batch_size": 4}, "training": {"max_steps": steps},
+        }
+    )  # fmt: skip
+
+
+def trained(folder: Path) -> Path:
+    """A finished run with two checkpoints, and next to them what its user put there."""
+    open_run(recipe(folder), False)
+    for name in ("model", "processor"):
+        with replace_folder(folder / name, RUN) as made:
+            made.mkdir()
+            (made / "config.json").write_text("{}")
+    for name in ("checkpoint-2", "checkpoint-3", "checkpoint-best"):
+        (folder / name).mkdir()
+        (folder / name / "trainer_state.json").write_text("{}")
+    (folder / "notes.txt").write_text("mine")
+    return folder
+
+
+def files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_force_removes_the_run_and_nothing_else(tmp_path):
+    folder = trained(tmp_path / "run")
+    assert not open_run(recipe(folder), False), "it is finished"
+    with pytest.raises(RecipeError, match=r"other values of training\.max_steps"):
+        open_run(recipe(folder, 4), False)
+    assert open_run(recipe(folder, 4), True)
+    assert files(folder) == {
+        "recipe.yaml", "versions.json", MARKER, "notes.txt", "checkpoint-best/trainer_state.json",
+    }  # fmt: skip
+    assert "max_steps: 4" in (folder / "recipe.yaml").read_text()
+    assert open_run(recipe(folder, 5), False), "nothing is trained yet, so that the recipe may change"
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ("model/notes", "holds 'notes', which Bifocal did not write"),
+        ("model/config.json", "'config.json' in '.*model' was changed after Bifocal wrote it"),
+        ("processor/notes", "holds 'notes', which Bifocal did not write"),
+        ("recipe.yaml", "recipe.yaml' was changed after Bifocal wrote it"),
+        (MARKER, "recipe.yaml' exists and is not known as a file of Bifocal's"),
+    ],
+)
+def test_force_keeps_a_run_with_something_of_the_users_in_it(tmp_path, changed, said):
+    """The last case is a run of a version that made no list: resumed as ever, but not removed."""
+    folder = trained(tmp_path / "run")
+    (folder / changed).write_text("name: mine")
+    before = files(folder)
+    with pytest.raises(RecipeError, match=said):
+        open_run(recipe(folder), True)
+    assert files(folder) == before
+    assert (folder / changed).read_text() == "name: mine"
+    if changed == MARKER:
+        assert not open_run(recipe(folder), False)
+
+
+@pytest.mark.parametrize(
+    "content", ["name: words\nmlm: {batch_size: 4}  # my own words\n", "- no recipe", "a: [", "\0"]
+)
+@pytest.mark.parametrize("force", [False, True])
+def test_a_recipe_of_the_users_in_the_folder_is_kept(tmp_path, content, force):
+    """Somebody keeps a recipe beside the model that it starts from, and lets it write there."""
+    (tmp_path / "recipe.yaml").write_text(content)
+    with pytest.raises(RecipeError, match=r"recipe.yaml' exists and is not known as a file of Bifocal's"):
+        open_run(recipe(tmp_path), force)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(RecipeError, match="recipe.yaml' exists and" if force else "other values of"):
+        open_run(recipe(tmp_path), force)
+    assert files(tmp_path) == {"recipe.yaml", "model/config.json"}
+    assert (tmp_path / "recipe.yaml").read_text() == content
+
+
+def test_a_model_folder_of_the_users_is_noticed_before_the_training(tmp_path):
+    open_run(recipe(tmp_path), False)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "notes").write_text("mine")
+    with pytest.raises(RecipeError, match="holds 'notes' and no list of files that Bifocal wrote"):
+        open_run(recipe(tmp_path), False)
+    assert (tmp_path / "model" / "notes").exists()
