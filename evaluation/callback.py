@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,9 @@ class EvaluationCallback(TrainerCallback):
     """Runs evaluators every so many steps and at the end of training, and logs what they find.
 
     Metrics are logged as `eval_{task}_{metric}`, so that `metric_for_best_model="eval_flickr_mean_recall"` works with
-    `load_best_model_at_end`. The random state, the model's mode and its gradients are left as they were: a run with
-    evaluation ends with the same weights as one without.
+    `load_best_model_at_end` and `EarlyStoppingCallback`. With `ema_decay` the averaged weights are measured. The random
+    state, the model's mode and its gradients are left as they were: a run with evaluation ends with the same weights as
+    one without.
 
     Args:
         evaluators: each takes an `Encoder` and returns a `Result`, such as
@@ -28,16 +30,22 @@ class EvaluationCallback(TrainerCallback):
         batch_size: of embedding.
     """
 
+    adds_metrics = True  # `MultiTaskTrainer` calls it before callbacks that read metrics
+
     def __init__(self, evaluators: Sequence[Evaluator], every: int | None = None, batch_size: int = 64) -> None:
         self.evaluators = list(evaluators)
         self.every = every
         self.batch_size = batch_size
         self.log: Callable[[dict[str, float]], None] | None = None
+        self.weights: Callable[[], AbstractContextManager[None]] = nullcontext
         self._last = -1
 
     def attach(self, trainer: Any) -> None:
-        """Log through a trainer, and so to whatever it reports to; `MultiTaskTrainer` calls this."""
-        self.log = trainer.log
+        """Log through a trainer, and so to whatever it reports to, and measure the weights that it evaluates.
+
+        `MultiTaskTrainer` calls this.
+        """
+        self.log, self.weights = trainer.log, trainer.averaged_weights
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if self.every and state.global_step % self.every == 0:
@@ -71,7 +79,7 @@ class EvaluationCallback(TrainerCallback):
         model = getattr(model, "module", model)
         self._last = state.global_step
         metrics: dict[str, float] = {}
-        with _undisturbed(model):
+        with self.weights(), _undisturbed(model):
             encoder = bifocal_encoder(model, "training", self.batch_size)
             for evaluator in self.evaluators:
                 result = evaluator(encoder)
