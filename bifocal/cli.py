@@ -83,7 +83,9 @@ def train(
     with one_sentence(Path()):
         loaded = load_recipe(find_recipe(recipe), overrides, files=True)
     with one_sentence(loaded.folder, "free space or set another output_dir; the run goes on from there"):
-        typer.echo(commands.plan(loaded) if dry_run else commands.train(loaded, force))
+        message = commands.plan(loaded) if dry_run else commands.train(loaded, force)
+        if message:
+            typer.echo(message)
 
 
 @app.command()

@@ -14,10 +14,11 @@ from bifocal.training.tasks import COLUMNS
 def train(recipe: Recipe, force: bool) -> str:
     """Carry out a recipe and export its model; returns what there is to say.
 
-    A model that is a single text tower (stage 0) is saved as such.
+    A model that is a single text tower (stage 0) is saved as such. Of several processes only the main one speaks.
     """
     from bifocal.hub.card import Card, TrainedStage
     from bifocal.hub.export import export_model
+    from bifocal.training.distributed import World
     from bifocal.training.history import STAGE, earlier_stages
     from bifocal.training.run import run_recipe
 
@@ -31,6 +32,8 @@ def train(recipe: Recipe, force: bool) -> str:
         export_model(model, folder, processor, card, kind=RUN)
 
     folder = run_recipe(recipe, save, force)
+    if not World.current().is_main:
+        return ""
     if folder is None:
         return f"This run is finished; see {recipe.folder / 'model'}. To train again, add --force."
     return f"The model is in {folder}."
@@ -39,14 +42,20 @@ def train(recipe: Recipe, force: bool) -> str:
 def plan(recipe: Recipe) -> str:
     """What a run would do: data, batches, steps, parameters, memory. Loads the data and makes the model."""
     from bifocal.training.chunk_size import kept_per_row
-    from bifocal.training.parameters import parameter_groups
+    from bifocal.training.parameters import not_trained, parameter_groups, without_gradient
     from bifocal.training.run import prepare
 
     if recipe.mlm is not None:
-        steps, rows = recipe.training["max_steps"], recipe.mlm.batch_size
+        settings, rows = recipe.training, recipe.mlm.batch_size
+        long = (
+            f"{settings['max_steps']:,} steps"
+            if "max_steps" in settings
+            else f"{settings['num_train_epochs']:g} epochs"
+        )
         return (
             f"Recipe '{recipe.name}': masked language modelling, {recipe.mlm.probability:.0%} of the tokens\n"
-            f"data     {recipe.mlm.data.path}\nsteps    {steps:,} of {rows} texts of up to {recipe.max_length} tokens"
+            f"data     {recipe.mlm.data.path}\n"
+            f"length   {long}, {rows} texts of up to {recipe.max_length} tokens a step"
         )
     with tempfile.TemporaryDirectory() as scratch:  # the Trainer makes its folder; a plan leaves none
         prepared = prepare(recipe.model_copy(update={"output_dir": scratch}), disable_tqdm=True)
@@ -64,17 +73,19 @@ def plan(recipe: Recipe) -> str:
         )
     lines += [
         "",
-        f"steps    {args.max_steps:,}, warm-up {args.get_warmup_steps(args.max_steps):,}, {args.lr_scheduler_type}",
+        f"steps    {args.max_steps:,}, warm-up {args.get_warmup_steps(args.max_steps):,}, "
+        f"{args.lr_scheduler_type.value}",
     ]
     lines += ["", "parameters"]
     model = trainer.model
-    for group in parameter_groups(model, args):
-        count = sum(parameter.numel() for parameter in group["params"])
-        lines.append(f"  {count:>12,}  learning rate {group['lr']:g}, weight decay {group['weight_decay']:g}")
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    with not_trained(model, without_gradient(model, prepared.tasks)):
+        for group in parameter_groups(model, args):
+            count = sum(parameter.numel() for parameter in group["params"])
+            lines.append(f"  {count:>12,}  learning rate {group['lr']:g}, weight decay {group['weight_decay']:g}")
+        frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+        trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     if frozen:
-        lines.append(f"  {frozen:>12,}  frozen")
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+        lines.append(f"  {frozen:>12,}  frozen, or reached by no task")
     whole = sum(p.numel() * p.element_size() for p in model.parameters())
     per_text, per_image = kept_per_row(model, trainer.max_length, prepared.processor, args)
     lines += [

@@ -13,7 +13,7 @@ from bifocal.files import MARKER, RUN, overwrite, replace_folder, require_overwr
 from bifocal.hub.card import Card, TrainedStage
 from bifocal.hub.export import export_model
 from bifocal.modeling import BifocalModel, BifocalProcessor
-from bifocal.training.callbacks import StageProgress, Stopwatch
+from bifocal.training.callbacks import StageProgress, Stopwatch, seconds_of
 from bifocal.training.checkpoints import clear_run, last_complete_checkpoint, require_clearable
 from bifocal.training.data.symbols import SymbolsConfig, build_symbols
 from bifocal.training.history import STAGE, stage_facts, write_stage
@@ -190,8 +190,7 @@ def _train_stage(recipe: Recipe, title: str, symbols: Any) -> dict[str, Any]:
 
     folder = recipe.folder
     checkpoint = last_complete_checkpoint(folder)
-    watch = Stopwatch()
-    prepared = prepare(recipe, [watch], _from(symbols["train"]), dataloader_pin_memory=False)
+    prepared = prepare(recipe, [Stopwatch()], _from(symbols["train"]), dataloader_pin_memory=False)
     trainer = prepared.trainer
     model = trainer.model
     trainer.remove_callback(ProgressCallback)
@@ -199,20 +198,21 @@ def _train_stage(recipe: Recipe, title: str, symbols: Any) -> dict[str, Any]:
     if checkpoint is not None:
         print(f"Stage {title} goes on from {checkpoint.name}.")
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    seconds = seconds_of(trainer)
     evaluation = evaluate_symbols(model, symbols["test"])
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     names = [name for name in logs[0] if name.startswith("loss/")]
     result = {
         "name": title,
         "steps": trainer.args.max_steps,
-        "seconds": watch.seconds,
+        "seconds": seconds,
         "metrics": evaluation.metrics,
         "recall": evaluation.recall,
         "losses": {name.removeprefix("loss/"): [[entry["step"], entry[name]] for entry in logs] for name in names},
     }
     with replace_folder(folder / "model", RUN) as made:
         model.save_pretrained(made)
-    write_stage(folder, stage_facts(prepared, watch.seconds, versions()))
+    write_stage(folder, stage_facts(prepared, seconds, versions()))
     write_json(folder / "result.json", result)
     return result
 

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,9 @@ class EvaluationCallback(TrainerCallback):
     """Runs evaluators every so many steps and at the end of training, and logs what they find.
 
     Metrics are logged as `eval_{task}_{metric}`, so that `metric_for_best_model="eval_flickr_mean_recall"` works with
-    `load_best_model_at_end`. The random state, the model's mode and its gradients are left as they were: a run with
-    evaluation ends with the same weights as one without.
+    `load_best_model_at_end` and `EarlyStoppingCallback`. With `ema_decay` the averaged weights are measured. The random
+    state, the model's mode and its gradients are left as they were: a run with evaluation ends with the same weights as
+    one without.
 
     Args:
         evaluators: each takes an `Encoder` and returns a `Result`, such as
@@ -29,6 +31,8 @@ class EvaluationCallback(TrainerCallback):
         batch_size: of embedding.
     """
 
+    adds_metrics = True  # `MultiTaskTrainer` calls it before callbacks that read metrics
+
     def __init__(
         self, evaluators: Evaluator | Sequence[Evaluator], every: int | None = None, batch_size: int = 64
     ) -> None:
@@ -36,16 +40,19 @@ class EvaluationCallback(TrainerCallback):
         self.every = every
         self.batch_size = batch_size
         self.log: Callable[[dict[str, float]], None] | None = None
+        self.weights: Callable[[], AbstractContextManager[None]] = nullcontext
         self.processor: Any = None
         self._last = -1
 
     def attach(self, trainer: Any) -> None:
-        """Log through a trainer, and so to whatever it reports to; `MultiTaskTrainer` calls this.
+        """Log through a trainer, and so to whatever it reports to, and measure the weights that it evaluates.
+
+        `MultiTaskTrainer` calls this.
 
         Raises:
             EvaluationError: if the trainer's model cannot be evaluated.
         """
-        self.log = trainer.log
+        self.log, self.weights = trainer.log, trainer.averaged_weights
         self.processor = getattr(trainer, "processing_class", None)
         encoder_of(getattr(trainer.model, "module", trainer.model), self.processor, "training")
 
@@ -81,7 +88,7 @@ class EvaluationCallback(TrainerCallback):
         model = getattr(model, "module", model)
         self._last = state.global_step
         metrics: dict[str, float] = {}
-        with _undisturbed(model):
+        with self.weights(), _undisturbed(model):
             encoder = encoder_of(model, self.processor, "training", self.batch_size)
             for evaluator in self.evaluators:
                 try:

@@ -1,15 +1,47 @@
-"""What a run of `MultiTaskTrainer` can be told beside its tasks."""
+"""What a run of `MultiTaskTrainer` can be told besides its tasks."""
 
+import dataclasses
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+_NO_PREDICTIONS = "evaluation computes losses, not predictions; use an EvaluationCallback for other metrics"
+# transformers' arguments that have no effect on joint training, and what to do instead. A test holds that every
+# argument of the installed release is here, is used, or is known to be harmless.
+UNSUPPORTED = {
+    "per_device_train_batch_size": "set batch_size of each task",
+    "per_device_eval_batch_size": "set batch_size of each evaluation task",
+    "auto_find_batch_size": "set auto_chunk=True, which fits any batch into memory",
+    "label_smoothing_factor": "set label_smoothing of each task",
+    "group_by_length": "texts are sorted by length within each batch already",
+    "train_sampling_strategy": "rows are drawn at random, and texts are sorted by length within each batch already",
+    "ignore_data_skip": "rows of finished steps are skipped without being loaded",
+    "dataloader_in_order": "batches in another order could not be resumed",
+    "include_num_input_tokens_seen": "the log has tokens_per_second",
+    "include_for_metrics": _NO_PREDICTIONS,
+    "batch_eval_metrics": _NO_PREDICTIONS,
+    "bf16_full_eval": "evaluation runs in the dtype of the weights (master_dtype)",
+    "fp16_full_eval": "evaluation runs in the dtype of the weights (master_dtype)",
+    "optim_target_modules": "optimisers that need it are not supported; set optim to another one",
+    "use_liger_kernel": "it has no kernels for dual encoders",
+    "liger_kernel_config": "it has no kernels for dual encoders",
+    "parallelism_config": "batches are spread over all processes; use DDP or FSDP",
+}
+# Optimisers that want more of the training loop than a call of step().
+_UNSUPPORTED_OPTIMISERS = ("lomo", "adalomo", "galore", "apollo", "schedule_free")
 
 
 @dataclass
 class BifocalTrainingArguments(TrainingArguments):
     """transformers' arguments and those of training two towers together.
 
-    Batch sizes are the tasks' own; `per_device_train_batch_size` is not used.
+    Batch sizes are the tasks' own; arguments of transformers that have no effect here are refused, with the one to use.
+    `num_train_epochs` counts epochs as `steps_per_epoch` defines them: as many batches as the rows of the image-text
+    tasks fill, or those of the text tasks, whichever are more.
 
     Args:
         text_chunk_size, image_chunk_size: rows embedded at once through the gradient cache; None embeds all at once.
@@ -18,11 +50,20 @@ class BifocalTrainingArguments(TrainingArguments):
         layer_decay: learning rates fall by this factor from each layer to the one below (1.0: they do not).
         freeze_text_layers, freeze_image_layers: embeddings and this many first layers keep their weights; -1 keeps the
             whole tower (LiT, arXiv 2111.07991), its projection left free.
-        ema_decay: keep an exponential moving average of the weights; it is what the model holds after training.
+        ema_decay: keep an exponential moving average of the weights. Evaluation measures the average, the model files
+            of checkpoints hold it, and so does the model after training.
+        master_dtype: the dtype of the weights that the optimiser moves, "float32" or "bfloat16". In 16 bits small
+            updates are lost, so models that are stored in them are trained in float32 by default; `bf16` makes forward
+            and backward pass cheaper.
+        save_dtype: the dtype of the finished model's file ("float32", "bfloat16" or "float16"), as `bifocal train`
+            exports it or `save_model` writes it; `master_dtype` when None. Checkpoints always keep `master_dtype`.
         loss_form: "auto", "plain" or "tiled".
         exact_images: decode training pictures whole, as in evaluation, and not at reduced scale where that is faster
             (the mean difference is below 1 % of the range).
         loss_reduction: "sum" (the paper) or "mean" of the two directions of a loss.
+
+    Raises:
+        ValueError: if a value is out of its range, or `report_to` names something that is not installed.
     """
 
     text_chunk_size: int | None = field(default=None)
@@ -34,6 +75,8 @@ class BifocalTrainingArguments(TrainingArguments):
     freeze_text_layers: int = field(default=0)
     freeze_image_layers: int = field(default=0)
     ema_decay: float | None = field(default=None)
+    master_dtype: str = field(default="float32")
+    save_dtype: str | None = field(default=None)
     loss_form: str = field(default="auto")
     loss_reduction: str = field(default="sum")
     exact_images: bool = field(default=False)
@@ -50,3 +93,49 @@ class BifocalTrainingArguments(TrainingArguments):
             raise ValueError(f"layer_decay must be above 0 and at most 1, but it is {self.layer_decay}.")
         if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
             raise ValueError(f"ema_decay must be between 0 and 1, but it is {self.ema_decay}.")
+        if self.master_dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"master_dtype must be 'float32' or 'bfloat16', but it is '{self.master_dtype}'.")
+        if self.save_dtype not in (None, "float32", "bfloat16", "float16"):
+            raise ValueError(f"save_dtype must be 'float32', 'bfloat16' or 'float16', but it is '{self.save_dtype}'.")
+        if self.ema_decay is not None and self.master_dtype != "float32":
+            raise ValueError("An average in bfloat16 would not move; set master_dtype='float32' or no ema_decay.")
+        if self.fp16 and self.device.type == "cpu":
+            if self.process_index == 0:
+                logger.warning("fp16 is off: a CPU cannot train in float16.")
+            self.fp16, self.mixed_precision = False, "no"
+        missing = _not_installed(self.report_to)
+        if missing:
+            raise ValueError(f"report_to names '{missing}', which is not installed here; install it or leave it out.")
+
+
+def _not_installed(report_to: Any) -> str | None:
+    """The first of transformers' known integrations for reports that is not installed here."""
+    from transformers.integrations import get_available_reporting_integrations
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    available = get_available_reporting_integrations()
+    names = [report_to] if isinstance(report_to, str) else report_to or []
+    # "flyte" and the like are found in no list; they say for themselves what they lack.
+    known = ("clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio",
+             "wandb")  # fmt: skip
+    return next((n for n in names if n in known and n in INTEGRATION_TO_CALLBACK and n not in available), None)
+
+
+def unsupported(args: TrainingArguments) -> str | None:
+    """What to say of the first argument that would be silently ignored; None if there is none."""
+    for item in dataclasses.fields(args):
+        if item.name in UNSUPPORTED:
+            factory = item.default_factory
+            default = item.default if factory is dataclasses.MISSING else factory()
+            value = getattr(args, item.name)
+            if value != default:
+                return f"{item.name}={value!r} has no effect in joint training: {UNSUPPORTED[item.name]}."
+    optimiser = str(getattr(args.optim, "value", args.optim))
+    if optimiser.startswith(_UNSUPPORTED_OPTIMISERS) or "layerwise" in optimiser:
+        return f"optim='{optimiser}' is not supported in joint training; use another one, such as 'adamw_torch'."
+    config = args.accelerator_config
+    if getattr(config, "split_batches", False) or getattr(config, "dispatch_batches", None):
+        return (
+            "split_batches and dispatch_batches have no effect in joint training: each process makes its own batches."
+        )
+    return None

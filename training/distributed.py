@@ -44,6 +44,11 @@ class World:
             return cls(dist.get_rank(), dist.get_world_size())
         return cls()
 
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that speaks for all."""
+        return self.rank == 0
+
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
         """(N, ...) of this process to (size * N, ...) of all, in the order of their ranks; N is the same everywhere."""
         if self.size == 1:

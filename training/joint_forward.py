@@ -35,14 +35,36 @@ def embed(model: nn.Module, texts: Sequence[Inputs], images: Sequence[Inputs]) -
     return outputs
 
 
+def logit_scale_bounds(model: Any) -> tuple[float, float] | None:
+    """Smallest and largest ln(1 / tau) of a dual encoder; None if it has no bounds.
+
+    Bifocal's maximum is in its config. CLIP cuts at 100 while it trains; SigLIP, which learns a bias, never does.
+    """
+    largest = getattr(getattr(model, "config", None), "logit_scale_max", None)
+    if largest is None and getattr(model, "logit_bias", None) is not None:
+        return None
+    return 0.0, math.log(100.0) if largest is None else largest
+
+
+@torch.no_grad()
+def clamp_logit_scale(model: Any) -> None:
+    """Bring the parameter itself between its bounds, where the clamp of the forward pass lets a gradient through.
+
+    The bounds are the very numbers of the forward pass, since a last digit beyond them the gradient is zero for ever.
+    """
+    scale, bounds = getattr(model, "logit_scale", None), logit_scale_bounds(model)
+    if scale is not None and scale.requires_grad and bounds is not None:
+        scale.clamp_(*bounds)
+
+
 def temperature_of(model: Any) -> dict[str, torch.Tensor]:
     """`scale` and `bias` of a dual encoder, each if it has one."""
     found = {}
-    scale = getattr(model, "logit_scale", None)
+    scale, bounds = getattr(model, "logit_scale", None), logit_scale_bounds(model)
     if hasattr(model, "get_logit_scale"):
         found["scale"] = model.get_logit_scale()
     elif scale is not None:
-        found["scale"] = scale.clamp(0.0, math.log(100.0)).exp().reshape(())
+        found["scale"] = (scale if bounds is None else scale.clamp(*bounds)).exp().reshape(())
     bias = getattr(model, "logit_bias", None)
     if bias is not None:
         found["bias"] = bias.reshape(())

@@ -33,6 +33,7 @@ class Meters:
         self.accuracies: dict[str, list[float]] = {}
         self.totals: list[float] = []
         self.norms: dict[str, float] = {}
+        self.seen = 0  # rows since training started
         self._restart()
 
     def _restart(self) -> None:
@@ -54,7 +55,9 @@ class Meters:
         for name, result in results.items():
             self.losses.setdefault(name, []).append(result.loss.item())
             self.accuracies.setdefault(name, []).append(result.accuracy.item())
-        self.samples += sum(len(columns.rows) for columns in inputs["tasks"].values())
+        rows = sum(len(columns.rows) for columns in inputs["tasks"].values())
+        self.samples += rows
+        self.seen += rows
         for bucket in inputs["texts"]:
             mask = bucket.get("attention_mask")  # without one, the model attends to the padding as to any token
             self.tokens += bucket["input_ids"].numel() if mask is None else int(mask.sum())
@@ -87,6 +90,10 @@ class Meters:
         self.losses, self.accuracies, self.totals, self.norms = {}, {}, [], {}
         self._restart()
         return logs
+
+    def total_seen(self, device: torch.device) -> float:
+        """Rows of all tasks and processes since training started."""
+        return self.world.mean([float(self.seen)], device)[0] * self.world.size
 
     def state(self) -> dict[str, Any]:
         sums = {"losses": self.losses, "accuracies": self.accuracies, "totals": self.totals}

@@ -1,23 +1,30 @@
 """Stage 0: masked language modelling of the text tower (arXiv 2310.19923, section 4.1: 30 % of the tokens)."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
-from transformers import DataCollatorForLanguageModeling
+import torch
+from transformers import DataCollatorForLanguageModeling, TrainingArguments
 
 from bifocal.files import RUN, replace_folder
 from bifocal.modeling import BifocalProcessor, BifocalTextConfig, BifocalTextForMaskedLM
+from bifocal.training.arguments import BifocalTrainingArguments
 from bifocal.training.checkpoints import last_complete_checkpoint
 from bifocal.training.data.faults import Skipped
 from bifocal.training.data.shards import ShardStream
+from bifocal.training.progress_bars import no_progress_bars
 from bifocal.training.recipe import Recipe, RecipeError
 from bifocal.training.run import fresh_log, require_device, training_arguments
 from bifocal.training.sources import load_source
 from bifocal.training.streams import FAULT
 
 
-def train_mlm(recipe: Recipe) -> Path:
+def train_mlm(recipe: Recipe, arguments: BifocalTrainingArguments | None = None) -> Path:
     """Train with transformers' Trainer and collator, whole words masked; go on from the last checkpoint.
+
+    Args:
+        arguments: those of `training_arguments`, if they are made already.
 
     Returns:
         A folder with the text tower and its processor, from which a stage starts by `start_from: {text: ...}`.
@@ -29,6 +36,16 @@ def train_mlm(recipe: Recipe) -> Path:
 
     require_device(recipe)
     assert recipe.mlm is not None
+    own = {item.name for item in dataclasses.fields(BifocalTrainingArguments)}
+    own -= {item.name for item in dataclasses.fields(TrainingArguments)}
+    ignored = sorted((own | {"per_device_train_batch_size"}) & recipe.training.keys())
+    if ignored:
+        raise RecipeError(
+            f"Recipe '{recipe.name}': {ignored[0]} has no effect on masked language modelling (the batch size is "
+            "mlm.batch_size); leave it out."
+        )
+    if recipe.mlm.data.streaming and "max_steps" not in recipe.training:
+        raise RecipeError(f"Recipe '{recipe.name}': an epoch of a stream has no length; set training.max_steps.")
     data = load_source(recipe.mlm.data, "text-only", recipe.seed, Skipped(fresh_log(recipe)), "mlm")
     columns = ["text"]
     if isinstance(data, ShardStream):
@@ -51,7 +68,7 @@ def train_mlm(recipe: Recipe) -> Path:
         return dict(tokenizer(texts, return_offsets_mapping=True, **options))
 
     tokenized = data.map(tokenize, batched=True, remove_columns=columns)
-    arguments = training_arguments(recipe, per_device_train_batch_size=recipe.mlm.batch_size)
+    arguments = arguments or training_arguments(recipe)
     arguments.remove_unused_columns = False
     trainer = Trainer(
         model=model,
@@ -67,7 +84,7 @@ def train_mlm(recipe: Recipe) -> Path:
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     folder = recipe.folder / "model"
     if trainer.is_world_process_zero():
-        with replace_folder(folder, RUN) as made:
+        with no_progress_bars(), replace_folder(folder, RUN) as made:
             trainer.accelerator.unwrap_model(trainer.model).save_pretrained(made)
             processor.save_pretrained(made)
     trainer.accelerator.wait_for_everyone()
@@ -103,7 +120,7 @@ def _model(recipe: Recipe, tokens: int) -> BifocalTextForMaskedLM:
     settings = dict(recipe.model.get("text_config", recipe.model))
     try:
         if isinstance(recipe.start_from, str):
-            return BifocalTextForMaskedLM.from_pretrained(recipe.start_from, **settings)
+            return BifocalTextForMaskedLM.from_pretrained(recipe.start_from, dtype=torch.float32, **settings)
         return BifocalTextForMaskedLM(BifocalTextConfig(**{"vocab_size": -(-tokens // 64) * 64, **settings}))
     except (OSError, ValueError) as error:
         raise RecipeError(f"Recipe '{recipe.name}', model: {error}") from error

@@ -1,11 +1,14 @@
 """Which parameters learn, how fast, and which decay."""
 
 import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
 from bifocal.training.arguments import BifocalTrainingArguments
+from bifocal.training.tasks import Task
 
 # As EVA: neither learned positions nor the class token decay; nor does what is no matrix (norms, biases, logit_scale).
 _NO_DECAY = re.compile(
@@ -35,6 +38,38 @@ def depth_of(name: str) -> int | None:
     return 0 if re.search(r"\bembeddings?\b", name) else None
 
 
+def without_gradient(model: nn.Module, tasks: Iterable[Task]) -> list[str]:
+    """Names of the parameters that no task of a stage reaches.
+
+    Every task has texts, so that is the image tower of a stage of texts alone, the temperature where each task has one
+    of its own, and the bias without a sigmoid loss. DDP waits for the gradient of every parameter that wants one.
+    """
+    tasks = list(tasks)
+    images = any(task.sort == "image" for task in tasks)
+    learned = any(task.sort == "image" and task.temperature is None for task in tasks)
+    sigmoid = any(task.loss == "sigmoid" for task in tasks)
+    used = {"logit_scale": learned, "logit_bias": sigmoid}
+    return [
+        name
+        for name, _ in model.named_parameters()
+        if not used.get(name.rpartition(".")[2], images or tower_of(name) != "image")
+    ]
+
+
+@contextmanager
+def not_trained(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """Within, these parameters want no gradient; afterwards those that did before do again."""
+    chosen = set(names)
+    stopped = [p for name, p in model.named_parameters() if name in chosen and p.requires_grad]
+    for parameter in stopped:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in stopped:
+            parameter.requires_grad_(True)
+
+
 def freeze(model: nn.Module, text_layers: int, image_layers: int) -> list[str]:
     """Stop the gradients of the first layers of each tower, or with -1 of the whole tower without its projection.
 
@@ -46,7 +81,7 @@ def freeze(model: nn.Module, text_layers: int, image_layers: int) -> list[str]:
         layers = {"text": text_layers, "image": image_layers}.get(tower_of(name), 0)
         depth = depth_of(name)
         whole = layers < 0 and "_projection" not in name
-        if whole or (layers > 0 and depth is not None and depth <= layers):
+        if parameter.requires_grad and (whole or (layers > 0 and depth is not None and depth <= layers)):
             parameter.requires_grad_(False)
             frozen.append(name)
     return frozen

@@ -111,8 +111,8 @@ class Recipe(Strict):
     def _one_kind_of_work(self) -> "Recipe":
         if bool(self.tasks) == (self.mlm is not None):
             raise ValueError("a recipe has either tasks or mlm")
-        if "max_steps" not in self.training:
-            raise ValueError("training needs max_steps, the number of optimiser steps")
+        if not {"max_steps", "num_train_epochs"} & self.training.keys():
+            raise ValueError("training needs max_steps, the number of optimiser steps, or num_train_epochs")
         return self
 
     @property
@@ -287,6 +287,8 @@ def _check_training(training: dict[str, Any]) -> None:
     for key, value in training.items():
         if key in ("output_dir", "seed"):
             raise _TrainingKeyError(key, f"'{key}' stands at the top of a recipe, not under training")
+        if key == "resume_from_checkpoint":
+            raise _TrainingKeyError(key, f"'{key}' has no effect; a run resumes from its last checkpoint by itself")
         if key not in fields:
             raise _TrainingKeyError(key, f"unknown key '{key}'{_nearest(key, fields)}")
         try:

@@ -30,14 +30,16 @@ from bifocal.modeling import (
     BifocalVisionModel,
 )
 from bifocal.training.arguments import BifocalTrainingArguments
-from bifocal.training.callbacks import Stopwatch
+from bifocal.training.callbacks import Stopwatch, seconds_of
 from bifocal.training.checkpoints import checkpoints, clear_run, last_complete_checkpoint
 from bifocal.training.data.faults import Skipped, start_log
 from bifocal.training.distributed import World
 from bifocal.training.history import stage_facts, write_stage
+from bifocal.training.precision import DTYPES
+from bifocal.training.progress_bars import no_progress_bars
 from bifocal.training.recipe import Recipe, RecipeError, StartFrom
 from bifocal.training.sources import load_source
-from bifocal.training.tasks import COLUMNS, Task
+from bifocal.training.tasks import COLUMNS, Task, TrainingError
 from bifocal.training.trainer import MultiTaskTrainer
 
 logger = logging.get_logger(__name__)
@@ -55,12 +57,17 @@ class Prepared:
 
 
 def prepare(
-    recipe: Recipe, callbacks: Sequence[Any] = (), load: Callable[..., Any] = load_source, **changes: Any
+    recipe: Recipe,
+    callbacks: Sequence[Any] = (),
+    load: Callable[..., Any] = load_source,
+    arguments: BifocalTrainingArguments | None = None,
+    **changes: Any,
 ) -> Prepared:
     """Load everything a recipe of tasks names.
 
     Args:
         load: reads a `Source`, as `load_source` does.
+        arguments: those of `training_arguments`, if they are made already.
         changes: training arguments that the recipe does not decide, such as `disable_tqdm`.
 
     Raises:
@@ -70,7 +77,7 @@ def prepare(
 
     require_device(recipe)
     # Before loading: under torchrun the arguments start the process group, and the first process prepares data alone.
-    arguments = training_arguments(recipe, **changes)
+    arguments = arguments or training_arguments(recipe, **changes)
     with arguments.main_process_first(desc="loading data"):
         skipped = Skipped(fresh_log(recipe))
         tasks = _tasks(recipe, recipe.tasks, load, skipped)
@@ -83,25 +90,35 @@ def prepare(
         model = _with_lora(recipe, model)
     from bifocal.training.data.symbols import random_shift
 
-    trainer = MultiTaskTrainer(
-        model, arguments, tasks, processor, recipe.max_length, eval_tasks,
-        random_shift if recipe.augment == "shift" else None, list(callbacks),
-    )  # fmt: skip
+    try:
+        trainer = MultiTaskTrainer(
+            model, arguments, tasks, processor, recipe.max_length, eval_tasks,
+            random_shift if recipe.augment == "shift" else None, list(callbacks),
+        )  # fmt: skip
+    except TrainingError:
+        raise
+    except (ValueError, ImportError) as error:  # what the Trainer itself finds in its arguments
+        raise RecipeError(f"Recipe '{recipe.name}', training: {error}") from error
     return Prepared(recipe, tasks, processor, trainer)
 
 
 def training_arguments(recipe: Recipe, **changes: Any) -> BifocalTrainingArguments:
     settings = {"report_to": "none", "save_total_limit": 2, "logging_steps": 10, **recipe.training, **changes}
     settings |= {"output_dir": str(recipe.folder), "seed": recipe.seed, "restore_callback_states_from_checkpoint": True}
+    if recipe.mlm is not None:
+        settings["per_device_train_batch_size"] = recipe.mlm.batch_size
+    half = False
     if recipe.device == "cpu" or not torch.accelerator.is_available():
         settings["use_cpu"] = True
-        if settings.get("bf16") or settings.get("fp16"):
-            logger.warning("Half precision is off: it is slower than float32 on the CPU.")
-            settings |= {"bf16": False, "fp16": False}
+        half = bool(settings.get("bf16") or settings.get("fp16"))
+        settings |= {"bf16": False, "fp16": False}
     try:
-        return BifocalTrainingArguments(**settings)
+        arguments = BifocalTrainingArguments(**settings)
     except (ValueError, TypeError) as error:
         raise RecipeError(f"Recipe '{recipe.name}', training: {error}") from error
+    if half and arguments.process_index == 0:
+        logger.warning("Half precision is off: recipes train in float32 on a CPU.")
+    return arguments
 
 
 def require_device(recipe: Recipe) -> None:
@@ -224,6 +241,7 @@ def load_model(recipe: Recipe, processor: BifocalProcessor) -> BifocalModel:
         RecipeError: sizes that do not go together, or nothing to load.
     """
     start = recipe.start_from
+    dtype = DTYPES.get(recipe.training.get("master_dtype", "float32"))
     try:
         if start is None:
             settings = {key: value for key, value in recipe.model.items() if key != "text_config"}
@@ -231,8 +249,9 @@ def load_model(recipe: Recipe, processor: BifocalProcessor) -> BifocalModel:
             text = {"vocab_size": tokens, **recipe.model.get("text_config", {})}
             return BifocalModel(BifocalConfig(text_config=text, **settings))
         if isinstance(start, StartFrom) and start.stage is None:
-            text_tower: Any = BifocalTextModel.from_pretrained(_place(recipe, "text"))
-            image_tower: Any = BifocalVisionModel.from_pretrained(_place(recipe, "image"))
+            with no_progress_bars():
+                text_tower: Any = BifocalTextModel.from_pretrained(_place(recipe, "text"), dtype=dtype)
+                image_tower: Any = BifocalVisionModel.from_pretrained(_place(recipe, "image"), dtype=dtype)
             config = BifocalConfig(text_config=text_tower.config, vision_config=image_tower.config, **recipe.model)
             model = BifocalModel(config)
             model.text_model.load_state_dict(text_tower.state_dict())
@@ -242,7 +261,8 @@ def load_model(recipe: Recipe, processor: BifocalProcessor) -> BifocalModel:
         kept = BifocalConfig.from_pretrained(place).to_dict()
         for key, value in recipe.model.items():
             kept[key] = {**kept[key], **value} if isinstance(value, dict) and key in kept else value
-        return BifocalModel.from_pretrained(place, config=BifocalConfig(**kept))
+        with no_progress_bars():
+            return BifocalModel.from_pretrained(place, config=BifocalConfig(**kept), dtype=dtype)
     except (OSError, ValueError) as error:
         if isinstance(error, RecipeError):
             raise
@@ -360,28 +380,30 @@ def run_recipe(recipe: Recipe, save: Callable[[Any, BifocalProcessor, Path], Any
         RecipeError: what the recipe asks for is not here, or the folder holds something else.
     """
     require_device(recipe)
-    training_arguments(recipe)  # under torchrun this starts the process group
+    arguments = training_arguments(recipe)  # under torchrun this starts the process group
     if not _open_together(recipe, force):
         return None
     if recipe.mlm is not None:
         from bifocal.training.mlm import train_mlm
 
-        return train_mlm(recipe)
-    watch = Stopwatch()
-    prepared = prepare(recipe, [watch])
+        return train_mlm(recipe, arguments)
+    prepared = prepare(recipe, [Stopwatch()], arguments=arguments)
     checkpoint = last_complete_checkpoint(recipe.folder)
     trainer = prepared.trainer
-    if checkpoint is not None and World.current().rank == 0:
-        print(f"'{recipe.name}' goes on from {checkpoint.name}.")
+    if checkpoint is not None and World.current().is_main:
+        print(f"'{recipe.name}' resumes from {checkpoint.name}.")
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if recipe.eval_tasks:
-        trainer.evaluate()
     model = trainer.accelerator.unwrap_model(trainer.model)
     if hasattr(model, "merge_and_unload"):
-        model = model.merge_and_unload()
+        trainer.model = trainer.model_wrapped = model = model.merge_and_unload()
+    if arguments.save_dtype is not None:  # before it is measured
+        model.to(DTYPES[arguments.save_dtype])
+    if recipe.eval_tasks:
+        trainer.evaluate()
     folder = recipe.folder / "model"
     if trainer.is_world_process_zero():
-        write_stage(recipe.folder, stage_facts(prepared, watch.seconds, versions()))
-        save(model, prepared.processor, folder)
+        write_stage(recipe.folder, stage_facts(prepared, seconds_of(trainer), versions()))
+        with no_progress_bars():
+            save(model, prepared.processor, folder)
     trainer.accelerator.wait_for_everyone()
     return folder

@@ -1,59 +1,58 @@
 """`MultiTaskTrainer`: transformers' Trainer for joint losses over pictures and texts, on one process or many."""
 
-import json
+import copy
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.utils import logging
 
-from bifocal.modeling import BifocalProcessor
-from bifocal.training.arguments import BifocalTrainingArguments
-from bifocal.training.averaging import WeightAverage
+from bifocal.modeling import BifocalModel, BifocalProcessor
+from bifocal.training.arguments import BifocalTrainingArguments, unsupported
 from bifocal.training.batches import StepBatches, StepStream
+from bifocal.training.callbacks import Bookkeeping, in_order
 from bifocal.training.chunk_size import find_chunk_sizes
 from bifocal.training.collator import Augmentation, MultiTaskCollator, StepInputs
 from bifocal.training.distributed import World
+from bifocal.training.epochs import EpochEnds, set_steps, steps_per_epoch
 from bifocal.training.evaluating import evaluate_tasks, require_rows_by_number, task_list
 from bifocal.training.gradient_cache import cached_step, into_chunks
-from bifocal.training.joint_forward import joint_forward, padded_length, temperature_of
+from bifocal.training.joint_forward import clamp_logit_scale, joint_forward, padded_length, temperature_of
 from bifocal.training.meters import Meters, norms_by_tower
 from bifocal.training.objective import Objective
-from bifocal.training.parameters import decays, freeze, parameter_groups
+from bifocal.training.parameters import decays, freeze, not_trained, parameter_groups, without_gradient
+from bifocal.training.precision import DTYPES, set_master_dtype
+from bifocal.training.resuming import ResumableTrainer
 from bifocal.training.tasks import Task, TrainingError
 
 logger = logging.get_logger(__name__)
-STATE = "bifocal_state"
 
 
-class _ClampLogitScale(TrainerCallback):
-    """Keeps ln(1/tau) between 0 and its maximum, as CLIP does: beyond it the clamp in `forward` passes no gradient."""
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        scale = getattr(model, "logit_scale", None)
-        if scale is not None and scale.requires_grad:
-            with torch.no_grad():
-                scale.clamp_(0.0, getattr(model.config, "logit_scale_max", 4.6052))
-
-
-class MultiTaskTrainer(Trainer):
+class MultiTaskTrainer(ResumableTrainer):
     """Trains a dual encoder on several tasks together (arXiv 2405.20204, section 3).
 
     Each step takes one image-text batch and one text batch and the weighted sum of their losses; a batch comes from one
     task (see `Task`). With chunk sizes in the arguments, batches of any size fit (gradient cache). The order of the
-    batches is a function of `args.seed` and the step, and where streams stand is part of a checkpoint, so
-    `train(resume_from_checkpoint=...)` goes on with the rows that follow.
+    batches is a function of `args.data_seed` (or `seed`) and the step, and where streams stand is part of a checkpoint,
+    so `train(resume_from_checkpoint=...)` continues with the rows that follow, and refuses if they would be others.
 
-    Every callback, checkpoint and reporting feature of the Trainer works. `gradient_accumulation_steps` adds up the
-    losses of that many batches, each with its own negatives only; for more negatives raise the tasks' batch sizes and
-    set chunk sizes.
+    Every callback, checkpoint and reporting feature of the Trainer works; arguments that would have no effect are
+    refused. `gradient_accumulation_steps` adds up the losses of that many batches, each with its own negatives only;
+    for more negatives raise the tasks' batch sizes and set chunk sizes.
+
+    Weights are trained in float32, also those of a model that is stored in 16 bits (see `master_dtype`). With
+    `ema_decay`, evaluation measures the averaged weights, and the model files of checkpoints hold them. Parameters that
+    no task reaches, such as the image tower in a stage of texts, want no gradient while `train` runs.
 
     Args:
         model: with `get_text_features` and `get_image_features`: `BifocalModel`, transformers' CLIP or SigLIP, or one
-            of them under peft.
+            of them under peft (by `peft.get_peft_model`; `model.add_adapter` of transformers 5.24 asks for a peft that
+            is not released yet). Adapters leave the temperature as it is.
         args: `BifocalTrainingArguments`, or transformers' own, whose fields they take over.
         tasks: what to train on.
         processor: saved with every checkpoint; `model.processor` when None.
@@ -62,14 +61,17 @@ class MultiTaskTrainer(Trainer):
         eval_tasks: what to evaluate on: the loss and the in-batch accuracy of each, and the sum of the losses as
             `eval_loss`.
         augment: applied to training pictures.
-        callbacks: as for the Trainer.
+        callbacks: as for the Trainer, in any order: those with an attribute `adds_metrics = True`, as
+            `EvaluationCallback` has, run before those that read metrics, and early stopping last.
+
+    Attributes:
+        steps_per_epoch: optimiser steps of an epoch (see `epochs`); None if a task streams without known rows.
 
     Raises:
-        TrainingError: `args.max_steps` not given, no tasks, or two of one name.
+        TrainingError: if there are no tasks or two of one name, an argument would have no effect, or the model cannot
+            do what a task needs.
     """
 
-    args: BifocalTrainingArguments
-    model: Any
     data_collator: Any
 
     def __init__(
@@ -92,56 +94,94 @@ class MultiTaskTrainer(Trainer):
         processor = processor or getattr(model, "processor", None)
         _require_dual_encoder(model, processor, [*tasks, *eval_tasks])
         assert processor is not None
-        if args.max_steps <= 0:
-            raise TrainingError("MultiTaskTrainer counts steps, not epochs; set max_steps in the training arguments.")
+        ignored = unsupported(args)
+        if ignored is not None:
+            raise TrainingError(ignored)
+        if args.eval_strategy != "no" and not eval_tasks:
+            raise TrainingError(f"eval_strategy='{args.eval_strategy.value}' needs eval_tasks to evaluate on.")
         needs_bias = [task.name for task in tasks if task.loss == "sigmoid" and "bias" not in temperature_of(model)]
         if needs_bias:
             raise TrainingError(
-                f"The sigmoid loss of task '{needs_bias[0]}' learns a bias, which this model has not; set "
+                f"The sigmoid loss of task '{needs_bias[0]}' needs a learned bias, but the model has none; set "
                 "logit_bias_init_value=-10.0 in its config."
             )
         text_config = getattr(model.config, "text_config", model.config)
         limit = text_config.max_position_embeddings
         max_length = min(max_length or limit, limit)
         self.world = World.current() if args.world_size > 1 else World()
+        self.steps_per_epoch = steps_per_epoch(tasks, self.world.size, args.gradient_accumulation_steps)
+        args = copy.copy(args)  # what is set here is of these tasks alone
+        set_steps(args, self.steps_per_epoch, tasks)
+        if args.n_gpu > 1:  # otherwise the Trainer wraps the model in DataParallel, which splits a batch's negatives
+            logger.warning(f"Training uses one of {args.n_gpu} GPUs; start it with torchrun or accelerate to use all.")
+            args._n_gpu = 1
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if args.ddp_find_unused_parameters is None and isinstance(base, BifocalModel):
+            args.ddp_find_unused_parameters = False  # `without_gradient` knows them; DDP would look in every step
         self.tasks = {task.name: task for task in tasks}
         self.eval_tasks = {task.name: task for task in eval_tasks}
         self.max_length = max_length
         self.frozen = freeze(model, args.freeze_text_layers, args.freeze_image_layers)
+        before = set_master_dtype(model, DTYPES[args.master_dtype])
         batches = args.max_steps * args.gradient_accumulation_steps
         stream = any(task.streams for task in tasks)
-        self.step_batches: Any = (StepStream if stream else StepBatches)(tasks, batches, args.seed, self.world)
+        self.data_seed = seed = args.seed if args.data_seed is None else args.data_seed
+        self.step_batches: Any = (StepStream if stream else StepBatches)(tasks, batches, seed, self.world)
         log = f"skipped-{self.world.rank}.jsonl" if self.world.rank else "skipped.jsonl"
         self.meters = Meters(self.world, self.tasks, Path(str(args.output_dir)) / log)
-        self.average: WeightAverage | None = None
-        self._positions: dict[int, dict[str, Any]] = {}
-        self._restored_average: Path | None = None
+        self._positions = {}
         super().__init__(
             model=model,
             args=args,
             data_collator=MultiTaskCollator(  # type: ignore[arg-type]
                 processor,
                 max_length,
-                args.seed,
+                seed,
                 augment,
                 self.world.rank,
                 args.exact_images,
-                True,
-                padded_length(model.config),
+                skip=True,
+                pad_to=padded_length(model.config),
             ),
             train_dataset=self.step_batches,
             eval_dataset=list(self.eval_tasks.values()) or None,
             processing_class=processor,
-            callbacks=[*(callbacks or []), _ClampLogitScale()],
+            callbacks=[*(callbacks or []), Bookkeeping(self)],
         )
-        for callback in callbacks or []:
+        if self.steps_per_epoch is not None:
+            self.add_callback(EpochEnds(self.callback_handler, self.steps_per_epoch))
+        for callback in self.callback_handler.callbacks:
             if hasattr(callback, "attach"):  # one that logs by itself
                 callback.attach(self)
+        self.order_callbacks()
         self.step_batches.decode = self.data_collator.pictures.decode
         self.model_accepts_loss_kwargs = False  # the losses are means over the batch, not sums over its tokens
         self.can_return_loss = True
         # Where a forward pass is itself a collective, all processes must make as many.
         self.data_collator.bucketed = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        if args.ema_decay is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise TrainingError("ema_decay does not work with FSDP or DeepSpeed; use DDP, or leave it out.")
+        self._say_what_differs(before)
+
+    def _say_what_differs(self, before: set[torch.dtype]) -> None:
+        """Warn, once and by one process, of what a user may not expect."""
+        if not self.world.is_main:
+            return
+        args = self.args
+        if before:
+            names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in before))
+            logger.warning(
+                f"The model came in {names}; its weights are trained in {args.master_dtype} (master_dtype) and saved "
+                f"in {args.save_dtype or args.master_dtype} (save_dtype)."
+            )
+        scale = getattr(self.model, "logit_scale", None)
+        learned = [task.name for task in self.tasks.values() if task.sort == "image" and task.temperature is None]
+        if learned and scale is not None and not scale.requires_grad:
+            tau = 1.0 / temperature_of(self.model)["scale"].item()
+            logger.warning(
+                f"The temperature of task '{learned[0]}' stays at {tau:.4f}, since logit_scale is not trained (LoRA "
+                "adapters leave it out). Set temperature of the task for another one."
+            )
         if args.gradient_accumulation_steps > 1:
             logger.warning(
                 f"gradient_accumulation_steps={args.gradient_accumulation_steps} adds up losses whose negatives come "
@@ -149,10 +189,22 @@ class MultiTaskTrainer(Trainer):
                 "and image_chunk_size."
             )
 
+    def add_callback(self, callback: Any) -> None:
+        """As the Trainer's; the order does not matter."""
+        super().add_callback(callback)
+        added = self.callback_handler.callbacks[-1]
+        if hasattr(added, "attach"):
+            added.attach(self)
+        self.order_callbacks()
+
+    def order_callbacks(self) -> None:
+        self.callback_handler.callbacks = in_order(self.callback_handler.callbacks)
+
     # The steps
 
     def get_train_dataloader(self) -> DataLoader:
         """One item is one step. A sampler of its own per item lets the Trainer skip done steps without loading them."""
+        context = getattr(self.args, "dataloader_multiprocessing_context", None)
         return DataLoader(
             self.step_batches,
             batch_size=1,
@@ -162,6 +214,7 @@ class MultiTaskTrainer(Trainer):
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
             persistent_workers=self.args.dataloader_persistent_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
+            multiprocessing_context=context if self.args.dataloader_num_workers else None,
         )
 
     def get_batch_samples(self, *arguments: Any) -> tuple[list, Any]:
@@ -177,24 +230,26 @@ class MultiTaskTrainer(Trainer):
         """As the Trainer's.
 
         Raises:
-            TrainingError: the checkpoint belongs to another model, or to another number of processes or workers.
+            TrainingError: if the checkpoint belongs to another model, or to a run that saw other rows.
         """
         if resume_from_checkpoint:
-            self._restore(resume_from_checkpoint)
+            self.restore_state(resume_from_checkpoint)
         if self.args.auto_chunk:
             self._choose_chunks()
+        self.best_loaded = False
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad or name in self.frozen)
+        idle = [*self.frozen, *without_gradient(self.model, self.tasks.values())]
         try:
-            with joint_forward(self.model):
-                result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            with not_trained(self.model, idle), joint_forward(self.model):
+                clamp_logit_scale(self.model)
+                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         except BaseException:
             # A failure does not reach `on_train_end`: the bar would draw itself again over the message.
             for callback in self.callback_handler.callbacks:
                 if getattr(callback, "training_bar", None) is not None:
                     callback.training_bar.close()
             raise
-        if self.average is not None:
-            self.average.copy_to(self.accelerator.unwrap_model(self.model))
-        return result
 
     def _choose_chunks(self) -> None:
         sizes = find_chunk_sizes(
@@ -202,7 +257,8 @@ class MultiTaskTrainer(Trainer):
         )
         texts, images = self.world.smallest(sizes, self.args.device)
         self.args.text_chunk_size, self.args.image_chunk_size = texts, images
-        logger.warning(f"auto_chunk embeds {texts} texts and {images} images at once.")
+        if self.world.is_main:
+            logger.warning(f"auto_chunk embeds {texts} texts and {images} images at once.")
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """One batch of each sort, directly or through the gradient cache.
@@ -222,7 +278,10 @@ class MultiTaskTrainer(Trainer):
             with torch.autocast(self.args.device.type, enabled=False):
                 loss, found = self._objective()(embedded, inputs)
             results.update(found)
-            self._require_finite(loss, found, inputs)
+            self.require_finite(loss, found, inputs)
+            for name in ("scale", "bias"):  # DDP waits for their gradient also where no task of this step uses them
+                if name in embedded and embedded[name].requires_grad:
+                    loss = loss + 0.0 * embedded[name]
             return loss / accumulated
 
         def forward(texts: Any, images: Any) -> dict[str, torch.Tensor]:
@@ -248,6 +307,9 @@ class MultiTaskTrainer(Trainer):
                 lambda: self.accelerator.no_sync(model),
             )
         self.meters.add(loss, results, inputs)
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0:
+            clear_device_cache()
         return loss
 
     def _objective(self) -> Objective:
@@ -262,28 +324,6 @@ class MultiTaskTrainer(Trainer):
             embedded = model(step_texts=inputs["texts"], step_images=inputs["images"])
         loss, results = self._objective()(embedded, inputs)
         return (loss, {"loss": loss, **embedded, "results": results}) if return_outputs else loss
-
-    def _require_finite(self, loss: torch.Tensor, results: dict[str, Any], inputs: StepInputs) -> None:
-        """Stop before a step that would spoil the weights, and keep those from before it."""
-        broken = not bool(torch.isfinite(loss))
-        if self.world.size > 1:  # all stop together
-            broken = self.world.mean([float(broken)], self.args.device)[0] > 0
-        if not broken:
-            return
-        checkpoint = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-        if self.state.global_step and not checkpoint.exists():
-            self._save_checkpoint(self.model, trial=None)
-        name, value = next(
-            ((n, r.loss.item()) for n, r in results.items() if not torch.isfinite(r.loss)),
-            (next(iter(results)), float("nan")),
-        )
-        rows = inputs["tasks"][name].rows
-        shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
-        where = f"; {checkpoint} has the weights from before it" if checkpoint.exists() else ""
-        raise FloatingPointError(
-            f"The loss of task '{name}' is {value} at step {self.state.global_step + 1} (rows {shown}){where}. Look at "
-            "those rows, or lower the learning rate and resume."
-        )
 
     def _clip_grad_norm(self, model: Any) -> Any:
         if (self.state.global_step + 1) % max(1, int(self.state.logging_steps or 1)) == 0:
@@ -304,63 +344,8 @@ class MultiTaskTrainer(Trainer):
             model = self.model if model is None else model
             optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = optimizer(parameter_groups(model, self.args), **options)
-        if self.args.ema_decay is not None and self.average is None:
-            self.average = WeightAverage(self.model, self.args.ema_decay)
-            if self._restored_average is not None:
-                self.average.load(self._restored_average)
-            self.add_callback(self.average)
+        self.start_average()
         return self.optimizer
-
-    # Checkpoints
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        """Also what the Trainer does not know: where the streams stand, sums not yet logged, averaged weights."""
-        super()._save_rng_state(output_dir)
-        state = {
-            "processes": self.world.size,
-            "workers": self.args.dataloader_num_workers,
-            "positions": self._positions,
-            "meters": self.meters.state(),
-        }
-        path = Path(output_dir) / f"{STATE}_{self.world.rank}.json"
-        path.write_text(json.dumps(state), encoding="utf-8")
-        if self.average is not None and self.args.should_save:
-            self.average.save(Path(output_dir))
-
-    def _restore(self, checkpoint: Any) -> None:
-        from transformers.trainer_utils import get_last_checkpoint
-
-        found = get_last_checkpoint(self.args.output_dir) if checkpoint is True else checkpoint
-        path = Path(str(found or self.args.output_dir)) / f"{STATE}_{self.world.rank}.json"
-        if not path.exists():
-            return  # another trainer's; its weights and optimiser still serve
-        state = json.loads(path.read_text(encoding="utf-8"))
-        streams = isinstance(self.step_batches, StepStream)
-        now = {"processes": self.world.size, "workers": self.args.dataloader_num_workers}
-        if streams and any(state[name] != value for name, value in now.items()):
-            raise TrainingError(
-                f"{found} was made with {state['processes']} processes of {state['workers']} data workers, and streams "
-                "cannot go on exactly with another number of either; start this run with the same."
-            )
-        self.meters.load_state(state["meters"])
-        self._positions = {int(worker): position for worker, position in state["positions"].items()}
-        if streams:
-            done = json.loads((Path(found) / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
-            self.step_batches.start = done * self.args.gradient_accumulation_steps
-            self.step_batches.positions = self._positions
-        if self.args.ema_decay is not None:
-            self._restored_average = Path(found)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        try:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        except RuntimeError as error:
-            if "size mismatch" not in str(error) and "Missing key" not in str(error):
-                raise
-            raise TrainingError(
-                f"{resume_from_checkpoint} is a checkpoint of another model ({_first_line(error)}); resume with the "
-                "model it was made with, or start anew."
-            ) from error
 
     # Evaluation and logs
 
@@ -383,9 +368,10 @@ class MultiTaskTrainer(Trainer):
         if not tasks:
             raise TrainingError("There is nothing to evaluate on; give the trainer eval_tasks.")
         require_rows_by_number(tasks)
-        metrics = evaluate_tasks(self, tasks, metric_key_prefix)
-        # Callbacks first: an `EvaluationCallback` adds what it finds, and that is logged, too.
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        with self.averaged_weights():
+            metrics = evaluate_tasks(self, tasks, metric_key_prefix)
+            # Callbacks first: an `EvaluationCallback` adds what it finds, and that is logged, too.
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.log(metrics)
         return metrics
 
@@ -400,12 +386,15 @@ class MultiTaskTrainer(Trainer):
         )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds what the meters saw since the last log, and the learned temperature."""
+        """Adds what the meters saw since the last log, the learned temperature, and at the end the rows per second."""
         if "loss" in logs:
             logs |= self.meters.take(self.args.device, self.args.gradient_accumulation_steps)
             scale = temperature_of(self.accelerator.unwrap_model(self.model)).get("scale")
             if scale is not None and not self.is_fsdp_enabled:
                 logs["temperature"] = 1.0 / scale.item()
+        if "train_samples_per_second" in logs:  # the Trainer counts by an argument that is not used here
+            seen = self.meters.total_seen(self.args.device)
+            logs["train_samples_per_second"] = round(seen / max(logs["train_runtime"], 1e-4), 3)
         super().log(logs, *args, **kwargs)
 
 
@@ -429,15 +418,8 @@ def _require_dual_encoder(model: Any, processor: Any, tasks: Sequence[Task]) -> 
 
 def _given(args: Any) -> dict[str, Any]:
     """The fields of transformers' arguments that are not at their default, as given to a new object."""
-    import dataclasses
-
     given = {}
     for item in dataclasses.fields(args):
         if item.init and getattr(args, item.name) != item.default:
             given[item.name] = getattr(args, item.name)
     return given
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[1] if len(lines) > 1 else lines[0]

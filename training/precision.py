@@ -1,0 +1,40 @@
+"""The dtype that weights are trained in and saved in."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def set_master_dtype(model: nn.Module, dtype: torch.dtype) -> set[torch.dtype]:
+    """Convert a model's floating point weights in place.
+
+    Of a quantised model only the trained parameters (its adapters) are converted.
+
+    Returns:
+        The other dtypes that there were.
+    """
+    quantised = getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False)
+    tensors: list[torch.Tensor] = [p for p in model.parameters() if p.requires_grad or not quantised]
+    tensors += [] if quantised else list(model.buffers())
+    before = {tensor.dtype for tensor in tensors if tensor.is_floating_point()} - {dtype}
+    for tensor in tensors:
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+    return before
+
+
+@contextmanager
+def rounded(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """Within, the model's weights are in `dtype`; afterwards they are what they were. None changes nothing."""
+    kept = [(p, p.data) for p in model.parameters() if dtype is not None and p.is_floating_point()]
+    try:
+        for parameter, data in kept:
+            parameter.data = data.to(dtype)
+        yield
+    finally:
+        for parameter, data in kept:
+            parameter.data = data

@@ -1,0 +1,183 @@
+"""Checkpoints of `MultiTaskTrainer`: what they hold besides the Trainer's own files, and resuming from them exactly."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer
+from transformers.trainer_utils import get_last_checkpoint
+
+from bifocal.training.arguments import BifocalTrainingArguments
+from bifocal.training.averaging import WeightAverage
+from bifocal.training.batches import StepStream
+from bifocal.training.collator import StepInputs
+from bifocal.training.distributed import World
+from bifocal.training.meters import Meters
+from bifocal.training.precision import DTYPES, rounded
+from bifocal.training.progress_bars import no_progress_bars
+from bifocal.training.signature import differences, run_signature
+from bifocal.training.tasks import Task, TrainingError
+
+STATE = "bifocal_state"
+
+
+class ResumableTrainer(Trainer):
+    """A Trainer whose checkpoints also hold where streams stand, sums not yet logged, and averaged weights.
+
+    With `ema_decay` the model file of a checkpoint holds the average, which is what was evaluated and what
+    `from_pretrained` should give; the weights to resume from are in a file of their own.
+    """
+
+    args: BifocalTrainingArguments
+    model: Any
+    world: World
+    tasks: dict[str, Task]
+    step_batches: Any
+    meters: Meters
+    average: WeightAverage | None = None
+    best_loaded = False
+    data_seed: int  # of the order of the rows and of what is drawn from them
+    _positions: dict[int, dict[str, Any]]
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Within, the model holds the averaged weights, if training keeps some (`ema_decay`)."""
+        if self.average is None:
+            yield
+            return
+        with self.average.applied():
+            yield
+
+    def start_average(self) -> None:
+        if self.args.ema_decay is not None and self.average is None:
+            self.average = WeightAverage(self.model, self.args.ema_decay)
+
+    def keep_average(self) -> None:
+        """At the end of training: leave the average in the model, unless the best weights, an average, are there."""
+        if self.average is not None and not self.best_loaded:
+            self.average.copy_to_model()
+        self.average = None
+
+    # Writing
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer's, with the averaged weights if there are some; in `save_dtype` unless it is a checkpoint."""
+        dtype = None if _internal_call or self.is_fsdp_enabled else DTYPES.get(self.args.save_dtype or "")
+        with self.averaged_weights(), rounded(self.model, dtype), no_progress_bars():
+            super().save_model(output_dir, _internal_call=_internal_call)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        state = {
+            "signature": self._signature(),
+            "positions": self._positions,
+            "meters": self.meters.state(),
+            "averaged": self.average is not None,
+        }
+        path = Path(output_dir) / f"{STATE}_{self.world.rank}.json"
+        path.write_text(json.dumps(state), encoding="utf-8")
+        if self.average is not None and self.args.should_save:
+            self.average.save_raw(Path(output_dir))
+
+    def _signature(self) -> dict[str, Any]:
+        tasks, accumulation = list(self.tasks.values()), self.args.gradient_accumulation_steps
+        return run_signature(tasks, self.data_seed, accumulation, self.world.size, self.args.dataloader_num_workers)
+
+    def require_finite(self, loss: torch.Tensor, results: dict[str, Any], inputs: StepInputs) -> None:
+        """Stop before a step that would spoil the weights, and write a checkpoint of those from before it.
+
+        Raises:
+            FloatingPointError: if the loss of any process is not finite.
+        """
+        broken = not bool(torch.isfinite(loss))
+        if self.world.size > 1:  # all stop together
+            broken = self.world.mean([float(broken)], self.args.device)[0] > 0
+        if not broken:
+            return
+        checkpoint = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        if self.state.global_step and not checkpoint.exists():
+            self._save_checkpoint(self.model, trial=None)
+        name, value = next(
+            ((n, r.loss.item()) for n, r in results.items() if not torch.isfinite(r.loss)),
+            (next(iter(results)), float("nan")),
+        )
+        rows = inputs["tasks"][name].rows
+        shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
+        where = f"; {checkpoint} has the weights from before it" if checkpoint.exists() else ""
+        raise FloatingPointError(
+            f"The loss of task '{name}' is {value} at step {self.state.global_step + 1} (rows {shown}){where}. Look at "
+            "those rows, or lower the learning rate and resume."
+        )
+
+    # Reading
+
+    def restore_state(self, checkpoint: Any) -> None:
+        """Take up what a checkpoint holds besides the Trainer's own.
+
+        Args:
+            checkpoint: its folder, or True for the last one.
+
+        Raises:
+            TrainingError: if the rows that follow cannot be known, since the run is another one.
+        """
+        found = get_last_checkpoint(str(self.args.output_dir)) if checkpoint is True else checkpoint
+        if found is None:
+            return  # the Trainer says so
+        folder = Path(found)
+        paths = [folder / f"{STATE}_{rank}.json" for rank in (self.world.rank, 0)]
+        path = next((path for path in paths if path.exists()), None)
+        if path is None:
+            raise TrainingError(
+                f"{folder} has no {paths[1].name}, without which training cannot resume. If it holds a model "
+                "(save_only_model, or another trainer's checkpoint), load that and start a new run."
+            )
+        state = json.loads(path.read_text(encoding="utf-8"))
+        changed = differences(state["signature"], self._signature())
+        if changed:
+            raise TrainingError(
+                f"{folder} cannot be resumed, or rows would be seen twice and others never: {'; '.join(changed)}. Set "
+                "that back, or start a new run."
+            )
+        if state["averaged"] and self.args.ema_decay is None:
+            raise TrainingError(f"{folder} was made with ema_decay; resume with it, or start a new run.")
+        self.meters.load_state(state["meters"])
+        self._positions = {int(worker): position for worker, position in state["positions"].items()}
+        if isinstance(self.step_batches, StepStream):
+            done = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+            self.step_batches.start = done * self.args.gradient_accumulation_steps
+            self.step_batches.positions = self._positions
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        except RuntimeError as error:
+            if "size mismatch" not in str(error) and "Missing key" not in str(error):
+                raise
+            raise TrainingError(
+                f"{resume_from_checkpoint} is a checkpoint of another model ({_first_line(error)}); resume with the "
+                "model it was made with, or start anew."
+            ) from error
+        if self.args.ema_decay is not None:
+            self.average = WeightAverage(self.model, self.args.ema_decay)
+            self.average.load_raw(Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self.best_loaded = Path(str(self.state.best_model_checkpoint)).is_dir()
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        try:
+            return super()._determine_best_metric(metrics, trial)
+        except KeyError as error:
+            raise TrainingError(
+                f"metric_for_best_model='{self.args.metric_for_best_model}' is not among what is measured: "
+                f"{', '.join(name for name in sorted(metrics) if name.startswith('eval_'))}."
+            ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[1] if len(lines) > 1 else lines[0]

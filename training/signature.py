@@ -1,0 +1,102 @@
+"""What decides which rows each step sees, so that a run is resumed with those that follow, or not at all."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bifocal.training.tasks import Task
+
+_SAMPLED = 64  # rows of a data set whose texts are compared
+
+
+def run_signature(tasks: Sequence[Task], seed: int, accumulation: int, processes: int, workers: int) -> dict[str, Any]:
+    """In plain types, as a checkpoint keeps it.
+
+    Args:
+        seed: of the order of the rows.
+        accumulation: batches of an optimiser step.
+        workers: data workers of each process; only streams depend on them.
+    """
+    described = []
+    for task in tasks:
+        found = {"name": task.name, "kind": task.kind, "batch_size": task.batch_size, "weight": task.weight}
+        if task.streams:
+            found |= {"rows": task.rows, "shuffle": task.shuffle}
+        else:
+            found["rows"] = len(task.dataset)
+        described.append(found | {"content": content_digest(task)})
+    signature = {"seed": seed, "gradient_accumulation_steps": accumulation, "processes": processes}
+    if any(task.streams for task in tasks):
+        signature["dataloader_num_workers"] = workers
+    # As it comes back from a file.
+    return json.loads(json.dumps({**signature, "tasks": described}))
+
+
+def content_digest(task: Task) -> str | None:
+    """Digest of a data set's texts and numbers in a sample of its rows; of a stream's columns and file names.
+
+    Images are left out, and so is the folder of a file: a data set that was moved is still the same. None for objects
+    with code of their own, such as a torch `Dataset`, whose rows may be drawn anew at each look.
+    """
+    data = task.dataset
+    if task.streams:
+        shards = getattr(data, "shards", None) or [getattr(data, "num_shards", 1)]
+        return _digest([sorted(data.column_names or []), [str(shard).rpartition("/")[2] for shard in shards]])
+    rows = sorted({len(data) * part // _SAMPLED for part in range(_SAMPLED)} | {len(data) - 1})
+    if hasattr(data, "with_format"):
+        # As stored: nothing is decoded, and no transform of the user's is run.
+        columns = [name for name, kind in data.features.items() if _is_plain(kind)]
+        plain = data.with_format(None).select_columns(columns)
+        return _digest([{name: found[name] for name in columns} for found in plain.select(rows)])
+    source = getattr(data, "source", data)  # a list or a frame may be wrapped
+    if hasattr(source, "iloc"):
+        return _digest([_texts(source.iloc[row].to_dict()) for row in rows])
+    return _digest([_texts(source[row]) for row in rows]) if isinstance(source, list | tuple) else None
+
+
+def _is_plain(kind: Any) -> bool:
+    """Whether a feature of `datasets` is text, a number, or a list of them."""
+    from datasets import ClassLabel, Value
+
+    inner = getattr(kind, "feature", kind[0] if isinstance(kind, list) else None)
+    return _is_plain(inner) if inner is not None else isinstance(kind, Value | ClassLabel)
+
+
+def _texts(row: Any) -> dict[str, Any]:
+    return {str(n): value for n, value in row.items() if _is_text(value)} if isinstance(row, Mapping) else {}
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str | int | float) or (isinstance(value, list) and all(map(_is_text, value)))
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What changed from one signature to another, each as "NAME was OLD and is now NEW"."""
+    old, new = ([task["name"] for task in signature["tasks"]] for signature in (before, now))
+    if old != new:
+        return [f"the tasks were {', '.join(old)} and are now {', '.join(new)}"]
+    found = [
+        _changed(name, before.get(name), now.get(name))
+        for name in sorted(before.keys() | now.keys())
+        if name != "tasks" and before.get(name) != now.get(name)
+    ]
+    for was, is_now in zip(before["tasks"], now["tasks"], strict=True):
+        changed = [name for name in was.keys() | is_now.keys() if was.get(name) != is_now.get(name)]
+        if changed == ["content"]:
+            found.append(f"the data set of task '{was['name']}' has other rows than before")
+        found += [
+            _changed(f"{name} of task '{was['name']}'", was.get(name), is_now.get(name))
+            for name in sorted(changed)
+            if name != "content"
+        ]
+    return found
+
+
+def _changed(name: str, before: Any, now: Any) -> str:
+    return f"{name} was {before} and is now {now}"
