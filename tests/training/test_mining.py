@@ -179,14 +179,15 @@ def test_texts_kept_for_another_model_are_not_used(minilm, tmp_path):
 
 def test_files_of_the_users_are_left_alone(model, tmp_path):
     settings = MiningSettings(negatives=2, depth=10)
-    for name, content in (("captions.json", '{"images": []}'), ("captions.json", "words"), ("captions.npy", "words")):
+    mined = mine_across(pictures(), model, "text-to-image", tmp_path / "new", settings)
+    kept = next((tmp_path / "new").glob("captions-*.json"))
+    for name, content in ((kept.name, '{"images": []}'), (kept.name, "words"), (f"{kept.stem}.npy", "words")):
         cache = tmp_path / f"{name}{len(content)}"
         cache.mkdir()
         (cache / name).write_text(content)
         with pytest.raises(MiningError, match=f"{name}' is no file of a mining run.*; choose another cache folder"):
             mine_across(pictures(), model, "text-to-image", cache, settings)
         assert [(path.name, path.read_text()) for path in cache.iterdir()] == [(name, content)]
-    mined = mine_across(pictures(), model, "text-to-image", tmp_path / "new", settings)
     write_parquet(mined, tmp_path / "mined.parquet")
     write_parquet(mined, tmp_path / "mined.parquet")
     (tmp_path / "mine.parquet").write_text("words")
