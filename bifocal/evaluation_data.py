@@ -154,10 +154,7 @@ def read_task(task: EvaluationTask, scratch: Path, skipped: Skipped) -> TaskData
         RecipeError: if there is nothing at the path, or no such column.
         BadRowsError: if more rows are bad than the source's `max_bad` allows.
     """
-    if task.kind == "text-retrieval":
-        rows = _retrieval_rows(task)
-    else:
-        rows = _read(task.data, _READ_AS[task.kind], task.name, scratch)
+    rows = _retrieval_rows(task) if task.kind == "text-retrieval" else _read(task.data, _READ_AS[task.kind], scratch)
     _require_good(rows, task.data, task.name, skipped)
     if task.kind == "image-text-retrieval":
         _by_image(rows)
@@ -165,7 +162,7 @@ def read_task(task: EvaluationTask, scratch: Path, skipped: Skipped) -> TaskData
         return TaskData(task, rows)
     if task.train is None:
         raise RecipeError(f"The linear probe '{task.name}' needs rows to fit on; name them under train.")
-    train = _read(task.train, "image-label", f"{task.name}-train", scratch)
+    train = _read(task.train, "image-label", scratch)
     _require_good(train, task.train, task.name, skipped)
     return TaskData(task, rows, train)
 
@@ -190,7 +187,7 @@ def _require_good(rows: TaskRows, source: Source, name: str, skipped: Skipped) -
         raise EvaluationError(f"'{name}' has no row that can be used; look at {source.title}.")
 
 
-def _read(source: Source, kind: str, name: str, scratch: Path) -> TaskRows:
+def _read(source: Source, kind: str, scratch: Path) -> TaskRows:
     found = TaskRows()
     digest = hashlib.blake2b(digest_size=16)
     for row_name, row in rows_of(source, kind):
@@ -201,10 +198,10 @@ def _read(source: Source, kind: str, name: str, scratch: Path) -> TaskRows:
             found.skips.append(Skip.of(row_name, row))
             continue
         if "image" in row:
-            row["image"], mark = _kept_image(row["image"], scratch / f"{name}-{found.count}".replace(os.sep, "-"))
-            digest.update(mark)
-        texts = {column: value for column, value in row.items() if column not in ("image", "image_id")}
-        digest.update(json.dumps(texts, default=str).encode())
+            row["image"], mark = _kept_image(row["image"], scratch)
+            digest.update(mark.encode())
+        others = {column: value for column, value in row.items() if column != "image"}
+        digest.update(json.dumps(others, default=str).encode())
         found.names.append(row_name)
         for column, value in row.items():
             found.columns.setdefault(column, KeptImages() if column == "image" else []).append(value)
@@ -212,16 +209,17 @@ def _read(source: Source, kind: str, name: str, scratch: Path) -> TaskRows:
     return found
 
 
-def _kept_image(image: Any, path: Path) -> tuple[Any, bytes]:
+def _kept_image(image: Any, scratch: Path) -> tuple[Any, str]:
     """Return the image, as a file if it was bytes, and what changes when it does."""
     if isinstance(image, bytes):
-        path.write_bytes(image)
-        return path, hashlib.blake2b(image, digest_size=16).digest()
+        mark = hashlib.blake2b(image, digest_size=16).hexdigest()
+        (scratch / mark).write_bytes(image)
+        return scratch / mark, mark
     try:
         facts = os.stat(image)
     except (OSError, TypeError, ValueError):
-        return image, repr(image)[:1000].encode()
-    return image, f"{image} {facts.st_size} {facts.st_mtime_ns}".encode()
+        return image, repr(image)[:1000]
+    return image, f"{image} {facts.st_size} {facts.st_mtime_ns}"
 
 
 def _by_image(rows: TaskRows) -> None:
@@ -247,7 +245,7 @@ def _retrieval_rows(task: EvaluationTask) -> TaskRows:
         queries, corpus, relevant, faults = whole_beir(folder, task.data.split)
         rows = TaskRows(skips=[Skip.of(*fault) for fault in faults], count=len(faults) + len(queries) + len(corpus))
     else:
-        rows = _read(task.data, "text-pair", task.name, Path())
+        rows = _read(task.data, "text-pair", Path())
         columns = rows.columns or {"query": [], "positive": []}
         queries, corpus, relevant = _as_retrieval(zip(columns["query"], columns["positive"], strict=True))
     rows.columns = {"queries": queries, "corpus": corpus, "relevant": relevant}

@@ -11,7 +11,6 @@ from transformers import TrainerCallback
 
 from bifocal.evaluation.encoders import Encoder, encoder_of
 from bifocal.evaluation.protocols import Result
-from bifocal.evaluation.retrieval import EvaluationError
 
 Evaluator = Callable[[Encoder], Result]
 
@@ -20,9 +19,10 @@ class EvaluationCallback(TrainerCallback):
     """Runs evaluators every so many steps and at the end of training, and logs what they find.
 
     Metrics are logged as `eval_{task}_{metric}`, so that `metric_for_best_model="eval_flickr_mean_recall"` works with
-    `load_best_model_at_end` and `EarlyStoppingCallback`. With `ema_decay` the averaged weights are measured. The random
-    state, the model's mode and its gradients are left as they were: a run with evaluation ends with the same weights as
-    one without.
+    `load_best_model_at_end` and `EarlyStoppingCallback`. Rows that cannot be used are skipped, named in a warning and
+    counted as `eval_{task}_skipped_rows`; those that share a text or an image are right answers of each other, counted
+    as `eval_{task}_shared_rows`. With `ema_decay` the averaged weights are measured. The random state, the model's mode
+    and its gradients are left as they were: a run with evaluation ends with the same weights as one without.
 
     Args:
         evaluators: each takes an `Encoder` and returns a `Result`, such as
@@ -91,17 +91,10 @@ class EvaluationCallback(TrainerCallback):
         with self.weights(), _undisturbed(model):
             encoder = encoder_of(model, self.processor, "training", self.batch_size)
             for evaluator in self.evaluators:
-                try:
-                    result = evaluator(encoder)
-                except (OSError, ValueError) as error:
-                    if isinstance(error, EvaluationError):
-                        raise
-                    line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-                    raise EvaluationError(
-                        f"An evaluator failed at step {state.global_step} ({type(error).__name__}: {line}). Give it only "
-                        "images that can be read, such as those of an evaluation task that names the others."
-                    ) from error
+                result = evaluator(encoder)
                 metrics |= {f"eval_{result.task}_{name}": value for name, value in result.metrics.items()}
+                counts = {"skipped_rows": len(result.skips), "shared_rows": result.sizes.get("shared rows", 0)}
+                metrics |= {f"eval_{result.task}_{name}": float(count) for name, count in counts.items() if count}
         return metrics
 
 

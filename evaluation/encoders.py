@@ -78,9 +78,10 @@ class Encoder:
 
 
 def require_model(path: str) -> None:
-    """
+    """Check that there is a model, before any data is read.
+
     Raises:
-        EvaluationError: if a model is neither a folder that holds one nor perhaps an id on the Hub.
+        EvaluationError: if the path is neither a folder with a model nor the id of one on the Hub.
     """
     place = Path(path).expanduser()
     if place.is_file():
@@ -108,7 +109,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _is_local(path: str) -> bool:
-    """Whether a path that does not exist can only have meant a folder here, and no id on the Hub."""
+    """Return whether a path that does not exist can only mean a folder here, and no id on the Hub."""
     parts = Path(path).parts
     plain = len(parts) > 2 or path.startswith((".", "/", "~")) or "\\" in path or path.endswith("/")
     return plain or (len(parts) == 2 and Path(parts[0]).is_dir())
@@ -156,7 +157,7 @@ def bifocal_encoder(model: BifocalModel, name: str, batch_size: int = 64) -> Enc
 
 
 def encoder_of(model: Any, processor: Any, name: str, batch_size: int = 64) -> Encoder:
-    """A model at hand: ours, or one of transformers with both towers.
+    """Return an encoder of a loaded model: ours, or one of transformers with both towers.
 
     Args:
         processor: for a model that has none of its own.
@@ -217,7 +218,7 @@ def _dual_encoder(path: str, batch_size: int, device: str) -> Encoder:
 
 
 def dual_encoder(model: Any, processor: Any, name: str, batch_size: int = 64) -> Encoder:
-    """A model of transformers with `get_text_features` and `get_image_features` at hand, and its processor."""
+    """Return an encoder of a loaded model with `get_text_features` and `get_image_features`, and its processor."""
     import torch
 
     from bifocal.training.joint_forward import padded_length

@@ -87,7 +87,7 @@ def _extras(result: Result) -> dict[str, Any]:
 
 
 def remarks(result: Result) -> list[str]:
-    """What there is to say of a data set's rows: those that were skipped, and those that share a text or an image."""
+    """Return sentences about a data set's rows: those that share a text or an image, and those that were skipped."""
     said = []
     shared, skipped = result.sizes.get("shared rows", 0), len(result.skips)
     if shared:

@@ -19,13 +19,13 @@ Plot = dict[str, str]
 
 
 def images_of(result: Result) -> list[list[int]]:
-    """The right images of each text."""
+    """Return the right images of each text."""
     owner, texts, images = (result.arrays[name] for name in ("owner", "text_ids", "image_ids"))
     return caption_answers(owner, texts, images)[0]
 
 
 def distinct_pairs(result: Result) -> tuple[np.ndarray, np.ndarray]:
-    """Images and the first text of each, without those whose image or text came before."""
+    """Return images and the first text of each, without those whose image or text came before."""
     owner, text_ids, image_ids = (result.arrays[name] for name in ("owner", "text_ids", "image_ids"))
     first = np.unique(owner, return_index=True)[1]
     seen: set[tuple[str, int]] = set()
@@ -39,7 +39,7 @@ def distinct_pairs(result: Result) -> tuple[np.ndarray, np.ndarray]:
 
 
 def gap_of(result: Result) -> Gap | None:
-    """The modality gap; None of so few pairs that it cannot be measured."""
+    """Return the modality gap; None if there are fewer than four different pairs."""
     images, texts = distinct_pairs(result)
     return modality_gap(images, texts) if len(images) >= 4 else None
 

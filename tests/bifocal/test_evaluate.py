@@ -12,8 +12,10 @@ from typer.testing import CliRunner
 
 from bifocal.cli import app
 from bifocal.evaluation.encoders import load_encoder
+from bifocal.evaluation_data import EvaluationTask, read_task
 from bifocal.hub.export import export_model
 from bifocal.modeling import BifocalModel
+from bifocal.training.data.faults import BadRowsError, Skipped
 from tests.bifocal.commands import error_of, invoke
 from tests.browser import LONG_NAME, needs_browser, odd_images, opened
 from tests.conftest import small_config
@@ -192,6 +194,22 @@ def test_models_are_measured_on_the_same_good_rows(here, tmp_path):
     assert "60.0% of 5 rows are bad, more than max_bad=0.5" in error_of(
         tmp_path, "evaluate", str(here / "ours"), "--suite", "suite.yaml", "--out", "out"
     )
+
+
+def test_bad_lines_of_a_beir_folder(here, tmp_path):
+    shutil.copytree(here / "beir", tmp_path / "beir")
+    with (tmp_path / "beir" / "corpus.jsonl").open("a") as file:
+        file.write('{"title": "nameless", "text": "x"}\n{"_id": "d99", "te\n')
+    with (tmp_path / "beir" / "qrels" / "test.tsv").open("a") as file:
+        file.write("q1\td77\t1\nq2\td4\thigh\nq2\td5\t0\n")
+    data = {"path": str(tmp_path / "beir"), "split": "test", "max_bad": 0.5}
+    rows = read_task(EvaluationTask(name="b", kind="text-retrieval", data=data), tmp_path, Skipped()).rows
+    assert rows.columns["relevant"] == {"q0": ["d1", "d2"], "q1": ["d3"]}
+    assert len(rows.skips) == 4
+    assert {"no _id", "judgement of a missing text", "broken judgement"} < {skip.cause for skip in rows.skips}
+    strict = EvaluationTask(name="b", kind="text-retrieval", data={**data, "max_bad": 0.0})
+    with pytest.raises(BadRowsError, match="are bad, more than"):
+        read_task(strict, tmp_path, Skipped())
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from bifocal.training.arguments import BifocalTrainingArguments
 from bifocal.training.tasks import Task
 from bifocal.training.trainer import MultiTaskTrainer
 from tests.conftest import small_config
-from tests.modeling.test_images import photo, png
+from tests.modeling.test_images import photo
 
 
 def retrieval(encoder):
@@ -66,22 +66,6 @@ def test_it_chooses_the_best_model(processor, tmp_path):
     assert trainer.state.best_metric == pytest.approx(max(found.values()))
 
 
-def test_a_broken_image_is_said(processor, tmp_path):
-    """A column of decoded images raises from within Pillow."""
-    from datasets import Features
-    from datasets import Image as ImageFeature
-
-    stored = {"image": [{"bytes": png(photo(32, 32))[:90], "path": None}]}
-    images = Dataset.from_dict(stored, features=Features({"image": ImageFeature()}))["image"]
-    callback = EvaluationCallback(
-        [lambda encoder: image_text_retrieval(encoder, "photos", images, [["star"]])], every=2
-    )
-    with pytest.raises(
-        EvaluationError, match=r"An evaluator failed at step 2 \(.*Give it only images that can be read"
-    ):
-        train(processor, tmp_path, [callback])
-
-
 def test_models_of_transformers(processor, tmp_path):
     """One with both towers is evaluated through the trainer's processor; one that cannot be is refused at the start."""
     tiny = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
@@ -96,10 +80,19 @@ def test_models_of_transformers(processor, tmp_path):
     args = BifocalTrainingArguments(
         output_dir=str(tmp_path), max_steps=2, report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no"
     )
-    watch = EvaluationCallback(retrieval)
+
+    def with_a_broken_row(encoder):
+        return image_text_retrieval(
+            encoder, "photos", [*images[:6], b"broken", images[0]], [f"box {n}" for n in range(8)]
+        )
+
+    images = [photo(32 + n, 32) for n in range(8)]
+    watch = EvaluationCallback(with_a_broken_row)
     trainer = MultiTaskTrainer(model, args, [Task("p", "image-text", data, 4)], processor, callbacks=[watch])
     trainer.train()
-    assert any("eval_photos_mean_recall" in entry for entry in trainer.state.log_history)
+    (logged,) = (entry for entry in trainer.state.log_history if "eval_photos_mean_recall" in entry)
+    assert logged["eval_photos_skipped_rows"] == 1.0
+    assert logged["eval_photos_shared_rows"] == 2.0, "the first image stands in two rows"
     with pytest.raises(EvaluationError, match="To evaluate a CLIPModel, give its processor"):
         watch.attach(SimpleNamespace(log=None, model=model))
     bert = BertModel(BertConfig(**tiny, vocab_size=320))

@@ -1,9 +1,12 @@
 """The report, opened in a real browser: figures visible, nothing asked for over the network, no error."""
 
 import pytest
+from datasets import Dataset
 from PIL import Image
 
+from bifocal.demo_results import evaluate_symbols, example_searches
 from bifocal.evaluation.report import Gallery, Hit, Item, Report, Search, Stage, write_report
+from bifocal.evaluation.retrieval import relevant_ranks
 from tests.browser import LONG_NAME, check_layout, needs_browser, odd_images, opened
 
 
@@ -56,6 +59,25 @@ def test_in_a_browser(page_file):
         assert "right answer at rank 17" in page.locator("main").inner_text()
         # The check itself: images as high as before and as wide as they come run over their cards.
         style = page.add_style_tag(content=".hit img { width: auto; max-width: none; }")
-        with pytest.raises(AssertionError, match="leaves its DIV.hit"):
+        with pytest.raises(AssertionError, match=r"leaves its DIV\.hit"):
             check_layout(page)
         style.evaluate("style => style.remove()")
+
+
+def test_symbols_that_look_alike_are_right_answers_of_each_other(model):
+    """As Latin A and Greek Alpha; what the demo measures and shows."""
+    images = [Image.new("RGB", (32, 32), (40 * number, 90, 200)) for number in range(5)]
+    names = [f"star {number}" for number in range(6)]
+    symbols = Dataset.from_dict({
+        "images": [[image] for image in [*images, images[-1]]], "name": names, "symbol": list("abcdef"),
+        "long_captions": [[f"a long {name}"] for name in names], "descriptions": [[f"a sign {n}"] for n in range(6)],
+    })  # fmt: skip
+    found = evaluate_symbols(model, symbols)
+    alike = [[0], [1], [2], [3], [4, 5], [4, 5]]
+    for query, item in (("name", "picture"), ("picture", "name"), ("long caption", "picture")):
+        expected = relevant_ranks(found.vectors[query], found.vectors[item], alike)[:, 0]
+        assert found.ranks(query, item).tolist() == expected.tolist()
+    assert found.metrics["text to picture R@1"] == (found.ranks("name", "picture") == 1).mean()
+    galleries = example_searches(found, symbols, 0)
+    assert "2 symbols look like another one to the pixel" in galleries[0].note
+    assert "look like" not in galleries[3].note, "names and descriptions differ"
