@@ -56,7 +56,8 @@ def release_run(
     kind = _model_type(folder)
     if kind != "bifocal":
         raise ReleaseError(
-            f"'{folder}' holds a {kind} model, and this command writes Bifocal models; call bifocal.export_model."
+            f"'{folder}' holds a {kind} model; this command writes Bifocal models with both towers, and "
+            "bifocal.export_model in Python also CLIP and SigLIP."
         )
     measured, evaluation = _evaluation(results, folder)
     try:

@@ -116,7 +116,7 @@ def test_the_run_is_exported_whole(reader, tuned):
     assert "differs" in run(reader, "export", "runs/release", "--check").stdout, "alone, it looks at what is there"
     fewer = invoke(reader, "export", "runs/finetune", "runs/release", "--no-onnx")
     assert fewer.stdout.splitlines() == [
-        "The model is in runs/release.", "It leaves out evaluation.json, onnx/, which the earlier export had.",
+        "The model is in runs/release.", "It leaves out LICENSE, evaluation.json, onnx/, which the earlier export had.",
     ]  # fmt: skip
     assert not (release / "onnx").exists()
     for wrong, message in (

@@ -29,6 +29,7 @@ from bifocal.hub.export import export_model
 from bifocal.hub.results import add_results
 from bifocal.hub.samples import samples
 from bifocal.modeling import BifocalModel
+from tests.bifocal.commands import error_of
 from tests.conftest import TEXTS, small_config
 
 CARD = Card(
@@ -203,6 +204,8 @@ def test_another_familys_card_is_true_for_it(family, masked, processor, tmp_path
     for other in found[1:]:
         np.testing.assert_allclose(other, found[0], atol=1e-5)
     assert type(AutoModel.from_pretrained(folder)) is type(model)
+    said = error_of(tmp_path, "export", "other", "release", "--no-onnx")
+    assert f"'other' holds a {model.config.model_type} model; this command writes Bifocal models" in said
     if family is clip:
         sharded = export_model(model, tmp_path / "shards", own, shard="20KB")
         assert not (sharded / "model.safetensors").exists()
