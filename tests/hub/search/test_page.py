@@ -352,6 +352,12 @@ def test_what_the_page_answers(searcher, tmp_path):
     (tmp_path / "bomb.png").write_bytes(bomb.getvalue())
     assert "9000 x 9000 pixels, more than" in find("", str(tmp_path / "bomb.png"), "Apart", 5, 0.5)
     assert results_html({"text": []}).count("Nothing of this kind is in the index") == 1
+    part = searcher.index.table.parts[0]
+    part.unlink()  # not cut: it is mapped into this process's memory
+    part.write_bytes(b"damaged")
+    shown = find("a star", None, "Apart", 3, 0.5)
+    assert "The index cannot be searched now" in shown
+    assert str(tmp_path) not in shown, "what is wrong on the server is not told to visitors"
 
 
 def test_a_space_runs_on_its_own(searcher, tmp_path):
