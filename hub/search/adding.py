@@ -15,7 +15,8 @@ _PIXELS = 2**28  # of decoded images that are held at once, 0.8 GB: a part of ph
 
 
 class Adding:
-    """
+    """A run over items: those that the table lacks are embedded and written, all are told to the scan.
+
     Args:
         table: to add to; its index's lock is held.
         before: keys that are in it.

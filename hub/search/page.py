@@ -2,6 +2,7 @@
 
 import base64
 import html
+import logging
 import math
 import os
 import re
@@ -18,6 +19,8 @@ from starlette.responses import PlainTextResponse
 
 from bifocal.hub.search.items import KINDS, Hit, SearchError
 from bifocal.hub.search.searcher import LONGEST, Searcher
+
+logger = logging.getLogger(__name__)
 
 LARGEST_UPLOAD = 10 * 2**20  # bytes
 _AT_ONCE = 4  # searches; the rest waits its turn
@@ -152,20 +155,24 @@ def answer(searcher: Searcher) -> Callable[..., str]:
         try:
             if not isinstance(text, str | None) or not (_is_number(count) and _is_number(weight)):
                 raise SearchError("This search cannot be read: it takes a text, a number of hits and a weight.")
-            if show not in SHOW:
+            if not isinstance(show, str) or show not in SHOW:
                 raise SearchError(f"'{show}' cannot be shown; it must be one of {', '.join(SHOW)}.")
             if picture is not None and Path(picture).stat().st_size > LARGEST_UPLOAD:
                 raise SearchError(f"The picture is larger than {LARGEST_UPLOAD // 2**20} MiB. Give a smaller one.")
             text, too_long = (text or ""), len(text or "") > LONGEST
             k = max(1, min(int(count), _MOST))
             vector = searcher.vector(text, picture, min(max(float(weight), 0.0), 1.0))
+        except SearchError as error:
+            return note(str(error), alert=True)
+        try:
             wanted = SHOW[show]
             if wanted == "apart":
                 found = {kind: searcher.index.search(vector, k, [kind]) for kind in KINDS}
             else:
                 found = {"": searcher.index.search(vector, k, KINDS if wanted == "together" else [wanted])}
-        except SearchError as error:
-            return note(str(error), alert=True)
+        except SearchError as error:  # it names the server's files, which are not the visitor's business
+            logger.error(str(error))
+            return note("The index cannot be searched now; the server's log says why.", alert=True)
         said = f"The text is long; its first {LONGEST:,} characters were looked at." if too_long else ""
         return results_html(found, said)
 

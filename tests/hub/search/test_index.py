@@ -14,7 +14,9 @@ from PIL import Image
 
 from bifocal.hub.search.index import SearchIndex, weights_of
 from bifocal.hub.search.items import Item, SearchError, read_picture
+from bifocal.hub.search.mirror import Origin
 from bifocal.hub.search.searcher import Searcher
+from bifocal.hub.search.table import Table
 from bifocal.modeling import BifocalModel
 from tests.conftest import small_config
 from tests.hub.search.conftest import made_items
@@ -215,6 +217,34 @@ def test_killed_runs_go_on(new):
     for kind in ("image", "text"):
         here, there = ({hit.name: hit.score for hit in one.search(vector, 64, [kind])} for one in (index, whole.index))
         assert here == pytest.approx(there, abs=1e-5)
+
+
+def test_an_update_that_was_interrupted_goes_on(new, monkeypatch):
+    monkeypatch.setattr("bifocal.hub.search.adding.ROWS", 20)
+    searcher = new()
+    searcher.add(made_items(), origin=Origin({"paths": ["shapes"]}))
+    changed = [Item(f"new/{item.name}", item.text and f"{item.text}!", item.image) for item in made_items()]
+    changed = [item for item in changed if item.kind == "image"] + [
+        item for item in made_items() if item.kind == "text"
+    ]
+    write, left = Table._write, [3]
+
+    def interrupted(self, part, rows):
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        write(self, part, rows)
+
+    monkeypatch.setattr(Table, "_write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        searcher.add(changed, origin=Origin({"paths": ["shapes"]}))
+    monkeypatch.setattr(Table, "_write", write)
+    done = Searcher(SearchIndex(searcher.index.folder)).add(changed, origin=Origin({"paths": ["shapes"]}))
+    assert (done.count, done.known, done.gone) == (0, 128, 0)
+    assert 0 < done.renamed < 64, "the rest was done before the interruption"
+    rows = SearchIndex(searcher.index.folder).snapshot().rows.to_pylist()
+    assert sorted(row["name"] for row in rows) == sorted(item.name for item in changed)
+    assert all(row["text"].endswith("!") for row in rows if row["kind"] == "image")
 
 
 def test_two_that_add_at_once(searcher, new, monkeypatch):
