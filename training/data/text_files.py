@@ -18,6 +18,7 @@ _BOMS = {  # the longer marks first: that of UTF-32 begins with that of UTF-16
     codecs.BOM_UTF16_BE: "utf-16",
 }  # fmt: skip
 _LONE = "bifocal-lone-surrogate"
+_DECODER = json.JSONDecoder()
 _BLANK = re.compile(r"[ \t\r\n]*")
 OTHER_ENCODING = "set encoding if the file is not UTF-8, such as encoding=cp1252"
 
@@ -282,7 +283,7 @@ class _Array:
         while True:
             value, end, failed = None, -1, None
             try:
-                value, end = json.JSONDecoder().raw_decode(self.held, self.at)
+                value, end = _DECODER.raw_decode(self.held, self.at)
             except json.JSONDecodeError as error:
                 failed = error
             if 0 <= end < len(self.held):
