@@ -82,8 +82,8 @@ class EvaluationCallback(TrainerCallback):
                         raise
                     line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
                     raise EvaluationError(
-                        f"An evaluator failed at step {state.global_step} ({type(error).__name__}: {line}). Give it only "
-                        "images that can be read, such as those of an evaluation task that names the others."
+                        f"An evaluator failed at step {state.global_step} ({type(error).__name__}: {line}). Give it "
+                        "only images that can be read."
                     ) from error
                 metrics |= {f"eval_{result.task}_{name}": value for name, value in result.metrics.items()}
         return metrics
