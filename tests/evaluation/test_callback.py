@@ -3,9 +3,10 @@
 import pytest
 import torch
 from datasets import Dataset
+from transformers import EarlyStoppingCallback
 
 from bifocal.evaluation.callback import EvaluationCallback
-from bifocal.evaluation.protocols import image_text_retrieval, text_retrieval
+from bifocal.evaluation.protocols import Result, image_text_retrieval, text_retrieval
 from bifocal.modeling import BifocalModel
 from bifocal.training.arguments import BifocalTrainingArguments
 from bifocal.training.tasks import Task
@@ -60,3 +61,23 @@ def test_it_chooses_the_best_model(processor, tmp_path):
     }
     assert sorted(found) == [2, 4, 6]
     assert trainer.state.best_metric == pytest.approx(max(found.values()))
+
+
+@pytest.mark.parametrize("evaluation_first", [True, False])
+def test_early_stopping_finds_its_metrics_in_any_order(processor, tmp_path, evaluation_first):
+    """The metric never changes, so one evaluation without a better one stops the run."""
+
+    def constant(encoder):
+        return Result("same", "text-retrieval", "score", {"score": 0.5}, {})
+
+    callbacks = [EvaluationCallback([constant]), EarlyStoppingCallback(1)]
+    trainer = train(
+        processor, tmp_path, callbacks if evaluation_first else callbacks[::-1], eval_strategy="steps", eval_steps=1,
+        save_steps=1, metric_for_best_model="same_score", greater_is_better=True, load_best_model_at_end=True,
+    )  # fmt: skip
+    assert trainer.state.global_step == 2
+
+
+def test_a_metric_that_is_not_measured(processor, tmp_path):
+    with pytest.raises(ValueError, match="metric_for_best_model='nothing' is not among what is measured: eval_loss"):
+        train(processor, tmp_path, [], eval_strategy="steps", eval_steps=1, metric_for_best_model="nothing")
