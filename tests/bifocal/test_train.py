@@ -63,7 +63,9 @@ def tuned(reader) -> Path:
     done = run(reader, *train[:-1], *SHORT)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "The model is in runs/finetune/model." in done.stdout
-    assert "auto_chunk embeds" in done.stderr
+    assert done.stderr.count("auto_chunk embeds") == 1
+    assert done.stderr.count("Half precision is off") == 1
+    assert not re.search("(Writing|Loading).*?%", done.stderr), "no bars for files of a moment"
     return reader / "runs" / "finetune"
 
 
@@ -277,5 +279,7 @@ def test_two_processes_by_torchrun(reader):
     )  # fmt: skip
     assert one.returncode == two.returncode == 0, two.stderr[-3000:]
     assert len(losses(one.stdout)) == 3
+    assert two.stdout.count("The model is in runs/two/model.") == 1
+    assert two.stderr.count("Half precision is off") == 1
     assert losses(two.stdout) == pytest.approx(losses(one.stdout), abs=0.011), "as printed, to two places"
     assert BifocalModel.from_pretrained(reader / "runs" / "two" / "model").encode_text("star").shape == (40,)

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
-from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel
+from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel, EarlyStoppingCallback
 
 from bifocal.evaluation.callback import EvaluationCallback
-from bifocal.evaluation.protocols import image_text_retrieval, text_retrieval
+from bifocal.evaluation.protocols import Result, image_text_retrieval, text_retrieval
 from bifocal.evaluation.retrieval import EvaluationError
 from bifocal.modeling import BifocalModel
 from bifocal.training.arguments import BifocalTrainingArguments
@@ -98,3 +98,23 @@ def test_models_of_transformers(processor, tmp_path):
     bert = BertModel(BertConfig(**tiny, vocab_size=320))
     with pytest.raises(EvaluationError, match="A BertModel cannot be evaluated here"):
         watch.attach(SimpleNamespace(log=None, model=bert, processing_class=processor))
+
+
+@pytest.mark.parametrize("evaluation_first", [True, False])
+def test_early_stopping_finds_its_metrics_in_any_order(processor, tmp_path, evaluation_first):
+    """The metric never changes, so one evaluation without a better one stops the run."""
+
+    def constant(encoder):
+        return Result("same", "text-retrieval", "score", {"score": 0.5}, {})
+
+    callbacks = [EvaluationCallback([constant]), EarlyStoppingCallback(1)]
+    trainer = train(
+        processor, tmp_path, callbacks if evaluation_first else callbacks[::-1], eval_strategy="steps", eval_steps=1,
+        save_steps=1, metric_for_best_model="same_score", greater_is_better=True, load_best_model_at_end=True,
+    )  # fmt: skip
+    assert trainer.state.global_step == 2
+
+
+def test_a_metric_that_is_not_measured(processor, tmp_path):
+    with pytest.raises(ValueError, match="metric_for_best_model='nothing' is not among what is measured: eval_loss"):
+        train(processor, tmp_path, [], eval_strategy="steps", eval_steps=1, metric_for_best_model="nothing")

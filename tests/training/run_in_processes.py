@@ -1,10 +1,5 @@
-"""A short training run for torchrun: every process takes its part, process 0 writes what came out.
+"""Short training runs, each process taking its part of the batches (see `run_stages`)."""
 
-torchrun --nproc-per-node 2 run_in_processes.py OUT BATCH STEPS '{"text_chunk_size": 3, ...}' KIND
-"""
-
-import json
-import sys
 from pathlib import Path
 
 import torch
@@ -51,16 +46,28 @@ class Recorder(MultiTaskTrainer):
         return super()._clip_grad_norm(model)
 
 
-def main() -> None:
-    out, batch, steps, options, kind = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5]
-    given = json.loads(options)
+CASES = {
+    "pairs": ({}, "text-pair"),
+    "triplets, tiled, cached, Matryoshka": (
+        {"text_chunk_size": 3, "image_chunk_size": 2, "matryoshka": [40, 16], "loss_form": "tiled"}, "text-triplet",
+    ),
+    "sigmoid, cached, accumulated": (
+        {"text_chunk_size": 4, "image_loss": "sigmoid", "gradient_accumulation_steps": 2}, "text-pair",
+    ),
+}  # fmt: skip
+
+
+def train(folder: Path, case: str, processes: int) -> None:
+    """Train by 8 rows a step in all, and write losses, first gradients and weights."""
+    options, kind = CASES[case]
+    batch, given = 8 // processes, dict(options)
     dims = given.pop("matryoshka", None)
     loss = given.pop("image_loss", "info_nce")
-    processor = BifocalProcessor.from_pretrained(out.parent / "processor")
+    processor = BifocalProcessor.from_pretrained(folder / "processor")
     torch.manual_seed(0)
     args = BifocalTrainingArguments(
-        output_dir=str(out), max_steps=steps, learning_rate=1e-3, logging_steps=1, report_to="none", use_cpu=True,
-        save_strategy="no", disable_tqdm=True, optim="sgd", lr_scheduler_type="constant", **given,
+        output_dir=str(folder / "run"), max_steps=20, learning_rate=1e-3, logging_steps=1, report_to="none",
+        use_cpu=True, save_strategy="no", disable_tqdm=True, optim="sgd", lr_scheduler_type="constant", **given,
     )  # fmt: skip
     model = BifocalModel(small_config(**({"logit_bias_init_value": -5.0} if loss == "sigmoid" else {})))
     parts = tasks(batch, kind, matryoshka_dims=dims)
@@ -75,9 +82,5 @@ def main() -> None:
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         weights = dict(trainer.accelerator.unwrap_model(trainer.model).state_dict())
         torch.save(
-            {"losses": losses, "gradients": trainer.gradients, "weights": weights, "eval": metrics}, out / "result.pt"
-        )
-
-
-if __name__ == "__main__":
-    main()
+            {"losses": losses, "gradients": trainer.gradients, "weights": weights, "eval": metrics},
+            folder / f"{case}-{processes}.pt",

@@ -1,14 +1,12 @@
 """Gradients of one cached step of a model sharded by FSDP 2 over CPU processes (accelerate itself shards on GPUs only).
 
-torchrun --nproc-per-node 2 run_sharded.py OUT
+Called in each process, see `run_stages`.
 """
 
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -23,15 +21,12 @@ from tests.conftest import small_config
 from tests.training.run_in_processes import tasks
 
 
-def main() -> None:
-    out = Path(sys.argv[1])
+def step(out: Path) -> None:
     processor = BifocalProcessor.from_pretrained(out / "processor")
     torch.manual_seed(0)
     model = BifocalModel(small_config())
-    world = World()
-    if int(sys.argv[2]) > 1:
-        dist.init_process_group("gloo")
-        world = World.current()
+    world = World.current()
+    if world.size > 1:
         mesh = init_device_mesh("cpu", (world.size,))
         for layer in [*model.text_model.layers, *model.vision_model.layers]:
             fully_shard(layer, mesh=mesh)
@@ -65,9 +60,3 @@ def main() -> None:
     mean = world.mean([loss.item()], torch.device("cpu"))[0]
     if world.rank == 0:
         torch.save({"loss": mean, "gradients": grads}, out / f"sharded-{world.size}.pt")
-    if world.size > 1:
-        dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -43,3 +43,10 @@ def test_a_tokenizer_is_not_trained_on_a_stream(processor, tmp_path):
     lines(tmp_path / "texts.jsonl", [{"text": "a"}])
     with pytest.raises(RecipeError, match="trains a tokenizer on texts that stream; name a processor"):
         train_mlm(recipe(tmp_path, {"path": str(tmp_path / "texts.jsonl")}, train_tokenizer=300))
+
+
+@pytest.mark.parametrize("option", [{"ema_decay": 0.9}, {"per_device_train_batch_size": 8}, {"freeze_text_layers": 1}])
+def test_arguments_without_effect_are_refused(processor, tmp_path, option):
+    given = recipe(tmp_path, {"path": "x.jsonl"}, training={"max_steps": 3, **option})
+    with pytest.raises(RecipeError, match=f"{next(iter(option))} has no effect on masked language modelling"):
+        train_mlm(given)

@@ -1,6 +1,5 @@
 """Two real processes give what one gives with a batch of twice the size."""
 
-import json
 import os
 import subprocess
 import sys
@@ -9,72 +8,60 @@ from pathlib import Path
 import pytest
 import torch
 
-SCRIPT = Path(__file__).with_name("run_in_processes.py")
+from tests.training import run_in_processes, run_sharded, run_stages
+
 ROOT = Path(__file__).parents[2]
 
 
-def run(out: Path, processes: int, batch: int, options: dict, kind: str, steps: int = 20) -> dict:
-    out.mkdir(parents=True)
+@pytest.fixture(scope="module")
+def two(processor, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    """What two processes do, in one start for all tests; one process runs here."""
+    folder = tmp_path_factory.mktemp("processes")
+    processor.save_pretrained(folder / "processor")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(SCRIPT)]
-    if processes > 1:
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={processes}",
-            str(SCRIPT),
-        ]
-    command += [str(out), str(batch), str(steps), json.dumps(options), kind]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", run_stages.__file__]
+    done = subprocess.run(
+        [*command, str(folder)], capture_output=True, text=True, env=environment, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(out / "result.pt")
+    return folder, done
 
 
-CASES = {
-    "pairs": ({}, "text-pair"),
-    "triplets, tiled, cached, Matryoshka": (
-        {"text_chunk_size": 3, "image_chunk_size": 2, "matryoshka": [40, 16], "loss_form": "tiled"}, "text-triplet",
-    ),
-    "sigmoid, cached, accumulated": (
-        {"text_chunk_size": 4, "image_loss": "sigmoid", "gradient_accumulation_steps": 2}, "text-pair",
-    ),
-}  # fmt: skip
+def assert_close(two: dict[str, torch.Tensor], one: dict[str, torch.Tensor], case: str) -> None:
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{case}, {n}: {m}")
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_two_processes_equal_one(case, processor, tmp_path):
-    options, kind = CASES[case]
-    processor.save_pretrained(tmp_path / "processor")
-    one = run(tmp_path / "one", 1, 8, options, kind)
-    two = run(tmp_path / "two", 2, 4, options, kind)
+@pytest.mark.parametrize("case", run_in_processes.CASES)
+def test_two_processes_equal_one(case, two):
+    folder, _ = two
+    run_in_processes.train(folder, case, 1)
+    one, both = (torch.load(folder / f"{case}-{processes}.pt") for processes in (1, 2))
     assert len(one["losses"]) == 20
-    torch.testing.assert_close(two["losses"], one["losses"], atol=1e-5, rtol=1e-5)
-    assert two["eval"] == pytest.approx(one["eval"], abs=1e-5)
+    torch.testing.assert_close(both["losses"], one["losses"], atol=1e-5, rtol=1e-5)
+    assert both["eval"] == pytest.approx(one["eval"], abs=1e-5)
     assert len(one["gradients"]) > 30
     for part in ("gradients", "weights"):
-        for name, value in one[part].items():
-            torch.testing.assert_close(two[part][name], value, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
-    moved = max(float((value - one["weights"][name]).abs().max()) for name, value in two["weights"].items())
-    assert moved < 1e-5
+        assert_close(both[part], one[part], part)
 
 
-def test_sharded_weights_give_the_same_gradients(processor, tmp_path):
+def test_stages_that_leave_parameters_unused(processor, two, tmp_path):
+    """Texts alone, fixed temperatures, adapters, with checkpointed activations; averages; messages are given once."""
+    folder, done = two
+    both = torch.load(folder / "stages.pt")
+    assert both.pop("rows") == pytest.approx(4 * 2 * (4 + 4), rel=0.02), "of both tasks, batches and processes"
+    for message in ("The model came in bfloat16", "auto_chunk embeds"):
+        assert done.stderr.count(message) == 1, message
+    assert done.stdout.count("train_runtime") == len(both) + len(run_in_processes.CASES)
+    assert "find_unused_parameters=True" not in done.stderr
+    for name, weights in both.items():
+        assert_close(weights, run_stages.run(name, tmp_path, 4, processor).model.state_dict(), name)
+
+
+def test_sharded_weights_give_the_same_gradients(two):
     """FSDP 2 by torch itself: accelerate shards on accelerators only."""
-    processor.save_pretrained(tmp_path / "processor")
-    script = str(SCRIPT.with_name("run_sharded.py"))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script]
-    results = []
-    for command, processes in (([sys.executable, script], 1), (torchrun, 2)):
-        done = subprocess.run(
-            [*command, str(tmp_path), str(processes)], capture_output=True, text=True, env=environment, timeout=200,
-            check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
-        results.append(torch.load(tmp_path / f"sharded-{processes}.pt"))
-    one, two = results
-    assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
-    for name, value in one["gradients"].items():
-        torch.testing.assert_close(two["gradients"][name], value, atol=1e-5, rtol=1e-5)
+    folder, _ = two
+    run_sharded.step(folder)
+    one, both = (torch.load(folder / f"sharded-{processes}.pt") for processes in (1, 2))
+    assert both["loss"] == pytest.approx(one["loss"], abs=1e-5)
+    assert_close(both["gradients"], one["gradients"], "gradients")

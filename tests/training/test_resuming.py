@@ -69,13 +69,3 @@ def test_killed_and_resumed_it_ends_the_same(way, workers, processor, tmp_path):
     assert_equal(whole, cut)
     if way == "shards":
         assert len(whole["skipped"]["log"]) == sum(whole["skipped"]["bad"]["laion"].values()) > 5
-
-
-def test_a_stream_needs_as_many_workers_as_before(processor, tmp_path):
-    processor.save_pretrained(tmp_path / "processor")
-    assert run(tmp_path / "cut", 8, "stream", 0).returncode == -signal.SIGKILL
-    again = run(tmp_path / "cut", -1, "stream", 1)
-    assert again.returncode == 1
-    last = again.stderr.strip().splitlines()[-1]
-    assert "was made with 1 processes of 0 data workers" in last
-    assert "start this run with the same" in last

@@ -1,6 +1,7 @@
 """What the Trainer offers keeps working, and what ours adds: other models, LoRA, averages, evaluation, bad input."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel, Train
 
 from bifocal.hub.export import export_model
 from bifocal.modeling import BifocalModel
+from bifocal.training.joint_forward import temperature_of
 from bifocal.training.tasks import Task
 from tests.conftest import TEXTS, small_config
 from tests.training.run_in_processes import tasks
@@ -42,7 +44,31 @@ def test_any_dual_encoder_with_the_two_methods(build, tmp_path, processor):
     assert losses[-1] < losses[0]
 
 
-def test_lora_end_to_end(tmp_path, processor):
+@pytest.mark.parametrize(
+    ("build", "start", "bound"),
+    [(clip, math.log(100.0) + 3e-5, math.log(100.0)), (siglip, 4.765, None)],
+    ids=["CLIP stored a last digit above ln 100", "SigLIP at 117"],
+)
+def test_every_family_keeps_its_own_bound_of_the_temperature(build, start, bound, tmp_path, processor):
+    torch.manual_seed(0)
+    model = build()
+    model.logit_scale.data.fill_(start)
+    before = temperature_of(model)["scale"].item()
+    assert before == pytest.approx(math.exp(start if bound is None else bound), rel=1e-6)
+    seen = []
+
+    class Gradient(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            seen.append((model.logit_scale.item(), model.logit_scale.grad.item()))
+
+    it = trainer(tmp_path, processor, steps=2, model=model, tasks=[pictures()], learning_rate=1e-2)
+    it.add_callback(Gradient())
+    it.train()
+    assert seen[0][0] == pytest.approx(start if bound is None else bound, rel=1e-7)
+    assert all(gradient != 0 for _, gradient in seen)
+
+
+def test_lora_end_to_end(tmp_path, processor, caplog):
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     model = BifocalModel(small_config())
@@ -52,6 +78,7 @@ def test_lora_end_to_end(tmp_path, processor):
         tmp_path, processor, steps=8, model=adapted, save_strategy="steps", save_steps=4, learning_rate=1e-2,
         text_chunk_size=4,
     )  # fmt: skip
+    assert "temperature of task 'pictures' stays at 0.0700, since logit_scale is not trained" in caplog.text
     it.train()
     assert (tmp_path / "checkpoint-8" / "adapter_model.safetensors").stat().st_size < 100_000
     merged = it.model.merge_and_unload()
@@ -81,23 +108,6 @@ def test_lora_resumes(tmp_path, processor):
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_the_average_of_the_weights(tmp_path, processor):
-    seen = []
-
-    class Keep(TrainerCallback):
-        def on_step_end(self, args, state, control, model=None, **kwargs):
-            seen.append(model.vision_projection.weight.detach().clone())
-
-    it = trainer(tmp_path, processor, steps=4, ema_decay=0.5)
-    start = it.model.vision_projection.weight.detach().clone()
-    it.add_callback(Keep())
-    it.train()
-    expected = start
-    for weight in seen:
-        expected = 0.5 * expected + 0.5 * weight
-    torch.testing.assert_close(it.model.vision_projection.weight.detach(), expected)
-
-
 def test_evaluation_and_the_best_model(tmp_path, processor):
     it = trainer(
         tmp_path, processor, steps=12, save_strategy="steps", eval_strategy="steps", save_steps=3, eval_steps=3,
@@ -114,13 +124,14 @@ def test_evaluation_and_the_best_model(tmp_path, processor):
     assert it.evaluate()["eval_pictures_loss"] == pytest.approx(best, rel=1e-5), "the best weights are back"
 
 
-def test_evaluating_does_not_change_the_run(tmp_path, processor):
+@pytest.mark.parametrize("decay", [None, 0.5])
+def test_evaluating_does_not_change_the_run(tmp_path, processor, decay):
     weights = []
     for name, options in (
         ("without", {}),
         ("with", dict(eval_strategy="steps", eval_steps=2, eval_tasks=[pictures()])),
     ):
-        it = trainer(tmp_path / name, processor, **options)
+        it = trainer(tmp_path / name, processor, ema_decay=decay, **options)
         it.train()
         weights.append(list(it.model.parameters()))
     assert all(torch.equal(left, right) for left, right in zip(*weights, strict=True))
@@ -132,6 +143,7 @@ def test_frozen_towers_stay(tmp_path, processor):
     it.train()
     for name, value in it.model.state_dict().items():
         assert torch.equal(before[name], value) == (name in it.frozen), name
+    assert all(p.requires_grad for p in it.model.parameters()), "the next trainer decides for itself what to freeze"
 
 
 def test_accumulation_says_what_it_does(tmp_path, processor, caplog):
@@ -183,7 +195,7 @@ def _spoilt(task: Task) -> Task:
 
 
 def test_sigmoid_needs_a_bias(tmp_path, processor):
-    with pytest.raises(ValueError, match=r"learns a bias, which this model has not; set logit_bias_init_value=-10.0"):
+    with pytest.raises(ValueError, match=r"needs a learned bias, but the model has none; set logit_bias_init_value"):
         trainer(tmp_path, processor, tasks=[pictures(loss="sigmoid")])
 
 

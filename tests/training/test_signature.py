@@ -1,0 +1,127 @@
+"""A run is resumed with the rows that follow, or refused with what changed."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from torch.utils.data import Subset
+
+from bifocal.training.batches import Schedule, StepBatches
+from bifocal.training.distributed import World
+from bifocal.training.signature import content_digest
+from bifocal.training.tasks import Task
+from tests.conftest import TEXTS
+from tests.modeling.test_images import photo
+from tests.training.test_trainer import trainer
+
+ROWS = [f"{text} {n}" for n in range(4) for text in TEXTS]
+
+
+def pairs(name: str = "a", queries=ROWS, **options) -> Task:
+    data = Dataset.from_dict({"query": list(queries), "positive": [f"{query} again" for query in queries]})
+    data = data.to_iterable_dataset(num_shards=2) if options.pop("stream", False) else data
+    return Task(name, "text-pair", data, **{"batch_size": 4, **options})
+
+
+@pytest.fixture(scope="module")
+def made(processor, tmp_path_factory):
+    """Checkpoints of a run of two data sets, and of a stream."""
+    folder = tmp_path_factory.mktemp("made")
+    for name, tasks in (("map", [pairs(), pairs("b")]), ("stream", [pairs(stream=True)])):
+        trainer(folder / name, processor, steps=2, tasks=tasks, save_strategy="steps", save_steps=2).train()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("options", "tasks", "message"),
+    [
+        ({"seed": 7}, None, "seed was 42 and is now 7"),
+        ({"data_seed": 7}, None, "seed was 42 and is now 7"),
+        ({"gradient_accumulation_steps": 2}, None, "gradient_accumulation_steps was 1 and is now 2"),
+        ({}, [pairs(batch_size=5), pairs("b")], "batch_size of task 'a' was 4 and is now 5"),
+        ({}, [pairs(), pairs("b", weight=2.0)], "weight of task 'b' was 1.0 and is now 2.0"),
+        ({}, [pairs(), pairs("b", ROWS[:-1])], "rows of task 'b' was 20 and is now 19"),
+        ({}, [pairs(), pairs("b", ROWS[::-1])], "the data set of task 'b' has other rows than before"),
+        ({}, [pairs()], "the tasks were a, b and are now a"),
+        ({}, [pairs(), pairs("b"), pairs("c")], "the tasks were a, b and are now a, b, c"),
+        ({}, [pairs(), pairs("z")], "the tasks were a, b and are now a, z"),
+        ({}, [pairs("b"), pairs("a")], "the tasks were a, b and are now b, a"),
+    ],
+)
+def test_another_order_of_rows_is_refused(made, processor, tmp_path, options, tasks, message):
+    it = trainer(tmp_path, processor, steps=4, tasks=tasks or [pairs(), pairs("b")], **options)
+    with pytest.raises(ValueError, match=r"checkpoint-2 cannot be resumed.*twice") as error:
+        it.train(resume_from_checkpoint=str(made / "map" / "checkpoint-2"))
+    assert message in str(error.value)
+    assert it.state.global_step == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "task", "message"),
+    [
+        ({}, {"shuffle": 3}, "shuffle of task 'a' was 1024 and is now 3"),
+        ({}, {"rows": 20}, "rows of task 'a' was None and is now 20"),
+        ({"dataloader_num_workers": 1}, {}, "dataloader_num_workers was 0 and is now 1"),
+    ],
+)
+def test_streams_are_read_the_same_way(made, processor, tmp_path, options, task, message):
+    it = trainer(tmp_path, processor, steps=4, tasks=[pairs(stream=True, **task)], **options)
+    with pytest.raises(ValueError, match=message):
+        it.train(resume_from_checkpoint=str(made / "stream" / "checkpoint-2"))
+
+
+def test_another_number_of_processes_is_refused(made, processor, tmp_path):
+    for rank in (0, 1):
+        it = trainer(tmp_path, processor, steps=4, tasks=[pairs(), pairs("b")])
+        it.world = World(rank, 2)
+        with pytest.raises(ValueError, match="processes was 1 and is now 2"):
+            it.restore_state(str(made / "map" / "checkpoint-2"))
+
+
+def test_what_does_not_move_rows_may_change(made, processor, tmp_path):
+    seen = []
+    tasks = [replace(pairs(), loss_weight=2.0, temperature=0.1), pairs("b")]
+    options = dict(logging_steps=1, learning_rate=1e-4, max_grad_norm=0.5, dataloader_num_workers=1)
+    it = trainer(tmp_path, processor, steps=6, tasks=tasks, **options)
+    add = it.meters.add
+    it.meters.add = lambda loss, results, inputs: (seen.append(inputs["step"]), add(loss, results, inputs))
+    it.train(resume_from_checkpoint=str(made / "map" / "checkpoint-2"))
+    assert seen == [2, 3, 4, 5]
+
+
+def test_more_steps_draw_the_same_first_ones():
+    tasks = [pairs(weight=0.3), pairs("b"), pairs("c", weight=2.0)]
+    short, long = (Schedule(tasks, steps, 3) for steps in (50, 5000))
+    for sort in short.numbers:
+        assert np.array_equal(short.numbers[sort], long.numbers[sort][:50])
+        assert np.array_equal(short.uses[sort], long.uses[sort][:50])
+    assert [StepBatches(tasks, 50, 3)[n]["tasks"][0][1] for n in range(50)] == [
+        StepBatches(tasks, 5000, 3)[n]["tasks"][0][1] for n in range(50)
+    ]
+
+
+def test_weights_alone_are_no_checkpoint(processor, tmp_path):
+    options = dict(tasks=[pairs()], save_strategy="steps", save_steps=2, save_only_model=True)
+    trainer(tmp_path, processor, steps=2, **options).train()
+    with pytest.raises(ValueError, match=r"has no bifocal_state_0.json.*start a new run"):
+        trainer(tmp_path, processor, steps=4, **options).train(resume_from_checkpoint=True)
+
+
+def test_a_data_set_is_known_by_its_texts(tmp_path):
+    before = content_digest(pairs())
+    assert content_digest(pairs()) == before
+    stored = pairs().dataset
+    stored.save_to_disk(tmp_path / "moved")
+    again = Dataset.load_from_disk(tmp_path / "moved").with_transform(lambda rows: {"query": [torch.rand(1).item()]})
+    assert content_digest(Task("a", "text-pair", again, 4)) == before, "moved, and with a transform that draws"
+    assert content_digest(pairs(queries=[*ROWS[:-1], "other"])) != before
+
+    def digest(rows):
+        return content_digest(SimpleNamespace(streams=False, dataset=rows))
+
+    rows = [{"query": row, "image": photo(8, 8)} for row in ROWS]
+    assert digest(rows) == digest([{**row, "image": photo(9, 9)} for row in rows]) != digest(rows[::-1])
+    assert digest(Subset(rows, range(3))) is None, "what a torch Dataset gives may be drawn at each look"
