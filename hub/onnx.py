@@ -155,8 +155,8 @@ class OnnxEncoder:
         """(texts, dimensions) in float32; texts are cut at the tokenizer's maximum."""
         found = []
         for start in range(0, len(texts), _BATCH):
-            words = self.processor.tokenizer(
-                list(texts[start : start + _BATCH]), padding=True, truncation=True, return_tensors="np"
+            words = self.processor(
+                text=list(texts[start : start + _BATCH]), padding=True, truncation=True, return_tensors="np"
             )
             inputs = {name: words[name].astype(np.int64) for name in ("input_ids", "attention_mask")}
             found.append(self.sessions["text"].run(None, inputs)[0])

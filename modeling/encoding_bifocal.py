@@ -1,17 +1,20 @@
 # Copyright 2026 The Bifocal authors. Licensed under the Apache License, Version 2.0.
-"""`encode_text` and `encode_image`: from strings and pictures to vectors in one call."""
+"""`encode_text` and `encode_image`: from texts and images to vectors in one call, by any number of threads at once."""
 
+import difflib
+import operator
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from transformers.utils import logging
 
-from .image_bifocal import ImageSource, load_image
-from .processing_bifocal import BifocalProcessor
+from .image_bifocal import ImageSource, list_images, load_images, refuse_table
+from .modeling_bifocal_base import inference_copy
+from .processing_bifocal import BifocalProcessor, private_tokenizer, token_ids
 
 logger = logging.get_logger(__name__)
 
@@ -20,6 +23,12 @@ _LONG_WORK = 20
 # Batches of texts that are tokenized at once, and sorted by their tokens.
 _TOKENIZED = 32
 _SOURCE_KEYS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+_OPTIONS = ("batch_size", "max_length", "truncate_dim", "normalize", "convert_to", "show_progress")
+_ALIASES = (
+    "normalize_embeddings", "convert_to_numpy", "convert_to_tensor", "show_progress_bar", "device", "prompt",
+    "prompt_name", "task", "output_value", "precision",
+)  # fmt: skip
+_LOADING = threading.Lock()  # one thread loads a processor, the others wait for it
 
 
 class EncodingMixin:
@@ -28,9 +37,6 @@ class EncodingMixin:
     # What the model brings.
     config: Any
     device: Any
-    training: bool
-    train: Callable[..., Any]
-    eval: Callable[..., Any]
     get_text_features: Callable[..., Any]
     get_image_features: Callable[..., Any]
 
@@ -40,32 +46,45 @@ class EncodingMixin:
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
         """As `PreTrainedModel.from_pretrained`; remembers where the model came from, so that its processor is found."""
+        path = _folder_or_id(pretrained_model_name_or_path)
         source = {key: kwargs[key] for key in _SOURCE_KEYS if key in kwargs}
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)  # type: ignore[misc]
+        try:
+            loaded = super().from_pretrained(path, *model_args, **kwargs)  # type: ignore[misc]
+        except OSError as error:
+            if path is None or os.path.exists(path):
+                raise
+            raise OSError(f"'{path}' is no folder here, and it cannot be loaded from the Hub: {error}") from error
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model._processor_source = (str(pretrained_model_name_or_path), source)
+        model._processor_source = (str(path), source)
         return loaded
 
     @property
     def processor(self) -> BifocalProcessor:
-        """The processor saved beside the model, loaded at first use; or the one set by hand."""
+        """The processor saved with the model, loaded at first use; or the one set by hand."""
         if self._processor is None:
-            if self._processor_source is None:
-                raise ValueError(
-                    "This model was not loaded from a folder or the Hub, so it has no processor; set model.processor = "
-                    "BifocalProcessor(image_processor, tokenizer) before encoding."
-                )
-            path, source = self._processor_source
-            # Where this very code runs as remote code, the user has trusted the repository already.
-            trusted = type(self).__module__.startswith("transformers_modules.")
-            try:
-                self._processor = BifocalProcessor.from_pretrained(path, trust_remote_code=trusted, **source)
-            except (OSError, ValueError) as error:
-                raise ValueError(
-                    f"'{path}' holds no processor beside the model ({error}); save one there with "
-                    "processor.save_pretrained, or set model.processor."
-                ) from error
+            with _LOADING:
+                if self._processor is None:
+                    self._processor = self._load_processor()
         return self._processor
+
+    def _load_processor(self) -> BifocalProcessor:
+        if self._processor_source is None:
+            raise ValueError(
+                "This model was not loaded from a folder or the Hub, so it has no processor; set model.processor = "
+                "BifocalProcessor(image_processor, tokenizer) before encoding."
+            )
+        path, source = self._processor_source
+        # Where this very code runs as remote code, the user has trusted the repository already.
+        trusted = type(self).__module__.startswith("transformers_modules.")
+        try:
+            return BifocalProcessor.from_pretrained(path, trust_remote_code=trusted, **source)
+        except (OSError, ValueError) as error:
+            missing = os.path.isdir(path) and not os.path.exists(os.path.join(path, "processor_config.json"))
+            reason = "there is no processor_config.json" if missing else error
+            raise ValueError(
+                f"'{path}' holds no processor that can be loaded ({reason}); save one there with "
+                "processor.save_pretrained, or set model.processor."
+            ) from error
 
     @processor.setter
     def processor(self, processor: BifocalProcessor) -> None:
@@ -78,78 +97,70 @@ class EncodingMixin:
         batch_size: int = 32,
         max_length: int | None = None,
         truncate_dim: int | None = None,
-        normalize: bool = True,
-        convert_to: str = "numpy",
+        normalize: bool | None = None,
+        convert_to: str | None = None,
         show_progress: bool | None = None,
+        **aliases: Any,
     ) -> Any:
-        """Embed texts.
+        """Embed texts. Many threads may call this at once, also while another one trains the model.
 
         Args:
-            texts: a string or several.
+            texts: a string or several (a list, array, Series or any other iterable of strings).
             batch_size: texts per forward pass; they are sorted by length first, so that little is padded. (On a CPU the
                 text tower itself takes a large batch in pieces.)
             max_length: tokens to keep of a text, special tokens included; the model's own maximum when None. Longer
                 texts are cut, with one warning that counts them.
             truncate_dim: keep the first so many dimensions (Matryoshka, arXiv 2205.13147); all when None.
-            normalize: make the vectors (after truncation) of length 1.
-            convert_to: "numpy", "torch" (on the model's device) or "list".
+            normalize: make the vectors (after truncation) of length 1; True when None.
+            convert_to: "numpy", "torch" (on the model's device) or "list"; "numpy" when None.
             show_progress: a progress bar; None shows one from 20 batches on.
+            aliases: the names of sentence-transformers and Jina CLIP: `normalize_embeddings`, `convert_to_numpy`,
+                `convert_to_tensor`, `show_progress_bar`, `prompt` (put before each text), and `device`, where it is
+                the model's own.
 
         Returns:
-            (texts, dimensions) in float32 and the order given; one vector (dimensions,) for a single string.
+            (texts, dimensions) in float32 and the order given; one vector (dimensions,) for a single string. An empty
+            text has a vector like any other, with one warning that counts such texts.
 
         Raises:
-            ValueError: no texts, a text that is empty or no string (named by its position), or a bad option.
+            ValueError: if there are no texts, a text is no string or no valid Unicode (named by its position), a table
+                is given, or an option is bad.
+            TypeError: if an option does not exist.
         """
-        single = isinstance(texts, str)
-        items = [texts] if single else list(texts)
-        for position, text in enumerate(items):
-            if not isinstance(text, str):
-                raise ValueError(f"Text {position} is a {type(text).__name__}, not a string; convert or remove it.")
-            if not text.strip():
-                raise ValueError(f"Text {position} is empty; remove it or give it words.")
+        options = _options(self, "encode_text", truncate_dim, normalize, convert_to, show_progress, aliases)
+        batch_size = _whole_number("batch_size", batch_size, 1)
+        items, single = _list_texts(texts, aliases.get("prompt"))
+        tokenizer = private_tokenizer(self.processor.tokenizer)
+        special = tokenizer.num_special_tokens_to_add()
         limit = self.config.text_config.max_position_embeddings
         if max_length is None:
-            max_length = min(limit, self.processor.tokenizer.model_max_length)
-        elif not 3 <= max_length <= limit:
-            raise ValueError(f"max_length is {max_length}, but this model takes from 3 to {limit} tokens.")
-        too_long = 0
+            max_length = min(limit, tokenizer.model_max_length)
+        cut_at = _whole_number("max_length", max_length, special + 1, limit, " tokens")
+        too_long = empty = 0
 
-        def embedded() -> Iterator[tuple[Sequence[int], torch.Tensor]]:
-            nonlocal too_long
-            tokenizer = self.processor.tokenizer
+        def embedded(model: Any) -> Iterator[tuple[Sequence[int], torch.Tensor]]:
+            nonlocal too_long, empty
             order = sorted(range(len(items)), key=lambda position: -len(items[position]))
             for start in range(0, len(order), _TOKENIZED * batch_size):
                 chosen = order[start : start + _TOKENIZED * batch_size]
-                tokens = tokenizer([items[position] for position in chosen], truncation=True, max_length=max_length)
-                ids = dict(zip(chosen, tokens["input_ids"], strict=True))
-                full = [items[position] for position in chosen if len(ids[position]) >= max_length]
-                if full:
-                    whole = tokenizer(full, truncation=False, verbose=False)["input_ids"]
-                    too_long += sum(len(one) > max_length for one in whole)
+                rows, lengths = token_ids(tokenizer, [items[position] for position in chosen], cut_at)
+                too_long += sum(length > cut_at for length in lengths)
+                empty += sum(length <= special for length in lengths)
+                ids = dict(zip(chosen, rows, strict=True))
                 chosen.sort(key=lambda position: -len(ids[position]))
                 for first in range(0, len(chosen), batch_size):
                     batch = chosen[first : first + batch_size]
-                    inputs = self._padded([ids[position] for position in batch])
-                    yield batch, self.get_text_features(*inputs).pooler_output
+                    inputs = _padded([ids[position] for position in batch], tokenizer.pad_token_id or 0, self.device)
+                    yield batch, model.get_text_features(*inputs).pooler_output
 
-        options = (truncate_dim, normalize, convert_to, show_progress)
         encoded = self._encode(len(items), embedded, batch_size, single, "texts", *options)
         if too_long:
-            logger.warning(
-                f"{too_long} of {len(items)} texts are longer than {max_length} tokens; only their beginning is "
-                "encoded."
-            )
+            texts_are = "The text is" if single else f"{too_long} of {len(items)} texts are"
+            logger.warning(f"{texts_are} longer than {cut_at} tokens; only the beginning is encoded.")
+        if empty:
+            texts_are = "The text is" if single else f"{empty} of {len(items)} texts are"
+            logger.warning(f"{texts_are} empty or blank; all such texts have the same vector.")
         return encoded
-
-    def _padded(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and attention mask (rows, longest) on the model's device, padded at the end."""
-        ids = torch.full((len(rows), max(map(len, rows))), self.processor.tokenizer.pad_token_id or 0)
-        mask = torch.zeros_like(ids)
-        for row, tokens in enumerate(rows):
-            ids[row, : len(tokens)] = torch.tensor(tokens)
-            mask[row, : len(tokens)] = 1
-        return ids.to(self.device), mask.to(self.device)
 
     def encode_image(
         self,
@@ -157,45 +168,44 @@ class EncodingMixin:
         *,
         batch_size: int = 32,
         truncate_dim: int | None = None,
-        normalize: bool = True,
-        convert_to: str = "numpy",
+        normalize: bool | None = None,
+        convert_to: str | None = None,
         show_progress: bool | None = None,
+        **aliases: Any,
     ) -> Any:
-        """Embed pictures.
+        """Embed images. Many threads may call this at once, also while another one trains the model.
 
         Args:
-            images: a picture or several, each a path, URL, data URI, bytes, Pillow image or array (`load_image`). They
-                are read batch by batch.
-            batch_size, truncate_dim, normalize, convert_to, show_progress: as for `encode_text`.
+            images: one image or several, each a path, URL, data URI, base64, bytes, file object, dict with `bytes` or
+                `path`, Pillow image or array (`load_image`); nested lists are flattened. They are read batch by batch.
+            batch_size: images per forward pass.
+            truncate_dim, normalize, convert_to, show_progress, aliases: as for `encode_text`.
 
         Returns:
-            (images, dimensions) in float32 and the order given; one vector (dimensions,) for a single picture.
+            (images, dimensions) in float32 and the order given; one vector (dimensions,) for a single image.
 
         Raises:
-            ValueError, FileNotFoundError: no pictures, one that cannot be read (named), or a bad option.
+            ValueError, FileNotFoundError: if there are no images, one cannot be read (it is named), a table is given,
+                or an option is bad.
+            TypeError: if an option does not exist.
         """
-        single = isinstance(images, str | Path | bytes | Image.Image)
-        if isinstance(images, np.ndarray | torch.Tensor):
-            single = images.ndim < 4
-        items: list[Any] = [images] if single else list(images)  # type: ignore[arg-type]
+        options = _options(self, "encode_image", truncate_dim, normalize, convert_to, show_progress, aliases)
+        batch_size = _whole_number("batch_size", batch_size, 1)
+        items, single = list_images(images)
+        processor = self.processor.image_processor
 
-        def embedded() -> Iterator[tuple[Sequence[int], torch.Tensor]]:
+        def embedded(model: Any) -> Iterator[tuple[Sequence[int], torch.Tensor]]:
             for start in range(0, len(items), batch_size):
-                positions = range(start, min(start + batch_size, len(items)))
-                pictures = []
-                for position in positions:
-                    named = isinstance(items[position], str | Path)
-                    pictures.append(load_image(items[position], None if named else f"Image {position}"))
-                inputs = self.processor.image_processor(pictures, return_tensors="pt")
-                yield positions, self.get_image_features(inputs["pixel_values"].to(self.device)).pooler_output
+                decoded = load_images(items[start : start + batch_size], start)
+                pixels = processor(decoded, return_tensors="pt")["pixel_values"].to(self.device)
+                yield range(start, start + len(decoded)), model.get_image_features(pixels).pooler_output
 
-        options = (truncate_dim, normalize, convert_to, show_progress)
         return self._encode(len(items), embedded, batch_size, single, "images", *options)
 
     def _encode(
         self,
         count: int,
-        embedded: Callable[[], Iterator[tuple[Sequence[int], torch.Tensor]]],
+        embedded: Callable[[Any], Iterator[tuple[Sequence[int], torch.Tensor]]],
         batch_size: int,
         single: bool,
         what: str,
@@ -205,35 +215,147 @@ class EncodingMixin:
         show_progress: bool | None,
     ) -> Any:
         """Collect what `embedded` yields, the positions of a batch and its vectors, in the order of positions."""
-        width = self.config.projection_dim
         if not count:
             raise ValueError(f"There are no {what} to encode; give at least one.")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, but it is {batch_size}.")
-        if truncate_dim is not None and not 1 <= truncate_dim <= width:
-            raise ValueError(
-                f"truncate_dim must be from 1 to {width}, the model's dimension, but it is {truncate_dim}."
-            )
-        if convert_to not in ("numpy", "torch", "list"):
-            raise ValueError(f"convert_to must be 'numpy', 'torch' or 'list', but it is '{convert_to}'.")
         batches = -(-count // batch_size)
         hide = not (batches >= _LONG_WORK if show_progress is None else show_progress)
         vectors: list[torch.Tensor] = [torch.empty(0)] * count
-        was_training = self.training
-        self.eval()
-        try:
-            # no_grad and not inference_mode: its tensors could never enter a later loss.
-            with torch.no_grad():
-                bar = logging.tqdm(embedded(), total=batches, desc=f"Encoding {what}", unit="batch", disable=hide)
-                for positions, found in bar:
-                    batch = found.float()[:, :truncate_dim]
-                    if normalize:
-                        batch = torch.nn.functional.normalize(batch, dim=-1)
-                    for position, vector in zip(positions, batch, strict=True):
-                        vectors[position] = vector
-        finally:
-            self.train(was_training)
+        # no_grad and not inference_mode: its tensors could never enter a later loss.
+        with torch.no_grad():
+            work = embedded(inference_copy(self))
+            for positions, found in logging.tqdm(
+                work, total=batches, desc=f"Encoding {what}", unit="batch", disable=hide
+            ):
+                batch = found.float()[:, :truncate_dim]
+                if normalize:
+                    batch = torch.nn.functional.normalize(batch, dim=-1)
+                for position, vector in zip(positions, batch, strict=True):
+                    vectors[position] = vector
+        if convert_to == "tensors":
+            return vectors[0] if single else vectors
         stacked = vectors[0] if single else torch.stack(vectors)
         if convert_to == "torch":
             return stacked
         return stacked.cpu().numpy() if convert_to == "numpy" else stacked.tolist()
+
+
+def _folder_or_id(path: Any) -> Any:
+    """Return a model's folder, with `~` expanded, or its Hub id.
+
+    Raises:
+        OSError: if it can only be a folder and does not exist; transformers would speak of the Hub.
+    """
+    if not isinstance(path, str | os.PathLike):
+        return path
+    text = os.path.expanduser(os.fspath(path))
+    only_a_path = os.path.isabs(text) or text.startswith(".") or text.count("/") > 1 or "\\" in text
+    if only_a_path and not os.path.exists(text):
+        raise OSError(f"The folder '{path}' does not exist; check the path.")
+    return text
+
+
+def _list_texts(texts: Any, prompt: str | None) -> tuple[list[str], bool]:
+    """Return the texts given as a list, the prompt before each, and whether a single one was given."""
+    refuse_table(texts, "texts", ("text", "caption", "sentence", "query", "title", "description"))
+    if isinstance(texts, np.ndarray) and not texts.ndim:
+        texts = texts.item()
+    single = isinstance(texts, str)
+    if not single and (isinstance(texts, bytes | bytearray) or not hasattr(texts, "__iter__")):
+        raise ValueError(f"texts is a {type(texts).__name__}; give a string or several.")
+    items = [texts] if single else list(texts)
+    for position, text in enumerate(items):
+        if not isinstance(text, str):
+            raise ValueError(f"Text {position} is a {type(text).__name__}, not a string; convert or remove it.")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"Text {position} holds half a surrogate pair at character {error.start}, which is no valid Unicode; "
+                "repair it, or drop it with text.encode('utf-8', 'ignore').decode()."
+            ) from error
+    if not isinstance(prompt, str | None):
+        raise ValueError(f"prompt is a {type(prompt).__name__}; give a string.")
+    return [prompt + text for text in items] if prompt else items, single
+
+
+def _padded(rows: list[list[int]], padding: int, device: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask (rows, longest) on the model's device, padded at the end."""
+    ids = torch.full((len(rows), max(1, max(map(len, rows)))), padding)
+    mask = torch.zeros_like(ids)
+    for row, tokens in enumerate(rows):
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        mask[row, : len(tokens)] = 1
+    return ids.to(device), mask.to(device)
+
+
+def _whole_number(name: str, value: Any, least: int, most: int | None = None, unit: str = "") -> int:
+    """
+    Raises:
+        ValueError: if it is no whole number from `least` to `most`.
+    """
+    allowed = f"at least {least}" if most is None else f"from {least} to {most}"
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if isinstance(value, bool) or number < least or (most is not None and number > most):
+        raise ValueError(f"{name} must be {allowed}{unit}, but it is {value!r}.")
+    return number
+
+
+def _options(
+    model: Any, method: str, truncate_dim: Any, normalize: Any, convert_to: Any, show_progress: Any, aliases: Any
+) -> tuple[int | None, bool, str, bool | None]:
+    """Return truncate_dim, normalize, convert_to and show_progress, checked and with the aliases taken in.
+
+    Raises:
+        TypeError: if a keyword is none of ours and no alias.
+        ValueError: if a value is bad, contradicts its alias, or asks for what this model does not do.
+    """
+    of_texts = () if method == "encode_text" else ("max_length", "prompt")
+    known = [name for name in (*_OPTIONS, *_ALIASES) if name not in of_texts]
+    for name in aliases:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"its options are {', '.join(known)}."
+            raise TypeError(f"{method} has no option '{name}'; {hint}")
+    given = {name: value for name, value in aliases.items() if value is not None}
+
+    def merged(name: str, value: Any, alias: str, other: Any) -> Any:
+        if value is not None and other is not None and value != other:
+            raise ValueError(f"{name}={value!r} and {alias}={given[alias]!r} contradict each other; give one of them.")
+        return other if value is None else value
+
+    if truncate_dim is not None:
+        truncate_dim = _whole_number("truncate_dim", truncate_dim, 1, model.config.projection_dim)
+    normalize = merged("normalize", normalize, "normalize_embeddings", given.get("normalize_embeddings"))
+    show_progress = merged("show_progress", show_progress, "show_progress_bar", given.get("show_progress_bar"))
+    if convert_to not in (None, "numpy", "torch", "list"):
+        raise ValueError(f"convert_to must be 'numpy', 'torch' or 'list', but it is {convert_to!r}.")
+    # As in both libraries, convert_to_tensor outdoes convert_to_numpy, and without either one gets a list of tensors.
+    if given.get("convert_to_tensor"):
+        convert_to = merged("convert_to", convert_to, "convert_to_tensor", "torch")
+    elif "convert_to_numpy" in given:
+        kind = "numpy" if given["convert_to_numpy"] else "tensors"
+        if kind == "numpy" or convert_to is None:
+            convert_to = merged("convert_to", convert_to, "convert_to_numpy", kind)
+    _refuse_what_is_not_done(model, given)
+    return truncate_dim, normalize is None or bool(normalize), convert_to or "numpy", show_progress
+
+
+def _refuse_what_is_not_done(model: Any, given: dict[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: if an option of sentence-transformers or Jina CLIP has a value that would need another model.
+    """
+    if "device" in given:
+        device, own = torch.device(given["device"]), model.device
+        if device.type != own.type or device.index not in (None, own.index):
+            raise ValueError(f"device is '{device}', but the model is on '{own}'; call model.to('{device}') before.")
+    if "task" in given:
+        raise ValueError(f"task is {given['task']!r}, but this model has no tasks; leave it out.")
+    if "prompt_name" in given:
+        raise ValueError("prompt_name is known to sentence-transformers only; give the text itself as prompt.")
+    for name, only in (("output_value", "sentence_embedding"), ("precision", "float32")):
+        if given.get(name, only) != only:
+            raise ValueError(f"{name} is {given[name]!r}, but only {only!r} can be had here.")

@@ -1,76 +1,180 @@
 # Copyright 2026 The Bifocal authors. Licensed under the Apache License, Version 2.0.
-"""From whatever a user holds (path, URL, data URI, bytes, Pillow image, array) to an upright 8-bit RGB picture."""
+"""Images in any form (path, URL, data URI, base64, bytes, file object, Pillow image, array) to upright 8-bit RGB."""
 
 import base64
 import binascii
 import io
 import os
+import re
+import threading
 import urllib.error
+import urllib.parse
 import urllib.request
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-ImageSource = str | Path | bytes | Image.Image | np.ndarray | torch.Tensor
+ImageSource = str | os.PathLike | bytes | bytearray | memoryview | Image.Image | np.ndarray | torch.Tensor | Any
 _TRANSPARENT_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
 _TIMEOUT = 30.0  # seconds for a URL to answer
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):", re.IGNORECASE)
+_BASE64 = re.compile(r"[A-Za-z0-9+/_-]{40,}={0,2}")
+# A Pillow image reads its file and EXIF when first used; two threads must not do that to one image at once.
+_READING = [threading.Lock() for _ in range(16)]
 
 
 def load_image(source: ImageSource, name: str | None = None) -> Image.Image:
-    """Read a picture and make it upright 8-bit RGB.
+    """Read an image and make it upright 8-bit RGB.
 
     EXIF rotation is applied, transparency is laid over white, 16-bit greys are scaled (Pillow itself would clip them to
-    white), palette, grey and CMYK pictures are converted, and of an animation the first frame is taken.
+    white), palette, grey and CMYK images are converted, and of an animation the first frame is taken.
 
     Args:
-        source: a path, an http(s) URL, a `data:image/...;base64,` URI, the bytes of an image file, a Pillow image, or
-            an array or tensor of shape (height, width), (height, width, channels) or (channels, height, width) with 1,
-            3 or 4 channels: integers of 8 or 16 bits, or floats from 0 to 1.
-        name: what to call the picture in an error; the path or URL when None.
+        source: a path (`~` is the home folder), an http(s) or file URL, a `data:` URI, a base64 string, the bytes of an
+            image file, a file object opened in binary mode, a dict with `bytes` or `path` (as `datasets` stores
+            images), a Pillow image, or an array or tensor of shape (height, width), (height, width, channels) or
+            (channels, height, width) with 1, 3 or 4 channels: integers of 8 or 16 bits, or floats from 0 to 1.
+        name: what to call the image in an error; the path or URL when None.
 
     Raises:
-        FileNotFoundError: the path does not exist.
-        ValueError: the source cannot be read as a picture.
+        FileNotFoundError: if the path does not exist.
+        ValueError: if the source cannot be read as an image.
     """
-    if isinstance(source, np.ndarray | torch.Tensor):
-        image = _from_array(source, name or "The array")
-    elif isinstance(source, Image.Image):
+    if _is_image_dict(source):
+        source = source["path"] if source.get("bytes") is None else source["bytes"]
+    if isinstance(source, Image.Image):
         image, name = source, name or "The Pillow image"
+    elif hasattr(source, "__array__") and not isinstance(source, str | bytes):  # strings of numpy are both
+        image = _from_array(source, name or "The array")
     else:
         name = name or _name(source)
         image = _open(source, name)
+    if 0 in image.size:
+        raise ValueError(f"{name} has no pixels ({image.width} x {image.height}); replace or remove it.")
     try:
-        return _to_rgb(image)
+        with _READING[id(image) // 64 % len(_READING)] if image is source else nullcontext():
+            return _to_rgb(image)
     except Exception as error:  # Pillow raises many kinds here, SyntaxError and struct.error among them
         raise ValueError(f"{name} is a broken image ({error}); replace or remove it.") from error
 
 
+def load_images(sources: Sequence[ImageSource], first: int = 0) -> list[Image.Image]:
+    """Read images; errors name one by its path or URL, or else by its position, counted from `first`."""
+    found = []
+    for position, source in enumerate(sources, first):
+        named = isinstance(source, str | os.PathLike)
+        found.append(load_image(source, None if named else f"Image {position}"))
+    return found
+
+
+def list_images(images: Any) -> tuple[list[Any], bool]:
+    """Return the images given as a flat list, and whether a single one was given.
+
+    Several images are a list, tuple, Series, array of paths or any other iterable, also nested as transformers'
+    processors take them, or an array or tensor with a leading batch axis.
+
+    Raises:
+        ValueError: if a table or a dict of columns is given.
+    """
+    refuse_table(images, "images", ("image", "img", "photo", "picture", "path", "file", "url"))
+    if hasattr(images, "__array__") and getattr(images, "ndim", 0) > 1 and not isinstance(images, torch.Tensor):
+        images = np.asarray(images)
+    single = isinstance(images, str | bytes | bytearray | memoryview | os.PathLike | Image.Image | Mapping)
+    if isinstance(images, np.ndarray | torch.Tensor):
+        single = not (images.ndim == 4 or (images.ndim > 0 and _holds_objects(images)))
+    if single or hasattr(images, "read") or not hasattr(images, "__iter__"):
+        return [images.item() if _holds_objects(images) else images], True
+    return list(_flat(images)), False
+
+
+def _flat(images: Any) -> Iterator[Any]:
+    for image in images:
+        nested = isinstance(image, list | tuple)
+        if isinstance(image, np.ndarray | torch.Tensor):
+            nested = image.ndim == 4 or (image.ndim > 0 and _holds_objects(image))
+        if nested:
+            yield from _flat(image)
+        else:
+            yield image
+
+
+def _holds_objects(images: Any) -> bool:
+    """Return whether an array holds paths, bytes or other objects in place of numbers."""
+    return isinstance(images, np.ndarray) and images.dtype.kind in "OUST"
+
+
+def refuse_table(given: Any, argument: str, likely: Sequence[str]) -> None:
+    """Raise for a table or a dict of columns, whose iteration gives its column names, and for a set.
+
+    Args:
+        argument: name of the argument, for the error.
+        likely: parts of the column names that the error suggests.
+
+    Raises:
+        ValueError: if it is a table, a dict of columns or a set.
+    """
+    if isinstance(given, set | frozenset):
+        raise ValueError(f"{argument} is a set, which has no order; give a list.")
+    if _is_image_dict(given):
+        return
+    columns = getattr(given, "column_names", None)
+    if columns is None:
+        columns = given if isinstance(given, Mapping) else getattr(given, "columns", None)
+    if columns is None or isinstance(given, type):
+        return
+    names = [str(column) for column in columns]
+    suggested = next((name for part in likely for name in names if part in name.lower()), None)
+    example = "" if suggested is None else f", such as {argument}[{suggested!r}]"
+    raise ValueError(
+        f"{argument} is a {type(given).__name__} with {', '.join(map(repr, names[:10])) or 'no columns'}; give one "
+        f"column{example}."
+    )
+
+
+def _is_image_dict(source: Any) -> bool:
+    """Return whether this is how `datasets` stores an image: its bytes, its path, or both."""
+    if not isinstance(source, Mapping) or not {"bytes", "path"}.issuperset(source):
+        return False
+    return any(isinstance(value, str | os.PathLike | bytes | bytearray | memoryview) for value in source.values())
+
+
 def _name(source: Any) -> str:
-    if isinstance(source, bytes):
+    if isinstance(source, bytes | bytearray | memoryview):
         return "The image given as bytes"
-    text = str(source)
-    return f"Image '{text}'" if len(text) <= 200 else f"Image '{text[:60]}...'"
+    if not isinstance(source, str | os.PathLike):
+        return "The image"
+    text = os.fspath(source)
+    text = os.fsdecode(text).encode("utf-8", "backslashreplace").decode()
+    if text[:5].lower() == "data:" or len(text) > 200:
+        return f"Image '{text[:50]}...'"
+    if len(text) > 60 and _BASE64.fullmatch(text):
+        return f"Image '{text[:40]}...{text[-15:]}'"
+    return f"Image '{text}'"
 
 
 def _open(source: Any, name: str) -> Image.Image:
-    if isinstance(source, bytes):
-        content: Any = io.BytesIO(source)
-    elif isinstance(source, str) and source.startswith(("http://", "https://")):
-        content = io.BytesIO(_download(source, name))
-    elif isinstance(source, str) and source.startswith("data:"):
-        content = io.BytesIO(_decode_data_uri(source, name))
-    elif isinstance(source, str | Path):
-        if not os.path.exists(source):
-            raise FileNotFoundError(f"{name} does not exist; check the path.")
-        if os.path.isdir(source):
-            raise ValueError(f"{name} is a folder, not a file; give the pictures in it one by one.")
+    content: Any
+    if isinstance(source, bytes | bytearray | memoryview):
+        content = io.BytesIO(source)
+    elif isinstance(source, str | os.PathLike):
+        content = _content(os.fsdecode(source), name)
+    elif isinstance(source, io.TextIOBase):
+        raise ValueError(f"{name} is a file opened as text; open it with mode 'rb'.")
+    elif hasattr(source, "read"):
         content = source
+    elif isinstance(source, Mapping):
+        raise ValueError(
+            f"{name} is a dict with {', '.join(map(repr, source)) or 'no keys'}; give the image itself, or "
+            "{'bytes': ...} or {'path': ...}."
+        )
     else:
         raise ValueError(
-            f"{name} is of type {type(source).__name__}; give a path, URL, data URI, bytes, Pillow image or array."
+            f"{name} is of type {type(source).__name__}; give a path, URL, base64, bytes, file object, Pillow image or "
+            "array."
         )
     try:
         return Image.open(content)
@@ -78,6 +182,35 @@ def _open(source: Any, name: str) -> Image.Image:
         raise ValueError(f"{name} is not an image of a format Pillow can read; replace or remove it.") from error
     except Exception as error:
         raise ValueError(f"{name} could not be opened ({error}); replace or remove it.") from error
+
+
+def _content(text: str, name: str) -> str | io.BytesIO:
+    """Return the path that a string names, or the bytes that it holds or links to."""
+    matched = _SCHEME.match(text)
+    scheme = matched[1].lower() if matched else ""
+    if scheme == "data":
+        return io.BytesIO(_decode_data_uri(text, name))
+    if scheme in ("http", "https"):
+        return io.BytesIO(_download(text, name))
+    path = text
+    if not os.path.exists(path):
+        if scheme == "file":
+            path = urllib.parse.unquote(re.sub("^file:(//(localhost)?(?=/))?", "", text, flags=re.IGNORECASE))
+        elif "://" in text and scheme:
+            raise ValueError(
+                f"{name} cannot be read over {scheme}://; give a path or an http(s) address, or download it first."
+            )
+        path = os.path.expanduser(path)
+    if not os.path.exists(path):
+        decoded = _decode_bare_base64(text)
+        if decoded is not None:
+            return io.BytesIO(decoded)
+        if len(text) > 1000:
+            raise ValueError(f"{name} is neither a path nor the base64 of an image; encode it again.")
+        raise FileNotFoundError(f"{name} does not exist; check the path.")
+    if os.path.isdir(path):
+        raise ValueError(f"{name} is a folder, not a file; give the images in it one by one.")
+    return path
 
 
 def _download(url: str, name: str) -> bytes:
@@ -91,23 +224,51 @@ def _download(url: str, name: str) -> bytes:
 
 def _decode_data_uri(uri: str, name: str) -> bytes:
     header, comma, payload = uri.partition(",")
-    if not comma or not header.endswith(";base64"):
-        raise ValueError(f"{name} is no base64 data URI; it must begin like 'data:image/png;base64,'.")
+    if not comma:
+        raise ValueError(f"{name} is no data URI; it must look like 'data:image/png;base64,...'.")
+    if not header.rstrip().lower().endswith(";base64"):
+        return urllib.parse.unquote_to_bytes(payload)
     try:
-        return base64.b64decode(payload, validate=True)
+        return _decode_base64(urllib.parse.unquote(payload))
     except (binascii.Error, ValueError) as error:
         raise ValueError(f"{name} holds broken base64 ({error}); encode it again.") from error
 
 
-def _from_array(source: np.ndarray | torch.Tensor, name: str) -> Image.Image:
-    array = source.detach().cpu().numpy() if isinstance(source, torch.Tensor) else source
+def _decode_base64(text: str) -> bytes:
+    """Decode base64 of either alphabet, with line breaks and without padding."""
+    text = "".join(text.split()).rstrip("=").translate(str.maketrans("-_", "+/"))
+    return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+
+
+def _decode_bare_base64(text: str) -> bytes | None:
+    """Return the bytes of a string that is the base64 of an image, or None for any other string."""
+    if not _BASE64.fullmatch("".join(text.split())):
+        return None
+    try:
+        decoded = _decode_base64(text)
+        Image.open(io.BytesIO(decoded))
+    except Exception:
+        return None
+    return decoded
+
+
+def _from_array(source: Any, name: str) -> Image.Image:
+    if isinstance(source, torch.Tensor):
+        source = source.detach().cpu()
+        if source.dtype in (torch.bfloat16, torch.float16):
+            source = source.float()  # numpy knows no bfloat16
+        source = source.numpy()
+    array = np.asarray(source)
+    if array.dtype.name == "bfloat16":
+        array = array.astype(np.float32)
+    shape = array.shape
     if array.ndim == 3 and array.shape[-1] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
         array = np.moveaxis(array, 0, -1)
     if array.ndim == 3 and array.shape[-1] == 1:
         array = array[..., 0]
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in (3, 4)) or 0 in array.shape:
         raise ValueError(
-            f"{name} has shape {tuple(source.shape)}; an image array is (height, width), (height, width, channels) or "
+            f"{name} has shape {tuple(shape)}; an image array is (height, width), (height, width, channels) or "
             "(channels, height, width) with 1, 3 or 4 channels."
         )
     return Image.fromarray(_to_8_bits(array, name))
@@ -121,9 +282,10 @@ def _to_8_bits(array: np.ndarray, name: str) -> np.ndarray:
     if array.dtype == np.uint16:
         return np.round(array / 257.0).astype(np.uint8)
     if np.issubdtype(array.dtype, np.floating):
-        if not np.isfinite(array).all() or array.min() < 0.0 or array.max() > 1.0:
+        scaled = np.round(array * 255.0)  # resampling leaves values such as 1.0000001, which round to what is meant
+        if not np.isfinite(scaled).all() or scaled.min() < 0.0 or scaled.max() > 255.0:
             raise ValueError(f"{name} holds floats outside 0 to 1; scale them, or give 8-bit integers.")
-        return np.round(array * 255.0).astype(np.uint8)
+        return scaled.astype(np.uint8)
     raise ValueError(f"{name} is of dtype {array.dtype}; give uint8, uint16, bool, or floats from 0 to 1.")
 
 

@@ -99,8 +99,7 @@ class BifocalModel(EncodingMixin, BifocalPreTrainedModel):
         Arguments are those of [`BifocalTextModel`].
         """
         outputs = self.text_model(input_ids, attention_mask, token_type_ids, inputs_embeds, return_dict=True, **kwargs)
-        outputs.pooler_output = self.text_projection(outputs.pooler_output)
-        return outputs
+        return _projected(outputs, self.text_projection)
 
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.Tensor | None = None, **kwargs: Any) -> BaseModelOutputWithPooling:
@@ -109,8 +108,7 @@ class BifocalModel(EncodingMixin, BifocalPreTrainedModel):
         Arguments are those of [`BifocalVisionModel`].
         """
         outputs = self.vision_model(pixel_values, return_dict=True, **kwargs)
-        outputs.pooler_output = self.vision_projection(outputs.pooler_output)
-        return outputs
+        return _projected(outputs, self.vision_projection)
 
     @can_return_tuple
     def forward(
@@ -145,7 +143,8 @@ class BifocalModel(EncodingMixin, BifocalPreTrainedModel):
 
         logits_per_text = logits_per_image = loss = None
         if text_embeds is not None and image_embeds is not None:
-            logits_per_text = text_embeds @ image_embeds.t().to(text_embeds.device)
+            dtype = torch.promote_types(text_embeds.dtype, image_embeds.dtype)  # towers may differ in precision
+            logits_per_text = text_embeds.to(dtype) @ image_embeds.t().to(text_embeds.device, dtype)
             logits_per_text = logits_per_text * self.get_logit_scale().to(text_embeds.device)
             if self.logit_bias is not None:
                 logits_per_text = logits_per_text + self.logit_bias.to(text_embeds.device)
@@ -166,3 +165,16 @@ class BifocalModel(EncodingMixin, BifocalPreTrainedModel):
             text_model_output=text_output,
             vision_model_output=vision_output,
         )
+
+
+def _projected(outputs: BaseModelOutputWithPooling, projection: nn.Module) -> BaseModelOutputWithPooling:
+    """Return a tower's outputs with its pooled state in the shared space, as a new object: hooks may hold the old."""
+    pooled = outputs.pooler_output
+    weight = getattr(projection, "weight", None)
+    if (
+        isinstance(weight, torch.Tensor)
+        and weight.is_floating_point()
+        and not torch.is_autocast_enabled(pooled.device.type)
+    ):
+        pooled = pooled.to(weight.dtype)
+    return type(outputs)(**{**outputs, "pooler_output": projection(pooled)})

@@ -1,12 +1,14 @@
 # Copyright 2026 The Bifocal authors. Licensed under the Apache License, Version 2.0.
 """What both towers and the joint model share: the base class and the plain form of attention."""
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from types import MethodType
 from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn.modules import module as global_hooks
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
 
@@ -25,11 +27,6 @@ def pieces(lengths: Sequence[int], limit: int = _CPU_TOKENS) -> list[list[int]]:
         found.append(order[start:stop])
         start = stop
     return found
-
-
-def multiply(activated: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """activated * other; into `activated`'s own memory where no gradient needs it, since fresh memory takes time."""
-    return activated * other if torch.is_grad_enabled() else activated.mul_(other)
 
 
 def eager_attention_forward(
@@ -59,15 +56,16 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
-def attention_context(implementation: str | None, device: torch.device) -> AbstractContextManager:
-    """What an attention function must run in: flex attention on the CPU runs uncompiled.
+def usable_implementation(implementation: str | None, device: torch.device) -> str | None:
+    """Return the attention implementation to run: on a CPU "sdpa" in place of "flex_attention", with equal results.
 
-    Compiled there, it fails from the second input shape on, since Inductor's C++ for shapes that vary does not compile
-    (torch 2.13: "cur_kvSplitSize2 was not declared").
+    Compiled for a CPU, flex attention fails from the second input shape on, since Inductor's C++ for shapes that vary
+    does not compile (torch 2.13: "cur_kvSplitSize2 was not declared"). Switching compilation off instead would be a
+    setting of the whole process, which other threads would see.
     """
     if implementation == "flex_attention" and device.type == "cpu" and not torch.compiler.is_compiling():
-        return torch.compiler.set_stance("force_eager")
-    return nullcontext()
+        return "sdpa"
+    return implementation
 
 
 def split_heads(states: torch.Tensor, num_heads: int) -> torch.Tensor:
@@ -100,6 +98,60 @@ def run_layers(
     return hidden_states, all_states if output_hidden_states else None, all_weights or None
 
 
+def _has_hooks(model: nn.Module) -> bool:
+    """Return whether any module within a model has a forward hook that could see its inputs or outputs."""
+    if global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks:
+        return True
+    inner = (module for module in model.modules() if module is not model)
+    return any(module._forward_hooks or module._forward_pre_hooks for module in inner)
+
+
+def inference_copy(model: Any) -> Any:
+    """Return a copy of a model in eval mode that shares its weights, buffers and hooks.
+
+    Only the module objects are copied, which takes microseconds each. So a thread can embed with a model that another
+    thread trains: neither sees the other's mode, and modes that differ between modules stay as they are.
+
+    A compiled module that is in eval mode is used as it is, since a copy of it would not be compiled.
+    """
+    copies: dict[int, Any] = {}
+
+    def copied(original: Any) -> Any:
+        if original is None or id(original) in copies:
+            return copies.get(id(original))
+        if isinstance(original, torch.jit.ScriptModule):
+            return original
+        attributes = original.__dict__.copy()
+        children = attributes["_modules"]
+        compiled = "_orig_mod" in children or attributes.get("_compiled_call_impl") is not None
+        if compiled and not any(module.training for module in original.modules()):
+            return original
+        if "_orig_mod" in children:  # torch.compile wraps a module into another one
+            return copied(children["_orig_mod"])
+        copy = copies[id(original)] = object.__new__(type(original))
+        for name in ("forward", "_old_forward"):  # set on the object by accelerate's hooks, for one
+            if name in attributes:
+                attributes[name] = _bound_to(copy, original, attributes[name])
+        attributes["training"] = False
+        attributes["_compiled_call_impl"] = None
+        if children:
+            attributes["_modules"] = {name: copied(child) for name, child in children.copy().items()}
+        object.__setattr__(copy, "__dict__", attributes)
+        return copy
+
+    return copied(model)
+
+
+def _bound_to(copy: nn.Module, original: nn.Module, function: Any) -> Any:
+    """Return a method or partial function of one module object as that of another."""
+    if isinstance(function, MethodType) and function.__self__ is original:
+        return MethodType(function.__func__, copy)
+    if isinstance(function, functools.partial):
+        arguments = [copy if argument is original else argument for argument in function.args]
+        return functools.partial(function.func, *arguments, **function.keywords)
+    return function
+
+
 class BifocalPreTrainedModel(PreTrainedModel):
     """Weights initialisation and the abilities every Bifocal model declares to transformers.
 
@@ -120,12 +172,15 @@ class BifocalPreTrainedModel(PreTrainedModel):
         return bool(attentions), bool(states)
 
     def _takes_pieces(self, rows: int, tokens: int, device: torch.device, requested: tuple[bool, bool]) -> bool:
-        """Whether a batch is taken in pieces: on a CPU, with nothing to learn from and nothing to trace."""
+        """Whether a batch is taken in pieces: on a CPU, with nothing to learn from, nothing to trace, and no hooks.
+
+        A hook must see the whole batch, as transformers' other models show it.
+        """
         if torch.compiler.is_compiling() or torch.jit.is_tracing():  # first: sizes may be unknown there
             return False
         if self.training or torch.is_grad_enabled() or device.type != "cpu" or any(requested):
             return False
-        return rows > 1 and tokens > _CPU_TOKENS
+        return rows > 1 and tokens > _CPU_TOKENS and not _has_hooks(self)
 
     def _by_pieces(
         self, lengths: Sequence[int], padded: int, run: Callable[[list[int], int], BaseModelOutputWithPooling]

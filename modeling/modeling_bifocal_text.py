@@ -16,11 +16,10 @@ from .alibi_bifocal import AlibiBias
 from .configuration_bifocal import BifocalTextConfig
 from .modeling_bifocal_base import (
     BifocalPreTrainedModel,
-    attention_context,
     eager_attention_forward,
-    multiply,
     run_layers,
     split_heads,
+    usable_implementation,
 )
 
 
@@ -69,24 +68,22 @@ class BifocalTextAttention(nn.Module):
         key = split_heads(self.k_proj(hidden_states), heads)
         value = split_heads(self.v_proj(hidden_states), heads)
 
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        implementation = usable_implementation(self.config._attn_implementation, query.device)
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         outputs, weights = [], []
-        with attention_context(self.config._attn_implementation, query.device):
-            for rows, block in bias.blocks():  # a single block unless the text is very long
-                output, weight = attention(
-                    self,
-                    query[:, :, rows],
-                    key,
-                    value,
-                    scaling=self.scaling,
-                    dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
-                    **bias.as_arguments(block, self.config._attn_implementation),
-                    **kwargs,
-                )
-                outputs.append(output)
-                weights.append(weight)
+        for rows, block in bias.blocks():  # a single block unless the text is very long
+            output, weight = attention(
+                self,
+                query[:, :, rows],
+                key,
+                value,
+                scaling=self.scaling,
+                dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
+                **bias.as_arguments(block, implementation),
+                **kwargs,
+            )
+            outputs.append(output)
+            weights.append(weight)
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
         weight = weights[0] if len(weights) == 1 or weights[0] is None else torch.cat(weights, dim=2)
         return self.out_proj(output.flatten(2)), weight
@@ -104,7 +101,7 @@ class BifocalTextMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
-        return self.down_proj(self.dropout(multiply(self.activation(gate), up)))
+        return self.down_proj(self.dropout(self.activation(gate) * up))
 
 
 class BifocalTextLayer(GradientCheckpointingLayer):
@@ -175,12 +172,18 @@ class BifocalTextModel(BifocalTextPreTrainedModel):
             tokens' states; `hidden_states` and (eager attention only) `attentions` on request.
 
         Raises:
-            ValueError: neither or both inputs given, or a text longer than `config.max_position_embeddings`.
+            ValueError: if neither or both inputs are given, a text is longer than `config.max_position_embeddings`, or
+                the mask has another shape than the texts.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("The text tower needs exactly one of input_ids and inputs_embeds.")
         given: torch.Tensor = input_ids if inputs_embeds is None else inputs_embeds  # type: ignore[assignment]
         batch, length = given.shape[:2]
+        if attention_mask is not None and attention_mask.shape != (batch, length):
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}, but the texts have ({batch}, {length}); "
+                "give 1 for each token and 0 for padding."
+            )
         if length > self.config.max_position_embeddings:
             raise ValueError(
                 f"The text is {length} tokens long, but this model takes at most {self.config.max_position_embeddings} "

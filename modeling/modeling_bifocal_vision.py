@@ -20,11 +20,10 @@ from transformers.utils import can_return_tuple
 from .configuration_bifocal import BifocalVisionConfig
 from .modeling_bifocal_base import (
     BifocalPreTrainedModel,
-    attention_context,
     eager_attention_forward,
-    multiply,
     run_layers,
     split_heads,
+    usable_implementation,
 )
 
 
@@ -151,20 +150,18 @@ class BifocalVisionAttention(nn.Module):
         key = rotate(split_heads(self.k_proj(hidden_states), heads), rotary)
         value = split_heads(self.v_proj(hidden_states), heads)
 
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
+        implementation = usable_implementation(self.config._attn_implementation, query.device)
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        output, weights = attention(
+            self,
+            query.to(value.dtype),
+            key.to(value.dtype),
+            value,
+            attention_mask=None,
+            scaling=self.scaling,
+            dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
+            **kwargs,
         )
-        with attention_context(self.config._attn_implementation, query.device):
-            output, weights = attention(
-                self,
-                query.to(value.dtype),
-                key.to(value.dtype),
-                value,
-                attention_mask=None,
-                scaling=self.scaling,
-                dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
-                **kwargs,
-            )
         return self.out_proj(self.inner_norm(output.flatten(2))), weights
 
 
@@ -180,7 +177,7 @@ class BifocalVisionMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        gated = multiply(self.activation(self.gate_proj(hidden_states)), self.up_proj(hidden_states))
+        gated = self.activation(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
         return self.down_proj(self.inner_norm(gated))
 
 

@@ -1,7 +1,6 @@
 """A model and an index together: search by text, by picture, or by both."""
 
 import os
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,8 +29,6 @@ class Searcher:
         place = index.model if model is None else os.path.expanduser(model)
         self.model = load_model(place)
         index.require(weights_of(place), place)
-        # A tokenizer of the tokenizers library cannot pad for two threads at once.
-        self._one_at_a_time = threading.Lock()
 
     def vector(self, text: str | None = None, picture: Any = None, weight: float = 0.5) -> np.ndarray:
         """The unit vector of a query.
@@ -53,13 +50,9 @@ class Searcher:
                 decoded = read_picture(picture)
             except SearchError as error:
                 raise SearchError(f"The picture cannot be used: {error}. Give another one.") from error
-            with self._one_at_a_time:
-                vector = self.model.encode_image(decoded)
-            found.append((1.0 - weight if text else 1.0, vector))
+            found.append((1.0 - weight if text else 1.0, self.model.encode_image(decoded)))
         if text:
-            with self._one_at_a_time:
-                vector = self.model.encode_text(text)
-            found.append((weight if picture is not None else 1.0, vector))
+            found.append((weight if picture is not None else 1.0, self.model.encode_text(text)))
         return unit(np.sum([factor * vector for factor, vector in found], axis=0))
 
     def search(

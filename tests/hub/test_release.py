@@ -1,5 +1,6 @@
 """A complete folder: what is in it, that its ONNX files agree with torch, and what the check notices."""
 
+import functools
 import json
 import re
 import shutil
@@ -24,6 +25,7 @@ from tests.conftest import TEXTS, small_config
 from tests.hub.test_push import run
 from tests.hub_stand_in import hub
 from tests.modeling.test_images import photo
+from tests.modeling.test_threads import MIXED, assert_as_alone
 
 NAME = "org/shapes"
 STAGE = TrainedStage(
@@ -104,6 +106,16 @@ def test_int8_is_smaller_and_its_loss_is_told(folder, model):
     cosines = (encoder.encode_text(texts) * exact).sum(1)
     assert facts["files"]["onnx/text_model_int8.onnx"]["mean_cosine"] == pytest.approx(cosines.mean(), abs=1e-5)
     assert facts["recall"]["pairs"] == len(pictures) == 64
+
+
+def test_the_onnx_files_in_eight_threads(folder, model):
+    """Also beside `encode_text` of other lengths, on one tokenizer."""
+    encoder = OnnxEncoder(folder / "onnx", model.processor)
+    calls = [functools.partial(encoder.encode_text, [text]) for text in MIXED]
+    calls += [functools.partial(encoder.encode_text, MIXED), functools.partial(encoder.encode_image, [photo()])]
+    for batch, call in zip([[text] for text in MIXED], calls, strict=False):
+        np.testing.assert_allclose(call(), model.encode_text(batch), atol=1e-5)
+    assert_as_alone([*calls, functools.partial(model.encode_text, MIXED[-1], max_length=5)], 500)
 
 
 def test_another_models_onnx_is_refused(folder, processor):

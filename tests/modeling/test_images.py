@@ -4,14 +4,20 @@ import base64
 import functools
 import http.server
 import io
+import re
 import threading
+import urllib.parse
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from bifocal.modeling import load_image
+from bifocal.modeling.image_bifocal import list_images
 
 
 def photo(width: int = 60, height: int = 40) -> Image.Image:
@@ -47,6 +53,91 @@ def test_path_bytes_data_uri_and_pillow_give_the_same(tmp_path):
         assert difference(load_image(source), photo()) == 0
 
 
+@pytest.fixture
+def written(tmp_path, monkeypatch) -> Path:
+    """An image at a path with a space and a percent sign, below the home folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / "a 100% photo.png"
+    path.write_bytes(png(photo()))
+    return path
+
+
+def test_everything_that_people_hand_over(written):
+    content = written.read_bytes()
+    encoded = base64.b64encode(content).decode()
+    lines = "\n".join(encoded[start : start + 76] for start in range(0, len(encoded), 76))
+    exact = np.asarray(photo()).astype(np.float32) / 255
+    buffer = io.BytesIO(content)
+    buffer.seek(0, 2)  # where writing left it
+    with open(written, "rb") as file:
+        for source in (
+            bytearray(content), memoryview(content), io.BytesIO(content), buffer, file,
+            {"bytes": content, "path": None}, {"bytes": None, "path": str(written)}, {"bytes": content, "path": "no"},
+            written.as_uri(), str(written.as_uri()).replace("file:///", "FILE://localhost/"), f"file://{written}",
+            "~/a 100% photo.png", Path("~/a 100% photo.png"), np.str_(written), np.bytes_(content),
+            encoded, lines, base64.urlsafe_b64encode(content).decode().rstrip("="),
+            f"data:image/png;base64,{encoded}", f"DATA:image/png;BASE64,{lines}",
+            "data:image/png;base64," + urllib.parse.quote(encoded, safe=""), "data:," + urllib.parse.quote(content),
+            exact * 1.0000001, exact - 1e-7, torch.from_numpy(exact).requires_grad_(),
+        ):  # fmt: skip
+            assert difference(load_image(source), photo()) == 0, source
+    half = torch.from_numpy(exact).bfloat16()
+    assert difference(load_image(half), photo()) < 1
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    assert difference(load_image(exact.astype(ml_dtypes.bfloat16)), load_image(half)) == 0
+
+
+def test_errors_print_little_of_what_is_encoded(tmp_path):
+    noise = base64.b64encode(np.random.default_rng(0).bytes(3000)).decode()
+    for source in (noise, noise[:200], f"data:image/png;base64,{noise}", f"data:image/png;base64,{noise[:150]}!"):
+        with pytest.raises((ValueError, OSError), match=r"not an image|neither|does not exist|broken base64") as error:
+            load_image(source)
+        assert len(str(error.value)) < 180
+        assert noise[60:100] not in str(error.value)
+    long_path = tmp_path / "a_folder_with_a_name" / "and-below-it-a-file-with-a-name-of-many-letters.jpg"
+    with pytest.raises(FileNotFoundError, match=re.escape(str(long_path))):
+        load_image(long_path)
+    with pytest.raises(FileNotFoundError) as error:
+        load_image("caf\udce9.png")
+    str(error.value).encode()  # may be printed
+
+
+def test_several_images_and_one():
+    one, two = photo(), photo(30, 30)
+    array = np.asarray(one)
+    for given in (
+        [one, two], (one, two), [[one], [two]], [[one, two]], iter([one, two]), {0: one, 1: two}.values(),
+        np.array(["a.png", "b.png"]), np.array([Path("a"), Path("b")], object), np.stack([array] * 2),
+        torch.zeros(2, 3, 8, 8), [np.stack([array] * 2)],
+    ):  # fmt: skip
+        items, single = list_images(given)
+        assert (len(items), single) == (2, False)
+    for given in (one, "a.png", Path("a"), b"", bytearray(), io.BytesIO(), {"path": "a.png"}, array, np.array("a.png")):
+        items, single = list_images(given)
+        assert (len(items), single) == (1, True)
+    pandas = pytest.importorskip("pandas")
+    assert list_images(pandas.Series(["a.png", "b.png"])) == (["a.png", "b.png"], False)
+    frame = pandas.DataFrame({"caption": ["a"], "file_name": ["a.png"]})
+    for table in (frame, {"caption": ["a"], "file_name": ["a.png"]}, datasets.Dataset.from_pandas(frame)):
+        with pytest.raises(
+            ValueError, match=r"with 'caption', 'file_name'; give one column, such as images\['file_name"
+        ):
+            list_images(table)
+    with pytest.raises(ValueError, match="is a set, which has no order"):
+        list_images({"a.png", "b.png"})
+
+
+def test_one_lazy_image_in_many_threads(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    (tmp_path / "turned.jpg").write_bytes(jpeg(photo(600, 400).transpose(Image.Transpose.ROTATE_180), exif=exif))
+    expected = load_image(tmp_path / "turned.jpg")
+    for _ in range(10):
+        shared = Image.open(tmp_path / "turned.jpg")
+        with ThreadPoolExecutor(8) as pool:
+            assert all(difference(image, expected) == 0 for image in pool.map(load_image, [shared] * 8))
+
+
 def test_url(tmp_path):
     (tmp_path / "photo.png").write_bytes(png(photo()))
     (tmp_path / "page.html").write_text("<html>not found</html>")
@@ -64,8 +155,10 @@ def test_url(tmp_path):
             load_image(f"{address}/missing.png")
         with pytest.raises(ValueError, match=r"page\.html' is not an image of a format Pillow can read"):
             load_image(f"{address}/page.html")
+        assert difference(load_image(address.replace("http", "HTTP") + "/photo.png"), photo()) == 0
     finally:
         server.shutdown()
+        server.server_close()
     with pytest.raises(ValueError, match="could not be downloaded"):
         load_image(f"{address}/photo.png")
 
@@ -152,7 +245,14 @@ def test_arrays_and_tensors():
         (np.full((4, 4, 3), np.nan), "floats outside 0 to 1"),
         (np.zeros((4, 4, 3), np.int64), "dtype int64"),
         (12, "is of type int"),
-        ("data:image/png;utf8,abc", "is no base64 data URI"),
+        ("data:image/png;base64", "is no data URI"),
+        ("data:image/png;utf8,abc", "is not an image of a format Pillow can read"),
+        ("s3://bucket/a.png", "cannot be read over s3://; give a path or an http"),
+        (Image.new("RGB", (0, 0)), "has no pixels"),
+        ({"image": b"", "caption": ""}, "is a dict with 'image', 'caption'; give the image itself"),
+        (io.StringIO("text"), "opened as text; open it with mode 'rb'"),
+        (np.zeros(7), r"has shape \(7,\)"),
+        (np.array(["a.png"], object), r"has shape \(1,\)"),
         ("data:image/png;base64,@@@", "holds broken base64"),
         ("data:image/png;base64,aGVsbG8=", "is not an image of a format Pillow can read"),
         (b"hello", "The image given as bytes is not an image"),

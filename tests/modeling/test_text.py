@@ -50,10 +50,11 @@ def test_padding_may_stand_on_the_left():
 
 @pytest.mark.parametrize("side", ["right", "left", "none"])
 def test_a_large_batch_taken_in_pieces_gives_the_same(side):
-    """Without gradients on a CPU; with gradients, or with states asked for, the batch stays whole."""
+    """Without gradients on a CPU; with gradients, hooks, or states asked for, the batch stays whole."""
     tower = small_tower()
     calls: list[tuple[int, ...]] = []
-    tower.embeddings.register_forward_hook(lambda module, given, output: calls.append(tuple(output.shape[:2])))
+    embed = tower.embeddings.forward
+    tower.embeddings.forward = lambda *given: (calls.append((len(given[0]), given[0].shape[1])), embed(*given))[1]
     lengths = torch.randint(1, 40, (200,), generator=torch.Generator().manual_seed(3))
     lengths[7] = 40
     ids = torch.randint(1, 97, (200, 40), generator=torch.Generator().manual_seed(2))
@@ -63,8 +64,13 @@ def test_a_large_batch_taken_in_pieces_gives_the_same(side):
         found = tower(ids, mask)
         pieces, calls[:] = list(calls), []
         states = tower(ids, mask, output_hidden_states=True)
+        seen: list[tuple[int, ...]] = []
+        handle = tower.layers[1].mlp.register_forward_hook(lambda module, given, output: seen.append(output.shape[:2]))
+        tower(ids, mask)
+        handle.remove()
+    assert seen == [(200, 40)]
     whole = tower(ids, mask)
-    assert calls == [(200, 40), (200, 40)]
+    assert calls == [(200, 40)] * 3
     assert len(pieces) > 3
     assert sum(rows for rows, _ in pieces) == 200
     assert all(rows * tokens <= 1024 for rows, tokens in pieces)
@@ -139,6 +145,12 @@ def test_a_text_longer_than_the_model_takes_is_refused():
     tower = small_tower(max_position_embeddings=8)
     with pytest.raises(ValueError, match="9 tokens long, but this model takes at most 8"):
         tower(torch.ones(1, 9, dtype=torch.long))
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (1, 4), (2, 1, 4, 4), (4,)])
+def test_a_mask_of_another_shape_is_refused(shape):
+    with pytest.raises(ValueError, match=r"attention_mask has shape .* but the texts have \(2, 4\); give 1 for each"):
+        small_tower()(torch.ones(2, 4, dtype=torch.long), torch.ones(shape))
 
 
 def test_masked_language_modelling_head():

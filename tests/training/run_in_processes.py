@@ -84,3 +84,4 @@ def train(folder: Path, case: str, processes: int) -> None:
         torch.save(
             {"losses": losses, "gradients": trainer.gradients, "weights": weights, "eval": metrics},
             folder / f"{case}-{processes}.pt",
+        )
