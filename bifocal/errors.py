@@ -26,8 +26,10 @@ def model_not_loaded(place: str | Path, error: Exception, wanted: str = "model")
 
 
 def looks_like_path(given: str) -> bool:
-    """Whether a string can only be meant as a path: Hub ids are `name` or `organisation/name`."""
-    return given.startswith((".", "/", "~", "\\")) or given.count("/") > 1 or "\\" in given
+    """Return whether a string can only be meant as a path here: Hub ids are `name` or `organisation/name`."""
+    first, slash, _ = given.partition("/")
+    plain = given.startswith((".", "/", "~")) or given.endswith("/") or given.count("/") > 1 or "\\" in given
+    return plain or (bool(slash) and Path(first).is_dir())
 
 
 def first_line(error: Exception) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from bifocal.errors import first_line, looks_like_path
 from bifocal.evaluation.retrieval import EvaluationError
 from bifocal.modeling import BifocalModel, load_image
 
@@ -92,27 +93,15 @@ def require_model(path: str) -> None:
         within = next((n for n in ("model", "final") if (place / n / "config.json").is_file()), None)
         hint = f"; did you mean '{Path(path) / within}'?" if within else "."
         raise EvaluationError(f"'{path}' holds no model: there is neither config.json nor modules.json in it{hint}")
-    if _is_local(path):
+    if looks_like_path(path):
         raise EvaluationError(f"There is no model at '{path}'; check the path.")
     try:
         there = _has(path, "config.json") or _has(path, "modules.json")
         reason = "it has neither config.json nor modules.json"
     except Exception as error:  # no such repository, no connection, a name that none can have
-        there, reason = False, _first_line(error)
+        there, reason = False, first_line(error)
     if not there:
         raise EvaluationError(f"There is no model folder '{path}' here, and no such model on the Hub ({reason}).")
-
-
-def _first_line(error: Exception) -> str:
-    said = str(error).strip()
-    return said.splitlines()[0][:200].rstrip(".") if said else type(error).__name__
-
-
-def _is_local(path: str) -> bool:
-    """Return whether a path that does not exist can only mean a folder here, and no id on the Hub."""
-    parts = Path(path).parts
-    plain = len(parts) > 2 or path.startswith((".", "/", "~")) or "\\" in path or path.endswith("/")
-    return plain or (len(parts) == 2 and Path(parts[0]).is_dir())
 
 
 def load_encoder(path: str, batch_size: int = 64, device: str | None = None) -> Encoder:
@@ -141,7 +130,7 @@ def load_encoder(path: str, batch_size: int = 64, device: str | None = None) -> 
     except EvaluationError:
         raise
     except Exception as error:  # of configuration, weights, tokenizer: each library has its own
-        raise EvaluationError(f"The model '{path}' cannot be loaded ({_first_line(error)}).") from error
+        raise EvaluationError(f"The model '{path}' cannot be loaded ({first_line(error)}).") from error
 
 
 def bifocal_encoder(model: BifocalModel, name: str, batch_size: int = 64) -> Encoder:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from bifocal.errors import looks_like_path
 from bifocal.hub.layouts import Tensors
 from bifocal.hub.source_config import ConversionError
 
@@ -26,7 +27,7 @@ def read_weights(source: str, allow_pickle: bool = False) -> tuple[Tensors, dict
         ConversionError: there are none, or only pickles and these were not asked for.
     """
     path = Path(source).expanduser()
-    if not path.exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1 or path.suffix in _ENDINGS):
+    if not path.exists() and (looks_like_path(source) or path.suffix in _ENDINGS):
         raise ConversionError(f"'{source}' does not exist. Give a file, a folder or a Hub id (organisation/name).")
     if not path.exists():
         from huggingface_hub import snapshot_download
