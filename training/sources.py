@@ -293,13 +293,13 @@ def guess_kind(source: Source) -> str:
         problems += [(name, row) for name, row in rows[:1] if isinstance(row, Fault)]
     if names and not problems:
         raise RecipeError(
-            f"The kind of rows of '{source.title}' cannot be told by its columns ({', '.join(names[:20])}). Name it "
+            f"Cannot infer the kind of rows of '{source.title}' from its columns ({', '.join(names[:20])}). Name it "
             "with --kind, and the columns with columns.OURS=THEIRS, such as columns.query=title."
         )
     # Of a kind that it is not, its rows lack a column.
     told = next((one for one in problems if not one[1].cause.startswith("no ")), problems[0] if problems else None)
     said = f"; none of the first can be used ({told[0]}: {told[1]})" if told is not None else ""
-    raise RecipeError(f"The kind of rows of '{source.title}' cannot be told{said}. Name it with --kind.")
+    raise RecipeError(f"Cannot infer the kind of rows of '{source.title}'{said}. Name it with --kind.")
 
 
 def _columns_elsewhere(source: Source) -> list[str] | None:

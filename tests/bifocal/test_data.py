@@ -58,7 +58,7 @@ def test_inspect_and_clean(here):
         (["inspect", "a.jsonl", "clean.min_sid=3"], "'clean.min_sid=3': unknown key 'min_sid'; did you mean"),
         (["inspect", "a.jsonl", "--kind", "images"], "'images' is no kind of rows; it must be one of image-text"),
         (["inspect", "a.jsonl", "--kind", "image-text"], "'a.jsonl' has no column 'image' (it has query, positive)"),
-        (["inspect", "x.jsonl"], "The kind of rows of 'x.jsonl' cannot be told by its columns (a). Name it with"),
+        (["inspect", "x.jsonl"], "Cannot infer the kind of rows of 'x.jsonl' from its columns (a). Name it with"),
         (["clean", "bad.jsonl", "out"], "50.0% of 2 rows are bad, more than max_bad=0.01 allows (1 no query)"),
         (["caption", "photos", "out", "--model", "photos"], "'photos' is no image-text model that transformers"),
     ],

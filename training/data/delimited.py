@@ -20,6 +20,7 @@ _FIELD_LIMIT = min(sys.maxsize, 2**31 - 1)  # what C's long holds everywhere; cs
 _OTHERS = (";", "\t", "|", ",")
 _SIGNS = {"\t": "tab", ",": "comma", ";": "semicolon", "|": "pipe"}
 _LINE_END = re.compile(r"\r\n|\r|\n")
+_QUOTED = re.compile('".*"')
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
@@ -43,7 +44,7 @@ def read_csv(
         encoding: UTF-8 if None.
 
     Raises:
-        FileFault: if the file is in another encoding, its first line has another delimiter or no end.
+        FileFault: if the file is in another encoding, or its first line has another delimiter or other quotes.
     """
     with open_text(path, encoding) as text:
         try:
@@ -110,6 +111,10 @@ def _header(records: "_Records", guessed: bool) -> list[str]:
         raise FileFault("not UTF-8", f"in the header: {names[:20]!r:.200}; {OTHER_ENCODING}")
     if len(names) == 1 and guessed:
         _require_delimiter(names[0], records.delimiter)
+    if names and records.quoting == "none" and records.guessed and all(map(_QUOTED.fullmatch, names)):
+        raise FileFault(
+            "quoted header", f"quotes enclose the names in its first line, {names!r:.200}; set quoting=minimal"
+        )
     return names
 
 
@@ -194,6 +199,7 @@ class _Records:
         self.lines = lines
         self.delimiter = delimiter
         self.quoting = quoting or ("none" if delimiter == "\t" else None)
+        self.guessed = quoting is None
         self.columns = 0
         self.options: Any = {
             "delimiter": delimiter, "quoting": csv.QUOTE_NONE if self.quoting == "none" else csv.QUOTE_MINIMAL,

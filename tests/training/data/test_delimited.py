@@ -242,6 +242,7 @@ TEXT = "query,positive\nfür,schön\n"
         ("a.csv", b"query;positive\na;b\n", "has a semicolon where a comma was expected; set delimiter=';'"),
         ("a.csv", b"query\tpositive\na\tb\n", r"has a tab where a comma was expected; set delimiter='\\t'"),
         ("a.tsv", b"query,positive\na,b\n", "has a comma where a tab was expected; set delimiter=','"),
+        ("a.tsv", b'"query"\t"positive"\n"a"\t"b"\n', "quotes enclose the names.*set quoting=minimal"),
         ("a.csv", TEXT.encode("utf-16"), "not UTF-8.*byte order mark of UTF-16; set encoding=utf-16"),
         ("a.jsonl", TEXT.encode("utf-32"), "byte order mark of UTF-32; set encoding=utf-32"),
         ("a.csv", TEXT.encode("utf-16-le"), "zero bytes as utf-16-le has them; set encoding=utf-16-le"),

@@ -65,7 +65,7 @@ def test_the_kind_of_rows_that_cannot_be_told(tmp_path):
         ("empty", "'empty' is an empty folder"),
         ("odd", r"'odd' is a folder in which no rows can be found; it holds 1 \.doc"),
         ("photos", "'photos' is .* it holds 1 images, but no metadata.jsonl or metadata.csv"),
-        ("x.jsonl", r"cannot be told by its columns \(a, b\)"),
+        ("x.jsonl", r"from its columns \(a, b\)"),
         ("nothing.csv", r"'nothing.csv' is empty \(0 bytes\)"),
         ("none/such/file", "There is nothing at 'none/such/file'"),
         ("nosuch", "no file or folder 'nosuch'"),
