@@ -41,6 +41,8 @@ def train(recipe: Recipe, force: bool) -> str:
 
 def plan(recipe: Recipe) -> str:
     """What a run would do: data, batches, steps, parameters, memory. Loads the data and makes the model."""
+    from transformers import SchedulerType
+
     from bifocal.training.chunk_size import kept_per_row
     from bifocal.training.parameters import not_trained, parameter_groups, without_gradient
     from bifocal.training.run import prepare
@@ -74,7 +76,7 @@ def plan(recipe: Recipe) -> str:
     lines += [
         "",
         f"steps    {args.max_steps:,}, warm-up {args.get_warmup_steps(args.max_steps):,}, "
-        f"{args.lr_scheduler_type.value}",
+        f"{SchedulerType(args.lr_scheduler_type).value}",
     ]
     lines += ["", "parameters"]
     model = trainer.model
