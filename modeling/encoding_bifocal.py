@@ -67,6 +67,10 @@ class EncodingMixin:
                     self._processor = self._load_processor()
         return self._processor
 
+    @processor.setter
+    def processor(self, processor: BifocalProcessor) -> None:
+        self._processor = processor
+
     def _load_processor(self) -> BifocalProcessor:
         if self._processor_source is None:
             raise ValueError(
@@ -85,10 +89,6 @@ class EncodingMixin:
                 f"'{path}' holds no processor that can be loaded ({reason}); save one there with "
                 "processor.save_pretrained, or set model.processor."
             ) from error
-
-    @processor.setter
-    def processor(self, processor: BifocalProcessor) -> None:
-        self._processor = processor
 
     def encode_text(
         self,

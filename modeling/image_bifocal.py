@@ -44,7 +44,7 @@ def load_image(source: ImageSource, name: str | None = None) -> Image.Image:
         FileNotFoundError: if the path does not exist.
         ValueError: if the source cannot be read as an image.
     """
-    if _is_image_dict(source):
+    if isinstance(source, Mapping) and _is_image_dict(source):
         source = source["path"] if source.get("bytes") is None else source["bytes"]
     if isinstance(source, Image.Image):
         image, name = source, name or "The Pillow image"

@@ -169,7 +169,7 @@ class BifocalModel(EncodingMixin, BifocalPreTrainedModel):
 
 def _projected(outputs: BaseModelOutputWithPooling, projection: nn.Module) -> BaseModelOutputWithPooling:
     """Return a tower's outputs with its pooled state in the shared space, as a new object: hooks may hold the old."""
-    pooled = outputs.pooler_output
+    pooled: Any = outputs.pooler_output
     weight = getattr(projection, "weight", None)
     if (
         isinstance(weight, torch.Tensor)

@@ -56,7 +56,7 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
-def usable_implementation(implementation: str | None, device: torch.device) -> str | None:
+def usable_implementation(implementation: Any, device: torch.device) -> Any:
     """Return the attention implementation to run: on a CPU "sdpa" in place of "flex_attention", with equal results.
 
     Compiled for a CPU, flex attention fails from the second input shape on, since Inductor's C++ for shapes that vary
