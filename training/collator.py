@@ -13,6 +13,7 @@ from PIL import Image
 from bifocal.modeling import BifocalProcessor
 from bifocal.training.data.faults import Fault, Skip
 from bifocal.training.data.pictures import PictureReader
+from bifocal.training.data.row_names import row_name
 from bifocal.training.row_check import usable_row
 from bifocal.training.task_data import read_rows
 from bifocal.training.tasks import COLUMNS, Task, TrainingError
@@ -188,7 +189,7 @@ class MultiTaskCollator:
                 rows.append(usable_row(task, values, self.pictures.decode))
             except Fault as fault:
                 rows.append(None)
-                skipped.append(Skip.of(str(name), fault))
+                skipped.append(Skip.of(row_name(task.dataset, name), fault))
         return rows, skipped
 
     def _whole(

@@ -127,7 +127,7 @@ def _report(task: Task, skipped: Sequence[Skip]) -> int:
     counts = Skipped()
     counts.add(task.name, len(task.dataset), skipped)
     counts.check(task.name, task.max_bad, ended=True)
-    rows = sorted({skip.row for skip in skipped}, key=int)
+    rows = list(dict.fromkeys(skip.row for skip in skipped))
     shown = ", ".join(rows[:8]) + (", ..." if len(rows) > 8 else "")
     logger.warning_once(
         f"Evaluation task '{task.name}' skips {len(rows):,} of {len(task.dataset):,} rows "
