@@ -1,5 +1,6 @@
 """A folder that is ready for the Hub: weights, code, tokenizer, processor, sentence-transformers' files and a card."""
 
+import copy
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -43,6 +44,7 @@ def export_model(
     folder = Path(folder)
     card = card or Card()
     processor = processor or model.processor
+    processor = with_limit(processor, model)
     require_replaceable(folder)
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Normalize, Transformer
@@ -59,8 +61,19 @@ def export_model(
             (made / "model.safetensors").unlink()
             model.save_pretrained(made, max_shard_size=shard)
         (made / FACTS).write_text(json.dumps(asdict(card), indent=2) + "\n", encoding="utf-8")
-        write_card(made / "README.md", card, card.name or folder.name, model)
+        write_card(made / "README.md", card, card.name or folder.name, model, processor.tokenizer.model_max_length)
     return folder
+
+
+def with_limit(processor: BifocalProcessor, model: BifocalModel) -> BifocalProcessor:
+    """Return a copy of a processor that cuts texts where `model.encode_text` does.
+
+    That is the smaller one of the tokenizer's limit and the text tower's. Other libraries know the tokenizer's alone.
+    """
+    processor = copy.deepcopy(processor)
+    tokenizer = processor.tokenizer
+    tokenizer.model_max_length = min(tokenizer.model_max_length, model.config.text_config.max_position_embeddings)
+    return processor
 
 
 def read_facts(folder: Path) -> Card:
