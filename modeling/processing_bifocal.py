@@ -7,17 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
+from transformers.processing_utils import ProcessorMixin
 
 from .image_bifocal import load_image
 
 _LIMIT_UNSET = 10**9  # transformers' "no limit" is 1e30
-
-
-class BifocalProcessorKwargs(ProcessingKwargs, total=False):
-    """Texts are padded to the longest and cut at the tokenizer's `model_max_length`, as `encode_text` does."""
-
-    _defaults = {"text_kwargs": {"padding": True, "truncation": True}}
 
 
 class BifocalProcessor(ProcessorMixin):
@@ -27,8 +21,6 @@ class BifocalProcessor(ProcessorMixin):
         image_processor: a `CLIPImageProcessor` of the image tower's size.
         tokenizer: a `BertTokenizer`; its `model_max_length` is the longest text in tokens.
     """
-
-    valid_processor_kwargs = BifocalProcessorKwargs
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, **kwargs: Any) -> None:
         # What `tokenizer.json` says of truncation is for other libraries; transformers would take it for an argument of
@@ -72,6 +64,9 @@ class BifocalProcessor(ProcessorMixin):
         """
         if images is not None:
             images = [load_image(image) for image in as_list(images)]
+        if text is not None:  # as `encode_text` does
+            defaults = {name: True for name in ("padding", "truncation") if name not in kwargs}
+            kwargs["text_kwargs"] = defaults | kwargs.get("text_kwargs", {})
         return super().__call__(images=images, text=text, **kwargs)
 
 
