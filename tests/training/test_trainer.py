@@ -124,9 +124,9 @@ def test_checkpoints_load_as_models(tmp_path, processor):
     it.train()
     model = BifocalModel.from_pretrained(tmp_path / "checkpoint-2")
     assert model.encode_text("black star").shape == (40,)
-    assert model.config.eos_token_id == processor.tokenizer.sep_token_id
+    assert model.config.text_config.eos_token_id == processor.tokenizer.sep_token_id
     again = BifocalModel.from_pretrained(export_model(model, tmp_path / "model"))
-    assert again.config.eos_token_id == model.config.eos_token_id
+    assert again.config.text_config.eos_token_id == processor.tokenizer.sep_token_id
 
 
 def test_logit_scale_stays_in_its_bounds(tmp_path, processor):
