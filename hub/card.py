@@ -66,12 +66,13 @@ class Card:
     plots: dict[str, str] = field(default_factory=dict)
 
 
-def write_card(path: Path, card: Card, name: str, model: Any) -> None:
+def write_card(path: Path, card: Card, name: str, model: Any, max_length: int) -> None:
     """Write a card for a model; `name` is what its code loads.
 
     Args:
         path: of the README.md.
         model: a [`BifocalModel`].
+        max_length: tokens of a text beyond which it is cut.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -85,6 +86,7 @@ def write_card(path: Path, card: Card, name: str, model: Any) -> None:
     )
     values = asdict(card) | {
         "name": name,
+        "max_length": max_length,
         "dimensions": model.config.projection_dim,
         "text": model.config.text_config,
         "image": model.config.vision_config,

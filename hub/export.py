@@ -101,6 +101,8 @@ def _ready(model: Any, processor: Any) -> tuple[Any, Any]:
 def write_model(model: Any, folder: Path, processor: Any, card: Card, shard: str = SHARD) -> None:
     """Write a model, its processor, sentence-transformers' files and its card into a new folder."""
     name = card.name or folder.name
+    if model.config.model_type == "bifocal":
+        processor = with_limit(processor, model)
     model.save_pretrained(folder, max_shard_size=shard)
     processor.save_pretrained(folder)
     if model.config.model_type != "bifocal":
@@ -108,7 +110,18 @@ def write_model(model: Any, folder: Path, processor: Any, card: Card, shard: str
         return
     save_sentence_files(as_sentence_transformer(folder), folder, model, shard)
     (folder / FACTS).write_text(json.dumps(asdict(card), indent=2) + "\n", encoding="utf-8")
-    write_card(folder / "README.md", card, name, model)
+    write_card(folder / "README.md", card, name, model, processor.tokenizer.model_max_length)
+
+
+def with_limit(processor: Any, model: Any) -> Any:
+    """Return a copy of a processor that cuts texts where `model.encode_text` does.
+
+    That is the smaller one of the tokenizer's limit and the text tower's. Other libraries know the tokenizer's alone.
+    """
+    processor = copy.deepcopy(processor)
+    tokenizer = processor.tokenizer
+    tokenizer.model_max_length = min(tokenizer.model_max_length, model.config.text_config.max_position_embeddings)
+    return processor
 
 
 def read_facts(folder: Path) -> Card:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from bifocal.hub.export import with_limit
 from bifocal.modeling import BifocalModel, BifocalProcessor
 
 OPSET = 20
@@ -52,7 +53,8 @@ def file_name(tower: str, precision: str) -> str:
 def export_onnx(model: BifocalModel, folder: Path) -> None:
     """Write `text_model.onnx` and `vision_model.onnx`, and both with int8 weights.
 
-    Batch and text length are free. Outputs are unit vectors, `text_embeds` and `image_embeds` (batch, projection_dim).
+    Batch and text length are free; a text longer than `max_position_embeddings` is an error, as it is for the model.
+    Outputs are unit vectors, `text_embeds` and `image_embeds` (batch, projection_dim).
     In the int8 files the weights of matrix products are bytes, and their inputs are quantised as they come (dynamic
     quantisation of ONNX Runtime).
 
@@ -85,6 +87,8 @@ def export_onnx(model: BifocalModel, folder: Path) -> None:
                     input_names=list(inputs), output_names=[f"{tower}_embeds"], opset_version=OPSET,
                     external_data=size > _EXTERNAL,
                 )  # fmt: skip
+                if tower == "text":
+                    _refuse_longer(path, model.config.text_config.max_position_embeddings)
                 quantize_dynamic(
                     str(path), str(folder / file_name(tower, "int8")), weight_type=QuantType.QInt8,
                     use_external_data_format=size > _EXTERNAL,
@@ -92,6 +96,30 @@ def export_onnx(model: BifocalModel, folder: Path) -> None:
             _check(path, size)
     finally:
         model.train(was_training)
+
+
+def _refuse_longer(path: Path, limit: int) -> None:
+    """Make a text tower's graph fail for more than `limit` tokens, which it would embed without notice.
+
+    ONNX has no assertion. Reading beyond the end of a table is one, and ONNX Runtime names the node in its message.
+    """
+    import onnx
+    from onnx import helper, numpy_helper
+
+    loaded = onnx.load(str(path), load_external_data=False)
+    name = f"truncate_texts_to_{limit}_tokens"
+    length, zero, checked = f"{name}.length", f"{name}.zero", f"{name}.input_ids"
+    for node in loaded.graph.node:
+        node.input[:] = [checked if given == "input_ids" else given for given in node.input]
+    table = numpy_helper.from_array(np.zeros(limit + 1, np.int64), f"{name}.table")
+    loaded.graph.initializer.append(table)
+    for node in (
+        helper.make_node("Add", ["input_ids", zero], [checked]),
+        helper.make_node("Gather", [table.name, length], [zero], name=name, axis=0),
+        helper.make_node("Shape", ["input_ids"], [length], start=1, end=2),
+    ):
+        loaded.graph.node.insert(0, node)
+    onnx.save(loaded, str(path))
 
 
 def _check(path: Path, parameters: int) -> None:
@@ -152,12 +180,10 @@ class OnnxEncoder:
         }
 
     def encode_text(self, texts: Sequence[str]) -> np.ndarray:
-        """(texts, dimensions) in float32; texts are cut at the tokenizer's maximum."""
+        """(texts, dimensions) in float32; texts are cut at the tokenizer's limit."""
         found = []
         for start in range(0, len(texts), _BATCH):
-            words = self.processor(
-                text=list(texts[start : start + _BATCH]), padding=True, truncation=True, return_tensors="np"
-            )
+            words = self.processor(text=list(texts[start : start + _BATCH]), return_tensors="np")
             inputs = {name: words[name].astype(np.int64) for name in ("input_ids", "attention_mask")}
             found.append(self.sessions["text"].run(None, inputs)[0])
         return np.concatenate(found)
@@ -193,10 +219,11 @@ def measure(
         "text": model.encode_text(list(texts), show_progress=False),
         "image": model.encode_image(list(pictures), show_progress=False),
     }
+    processor = with_limit(model.processor, model)
     files: dict[str, dict[str, float]] = {}
     recall: dict[str, Any] = {"pairs": len(texts), "of": of}
     for precision in PRECISIONS:
-        encoder = OnnxEncoder(folder, model.processor, precision)
+        encoder = OnnxEncoder(folder, processor, precision)
         found = {"text": encoder.encode_text(texts), "image": encoder.encode_image(pictures)}
         for tower, vectors in found.items():
             name = file_name(tower, precision)

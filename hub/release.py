@@ -12,9 +12,9 @@ from safetensors.numpy import save_file
 
 from bifocal.files import MODEL, replace_folder
 from bifocal.hub.card import Card
-from bifocal.hub.export import SHARD, write_model
+from bifocal.hub.export import SHARD, with_limit, write_model
 from bifocal.hub.results import add_results
-from bifocal.hub.samples import samples
+from bifocal.hub.samples import long_text, samples
 from bifocal.modeling import BifocalModel
 
 EXAMPLES = 4  # samples that travel with the model
@@ -92,13 +92,15 @@ def _write_examples(model: BifocalModel, folder: Path) -> None:
     """A few samples with the vectors this model makes of them, by which a copy can be checked."""
     chosen = list(samples())[:EXAMPLES]
     (folder / "examples").mkdir()
-    listed = []
+    listed: list[dict[str, Any]] = []
     for number, (text, picture) in enumerate(chosen):
         picture.save(folder / "examples" / f"{number}.png")
         listed.append({"text": text, "image": f"examples/{number}.png"})
+    limit = with_limit(model.processor, model).tokenizer.model_max_length
+    listed += [{"text": long_text(limit), "tokens": limit}, {"text": ""}]
     (folder / INPUTS).write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
-    texts = model.encode_text([text for text, _ in chosen])
-    images = model.encode_image([folder / entry["image"] for entry in listed])
+    texts = model.encode_text([entry["text"] for entry in listed])
+    images = model.encode_image([folder / entry["image"] for entry in listed if "image" in entry])
     save_file({"text": texts, "image": images}, folder / VECTORS)
 
 

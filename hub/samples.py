@@ -49,3 +49,10 @@ def _draw(shape: str, colour: str) -> Image.Image:
     else:
         pen.rectangle((0, middle - arm, _SIDE, middle + arm), fill=colour)
     return picture
+
+
+def long_text(words: int) -> str:
+    """Return a text of so many words and half as many after them, which must make no difference where it is cut."""
+    texts = [text for text, _ in samples()]
+    kept, cut = " ".join(texts[:32]).split(), " ".join(texts[32:]).split()
+    return " ".join([kept[n % len(kept)] for n in range(words)] + [cut[n % len(cut)] for n in range(words // 2 + 1)])

@@ -4,7 +4,13 @@ The files of this folder are what a Hub repository ships as remote code: flat, i
 torch, transformers, numpy and Pillow.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForZeroShotImageClassification,
+    AutoProcessor,
+)
 
 from .configuration_bifocal import BifocalConfig, BifocalTextConfig, BifocalVisionConfig
 from .image_bifocal import load_image
@@ -25,6 +31,7 @@ for _config, _model in (
     _model.register_for_auto_class("AutoModel")
 AutoModelForMaskedLM.register(BifocalTextConfig, BifocalTextForMaskedLM)
 BifocalTextForMaskedLM.register_for_auto_class("AutoModelForMaskedLM")
+AutoModelForZeroShotImageClassification.register(BifocalConfig, BifocalModel)
 AutoProcessor.register(BifocalConfig, BifocalProcessor)
 BifocalProcessor.register_for_auto_class()
 

@@ -14,7 +14,7 @@ from transformers.integrations.flex_attention import flex_attention_forward
 # float32), and the size of one block beyond that (128 MiB in float32): 8,192 tokens and 12 heads would need 3 GiB.
 _LARGEST_WHOLE = 2**27
 _BLOCK = 2**25
-_FLEX_TAKES_A_BIAS = "position_bias" in inspect.signature(flex_attention_forward).parameters
+FLEX_TAKES_A_BIAS = "position_bias" in inspect.signature(flex_attention_forward).parameters
 
 
 def alibi_slopes(num_heads: int) -> list[float]:
@@ -92,7 +92,7 @@ class AlibiBias:
         """
         if implementation != "flex_attention":
             return {"attention_mask": block}
-        if not _FLEX_TAKES_A_BIAS:
+        if not FLEX_TAKES_A_BIAS:
             raise ValueError(
                 "flex_attention of the installed transformers takes no position bias, which ALiBi needs; "
                 "update transformers or load the model with attn_implementation='sdpa'."

@@ -7,50 +7,168 @@ The defaults are the base size of Jina CLIP v1 (arXiv 2405.20204, section 3): a 
 
 import difflib
 import math
-from typing import Any
+import re
+from contextvars import ContextVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.generation.configuration_utils import GenerationConfig
+from transformers.utils import logging
 
-# Keys that transformers itself (its Trainer, too) writes into or passes through a config, beside the attributes of its
+if TYPE_CHECKING:
+    # transformers tells local folders of one name apart by the files that this one imports. With this import they are
+    # all files: without it, a second folder with another model but the same configuration would run the first's code.
+    from .modeling_bifocal import BifocalModel  # noqa: F401
+
+logger = logging.get_logger(__name__)
+
+VERSION = "0.1.0"  # of this code; saved configs carry it
+# Keys that transformers itself (its Trainer, too) writes into or passes through a config, besides the attributes of its
 # base class.
 _KEYS_OF_TRANSFORMERS = frozenset(
     [
         "architectures",
         "attn_implementation",
         "auto_map",
+        "bifocal_version",
+        "bos_token_id",
+        "cls_token_id",
+        "decoder_start_token_id",
         "dtype",
+        "eos_token_id",
         "experts_implementation",
         "id2label",
         "label2id",
+        "mask_token_id",
         "model_type",
         "name_or_path",
         "num_labels",
         "output_attentions",
         "output_hidden_states",
+        "pad_token_id",
         "problem_type",
         "processor_class",
         "quantization_config",
         "return_dict",
+        "sep_token_id",
         "tie_word_embeddings",
         "tokenizer_class",
         "torch_dtype",
         "transformers_version",
         "transformers_weights",
+        "unk_token_id",
         "use_cache",
     ]
 )
+# Keys of `PreTrainedConfig.to_dict`, by which a dict is known to come from a config and not from a person's hand.
+_MARKS_OF_SAVED = ("transformers_version", "model_type")
+_reading: ContextVar[bool] = ContextVar("reading a saved config", default=False)
 
 
-def _reject_unknown_keys(config: PreTrainedConfig, given: dict[str, Any]) -> None:
-    """Raise for a key that neither this config nor transformers knows: a misspelt size must not be ignored."""
-    own = {name for name in vars(config) if not name.startswith("_")}
-    known = own | _KEYS_OF_TRANSFORMERS | set(PreTrainedConfig().to_dict())
-    for key in given:
-        if key in known or key.startswith("_"):
-            continue
-        near = difflib.get_close_matches(key, sorted(own), n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"its own keys are {', '.join(sorted(own))}."
-        raise ValueError(f"{type(config).__name__} has no key '{key}'; {hint}")
+class BifocalBaseConfig(PreTrainedConfig):
+    """What the configurations share: an unknown key is an error, or a warning in a config that was saved.
+
+    A misspelt size must not be ignored where a person builds a config. In a saved one, the key may come from a trainer,
+    another tool or a later release; it is kept as an attribute, as transformers' own configurations do.
+    """
+
+    # Where `auto_map` sends an Auto class, unless a subclass of the model has registered itself.
+    auto_models: ClassVar[dict[str, str]] = {}
+
+    def __init__(self, **kwargs: Any) -> None:
+        self._check_keys(kwargs)
+        super().__init__(**kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `PreTrainedConfig.to_dict`, with the version of this code."""
+        return super().to_dict() | {"bifocal_version": VERSION}
+
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
+        """As `PreTrainedConfig.save_pretrained`, with an `auto_map` for every Auto class that loads the folder."""
+        if self._auto_class is not None:
+            self.auto_map = self.auto_models | (getattr(self, "auto_map", None) or {})
+        return super().save_pretrained(save_directory, push_to_hub, **kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As `PreTrainedConfig.from_dict`; unknown keys are a warning, but an error in a tower given by keyword."""
+        for name, tower in cls.sub_configs.items():
+            if isinstance(kwargs.get(name), dict):
+                tower(**{key: value for key, value in kwargs[name].items() if not hasattr(tower(), key)})
+        token = _reading.set(True)
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        finally:
+            _reading.reset(token)
+
+    @classmethod
+    def from_json_file(cls, json_file: Any) -> Any:
+        """As `PreTrainedConfig.from_json_file`; unknown keys are a warning."""
+        return cls.from_dict(cls._dict_from_json_file(json_file))
+
+    def _check_keys(self, given: dict[str, Any]) -> None:
+        """Look at the keys that are no argument of this class, once all of its arguments are attributes.
+
+        Raises:
+            ValueError: if a key is unknown and was not read from a saved config.
+        """
+        own = {name for name in vars(self) if not name.startswith("_")}
+        known = own | _KEYS_OF_TRANSFORMERS | set(PreTrainedConfig().to_dict())
+        saved = _is_saved(given)
+        if saved:  # where releases before 5 kept them
+            known |= set(GenerationConfig().to_dict())
+        for key in given:
+            if key in known or key.startswith("_"):
+                continue
+            near = difflib.get_close_matches(key, sorted(own), n=1)
+            if saved:
+                hint = f"; the nearest known key is '{near[0]}'" if near else ""
+                logger.warning(f"The saved {type(self).__name__} has an unknown key '{key}', which is kept{hint}.")
+            else:
+                hint = f"did you mean '{near[0]}'?" if near else f"its own keys are {', '.join(sorted(own))}."
+                raise ValueError(f"{type(self).__name__} has no key '{key}'; {hint}")
+
+
+def warn_of_other_code(source: str, config: PreTrainedConfig) -> None:
+    """Warn if a model was saved with code that may give other numbers than the code that runs it.
+
+    That happens where Bifocal is installed: its own code then runs every folder, whatever code the folder brings. Code
+    of the past is no reason to warn, since this code reads what older releases saved.
+
+    Args:
+        source: the folder or Hub id that the model was loaded from.
+        config: as loaded from there.
+    """
+    saved = getattr(config, "bifocal_version", None)
+    if saved is None:
+        return
+    if _numbers(saved) > _numbers(VERSION):
+        logger.warning(
+            f"'{source}' was saved by Bifocal {saved}, and the numbers of {VERSION}, which runs it, may differ. "
+            "Upgrade Bifocal."
+        )
+        return
+    running = Path(__file__).parent
+    other = [
+        path.name
+        for path in sorted(Path(source).glob("*_bifocal*.py"))
+        if (running / path.name).exists() and path.read_text("utf-8") != (running / path.name).read_text("utf-8")
+    ]
+    if saved == VERSION and other:
+        logger.warning(
+            f"'{source}' brings other code ({', '.join(other)}) than that in '{running}', which runs it, and the "
+            "numbers may differ. To run the folder's own, load it with trust_remote_code=True where Bifocal is not "
+            "imported."
+        )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", version)[:3]))
+
+
+def _is_saved(given: dict[str, Any]) -> bool:
+    return _reading.get() or any(key in given for key in _MARKS_OF_SAVED)
 
 
 def _require_positive_ints(config: PreTrainedConfig, *names: str) -> None:
@@ -75,7 +193,7 @@ def _require_heads_divide_width(config: PreTrainedConfig) -> None:
         )
 
 
-class BifocalTextConfig(PreTrainedConfig):
+class BifocalTextConfig(BifocalBaseConfig):
     """Configuration of [`BifocalTextModel`], a BERT with symmetric ALiBi and a GEGLU feed-forward.
 
     Args:
@@ -95,6 +213,7 @@ class BifocalTextConfig(PreTrainedConfig):
 
     model_type = "bifocal_text"
     base_config_key = "text_config"
+    auto_models = {"AutoModel": "modeling_bifocal_text.BifocalTextModel"}
 
     def __init__(
         self,
@@ -128,7 +247,6 @@ class BifocalTextConfig(PreTrainedConfig):
         self.layer_norm_eps = layer_norm_eps
         self.pad_token_id = pad_token_id
         self.tie_word_embeddings = tie_word_embeddings
-        _reject_unknown_keys(self, kwargs)
         super().__init__(**kwargs)
 
         _require_positive_ints(
@@ -141,7 +259,7 @@ class BifocalTextConfig(PreTrainedConfig):
     __eq__ = PreTrainedConfig.__eq__
 
 
-class BifocalVisionConfig(PreTrainedConfig):
+class BifocalVisionConfig(BifocalBaseConfig):
     """Configuration of [`BifocalVisionModel`], an EVA02 vision transformer with sub-LN and 2D rotary embedding.
 
     Args:
@@ -162,6 +280,7 @@ class BifocalVisionConfig(PreTrainedConfig):
 
     model_type = "bifocal_vision"
     base_config_key = "vision_config"
+    auto_models = {"AutoModel": "modeling_bifocal_vision.BifocalVisionModel"}
 
     def __init__(
         self,
@@ -197,7 +316,6 @@ class BifocalVisionConfig(PreTrainedConfig):
         self.rope_reference_grid = rope_reference_grid
         self.initializer_range = initializer_range
         self.layer_norm_eps = layer_norm_eps
-        _reject_unknown_keys(self, kwargs)
         super().__init__(**kwargs)
 
         _require_positive_ints(
@@ -224,7 +342,7 @@ class BifocalVisionConfig(PreTrainedConfig):
     __eq__ = PreTrainedConfig.__eq__
 
 
-class BifocalConfig(PreTrainedConfig):
+class BifocalConfig(BifocalBaseConfig):
     """Configuration of [`BifocalModel`]: both towers and the shared space.
 
     Args:
@@ -240,6 +358,10 @@ class BifocalConfig(PreTrainedConfig):
     """
 
     model_type = "bifocal"
+    auto_models = {
+        "AutoModel": "modeling_bifocal.BifocalModel",
+        "AutoModelForZeroShotImageClassification": "modeling_bifocal.BifocalModel",
+    }
     sub_configs = {"text_config": BifocalTextConfig, "vision_config": BifocalVisionConfig}
     sub_configs_defaults = dict(sub_configs)  # what later transformers 5 releases read in its place
 
@@ -256,8 +378,12 @@ class BifocalConfig(PreTrainedConfig):
         initializer_range: float = 0.02,
         **kwargs: Any,
     ) -> None:
-        self.text_config = _as_config(text_config, BifocalTextConfig)
-        self.vision_config = _as_config(vision_config, BifocalVisionConfig)
+        token = _reading.set(_is_saved(kwargs))  # a tower's dict is as old as the dict it is part of
+        try:
+            self.text_config = _as_config(text_config, BifocalTextConfig)
+            self.vision_config = _as_config(vision_config, BifocalVisionConfig)
+        finally:
+            _reading.reset(token)
         self.projection_dim = projection_dim
         self.text_projection = text_projection
         self.vision_projection = vision_projection
@@ -265,7 +391,6 @@ class BifocalConfig(PreTrainedConfig):
         self.logit_scale_max = logit_scale_max
         self.logit_bias_init_value = logit_bias_init_value
         self.initializer_range = initializer_range
-        _reject_unknown_keys(self, kwargs)
         super().__init__(**kwargs)
 
         _require_positive_ints(self, "projection_dim")

@@ -12,6 +12,8 @@ from torch.nn.modules import module as global_hooks
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
 
+from .configuration_bifocal import warn_of_other_code
+
 # Tokens that a tower takes at once on a CPU when it only infers. More gains nothing there: their activations leave the
 # caches, and each layer fills fresh pages of memory. 1,024 took a third to a half of the time of 32 texts of up to 512
 # tokens for widths of 384 and 768, and 512 or 2,048 about as long.
@@ -164,6 +166,14 @@ class BifocalPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+        """As `PreTrainedModel.from_pretrained`; warns if the model was saved with other code than runs it."""
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        warn_of_other_code(str(pretrained_model_name_or_path), model.config)
+        return loaded
 
     def _requested(self, output_attentions: bool | None, output_hidden_states: bool | None) -> tuple[bool, bool]:
         """What a call asks for, the configuration's defaults filled in."""

@@ -3,6 +3,7 @@
 
 import copy
 import itertools
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -10,17 +11,44 @@ from transformers.processing_utils import ProcessorMixin
 
 from .image_bifocal import list_images, load_images
 
+_LIMIT_UNSET = 10**9  # transformers' "no limit" is 1e30
+
 
 class BifocalProcessor(ProcessorMixin):
     """Texts to token ids and images to pixel values; many threads may call one processor at once.
 
     Args:
         image_processor: a `CLIPImageProcessor` of the image tower's size.
-        tokenizer: a `BertTokenizer`.
+        tokenizer: a `BertTokenizer`; its `model_max_length` is the longest text in tokens.
     """
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, **kwargs: Any) -> None:
+        # What `tokenizer.json` says of truncation is for other libraries; transformers would take it for an argument of
+        # every call, and a `model_max_length` set later would change nothing.
+        for name in ("max_length", "stride", "truncation_strategy"):
+            getattr(tokenizer, "init_kwargs", {}).pop(name, None)
         super().__init__(image_processor, tokenizer, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
+        """As `ProcessorMixin.save_pretrained`; `tokenizer.json` cuts texts at `model_max_length`.
+
+        transformers writes the state that the last call left there: no truncation, or another length. The image
+        processor is saved in `preprocessor_config.json`, too, where other tools look for it.
+        """
+        if self.image_processor is not None:
+            self.image_processor.save_pretrained(save_directory)
+        files = super().save_pretrained(save_directory)
+        path = Path(save_directory) / "tokenizer.json"
+        if path.exists():
+            backend = type(self.tokenizer.backend_tokenizer).from_file(str(path))
+            backend.no_padding()
+            backend.no_truncation()
+            if self.tokenizer.model_max_length < _LIMIT_UNSET:
+                backend.enable_truncation(self.tokenizer.model_max_length, direction=self.tokenizer.truncation_side)
+            backend.save(str(path))
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+        return files
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
         """
@@ -28,6 +56,7 @@ class BifocalProcessor(ProcessorMixin):
             images: one image or several, each of any kind that `load_image` reads; nested lists are flattened.
             text: a string or a list of strings.
             kwargs: as for any processor of transformers: `return_tensors`, `padding`, `truncation`, `text_kwargs`...
+                Texts are padded and cut at the tokenizer's `model_max_length` by default.
 
         Returns:
             A `BatchFeature` with `pixel_values` (images, 3, height, width) and / or `input_ids` and `attention_mask`
@@ -40,15 +69,12 @@ class BifocalProcessor(ProcessorMixin):
             images = load_images(list_images(images)[0])
         processor = self
         if text is not None:
+            # As `encode_text` does.
+            defaults = {name: True for name in ("padding", "truncation") if name not in kwargs}
+            kwargs["text_kwargs"] = defaults | kwargs.get("text_kwargs", {})
             processor = copy.copy(self)
             processor.tokenizer = private_tokenizer(self.tokenizer)
         return super(BifocalProcessor, processor).__call__(images=images, text=text, **kwargs)
-
-    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
-        """Save as any processor, and the image processor also in `preprocessor_config.json`, as other tools read it."""
-        if self.image_processor is not None:
-            self.image_processor.save_pretrained(save_directory)
-        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
 
 def private_tokenizer(tokenizer: Any) -> Any:

@@ -27,6 +27,9 @@ TEXTS = [
     "box drawings heavy down and horizontal",
     "a long description of a sign that goes on for rather more words than any of the others here do",
 ]
+# Well over the 64 tokens of `small_config`; what comes after them would change the vector if it were read.
+LONG = " ".join([*TEXTS * 4, *(word.upper() for word in reversed(TEXTS * 4))])
+EMPTY = ""
 
 
 def small_config(**changes) -> BifocalConfig:

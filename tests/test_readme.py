@@ -1,4 +1,4 @@
-"""The code of the README, run as it stands there."""
+"""The code of the README, run as it stands there, and on texts of any length."""
 
 import json
 import re
@@ -6,18 +6,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
 
 from bifocal.hub.export import export_model
 from bifocal.modeling import BifocalModel
-from tests.conftest import TEXTS, small_config
+from tests.conftest import EMPTY, LONG, TEXTS, small_config
 from tests.modeling.test_images import photo
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+DOCS = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))
+BLOCKS = re.findall(r"```python\n(.*?)```", README + DOCS, re.DOTALL)
+EDGES = ["black star", LONG, "Greek small letter omega", EMPTY]
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +50,22 @@ def run(code: str, folder: Path) -> str:
     return done.stdout
 
 
+def compare_on_edges(block: str, listed: str, name: str, edges: list[str], folder: Path) -> str:
+    """Run a block as it stands, then on texts of any length, and compare with `encode_text` and `encode_image`."""
+    assert block.count(listed) == 1
+    other = block.replace(listed, repr(edges))
+    code = f"{block}\n{other}\nimport numpy as np\nnp.savez('found.npz', texts={name}, pictures=pictures)"
+    printed = run(code, folder)
+    found = np.load(folder / "found.npz")
+    model = BifocalModel.from_pretrained(folder / "runs" / "demo" / "model")
+    np.testing.assert_allclose(found["texts"], model.encode_text(edges), atol=1e-5)
+    pictures = [folder / "pictures" / f"{name}.png" for name in ("star", "omega")]
+    np.testing.assert_allclose(found["pictures"], model.encode_image(pictures), atol=1e-5)
+    return printed
+
+
 def test_auto_model(folder):
-    assert "[[" in run(BLOCKS[0], folder)
+    assert "[[" in compare_on_edges(BLOCKS[0], '["black star", "greek small letter omega"]', "texts", EDGES, folder)
 
 
 def test_trainer(folder):
@@ -62,7 +79,7 @@ def test_trainer(folder):
 
 
 def test_sentence_transformer(folder):
-    assert "tensor(" in run(BLOCKS[2], folder)
+    assert "tensor(" in compare_on_edges(BLOCKS[2], '["black star", "a filled star"]', "queries", EDGES, folder)
 
 
 def test_links_and_commands_exist():

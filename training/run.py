@@ -258,11 +258,12 @@ def load_model(recipe: Recipe, processor: BifocalProcessor) -> BifocalModel:
             model.vision_model.load_state_dict(image_tower.state_dict())
             return model
         place = _place(recipe, "text")
-        kept = BifocalConfig.from_pretrained(place).to_dict()
-        for key, value in recipe.model.items():
-            kept[key] = {**kept[key], **value} if isinstance(value, dict) and key in kept else value
+        saved = BifocalConfig.from_pretrained(place)
+        # A saved config may hold keys that nobody knows, a recipe may not.
+        BifocalConfig(**{key: value for key, value in recipe.model.items() if not hasattr(saved, key)})
+        changed = BifocalConfig.from_pretrained(place, **recipe.model)
         with no_progress_bars():
-            return BifocalModel.from_pretrained(place, config=BifocalConfig(**kept), dtype=dtype)
+            return BifocalModel.from_pretrained(place, config=BifocalConfig(**changed.to_dict()), dtype=dtype)
     except (OSError, ValueError) as error:
         if isinstance(error, RecipeError):
             raise

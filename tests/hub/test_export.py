@@ -1,5 +1,6 @@
 """A Hub-ready folder: complete, its card valid, and replaced whole."""
 
+import copy
 import json
 import re
 import shutil
@@ -28,9 +29,9 @@ from bifocal.hub.card import Card
 from bifocal.hub.export import export_model
 from bifocal.hub.results import add_results
 from bifocal.hub.samples import samples
-from bifocal.modeling import BifocalModel
+from bifocal.modeling import BifocalModel, BifocalProcessor
 from tests.bifocal.commands import error_of
-from tests.conftest import TEXTS, small_config
+from tests.conftest import EMPTY, LONG, TEXTS, small_config
 
 CARD = Card(
     name="someone/small-model",
@@ -63,6 +64,46 @@ def test_complete(folder):
         assert str(folder.parent) not in path.read_text(), f"{path.name} names a folder of this machine"
 
 
+@pytest.mark.parametrize(("tokenizer_limit", "tower_limit"), [(100, 64), (40, 64), (10**30, 64)])
+def test_one_limit_for_all_who_read_the_folder(processor, tmp_path, tokenizer_limit, tower_limit):
+    """`encode_text`, the processor, sentence-transformers and `tokenizers` cut a text at the same token."""
+    from sentence_transformers import SentenceTransformer
+    from tokenizers import Tokenizer
+
+    limit = min(tokenizer_limit, tower_limit)
+    given = copy.deepcopy(processor)
+    given.tokenizer.model_max_length = tokenizer_limit
+    given.tokenizer(TEXTS, truncation=True, max_length=7, padding="max_length")  # leaves its mark in the tokenizer
+    model = BifocalModel(small_config(text_config={"max_position_embeddings": tower_limit})).eval()
+    folder = export_model(model, tmp_path / "model", given)
+    assert given.tokenizer.model_max_length == tokenizer_limit, "what was given is left alone"
+
+    loaded = BifocalModel.from_pretrained(folder)
+    wanted = loaded.encode_text(LONG)
+    tokenizer = loaded.processor.tokenizer
+    cut = [*tokenizer(LONG)["input_ids"][: limit - 1], tokenizer.sep_token_id]
+    assert Tokenizer.from_file(str(folder / "tokenizer.json")).encode(LONG).ids == cut
+    assert len(Tokenizer.from_file(str(folder / "tokenizer.json")).encode("black star").ids) < 20, "and pads nothing"
+    assert loaded.processor(text=LONG)["input_ids"] == cut
+    assert loaded.processor(text=LONG, padding=True)["input_ids"] == cut, "as cards of before have it"
+    sentences = SentenceTransformer(str(folder), device="cpu")
+    assert sentences.max_seq_length == limit
+    np.testing.assert_allclose(sentences.encode(LONG), wanted, atol=1e-6)
+    with torch.no_grad():
+        vectors = loaded(input_ids=torch.tensor([cut])).text_embeds[0]
+    np.testing.assert_allclose(vectors.numpy(), wanted, atol=1e-6)
+
+
+def test_a_limit_set_later_counts(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    again = BifocalProcessor.from_pretrained(tmp_path)
+    again.tokenizer.model_max_length = 16
+    assert len(again(text=[LONG, EMPTY], return_tensors="pt")["input_ids"][0]) == 16
+    assert len(again(text=LONG, truncation=False)["input_ids"]) > 64
+    again.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "tokenizer.json").read_text())["truncation"]["max_length"] == 16
+
+
 def test_the_card(folder):
     card = ModelCard.load(folder / "README.md")
     assert card.data.to_dict()["library_name"] == "sentence-transformers"
@@ -90,6 +131,7 @@ def test_a_card_without_figures(model, tmp_path):
     card = ModelCard.load(folder / "README.md")
     assert "# plain" in card.text
     assert "into one space of 40 dimensions" in card.text
+    assert "Of a text longer than 64 tokens, only the beginning is embedded." in card.text
     assert "Figures" not in card.text
     assert card.data.license is None
 

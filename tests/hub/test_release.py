@@ -21,7 +21,7 @@ from bifocal.hub.onnx import OnnxEncoder, OnnxError, measure
 from bifocal.hub.release import Extras, release
 from bifocal.hub.samples import samples
 from bifocal.modeling import BifocalModel
-from tests.conftest import TEXTS, small_config
+from tests.conftest import EMPTY, LONG, TEXTS, small_config
 from tests.hub.test_push import run
 from tests.hub_stand_in import hub
 from tests.modeling.test_images import photo
@@ -90,6 +90,18 @@ def test_onnx_at_other_shapes_than_it_was_made_with(folder, model, count, length
         assert np.abs(found - vectors.numpy()).max() < 1e-5
 
 
+@pytest.mark.parametrize("suffix", ["", "_int8"])
+def test_onnx_refuses_what_the_model_refuses(folder, suffix):
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(str(folder / "onnx" / f"text_model{suffix}.onnx"), options)
+    for length in (65, 5000):
+        with pytest.raises(Exception, match="truncate_texts_to_64_tokens"):
+            session.run(None, {name: np.ones((1, length), np.int64) for name in ("input_ids", "attention_mask")})
+
+
 def test_int8_is_smaller_and_its_loss_is_told(folder, model):
     facts = read_facts(folder).onnx
     assert facts is not None
@@ -144,6 +156,15 @@ def test_the_card_tells_the_training_and_its_cost(folder):
     assert [(r.dataset_name, r.metric_value) for r in card.data.eval_results] == [("org/pictures", 0.71)]
 
 
+TWO_TEXTS = '["a red circle", "a blue star"]'
+EDGES = ["a red circle", LONG, "a blue star", EMPTY]
+
+
+def encoded(block: str) -> str:
+    """A block of the card with other texts; its vectors go to `edges`."""
+    return f"{block.replace(TWO_TEXTS, repr(EDGES))}\nedges.append(torch.as_tensor(texts))"
+
+
 def test_the_cards_code_runs_from_the_hub(folder, tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     assert len(blocks) == 3
@@ -153,25 +174,39 @@ def test_the_cards_code_runs_from_the_hub(folder, tmp_path):
         done = run(address, tmp_path / "home", "push", str(folder), NAME, "--yes")
         assert done.returncode == 0, done.stderr[-2000:]
         assert "Note:" not in done.stdout
+        assert all(block.count(TWO_TEXTS) == 1 for block in blocks)
+        # As they stand, then with other texts.
         code = [f"{block}\nfound.append(torch.as_tensor(similarity))" for block in blocks]
-        check = "print(max(float((a - b).abs().max()) for a in found for b in found), found[0].shape)"
-        ran = run(address, tmp_path / "home", "import torch\nfound = []\n" + "\n".join([*code, check]), code=True)
+        others = [encoded(block) for block in blocks]
+        check = """
+print(json.dumps({
+    "shape": list(found[0].shape),
+    "similarities": max(float((a - b).abs().max()) for a in found for b in found),
+    "rows": [len(one) for one in edges],
+    "texts": max(float(abs(a[:len(b)] - b[:len(a)]).max()) for a in edges for b in edges),
+}))"""
+        lines = ["import json, torch", "found, edges = [], []", *code, *others, check]
+        ran = run(address, tmp_path / "home", "\n".join(lines), code=True)
         assert ran.returncode == 0, ran.stderr[-3000:]
-        difference, shape = ran.stdout.splitlines()[-1].split(" ", 1)
-        assert float(difference) < 1e-5
-        assert shape == "torch.Size([2, 2])"
+        facts = json.loads(ran.stdout.splitlines()[-1])
+        assert facts["shape"] == [2, 2]
+        assert facts["rows"][1:] == [len(EDGES)] * 2
+        assert facts["similarities"] < 1e-5
+        assert facts["texts"] < 1e-5
 
 
 def test_the_check_compares_all_ways_of_loading(folder):
     found = check_folder(folder)
     assert found.problems == []
-    assert set(found.differences) == {"AutoModel", "SentenceTransformer", "ONNX, float32"}
+    assert set(found.differences) == {
+        "AutoModel", "SentenceTransformer", "ONNX, float32", "ONNX by tokenizer.json",
+    }  # fmt: skip
     assert max(found.differences.values()) < 1e-5
     assert found.lowest_int8 is not None
     assert found.lowest_int8 > 0.95
 
 
-def test_the_check_sees_other_weights_and_a_place_of_a_machine(folder, processor, tmp_path):
+def test_the_check_sees_other_weights_a_place_of_a_machine_and_a_lost_limit(folder, processor, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     torch.manual_seed(5)
@@ -184,9 +219,15 @@ def test_the_check_sees_other_weights_and_a_place_of_a_machine(folder, processor
         problem.startswith("AutoModel fails") for problem in problems
     )
     shutil.copy(folder / "processing_bifocal.py", copy)
+    for name, key in (("tokenizer.json", "truncation"), ("tokenizer_config.json", "model_max_length")):
+        settings = json.loads((copy / name).read_text())
+        assert settings.pop(key)
+        (copy / name).write_text(json.dumps(settings))
     problems = check_folder(copy).problems
     assert any(problem.startswith("AutoModel gives other vectors than the folder's examples") for problem in problems)
     assert not any(problem.startswith("ONNX, float32 gives") for problem in problems), "those files are as they were"
+    for way in ("SentenceTransformer", "ONNX, float32", "ONNX, int8", "ONNX by tokenizer.json"):
+        assert any(problem.startswith(f"{way} fails") for problem in problems), "the long text is not cut"
 
 
 def test_foreign_code_is_not_run_unasked(folder, tmp_path):

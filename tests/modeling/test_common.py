@@ -6,10 +6,17 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bifocal.modeling import BifocalConfig, BifocalModel, BifocalTextModel, BifocalVisionModel
+from bifocal.modeling import (
+    BifocalConfig,
+    BifocalModel,
+    BifocalTextForMaskedLM,
+    BifocalTextModel,
+    BifocalVisionModel,
+)
+from bifocal.modeling.alibi_bifocal import FLEX_TAKES_A_BIAS
 from tests.conftest import small_config
 
-IMPLEMENTATIONS = ["eager", "sdpa", "flex_attention"]
+IMPLEMENTATIONS = ["eager", "sdpa", *(["flex_attention"] if FLEX_TAKES_A_BIAS else [])]
 
 
 def build(**changes) -> BifocalModel:
@@ -289,3 +296,65 @@ def test_without_projections():
     assert [name for name, _ in model.named_parameters() if "projection" in name] == [
         "vision_projection.weight", "vision_projection.bias",
     ]  # fmt: skip
+
+
+def test_a_batch_changes_no_row(model, inputs):
+    """Rows of any length give what each gives alone, in the order given."""
+    with torch.no_grad():
+        together = embeddings(model(**inputs))
+        alone = [model(**{name: value[row : row + 1] for name, value in inputs.items()}) for row in range(5)]
+    torch.testing.assert_close(torch.cat([one.text_embeds for one in alone]), together[:5], atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.cat([one.image_embeds for one in alone]), together[5:], atol=1e-5, rtol=0)
+
+
+def test_embedded_inputs_in_place_of_ids(model, inputs):
+    words = model.get_input_embeddings()(inputs["input_ids"])
+    with torch.no_grad():
+        given = model.get_text_features(inputs_embeds=words, attention_mask=inputs["attention_mask"]).pooler_output
+        wanted = model.get_text_features(inputs["input_ids"], inputs["attention_mask"]).pooler_output
+    torch.testing.assert_close(given, wanted, atol=1e-6, rtol=0)
+
+
+def test_weights_of_another_shape(saved):
+    """Refused by name, or left new when asked for."""
+    changes = {"config": small_config(projection_dim=24)}
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        BifocalModel.from_pretrained(saved, **changes)
+    changed, info = BifocalModel.from_pretrained(
+        saved, **changes, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    assert changed.text_projection.weight.shape == (24, 48)
+    assert {name.split(".")[0] for name, *_ in info["mismatched_keys"]} == {"text_projection", "vision_projection"}
+    assert all(torch.isfinite(value).all() for value in changed.state_dict().values())
+
+
+def test_tied_weights_stay_tied(tmp_path):
+    torch.manual_seed(0)
+    masked = BifocalTextForMaskedLM(small_config().text_config)
+    masked.save_pretrained(tmp_path)
+    again, info = BifocalTextForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    assert again.lm_head.decoder.weight is again.get_input_embeddings().weight
+    again.resize_token_embeddings(352)
+    assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
+    assert again.get_output_embeddings().bias.shape == (352,)
+    untied = small_config(text_config={"tie_word_embeddings": False}).text_config
+    assert len({id(p) for p in BifocalTextForMaskedLM(untied).parameters()}) == len([*again.parameters()]) + 1
+
+
+def test_a_model_is_built_where_the_context_says(saved):
+    with torch.device("meta"):
+        assert {parameter.device.type for parameter in BifocalModel(small_config()).parameters()} == {"meta"}
+    with torch.device("cpu"):
+        assert BifocalModel.from_pretrained(saved).device.type == "cpu"
+
+
+@torch.no_grad()
+def test_weights_left_on_the_disk(saved, inputs, tmp_path):
+    wanted = BifocalModel.from_pretrained(saved).eval()(**inputs)
+    layers = {name: "cpu" for name, _ in BifocalModel(small_config()).named_children()} | {"logit_scale": "cpu"}
+    model = BifocalModel.from_pretrained(
+        saved, device_map=layers | {"vision_model": "disk"}, offload_folder=str(tmp_path)
+    ).eval()
+    assert {parameter.device.type for parameter in model.vision_model.parameters()} == {"meta"}
+    assert torch.equal(model(**inputs).image_embeds, wanted.image_embeds)

@@ -1,6 +1,11 @@
 """Configurations: round trips, and one clear sentence for each mistake."""
 
+import copy
+import json
+from importlib.metadata import version
+
 import pytest
+from transformers import AutoConfig
 
 from bifocal.modeling import BifocalConfig, BifocalTextConfig, BifocalVisionConfig
 from tests.conftest import small_config
@@ -54,3 +59,58 @@ def test_configs_of_the_towers_may_be_given_as_such():
 def test_mistakes_are_named(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+# What a trainer, another tool or a later release may have written.
+FOREIGN = {"bos_token_id": 2, "eos_token_id": 3, "hiden_size": 64, "made_by": {"tool": "x"}, "max_length": 20}
+
+
+@pytest.mark.parametrize("config_class", [BifocalConfig, BifocalTextConfig, BifocalVisionConfig])
+def test_unknown_keys_of_a_saved_config_are_kept_with_a_warning(config_class, tmp_path, caplog):
+    path = tmp_path / "config.json"
+    config_class().save_pretrained(tmp_path)
+    plain = json.loads(path.read_text())
+    inner = [key for key in ("text_config", "vision_config") if key in plain]
+    for part in (plain, *(plain[key] for key in inner)):
+        part.update(FOREIGN)
+    path.write_text(json.dumps(plain))
+
+    for load in (
+        lambda: config_class.from_pretrained(tmp_path),
+        lambda: AutoConfig.from_pretrained(tmp_path),
+        lambda: config_class.from_json_file(path),
+        lambda: config_class.from_dict({key: value for key, value in plain.items() if key != "model_type"}),
+        lambda: config_class(**plain),
+        lambda: config_class(**config_class.from_pretrained(tmp_path).to_dict()),
+        lambda: copy.deepcopy(config_class.from_pretrained(tmp_path)),
+    ):
+        caplog.clear()
+        config = load()
+        for part in (config, *(getattr(config, key) for key in inner)):
+            assert (part.bos_token_id, part.eos_token_id, part.made_by) == (2, 3, {"tool": "x"})
+            name = type(part).__name__
+            assert f"The saved {name} has an unknown key 'made_by', which is kept." in caplog.text
+            assert f"{name} has an unknown key 'hiden_size', which is kept" in caplog.text
+        assert "token_id" not in caplog.text, "a trainer's keys are no news"
+    if "hidden_size" in plain:
+        assert "the nearest known key is 'hidden_size'" in caplog.text
+
+    config.save_pretrained(tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "config.json").read_text())
+    for part in (again, *(again[key] for key in inner)):
+        assert (part["bos_token_id"], part["made_by"], part["hiden_size"]) == (2, {"tool": "x"}, 64)
+
+
+def test_a_person_may_not_misspell_a_tower_of_a_saved_config(tmp_path):
+    small_config().save_pretrained(tmp_path)
+    changed = BifocalConfig.from_pretrained(tmp_path, text_config={"hidden_dropout_prob": 0.25})
+    assert changed.text_config.hidden_dropout_prob == 0.25
+    assert changed.text_config.hidden_size == 48
+    with pytest.raises(ValueError, match="BifocalTextConfig has no key 'hidden_dropout'; did you mean"):
+        BifocalConfig.from_pretrained(tmp_path, text_config={"hidden_dropout": 0.25})
+
+
+def test_the_version_is_that_of_the_package(tmp_path):
+    small_config().save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["bifocal_version"] == saved["text_config"]["bifocal_version"] == version("bifocal")

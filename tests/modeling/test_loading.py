@@ -1,6 +1,7 @@
 """Saving and loading: bit-exact, in every precision, in fresh processes, on the meta device's way in."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +10,27 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoProcessor
 
-from bifocal.modeling import BifocalModel, BifocalProcessor, BifocalTextForMaskedLM, BifocalTextModel
+from bifocal.modeling import (
+    BifocalModel,
+    BifocalProcessor,
+    BifocalTextConfig,
+    BifocalTextForMaskedLM,
+    BifocalTextModel,
+    BifocalVisionModel,
+)
 from tests.conftest import TEXTS, small_config
 
-# Prints the digest of everything the model gives for texts, pictures and both, and what loading had to say.
+TEXT = "modeling_bifocal_text"
+ARGUMENTS = {
+    "{}": "torch.float32",
+    '{"dtype": torch.bfloat16}': "torch.bfloat16",
+    '{"dtype": "float16"}': "torch.float16",
+    '{"device_map": "cpu"}': "torch.float32",
+    '{"device_map": "auto", "dtype": torch.bfloat16}': "torch.bfloat16",
+    '{"low_cpu_mem_usage": True}': "torch.float32",
+}
+# Prints, for every way of loading, the digest of everything the model gives for texts, pictures and both, and what
+# loading had to say.
 LOAD_AND_DIGEST = """
 import hashlib, json, sys
 import torch
@@ -21,25 +39,27 @@ if {block}:
     sys.modules["bifocal"] = None
 else:
     import bifocal.modeling
-model, info = AutoModel.from_pretrained({folder!r}, output_loading_info=True, **{arguments})
-model.eval()
 ids = torch.tensor([[2, 7, 9, 3], [2, 5, 3, 0]])
-pixels = torch.linspace(-2, 2, 2 * 3 * 32 * 32).view(2, 3, 32, 32).to(model.dtype)
 mask = (ids != 0).long()
-with torch.no_grad():
-    outputs = [
-        model(ids, mask).text_embeds,
-        model(pixel_values=pixels).image_embeds,
-        model(ids, mask, pixels).logits_per_text,
-        model.get_image_features(torch.nn.functional.interpolate(pixels.float(), 48).to(model.dtype)).pooler_output,
-    ]
-print(json.dumps({{
-    "digest": [hashlib.sha256(o.float().numpy().tobytes()).hexdigest() for o in outputs],
-    "finite": all(bool(torch.isfinite(o).all()) for o in outputs),
-    "dtype": str(model.dtype),
-    "info": {{key: sorted(map(str, value)) for key, value in info.items()}},
-    "module": type(model).__module__,
-}}))
+for arguments in [{arguments}]:
+    options = dict(trust_remote_code={block}, output_loading_info=True, **arguments)
+    model, info = AutoModel.from_pretrained({folder!r}, **options)
+    model.eval()
+    pixels = torch.linspace(-2, 2, 2 * 3 * 32 * 32).view(2, 3, 32, 32).to(model.dtype)
+    with torch.no_grad():
+        outputs = [
+            model(ids, mask).text_embeds,
+            model(pixel_values=pixels).image_embeds,
+            model(ids, mask, pixels).logits_per_text,
+            model.get_image_features(torch.nn.functional.interpolate(pixels.float(), 48).to(model.dtype)).pooler_output,
+        ]
+    print(json.dumps({{
+        "digest": [hashlib.sha256(o.float().numpy().tobytes()).hexdigest() for o in outputs],
+        "finite": all(bool(torch.isfinite(o).all()) for o in outputs),
+        "dtype": str(model.dtype),
+        "info": {{key: sorted(map(str, value)) for key, value in info.items()}},
+        "module": type(model).__module__,
+    }}))
 """
 
 
@@ -50,9 +70,9 @@ def run_python(code: str, folder: Path) -> str:
     return done.stdout
 
 
-def digest(folder: Path, arguments: str = "{}", block: bool = False) -> dict:
-    code = LOAD_AND_DIGEST.format(folder=str(folder), arguments=arguments, block=block)
-    return json.loads(run_python(code, folder.parent).splitlines()[-1])
+def digests(folder: Path, block: bool) -> list[dict]:
+    code = LOAD_AND_DIGEST.format(folder=str(folder), arguments=", ".join(ARGUMENTS), block=block)
+    return [json.loads(line) for line in run_python(code, folder.parent).splitlines() if line.startswith("{")]
 
 
 @torch.no_grad()
@@ -74,27 +94,17 @@ def test_sharded_weights(model, inputs, tmp_path):
     assert torch.equal(again(**inputs).logits_per_text, model(**inputs).logits_per_text)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "dtype"),
-    [
-        ("{}", "torch.float32"),
-        ('{"dtype": torch.bfloat16}', "torch.bfloat16"),
-        ('{"dtype": "float16"}', "torch.float16"),
-        ('{"device_map": "cpu"}', "torch.float32"),
-        ('{"device_map": "auto", "dtype": torch.bfloat16}', "torch.bfloat16"),
-        ('{"low_cpu_mem_usage": True}', "torch.float32"),
-    ],
-)
-def test_two_fresh_processes_agree_to_the_bit(saved, arguments, dtype):
-    first = digest(saved, arguments)
-    second = digest(saved, arguments.replace("{", '{"trust_remote_code": True, ', 1), block=True)
-    assert first["dtype"] == second["dtype"] == dtype
-    assert first["digest"] == second["digest"]
-    assert first["finite"]
-    for result in (first, second):
-        assert not any(result["info"].values()), result["info"]
-    assert first["module"] == "bifocal.modeling.modeling_bifocal"
-    assert second["module"].startswith("transformers_modules.")
+def test_two_fresh_processes_agree_to_the_bit(saved):
+    for (arguments, dtype), first, second in zip(
+        ARGUMENTS.items(), digests(saved, block=False), digests(saved, block=True), strict=True
+    ):
+        assert first["dtype"] == second["dtype"] == dtype, arguments
+        assert first["digest"] == second["digest"], arguments
+        assert first["finite"]
+        for result in (first, second):
+            assert not any(result["info"].values()), result["info"]
+        assert first["module"] == "bifocal.modeling.modeling_bifocal"
+        assert second["module"].startswith("transformers_modules.")
 
 
 def test_remote_code_equals_what_was_saved(saved, tmp_path):
@@ -158,6 +168,7 @@ def test_shipped_files_are_those_of_this_project(saved):
     assert json.loads((saved / "config.json").read_text())["auto_map"] == {
         "AutoConfig": "configuration_bifocal.BifocalConfig",
         "AutoModel": "modeling_bifocal.BifocalModel",
+        "AutoModelForZeroShotImageClassification": "modeling_bifocal.BifocalModel",
     }
 
 
@@ -170,6 +181,140 @@ def test_auto_classes_know_the_models(saved, tmp_path):
     masked.save_pretrained(tmp_path)
     assert type(AutoModelForMaskedLM.from_pretrained(tmp_path)) is BifocalTextForMaskedLM
     assert type(AutoModel.from_pretrained(tmp_path)) is BifocalTextModel
+
+
+def test_auto_map_of_each_folder(tmp_path):
+    config = small_config()
+    text = {"AutoConfig": "configuration_bifocal.BifocalTextConfig", "AutoModel": f"{TEXT}.BifocalTextModel"}
+    for model, wanted in (
+        (BifocalTextModel(config.text_config), text),
+        (
+            BifocalTextForMaskedLM(BifocalTextConfig(**config.text_config.to_dict())),
+            text | {"AutoModelForMaskedLM": f"{TEXT}.BifocalTextForMaskedLM"},
+        ),
+        (
+            BifocalVisionModel(config.vision_config),
+            {
+                "AutoConfig": "configuration_bifocal.BifocalVisionConfig",
+                "AutoModel": "modeling_bifocal_vision.BifocalVisionModel",
+            },
+        ),
+    ):
+        model.save_pretrained(tmp_path)
+        assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == wanted
+
+
+def test_pipelines_and_auto_classes_without_bifocal(saved, processor, tmp_path):
+    """transformers' pipelines give what `encode_*` and the temperature give; the folder of the MLM stage is a model."""
+    masked = tmp_path / "masked"
+    torch.manual_seed(0)
+    BifocalTextForMaskedLM(small_config().text_config).save_pretrained(masked)
+    processor.tokenizer.save_pretrained(masked)
+    run_python(
+        f"""
+import sys
+sys.modules["bifocal"] = None
+import numpy as np, torch
+from PIL import Image
+from transformers import AutoModel, AutoModelForMaskedLM, AutoProcessor, AutoTokenizer, pipeline
+
+saved, masked, texts = {str(saved)!r}, {str(masked)!r}, {TEXTS!r}
+model = AutoModel.from_pretrained(saved, trust_remote_code=True).eval()
+image = Image.effect_mandelbrot((50, 40), (-2, -1, 1, 1), 50).convert("RGB")
+classify = pipeline("zero-shot-image-classification", model=saved, trust_remote_code=True)
+found = {{one["label"]: one["score"] for one in classify(image, texts, hypothesis_template="{{}}")}}
+logits = model.encode_image(image) @ model.encode_text(texts).T * model.get_logit_scale().item()
+wanted = torch.tensor(logits).softmax(0).numpy()
+assert abs(np.array([found[text] for text in texts]) - wanted).max() < 1e-5, (found, wanted)
+
+features = pipeline("feature-extraction", model=saved, trust_remote_code=True)(texts[0])
+assert abs(np.array(features)[0] - model.encode_text(texts[0])).max() < 1e-5
+long = " ".join(texts * 20)
+words = AutoProcessor.from_pretrained(saved, trust_remote_code=True)(text=[long, ""], return_tensors="pt")
+assert words["input_ids"].shape == (2, 64), "padded, and cut at the limit"
+with torch.no_grad():
+    assert abs(model(**words).text_embeds[0].numpy() - model.encode_text(long)).max() < 1e-5
+assert len(AutoTokenizer.from_pretrained(saved)(long)["input_ids"]) > 64, "asked for nothing, it cuts nothing"
+
+fill = pipeline("fill-mask", model=masked, trust_remote_code=True)
+best = fill("black [MASK]", top_k=1)[0]
+tokens = fill.tokenizer("black [MASK]", return_tensors="pt")
+with torch.no_grad():
+    scores = AutoModelForMaskedLM.from_pretrained(masked, trust_remote_code=True).eval()(**tokens).logits[0]
+place = tokens["input_ids"][0].tolist().index(fill.tokenizer.mask_token_id)
+assert best["token"] == scores[place].argmax().item()
+tower = AutoModel.from_pretrained(masked, trust_remote_code=True)
+assert type(tower).__name__ == "BifocalTextModel", type(tower)
+assert torch.equal(tower.layers[0].mlp.down_proj.weight, fill.model.text_model.layers[0].mlp.down_proj.weight)
+""",
+        tmp_path,
+    )
+
+
+# At the end of a file of the model: every text's vector points the other way.
+OTHER_CODE = """
+_forward = BifocalTextModel.forward
+
+
+def _negated(self, *args, **kwargs):
+    output = _forward(self, *args, **kwargs)
+    output.pooler_output = -output.pooler_output
+    return output
+
+
+BifocalTextModel.forward = _negated
+"""
+
+
+@pytest.fixture
+def two_of_one_name(saved, tmp_path) -> tuple[Path, Path]:
+    """Two folders named "model" that differ in the code of the text tower and of the processor."""
+    first, second = tmp_path / "first" / "model", tmp_path / "second" / "model"
+    for folder in (first, second):
+        shutil.copytree(saved, folder)
+    with (second / "modeling_bifocal_text.py").open("a") as file:
+        file.write(OTHER_CODE)
+    with (second / "processing_bifocal.py").open("a") as file:
+        file.write('\n\nBifocalProcessor.marker = "second"\n')
+    return first, second
+
+
+def test_folders_of_one_name_run_their_own_code(two_of_one_name, tmp_path):
+    run_python(
+        f"""
+import sys
+sys.modules["bifocal"] = None
+import logging
+logging.disable(logging.WARNING)
+from transformers import AutoModel
+first, second, again = (
+    AutoModel.from_pretrained(folder, trust_remote_code=True) for folder in {[*map(str, two_of_one_name * 2)][:3]!r}
+)
+vectors = first.encode_text({TEXTS!r})
+assert abs(second.encode_text({TEXTS!r}) + vectors).max() < 1e-6, "the second runs the first's code"
+assert abs(again.encode_text({TEXTS!r}) - vectors).max() < 1e-6, "the first runs the second's code"
+assert [getattr(model.processor, "marker", None) for model in (first, second, again)] == [None, "second", None]
+""",
+        tmp_path,
+    )
+
+
+def test_other_code_than_what_runs_is_told(saved, two_of_one_name, caplog):
+    """Where Bifocal is imported, its own code runs every folder."""
+    first, second = two_of_one_name
+    BifocalModel.from_pretrained(first)
+    assert caplog.text == ""
+    for load in (BifocalModel.from_pretrained, AutoModel.from_pretrained, BifocalTextModel.from_pretrained):
+        caplog.clear()
+        load(second)
+        assert f"'{second}' brings other code (modeling_bifocal_text.py, processing_bifocal.py) than" in caplog.text
+    for version, told in (("0.0.9", None), ("99.0", "was saved by Bifocal 99.0, and the numbers of"), (None, None)):
+        caplog.clear()
+        config = json.loads((saved / "config.json").read_text())
+        config["bifocal_version"] = version
+        (second / "config.json").write_text(json.dumps(config))
+        BifocalModel.from_pretrained(second)
+        assert told in caplog.text if told else caplog.text == ""
 
 
 def test_importing_the_model_needs_nothing_but_torch_and_transformers(tmp_path):

@@ -1,5 +1,6 @@
 """MultiTaskTrainer: the joint loss, what a step does, and going on after a stop."""
 
+import copy
 import json
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from datasets import Dataset, Features, Image, Value
 from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel, TrainingArguments
 
+from bifocal.hub.export import export_model
 from bifocal.modeling import BifocalModel
 from bifocal.training.arguments import BifocalTrainingArguments
 from bifocal.training.callbacks import Stopwatch, seconds_of
@@ -117,10 +119,15 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(tmp_path, processor):
 
 
 def test_checkpoints_load_as_models(tmp_path, processor):
+    processor = copy.deepcopy(processor)  # with tokens that the Trainer writes into the config
+    processor.tokenizer.bos_token, processor.tokenizer.eos_token = "[CLS]", "[SEP]"
     it = trainer(tmp_path, processor, steps=2, save_strategy="steps", save_steps=2)
     it.train()
     model = BifocalModel.from_pretrained(tmp_path / "checkpoint-2")
     assert model.encode_text("black star").shape == (40,)
+    assert model.config.text_config.eos_token_id == processor.tokenizer.sep_token_id
+    again = BifocalModel.from_pretrained(export_model(model, tmp_path / "model"))
+    assert again.config.text_config.eos_token_id == processor.tokenizer.sep_token_id
 
 
 def test_a_temperature_beyond_its_bound_learns_again(tmp_path, processor):
