@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from bifocal.modeling import BifocalProcessor
+from bifocal.modeling.processing_bifocal import private_tokenizer, token_ids
 from bifocal.training.data.faults import Fault, Skip
 from bifocal.training.data.pictures import PictureReader
 from bifocal.training.tasks import COLUMNS, Task, TrainingError
@@ -244,7 +245,8 @@ class MultiTaskCollator:
         if not texts:
             return [], torch.empty(0, dtype=torch.long)
         tokenizer = self.processor.tokenizer
-        encoded = tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
+        # Other threads may use the same tokenizer with other options.
+        encoded, _ = token_ids(private_tokenizer(tokenizer), texts, self.max_length)
         longest_first = sorted(range(len(texts)), key=lambda text: (-len(encoded[text]), text))
         order = torch.empty(len(texts), dtype=torch.long)
         order[torch.tensor(longest_first)] = torch.arange(len(texts))
