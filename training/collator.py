@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from bifocal.modeling import BifocalProcessor
+from bifocal.modeling.processing_bifocal import private_tokenizer, token_ids
 from bifocal.training.data.faults import Fault, Skip
 from bifocal.training.data.pictures import PictureReader
 from bifocal.training.data.row_names import row_name
@@ -235,7 +236,8 @@ class MultiTaskCollator:
         if not texts:
             return [], torch.empty(0, dtype=torch.long)
         tokenizer = self.processor.tokenizer
-        encoded = tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
+        # Other threads may use the same tokenizer with other options.
+        encoded, _ = token_ids(private_tokenizer(tokenizer), texts, self.max_length)
         if self.pad_to is not None:
             ids = torch.full((len(texts), self.pad_to), tokenizer.pad_token_id or 0)
             for row, tokens in enumerate(encoded):
