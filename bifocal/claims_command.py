@@ -30,14 +30,10 @@ def claims(
 ) -> None:
     """Try the paper's claims at small scale, and write a page with a verdict on each."""
     require("datasets", "jinja2", "matplotlib", "scipy", "sentence_transformers")
-    import datasets
-    from transformers.utils import logging
-
     from bifocal.claims.trying import available_cores, try_claims
+    from bifocal.training.progress_bars import no_progress_bars
 
-    datasets.disable_progress_bars()
-    logging.disable_progress_bar()
-    with one_sentence(out, "free space and start again; it goes on from there"):
+    with no_progress_bars(), one_sentence(out, "free space and start again; it goes on from there"):
         tried = try_claims(out, data, only or (), budget, range(seeds), typer.echo, workers or available_cores())
     if not tried:
         fail("Nothing has been tried.")

@@ -144,6 +144,8 @@ def evaluate(
 
     with one_sentence(out, "free space or choose another --out; it goes on from there"):
         recipe = None if suite is None and mteb else load_evaluation_recipe(suite or "symbols")
+        if out.exists() and not out.is_dir():
+            fail(f"'{out}' is a file, and the results need a folder; choose another with --out.")
         for name in ("results.json", "report.html"):
             require_overwritable(out / name, EVALUATION)
         results = measure(models, recipe, out, only or (), mteb or ())

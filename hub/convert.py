@@ -1,5 +1,6 @@
 """Published weights as Bifocal models: every tensor is accounted for, or nothing is written."""
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -267,6 +268,7 @@ def save_converted(model: Any, source: str, out: Path) -> list[str]:
 def _processor(source: str, config: Any) -> BifocalProcessor | None:
     from transformers import AutoTokenizer
 
+    source = os.path.expanduser(source)
     folder = str(Path(source).parent if Path(source).is_file() else source)
     if Path(folder).exists() and not (Path(folder) / "tokenizer_config.json").exists():
         return None

@@ -23,6 +23,7 @@ _MODEL_FILES = (
 _PATHS = ("_name_or_path", "name_or_path", "tokenizer_file", "vocab_file", "cache_dir")  # keys of theirs
 _APP = '''"""The search page of this Space."""
 
+import tempfile
 from pathlib import Path
 
 from bifocal.hub.search.index import SearchIndex
@@ -30,7 +31,8 @@ from bifocal.hub.search.page import build, launch
 from bifocal.hub.search.searcher import Searcher
 
 here = Path(__file__).parent
-launch(build(Searcher(SearchIndex(here / "index"), {model}), {title!r}))
+index = SearchIndex(here / "index", tempfile.mkdtemp())  # what is derived from it is kept elsewhere
+launch(build(Searcher(index, {model}), {title!r}))
 '''
 _CARD = """---
 title: {quoted}
@@ -87,11 +89,12 @@ def write_space(
         ):
             source = Path(str(module.__file__)).parent
             shutil.copytree(source, place, ignore=shutil.ignore_patterns("__pycache__"))
+        settings = read_settings(index.folder)  # before the parts: a run may add more in the meantime
         table = made / "index" / "table"
         table.mkdir(parents=True)
         for part in index.snapshot().parts:  # FAISS indexes are made where the Space runs
             shutil.copy2(part, table)
-        told = {**read_settings(index.folder), "model": name if is_id else "model", "sources": []}
+        told = {**settings, "model": name if is_id else "model", "sources": []}
         write_settings(made / "index", told)
         if not is_id:
             (made / "model").mkdir()

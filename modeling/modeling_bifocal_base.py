@@ -2,6 +2,8 @@
 """What both towers and the joint model share: the base class and the plain form of attention."""
 
 import functools
+import os
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from types import MethodType
 from typing import Any, cast
@@ -14,6 +16,11 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .configuration_bifocal import warn_of_other_code
 
+# While transformers loads, it replaces functions of torch and methods of its own classes. Two loads at once put each
+# other's replacements back: weights would stay untied, or be drawn anew, in every model of the process.
+_LOADING = threading.RLock()
+if hasattr(os, "register_at_fork"):  # a child that was forked meanwhile would wait for ever
+    os.register_at_fork(before=_LOADING.acquire, after_in_parent=_LOADING.release, after_in_child=_LOADING.release)
 # Tokens that a tower takes at once on a CPU when it only infers. More gains nothing there: their activations leave the
 # caches, and each layer fills fresh pages of memory. 1,024 took a third to a half of the time of 32 texts of up to 512
 # tokens for widths of 384 and 768, and 512 or 2,048 about as long.
@@ -169,8 +176,12 @@ class BifocalPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
-        """As `PreTrainedModel.from_pretrained`; warns if the model was saved with other code than runs it."""
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        """As `PreTrainedModel.from_pretrained`; warns if the model was saved with other code than runs it.
+
+        Threads load one after the other.
+        """
+        with _LOADING:
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         warn_of_other_code(str(pretrained_model_name_or_path), model.config)
         return loaded

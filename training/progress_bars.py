@@ -2,17 +2,25 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from transformers.utils import logging
 
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """Within, transformers draws no bars for files that it reads and writes."""
-    enabled = logging.is_progress_bar_enabled()
+    """Within, transformers and datasets draw no bars for what they read, make and write."""
+    import datasets
+
+    bars: list[Any] = []
+    if logging.is_progress_bar_enabled():
+        bars.append(logging.enable_progress_bar)
+    if datasets.are_progress_bars_disabled() is False:
+        bars.append(datasets.enable_progress_bars)
     logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     try:
         yield
     finally:
-        if enabled:
-            logging.enable_progress_bar()
+        for show in bars:
+            show()

@@ -33,13 +33,15 @@ class SearchIndex:
 
     Args:
         folder: of an index.
+        faiss_folder: where FAISS indexes are kept; in the index's own folder when None.
 
     Raises:
         SearchError: there is none, or one that is damaged or of another version.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, faiss_folder: str | Path | None = None) -> None:
         self.folder = Path(folder)
+        self.faiss_folder = self.folder / "faiss" if faiss_folder is None else Path(faiss_folder)
         settings = read_settings(self.folder)
         self.model: str = settings["model"]
         self.weights: str = settings["weights"]
@@ -321,13 +323,13 @@ class SearchIndex:
         stamp = self.table.stamp()
         if self._opened is None or self._opened.stamp != stamp:
             self._require_parts()
-            self._opened = Opened(self.folder / "faiss", self.table, self.forms)
+            self._opened = Opened(self.faiss_folder, self.table, self.forms)
         return self._opened
 
     def _tidy(self) -> None:
         """Delete what killed runs left half written; only under the lock."""
         self.table.tidy()
-        for left in (self.folder / "faiss").glob(".*.faiss.*"):
+        for left in self.faiss_folder.glob(".*.faiss.*"):
             left.unlink(missing_ok=True)
 
     def _require_parts(self) -> None:

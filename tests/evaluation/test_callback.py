@@ -94,10 +94,10 @@ def test_models_of_transformers(processor, tmp_path):
     assert logged["eval_photos_skipped_rows"] == 1.0
     assert logged["eval_photos_shared_rows"] == 2.0, "the first image stands in two rows"
     with pytest.raises(EvaluationError, match="To evaluate a CLIPModel, give its processor"):
-        watch.attach(SimpleNamespace(log=None, model=model))
+        watch.attach(SimpleNamespace(log=None, averaged_weights=None, model=model))
     bert = BertModel(BertConfig(**tiny, vocab_size=320))
     with pytest.raises(EvaluationError, match="A BertModel cannot be evaluated here"):
-        watch.attach(SimpleNamespace(log=None, model=bert, processing_class=processor))
+        watch.attach(SimpleNamespace(log=None, averaged_weights=None, model=bert, processing_class=processor))
 
 
 @pytest.mark.parametrize("evaluation_first", [True, False])

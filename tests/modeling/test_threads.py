@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from bifocal.hub.export import export_model
-from bifocal.modeling import BifocalModel, BifocalProcessor
+from bifocal.modeling import BifocalModel, BifocalProcessor, BifocalTextForMaskedLM
 from bifocal.modeling.processing_bifocal import private_tokenizer, token_ids
 from tests.conftest import TEXTS, small_config
 from tests.modeling.test_images import photo
@@ -213,3 +213,13 @@ def test_sentence_transformers_in_threads(sentences):
     with meanwhile(lambda: len(switch()["input_ids"][0])) as switched:
         assert_as_alone([*calls, functools.partial(model.encode_text, MIXED[-1], max_length=5)], 400)
     assert set(switched) == {4}
+
+
+def test_models_loaded_by_threads_are_whole(tmp_path):
+    """transformers replaces methods of its classes while it loads; two loads at once left weights untied for good."""
+    masked = BifocalTextForMaskedLM(small_config().text_config)
+    masked.save_pretrained(tmp_path)
+    with ThreadPoolExecutor(4) as pool:
+        loaded = list(pool.map(lambda _: BifocalTextForMaskedLM.from_pretrained(tmp_path), range(12)))
+    for model in [*loaded, BifocalTextForMaskedLM.from_pretrained(tmp_path)]:
+        assert model.lm_head.decoder.weight is model.get_input_embeddings().weight
