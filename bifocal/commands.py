@@ -152,9 +152,11 @@ def _load_model(place: str, across: bool) -> Any:
 
     from bifocal.modeling import BifocalModel
     from bifocal.training.mining import MiningError
+    from bifocal.training.progress_bars import no_progress_bars
 
     try:
-        return BifocalModel.from_pretrained(place) if across else SentenceTransformer(place)
+        with no_progress_bars():
+            return BifocalModel.from_pretrained(place) if across else SentenceTransformer(place)
     except (OSError, ValueError) as error:
         wanted = "Bifocal model" if across else "sentence-transformers model"
         raise MiningError(model_not_loaded(place, error, wanted)) from error

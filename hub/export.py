@@ -14,6 +14,7 @@ from bifocal.hub.card import Card, TrainedStage, write_card
 from bifocal.hub.other_families import finish_other_model
 from bifocal.hub.sentence_files import as_sentence_transformer, save_sentence_files
 from bifocal.modeling import BifocalProcessor
+from bifocal.training.progress_bars import no_progress_bars
 
 logger = logging.get_logger(__name__)
 FACTS = "card.json"  # what the card was made of, so that it can be written again
@@ -100,6 +101,11 @@ def _ready(model: Any, processor: Any) -> tuple[Any, Any]:
 
 def write_model(model: Any, folder: Path, processor: Any, card: Card, shard: str = SHARD) -> None:
     """Write a model, its processor, sentence-transformers' files and its card into a new folder."""
+    with no_progress_bars():
+        _write_model(model, folder, processor, card, shard)
+
+
+def _write_model(model: Any, folder: Path, processor: Any, card: Card, shard: str) -> None:
     name = card.name or folder.name
     if model.config.model_type == "bifocal":
         processor = with_limit(processor, model)

@@ -81,7 +81,7 @@ def export_onnx(model: BifocalModel, folder: Path) -> None:
             path = folder / file_name(tower, "float32")
             own = module.model.text_model if tower == "text" else module.model.vision_model
             size = sum(parameter.numel() * 4 for parameter in own.parameters())
-            with _quietly(), torch.no_grad():
+            with quietly(), torch.no_grad():
                 torch.onnx.export(
                     module.eval(), (), str(path), kwargs=inputs, dynamic_shapes=shapes, dynamo=True, verbose=False,
                     input_names=list(inputs), output_names=[f"{tower}_embeds"], opset_version=OPSET,
@@ -141,8 +141,8 @@ def _check(path: Path, parameters: int) -> None:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """The exporter says each time that torchvision is not there, and quantisation that it would like a pass more."""
+def quietly() -> Iterator[None]:
+    """Keep libraries silent: the exporter misses torchvision each time, quantisation would like one more pass."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
