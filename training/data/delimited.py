@@ -1,7 +1,8 @@
 """CSV and TSV: every line belongs to a row that is read, or to a bad one that is named by the line it begins in.
 
 `csv` alone loses rows without a word where a quote never closes: all lines up to the next quote become one field. Here
-the row with such a quote is bad, and reading goes on in the line after it.
+the row with such a quote is bad, and reading goes on in the line after it. Where a quote does close, at the end of a
+field, and what it encloses looks like rows, it may be one row or several: then each of its lines is bad.
 """
 
 import csv
@@ -19,7 +20,7 @@ _LONGEST_ROW = 2**24  # characters
 _FIELD_LIMIT = min(sys.maxsize, 2**31 - 1)  # what C's long holds everywhere; csv's own limit is 131,072 characters
 _OTHERS = (";", "\t", "|", ",")
 _SIGNS = {"\t": "tab", ",": "comma", ";": "semicolon", "|": "pipe"}
-_LINE_END = re.compile(r"\r\n|\r|\n")
+_CLOSING = re.compile('(?<!")"(?!")')
 _QUOTED = re.compile('".*"')
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
@@ -40,7 +41,8 @@ def read_csv(
         delimiter: a comma if None, a tab with `tabs`.
         quoting: "minimal" or "all": quotes enclose fields, as `csv` reads them; "none": a quote is a character like
             others. None means "none" for tab-separated files. For others, quotes enclose fields, but a field is not
-            believed if what it encloses looks like rows.
+            believed if what it encloses looks like rows; of a single line it is only told where the line with the
+            opening quote is a row by itself, too.
         encoding: UTF-8 if None.
 
     Raises:
@@ -53,8 +55,12 @@ def read_csv(
             records.columns = len(names)
             after = start["line"] if start else 0
             lines.skip(after)
+            records.doubt = tuple(start.get("doubt", (0, 0))) if start else (0, 0)
             for line, fields in records:
-                position, name = {"line": lines.number}, f"{short(path)}:{line}"
+                position: dict[str, Any] = {"line": lines.number}
+                if lines.number < records.doubt[1]:  # who goes on here must know that the next lines are in doubt
+                    position["doubt"] = list(records.doubt)
+                name = f"{short(path)}:{line}"
                 if isinstance(fields, Fault):
                     yield Row(position, name, fields)
                 elif len(fields) != len(names):
@@ -193,7 +199,11 @@ class _Lines:
 
 
 class _Records:
-    """(line it begins in, fields or why it has none) of each record."""
+    """(line it begins in, fields or why it has none) of each record.
+
+    Attributes:
+        doubt: first and last line of a record that may be one row or several.
+    """
 
     def __init__(self, lines: _Lines, delimiter: str, quoting: str | None) -> None:
         self.lines = lines
@@ -201,6 +211,7 @@ class _Records:
         self.quoting = quoting or ("none" if delimiter == "\t" else None)
         self.guessed = quoting is None
         self.columns = 0
+        self.doubt: tuple[int, ...] = (0, 0)
         self.options: Any = {
             "delimiter": delimiter, "quoting": csv.QUOTE_NONE if self.quoting == "none" else csv.QUOTE_MINIMAL,
         }  # fmt: skip
@@ -213,6 +224,8 @@ class _Records:
         while True:
             self.lines.begin()
             line = self.lines.number + 1
+            if line <= self.doubt[1]:
+                return line, self._doubtful(next(self.lines))
             found: list[str] | Fault
             try:
                 found = next(self.reader)
@@ -238,12 +251,23 @@ class _Records:
             problem = f"its quote does not close before {where}"
         elif len(taken) > 1 and self.quoting is None and not self._strict(taken):
             problem = f"its quote closes {len(taken) - 1} lines later, in the middle of a text"
-        elif len(taken) > 1 and self.quoting is None and self._encloses_rows(found):
+        elif len(taken) > 1 and self.quoting is None and self._encloses_rows():
+            if len(found) == self.columns:
+                self.doubt = (self.lines.number - len(taken) + 1, self.lines.number)
+                return self._doubtful(taken[0])
             problem = f"its quote encloses {len(taken) - 1} lines that look like rows"
             remedy += ", or quoting=minimal if the lines are one field"
         else:
             return found
         return Fault("open quote", f"{problem}, in {taken[0].strip()[:100]!r}; {remedy}")
+
+    def _doubtful(self, line: str) -> Fault:
+        first, last = self.doubt
+        return Fault(
+            "ambiguous quote",
+            f"a quote encloses what looks like rows, from line {first} to {last}, here {line.strip()[:100]!r}; set "
+            "quoting=minimal if it is one field, or quoting=none if quotes are part of the texts",
+        )
 
     def _strict(self, taken: list[str]) -> bool:
         """Whether after each closing quote comes a delimiter or the end of the line, as it must."""
@@ -253,18 +277,20 @@ class _Records:
             return False
         return True
 
-    def _encloses_rows(self, fields: list[str]) -> bool:
-        """Whether lines within a field have as many fields as the file has columns.
+    def _encloses_rows(self) -> bool:
+        """Whether the lines after the first one have as many fields as the file has columns.
 
         Prose may have as many commas; but after a comma of prose comes a space, and of so many lines hardly all have
-        them.
+        them. A single line says something only if the first one is a row as well, which it is not where a text of two
+        lines stands before other fields.
         """
-        columns = self.columns or len(self.lines.taken[0].split(self.delimiter))
-        inside = [line for field in fields for line in _LINE_END.split(field)[1:]]
-        if columns < 2 or len(inside) < 2:
-            return False
+        first, *inner, last = (line.rstrip("\r\n") for line in self.lines.taken)
+        columns = self.columns or len(first.split(self.delimiter))
+        # Each line as it is without the quote that opens, or closes, in it.
+        opened = first[::-1].replace('"', "", 1)[::-1]
+        inside = [*inner, _CLOSING.sub("", last, count=1)]
         alike = sum(map(self._is_row, inside))
-        return alike >= max(2, 0.8 * len(inside))
+        return columns > 1 and alike >= max(1 if self._is_row(opened) else 2, 0.8 * len(inside))
 
     def _is_row(self, line: str) -> bool:
         try:
