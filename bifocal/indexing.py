@@ -179,6 +179,10 @@ class Reading:
                 self.origin.complete &= not row.shard
                 if not row.dropped:  # what a filter drops is not wanted any more
                     self.origin.unread.add(name)
+                    # An image has the name of its file, and which one this row names is not known. Those of a folder
+                    # are found without it, but not their captions.
+                    found_anyway = self.table is not None and not self.captions
+                    self.origin.complete &= self.kind not in _IMAGES or found_anyway
                 continue
             good += 1
             yield from self._row(name, row, seen)

@@ -82,16 +82,19 @@ class SearchIndex:
         settings = dict(format=FORMAT, model=model, weights=weights, dimensions=dimensions, sources=[], parts=0)
         if (folder / SETTINGS).exists():
             found = cls(folder)
-            if found.weights == weights or len(found):
+            if len(found):  # said at once, without a wait for another command
                 found.require(weights, model)
-                found.model = model
-                found.forms += [form for form in forms if form not in found.forms]
-                with found._alone():
-                    found._save()
-                return found
-            with found._alone():  # nothing was ever indexed, or all was deleted: its model binds nobody
-                for part in found.table.parts:
-                    part.unlink()
+            with found._alone():
+                if (folder / SETTINGS).exists():  # otherwise another command found nothing to index, and deleted it
+                    found = cls(folder)
+                    if found.weights == weights or len(found):
+                        found.require(weights, model)
+                        found.model = model
+                        found.forms += [form for form in forms if form not in found.forms]
+                        found._save()
+                        return found
+                    for part in found.table.parts:  # nothing was ever indexed, or all was deleted: it binds nobody
+                        part.unlink()
                 write_settings(folder, {**settings, "forms": forms})
             return cls(folder)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -110,6 +113,9 @@ class SearchIndex:
         self.parts = max(self.parts, there["parts"])
         theirs = [(dim, precision) for dim, precision in there["forms"]]
         self.forms = theirs + [form for form in self.forms if form not in theirs]
+        self._write()
+
+    def _write(self) -> None:
         settings = dict(
             format=FORMAT, model=self.model, weights=self.weights, dimensions=self.dimensions, forms=self.forms,
             parts=self.parts, sources=self.sources,
@@ -123,12 +129,13 @@ class SearchIndex:
                 return
             for part in self.table.parts:
                 part.unlink()
-            (self.folder / SETTINGS).unlink()
+            (self.folder / SETTINGS).unlink(missing_ok=True)
             self._opened = None
-        (self.folder / ".lock").unlink(missing_ok=True)
-        for folder in (self.table.folder, self.folder / "faiss", self.folder):
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
+            # While it is held: a command that waits for it sees that it is gone, and makes its own.
+            (self.folder / ".lock").unlink(missing_ok=True)
+            for folder in (self.table.folder, self.folder / "faiss", self.folder):
+                if folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()
 
     def require(self, weights: str, model: str) -> None:
         """
@@ -177,6 +184,7 @@ class SearchIndex:
             prune: delete what the index has of this source and the source has no longer.
         """
         with self._alone():
+            self._bind()
             self._tidy()
             lost = self.table.missing(self.parts)
             for name in lost:
@@ -189,6 +197,21 @@ class SearchIndex:
             self._opened = None
             self._open()
         return done
+
+    def _bind(self) -> None:
+        """Make sure, under the lock, that no other command deleted the empty index or gave it to another model.
+
+        Raises:
+            SearchError: if it is another model's now.
+        """
+        if not (self.folder / SETTINGS).exists():
+            if not self.table.parts:
+                self.sources, self.parts = [], 0
+            self._write()
+            return
+        there = SearchIndex(self.folder)
+        if there.weights != self.weights:
+            there.require(self.weights, self.model)
 
     def _wrote(self, parts: int) -> None:
         self.parts = max(self.parts, parts)
@@ -346,12 +369,17 @@ class SearchIndex:
         """Let commands that change one index take turns."""
         from filelock import FileLock, Timeout
 
-        lock = FileLock(self.folder / ".lock")
-        try:
-            lock.acquire(timeout=_PATIENCE)
-        except Timeout:
-            logger.warning(f"Another command is changing '{self.folder}'; waiting until it has ended.")
-            lock.acquire()
+        patience = _PATIENCE
+        while True:
+            lock = FileLock(self.folder / ".lock")
+            try:
+                lock.acquire(timeout=patience)
+                break
+            except Timeout:
+                logger.warning(f"Another command is changing '{self.folder}'; waiting until it has ended.")
+                patience = -1
+            except FileNotFoundError:  # the other one found nothing to index, and deleted the folder
+                self.folder.mkdir(parents=True, exist_ok=True)
         try:
             yield
         finally:

@@ -142,4 +142,8 @@ class Scan:
             return "gone" if complete else "kept"
         if key in self.names:
             return "lost"
-        return "replaced" if (kind, name) in self.own or holders & self.new else "gone"
+        if (kind, name) in self.own:
+            return "replaced"
+        if not complete:  # the row may come later, with another number
+            return "kept"
+        return "replaced" if holders & self.new else "gone"

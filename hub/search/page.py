@@ -162,6 +162,8 @@ def answer(searcher: Searcher) -> Callable[..., str]:
             text, too_long = (text or ""), len(text or "") > LONGEST
             k = max(1, min(int(count), _MOST))
             vector = searcher.vector(text, picture, min(max(float(weight), 0.0), 1.0))
+        except FileNotFoundError:  # deleted after an hour
+            return note("The picture is no longer here. Upload it again.", alert=True)
         except SearchError as error:
             return note(str(error), alert=True)
         try:

@@ -160,9 +160,8 @@ class Table:
         except SearchError:
             raise
         except (pa.ArrowException, OSError, ValueError) as error:  # an empty file is a ValueError of mmap
-            raise damaged(
-                part, f"it is no Arrow stream that can be read ({str(error).splitlines()[0][:120]})"
-            ) from error
+            said = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+            raise damaged(part, f"it is no Arrow stream that can be read ({said})") from error
         if not table.schema.equals(self.schema):
             names = table.schema.names
             width = getattr(table.schema.field("embedding").type, "list_size", 0) if "embedding" in names else 0

@@ -380,3 +380,44 @@ def test_nothing_tells_of_this_machine(desk, saved):
             assert secret not in content, path
     found = invoke(desk, "search", str(home / "index"), "a dog", "--json", "-k", "60").stdout
     assert "jane" not in found
+
+
+def test_rows_that_were_not_read_are_neither_replaced_nor_gone(desk):
+    def write(*texts: str) -> None:
+        (desk / "a.csv").write_text("text\n" + "".join(f"{text}\n" for text in texts))
+
+    write("alpha", "beta", "gamma")
+    index(desk, "a.csv")
+    write("new", "alpha", "beta", "gamma")
+    for options in ((), ("--prune",)):
+        index(desk, "a.csv", "limit=1", *options)
+        texts = SearchIndex(desk / "index").snapshot().rows["text"].to_pylist()  # some of them have one name now
+        assert sorted(texts) == ["alpha", "beta", "gamma", "new"]
+    assert "index has 0 pictures and 4 texts" in index(desk, "a.csv", "--prune")
+
+
+def test_an_image_whose_row_is_bad_today_stays(desk):
+    """A row that cannot be read does not say which image it names."""
+    (desk / "photos").mkdir()
+    lines = []
+    for number in range(2):
+        picture(desk / "photos" / f"{number}.png", number)
+        lines.append(json.dumps({"image": f"photos/{number}.png", "caption": f"caption {number}"}) + "\n")
+    (desk / "photos.jsonl").write_text("".join(lines))
+    index(desk, "photos.jsonl")
+    (desk / "photos.jsonl").write_text(lines[0] + lines[1].replace('"caption 1"', "1"))
+    said = index(desk, "photos.jsonl", "--prune")
+    assert "1 left out" in said
+    assert len(rows(desk)) == 2
+
+
+def test_links_that_lead_nowhere_are_named(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "gone.png").symlink_to("nothing")
+    picture(tmp_path / "a.png", 1)
+    found = find_images(tmp_path)
+    assert found.names == ["a.png"]
+    reasons = dict(found.unreadable)
+    assert reasons["gone.png"] == "a link without a target"
+    assert reasons["loop"].startswith("cannot be read (")
+    assert not found.complete, "the loop may have been a folder"

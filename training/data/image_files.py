@@ -83,7 +83,7 @@ def find_images(folder: str | Path, skip: Iterable[str | Path] = ()) -> FoundIma
             name = f"{inner}/{entry.name}" if inner else entry.name
             if entry.name.startswith("."):
                 found.hidden += 1
-            elif entry.is_dir():
+            elif _is_folder(entry):
                 (links if entry.is_symlink() else folders).append(name)
             elif entry.name not in names or os.path.realpath(entry.path) not in skipped:
                 _look(entry, name, found)
@@ -91,12 +91,22 @@ def find_images(folder: str | Path, skip: Iterable[str | Path] = ()) -> FoundIma
     return found
 
 
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, or into a folder that may not be entered; it is named as unreadable
+        return False
+
+
 def _look(entry: "os.DirEntry[str]", name: str, found: FoundImages) -> None:
     try:
         regular = stat.S_ISREG(entry.stat().st_mode)
+    except FileNotFoundError:
+        found.unreadable.append((name, "a link without a target"))
+        return
     except OSError as error:
-        reason = "a link without a target" if entry.is_symlink() else f"cannot be read ({error.strerror})"
-        found.unreadable.append((name, reason))
+        found.unreadable.append((name, f"cannot be read ({error.strerror})"))
+        found.complete = False  # behind it there may be a folder
         return
     suffix = os.path.splitext(entry.name)[1].lower()
     if not regular:

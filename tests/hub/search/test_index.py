@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -258,3 +259,45 @@ def test_two_that_add_at_once(searcher, new, monkeypatch):
     keys = SearchIndex(index.folder).table.open().rows["key"].to_pylist()
     assert len(keys) == len(set(keys)) == 128
     assert index.counts() == {"image": 64, "text": 64}, "an open index sees what others added"
+
+
+def test_an_index_that_another_fills_meanwhile_is_not_emptied(new, model_folder, monkeypatch):
+    """What `create` saw before it waited is looked at again under the lock."""
+    searcher = new(name="shared")
+    folder, alone = searcher.index.folder, SearchIndex._alone
+
+    def late(index):
+        monkeypatch.setattr(SearchIndex, "_alone", alone)
+        searcher.add(made_items()[:4])
+        return alone(index)
+
+    monkeypatch.setattr(SearchIndex, "_alone", late)
+    with pytest.raises(SearchError, match="their vectors cannot be compared"):
+        SearchIndex.create(folder, "other", "other weights", 40)
+    assert sum(SearchIndex(folder).counts().values()) == 4
+    empty = new(name="empty")
+    SearchIndex.create(empty.index.folder, "other", "other weights", 40)
+    with pytest.raises(SearchError, match="their vectors cannot be compared"):
+        empty.add(made_items()[:4])  # the index was bound to another model since
+
+
+def test_who_waits_for_an_index_that_is_discarded_makes_it_anew(new, monkeypatch):
+    index, other = new(name="shared").index, new(name="shared")
+    waiting = threading.Thread(target=lambda: other.add(made_items()[:4]))
+    count = SearchIndex.__len__
+
+    def while_locked(index):
+        monkeypatch.setattr(SearchIndex, "__len__", count)
+        waiting.start()
+        time.sleep(0.2)  # by then it waits for the lock; if not, it finds the folder gone
+        return count(index)
+
+    monkeypatch.setattr(SearchIndex, "__len__", while_locked)
+    index.discard_if_empty()
+    waiting.join()
+    assert sum(SearchIndex(index.folder).counts().values()) == 4
+    third = new(name="third").index
+    third.discard_if_empty()
+    assert not third.folder.exists()
+    assert Searcher(third).add(made_items()[:4]).count == 4
+    assert sum(SearchIndex(third.folder).counts().values()) == 4

@@ -348,6 +348,7 @@ def test_what_the_page_answers(searcher, tmp_path):
     large = tmp_path / "large.png"
     large.write_bytes(bytes(LARGEST_UPLOAD + 1))
     assert "The picture is larger than 10 MiB" in find("", str(large), "Apart", 5, 0.5)
+    assert "The picture is no longer here. Upload it again." in find("", str(tmp_path / "gone.png"), "Apart", 5, 0.5)
     bomb = io.BytesIO()
     Image.new("1", (9000, 9000)).save(bomb, "PNG")
     (tmp_path / "bomb.png").write_bytes(bomb.getvalue())
