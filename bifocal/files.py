@@ -12,12 +12,13 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 MARKER = ".bifocal-files.json"
+_LOCK = f"{MARKER}.lock"
 MODEL = "model"
 RUN = "training run"
 _FORMAT = 1
@@ -196,10 +197,15 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def record(folder: Path, kind: str, *names: str) -> None:
-    """List files in a folder as Bifocal's, as they are now."""
-    marker = _marker(folder)
-    marker["files"] |= {name: _entry(folder / name, kind) for name in names}
-    write_json(folder / MARKER, marker)
+    """List files in a folder as Bifocal's, as they are now; several processes may do so at once."""
+    from filelock import FileLock
+
+    entries = {name: _entry(folder / name, kind) for name in names}
+    with FileLock(folder / _LOCK):
+        marker = _marker(folder)
+        marker["files"] |= entries
+        write_json(folder / MARKER, marker)
+        (folder / _LOCK).unlink(missing_ok=True)  # while it is held: who waits sees that it is gone, and makes its own
 
 
 def _marker(folder: Path) -> dict[str, Any]:
@@ -215,9 +221,15 @@ def _marker(folder: Path) -> dict[str, Any]:
 
 
 def _list_all(folder: Path, kind: str) -> None:
-    files = {name: _entry(folder / name, kind) for name in _entries(folder)}
-    marker = {"format": _FORMAT, "whole": True, "files": files}
+    names = list(_entries(folder))
+    folders = [name for name in names if _is_folder(folder / name)]
+    files = {name: _entry(folder / name, kind) for name in names if name not in folders}
+    marker = {"format": _FORMAT, "whole": True, "folders": folders, "files": files}
     write_json(folder / MARKER, marker)
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
 
 
 def _entry(path: Path, kind: str) -> dict[str, Any]:
@@ -239,7 +251,7 @@ def _is_unchanged(path: Path, entry: dict[str, Any]) -> bool:
 
 
 def _entries(folder: Path) -> Iterator[str]:
-    """All files and links below a folder, those at its top first; not the list itself, and no folders."""
+    """All files, links and empty folders below a folder, those at its top first; not the list itself."""
 
     def stop(error: OSError) -> None:
         raise error
@@ -247,9 +259,11 @@ def _entries(folder: Path) -> Iterator[str]:
     for root, folders, names in os.walk(folder, onerror=stop):
         here = Path(root)
         links = [name for name in folders if (here / name).is_symlink()]
+        if not folders and not names and here != folder:
+            yield here.relative_to(folder).as_posix()
         for name in sorted([*names, *links]):
             found = (here / name).relative_to(folder).as_posix()
-            if found != MARKER:
+            if found not in (MARKER, _LOCK):
                 yield found
         folders.sort()
 
@@ -259,11 +273,12 @@ def _require_ours(place: Path, kind: str, called: Path) -> None:
     Raises:
         NotOursError: with the first file that is not as Bifocal wrote it.
     """
-    files = listed(place)
+    marker = _marker(place)
+    files, folders = marker["files"], marker.get("folders", ())
     remedy = "choose another folder, or move it away."
     for name in _entries(place):
         if name not in files:
-            if _is_bytecode(name, files):
+            if _is_bytecode(name, files) or (_is_folder(place / name) and _is_our_folder(name, files, folders)):
                 continue
             top = name.partition("/")[0]
             shown = name if any(known.startswith(f"{top}/") for known in files) else top
@@ -277,6 +292,11 @@ def _require_ours(place: Path, kind: str, called: Path) -> None:
             raise NotOursError(f"'{name}' in '{called}' belongs to a {files[name]['kind']}, not a {kind}; {remedy}")
         if not _is_unchanged(place / name, files[name]):
             raise NotOursError(f"'{name}' in '{called}' was changed after Bifocal wrote it; {remedy}")
+
+
+def _is_our_folder(name: str, files: dict[str, Any], folders: Sequence[str]) -> bool:
+    """Whether an empty folder was empty when it was written, or held files that somebody has removed since."""
+    return name in folders or any(known.startswith(f"{name}/") for known in files)
 
 
 def _is_bytecode(name: str, files: dict[str, Any]) -> bool:

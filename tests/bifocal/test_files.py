@@ -5,6 +5,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +244,32 @@ def test_files_are_overwritten_if_they_are_ours(tmp_path):
         save("four")
 
 
+def test_an_empty_folder_of_the_users_protects_the_folder(tmp_path):
+    with replace_folder(tmp_path / "out", "model") as made:
+        (made / "sub" / "ours").mkdir(parents=True)
+        (made / "deep").mkdir()
+        (made / "deep" / "file").write_text("x")
+    assert set(files.listed(tmp_path / "out")) == {"deep/file"}
+    (tmp_path / "out" / "deep" / "file").unlink()
+    write(tmp_path / "out")  # what is empty was so before, or lost a file of ours
+    (tmp_path / "out" / "sub" / "my plans").mkdir()
+    refused(tmp_path / "out", "'sub/my plans', which Bifocal did not write")
+    (tmp_path / "out" / "sub" / "my plans").rmdir()
+    (tmp_path / "out" / "notes" / "2026").mkdir(parents=True)
+    refused(tmp_path / "out", "'notes', which Bifocal did not write")
+    assert (tmp_path / "out" / "notes" / "2026").is_dir()
+
+
+def test_several_list_their_files_at_once(tmp_path):
+    names = [f"{number}.html" for number in range(24)]
+    for name in names:
+        (tmp_path / name).write_text(name)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda name: files.record(tmp_path, "page", name), names))
+    assert set(files.listed(tmp_path)) == set(names)
+    assert {path.name for path in tmp_path.iterdir()} == {MARKER, *names}
+
+
 def test_an_amended_file_is_as_much_ours_as_before(tmp_path):
     folder = write(tmp_path / "out")
 
@@ -265,6 +292,7 @@ REVIEWED = {
     "bifocal/files.py": Counter(
         replace_file=2,  # a scratch file of our own takes its place; callers ask whose that is
         remove_folder=1, _swap=3, _discard=2,  # after asking; the unfinished folder is our own
+        record=1,  # the lock that it holds
     ),
     "bifocal/demo.py": Counter(_clear=1),  # by names of our own, in a stage's folder of a run that is ours
     "hub/sentence_files.py": Counter(save_sentence_files=1),  # in a folder that is being made
