@@ -26,7 +26,7 @@ def by_dimension(
     whole = queries.shape[1]
     chosen = list(dimensions) or [*(2**n for n in range(3, 20) if 2**n < whole), whole]
     return {
-        d: recall_at(relevant_ranks(shortened(queries, d), shortened(items, d), relevant), k)
+        d: recall_at(relevant_ranks(shortened(queries, d), shortened(items, d), relevant, 1), k)
         for d in sorted(set(chosen))
     }
 
@@ -42,17 +42,18 @@ def by_precision(
     from sentence_transformers.util.quantization import quantize_embeddings
 
     dimensions = queries.shape[1]
-    found = {"float32": {"recall": recall_at(relevant_ranks(queries, items, relevant), k), "bytes": 4.0 * dimensions}}
+    recall = recall_at(relevant_ranks(queries, items, relevant, 1), k)
+    found = {"float32": {"recall": recall, "bytes": 4.0 * dimensions}}
     small = np.asarray(quantize_embeddings(items, precision="int8", calibration_embeddings=items))
     low, high = items.min(0), items.max(0)
     restored = ((small.astype(np.float32) + 128.0) / 255.0 * (high - low) + low).astype(np.float32)
-    found["int8"] = {"recall": recall_at(relevant_ranks(queries, restored, relevant), k), "bytes": float(dimensions)}
+    found["int8"] = {"recall": recall_at(relevant_ranks(queries, restored, relevant, 1), k), "bytes": float(dimensions)}
     if dimensions % 8 == 0:
         bits = [
             np.unpackbits(np.asarray(quantize_embeddings(v, precision="ubinary")), axis=1).astype(np.float32) * 2.0
             - 1.0
             for v in (queries, items)
         ]
-        recall = recall_at(relevant_ranks(bits[0], bits[1], relevant), k)
+        recall = recall_at(relevant_ranks(bits[0], bits[1], relevant, 1), k)
         found["binary"] = {"recall": recall, "bytes": dimensions / 8}
     return found

@@ -52,7 +52,7 @@ def class_numbers(rows: Rows, classes: Sequence[str]) -> dict[int, int]:
             found[number] = known[label.strip()]
             continue
         place = _whole(label)
-        if place is None or place == -1:
+        if place is None or is_unlabelled(label):
             rows.skipped[number] = Fault("no label", f"{label!r:.100}")
         elif not 0 <= place < len(classes):
             raise EvaluationError(
@@ -62,6 +62,11 @@ def class_numbers(rows: Rows, classes: Sequence[str]) -> dict[int, int]:
         else:
             found[number] = place
     return found
+
+
+def is_unlabelled(label: Any) -> bool:
+    """Return whether a label says that there is none: None, an empty name, or -1 as in unlabelled splits of the Hub."""
+    return label is None or (not label.strip() if isinstance(label, str) else _whole(label) == -1)
 
 
 def _whole(value: Any) -> int | None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from bifocal.evaluation.encoders import Encoder
 from bifocal.evaluation.examples import worst_searches
-from bifocal.evaluation.labels import class_names, class_numbers
+from bifocal.evaluation.labels import class_names, class_numbers, is_unlabelled
 from bifocal.evaluation.relevance import caption_answers, content_ids, right_answers, shared_rows
 from bifocal.evaluation.retrieval import EvaluationError, recall_at, relevant_ranks, retrieval_metrics
 from bifocal.evaluation.rows import Chosen, Rows, several
@@ -89,11 +89,13 @@ def image_text_retrieval(
     image_vectors, text_vectors = np.stack([vectors[number] for number in good]), encoder.texts(texts)
     text_ids, image_ids = content_ids(texts), content_ids([digests[number] for number in good])
     images_of, texts_of = caption_answers(owner, text_ids, image_ids)
-    to_image = relevant_ranks(text_vectors, image_vectors, images_of)
-    to_text = relevant_ranks(image_vectors, text_vectors, texts_of)
+    to_image = relevant_ranks(text_vectors, image_vectors, images_of, max([1, *ks]))
+    to_text = relevant_ranks(image_vectors, text_vectors, texts_of, max([1, *ks]))
     metrics: dict[str, float] = {}
-    for direction, ranks, items in (("text_to_image", to_image, len(good)), ("image_to_text", to_text, len(texts))):
-        found = retrieval_metrics(ranks, [k for k in ks if k <= items] or [1], items)
+    for direction, ranks, items, right in (
+        ("text_to_image", to_image, len(good), images_of), ("image_to_text", to_text, len(texts), texts_of),
+    ):  # fmt: skip
+        found = retrieval_metrics(ranks, [k for k in ks if k <= items] or [1], items, _counts(right))
         metrics |= {f"{direction}/{metric}": value for metric, value in found.items()}
     k = 5 if min(len(good), len(texts)) >= 5 else 1
     metrics["mean_recall"] = (recall_at(to_image, k) + recall_at(to_text, k)) / 2
@@ -110,6 +112,10 @@ def image_text_retrieval(
         Chosen(images, good), texts, owner, image_vectors, text_vectors, to_image, to_text, images_of, texts_of
     )
     return _with_skips(Result(name, "image-text retrieval", "mean_recall", metrics, sizes, arrays, examples), rows)
+
+
+def _counts(right: Sequence[Sequence[int]]) -> np.ndarray:
+    return np.array([len(numbers) for numbers in right])
 
 
 def _with_skips(result: Result, *several_rows: Rows) -> Result:
@@ -153,7 +159,7 @@ def zero_shot(
     scores = image_vectors @ class_vectors.T
     # Classes of one name cannot be told apart, and are right answers of each other.
     relevant = right_answers(range(len(target)), classes, enumerate(target.tolist()))
-    ranks = relevant_ranks(image_vectors, class_vectors, relevant)[:, 0]
+    ranks = relevant_ranks(image_vectors, class_vectors, relevant, first=1)[:, 0]
     hit = ranks == 1
     metrics = {"accuracy": float(hit.mean())}
     if len(classes) > 5:
@@ -171,7 +177,7 @@ def linear_probe(
     """Measure logistic regression on image embeddings, fitted on one split and measured on another.
 
     Args:
-        train, test: images and labels, numbers or names.
+        train, test: images and labels, numbers or names. Rows without a label (None, or -1) are skipped.
         names, train_names: of the rows, for what is said about skipped ones.
 
     Raises:
@@ -184,7 +190,7 @@ def linear_probe(
         rows = Rows(name, row_names, images=images, labels=given)
         for number in rows.good:
             label = rows.columns["labels"][number]
-            if label is None or (isinstance(label, str) and not label.strip()):
+            if is_unlabelled(label):
                 rows.skipped[number] = Fault("no label", f"{label!r:.100}")
         found, _ = rows.images(encoder)
         rows.require_some()
@@ -317,8 +323,8 @@ def text_retrieval(
     texts = [passages[number][0] for number in corpus_rows.good]
     answers = right_answers(query_texts, texts, pairs)
     own = Counter(query for query, _ in set(pairs))
-    ranks = relevant_ranks(encoder.texts(query_texts), encoder.texts(texts), answers)
-    metrics = retrieval_metrics(ranks, [k for k in ks if k <= len(texts)] or [1], len(texts))
+    ranks = relevant_ranks(encoder.texts(query_texts), encoder.texts(texts), answers, max([1, *ks]))
+    metrics = retrieval_metrics(ranks, [k for k in ks if k <= len(texts)] or [1], len(texts), _counts(answers))
     main = "ndcg@10" if "ndcg@10" in metrics else next(m for m in reversed(metrics) if m.startswith("ndcg"))
     sizes = {
         "queries": len(asked),

@@ -46,10 +46,12 @@ def target_ranks(
         range(len(items)) if item_keys is None else item_keys,
         enumerate(targets.tolist()),
     )
-    return relevant_ranks(queries, items, relevant)[:, 0]
+    return relevant_ranks(queries, items, relevant, first=1)[:, 0]
 
 
-def relevant_ranks(queries: np.ndarray, items: np.ndarray, relevant: Sequence[Sequence[int]]) -> np.ndarray:
+def relevant_ranks(
+    queries: np.ndarray, items: np.ndarray, relevant: Sequence[Sequence[int]], first: int | None = None
+) -> np.ndarray:
     """The ranks, from 1, at which each query finds its right items by cosine similarity.
 
     The matrix of similarities is made in blocks of 128 MiB and never held.
@@ -58,31 +60,41 @@ def relevant_ranks(queries: np.ndarray, items: np.ndarray, relevant: Sequence[Se
         queries: (Q, D) unit vectors.
         items: (N, D) unit vectors.
         relevant: for each query the numbers of its right items, none twice.
+        first: of each query's right items only so many are ranked, those that it finds first; all when None. Metrics of
+            the first k need k.
 
     Returns:
-        (Q, M) integers in rising order, M being the most right items of a query; 0 fills the rows of those with fewer.
+        (Q, M) int32 in rising order, M being the most right items of a query, or `first` if that is less; 0 fills the
+        rows of those with fewer.
 
     Raises:
         EvaluationError: vectors that are not finite or of different dimension, a query without right items, or an item
             that there is none of.
     """
     _require(queries, items, relevant)
-    most = max(map(len, relevant))
-    right = np.full((len(queries), most), -1)
-    for row, numbers in enumerate(relevant):
-        right[row, : len(numbers)] = numbers
-    ranks = np.zeros_like(right)
+    kept = min(max(map(len, relevant)), first or len(items))
+    ranks = np.zeros((len(queries), kept), np.int32)  # a text that many images share has thousands of right items
     size = max(1, _BLOCK_BYTES // (4 * len(items)))
     for start in range(0, len(queries), size):
         block = slice(start, start + size)
         scores = queries[block] @ items.T
-        own = np.take_along_axis(scores, np.maximum(right[block], 0), axis=1)
-        own = np.where(right[block] >= 0, own, -np.inf)
-        best_first = -np.sort(-own, axis=1)  # right items among themselves: the most similar first
+        right = _padded(relevant[block])
+        own = np.take_along_axis(scores, np.maximum(right, 0), axis=1)
+        own = np.where(right >= 0, own, -np.inf)
+        best_first = -np.sort(-own, axis=1)[:, :kept]  # right items among themselves: the most similar first
         # Wrong items at least as similar stand before a right one, right ones only if they are more similar.
         wrong = _at_least(scores, best_first) - _at_least(own, best_first)
-        ranks[block] = np.where(np.isfinite(best_first), wrong + np.arange(1, most + 1), 0)
+        width = best_first.shape[1]
+        ranks[block, :width] = np.where(np.isfinite(best_first), wrong + np.arange(1, width + 1), 0)
     return ranks
+
+
+def _padded(relevant: Sequence[Sequence[int]]) -> np.ndarray:
+    """Return numbers as (rows, most of a row), filled with -1."""
+    right = np.full((len(relevant), max(map(len, relevant))), -1, np.int64)
+    for row, numbers in enumerate(relevant):
+        right[row, : len(numbers)] = numbers
+    return right
 
 
 def _at_least(scores: np.ndarray, bounds: np.ndarray) -> np.ndarray:
@@ -130,27 +142,39 @@ def recall_at(ranks: np.ndarray, k: int) -> float:
     return float((ranks[:, 0] <= k).mean())
 
 
-def recall_mteb_at(ranks: np.ndarray, k: int) -> float:
-    """Recall@k as mteb has it: of each query's right items the share among the first k; the mean over the queries."""
+def recall_mteb_at(ranks: np.ndarray, k: int, right: np.ndarray | None = None) -> float:
+    """Recall@k as mteb has it: of each query's right items the share among the first k; the mean over the queries.
+
+    Args:
+        right: (Q,) how many right items each query has, where `ranks` holds only the first k of them or more.
+    """
     ranks = ranks[:, None] if ranks.ndim == 1 else ranks
     found = ((ranks > 0) & (ranks <= k)).sum(axis=1)
-    return float((found / (ranks > 0).sum(axis=1)).mean())
+    return float((found / ((ranks > 0).sum(axis=1) if right is None else right)).mean())
 
 
 def ndcg_at(ranks: np.ndarray, k: int) -> float:
-    """Normalised discounted cumulative gain of the first k, a right item's gain being 1."""
+    """Normalised discounted cumulative gain of the first k, a right item's gain being 1.
+
+    Args:
+        ranks: (Q,) or (Q, M), see `relevant_ranks`; of the right items at least the first k.
+    """
     ranks = ranks[:, None] if ranks.ndim == 1 else ranks
     gains = np.where((ranks > 0) & (ranks <= k), 1.0 / np.log2(np.maximum(ranks, 1) + 1.0), 0.0).sum(axis=1)
     ideal = np.cumsum(1.0 / np.log2(np.arange(1, k + 1) + 1.0))
     return float((gains / ideal[np.minimum((ranks > 0).sum(axis=1), k) - 1]).mean())
 
 
-def retrieval_metrics(ranks: np.ndarray, ks: Sequence[int] = (1, 5, 10), items: int | None = None) -> dict[str, float]:
+def retrieval_metrics(
+    ranks: np.ndarray, ks: Sequence[int] = (1, 5, 10), items: int | None = None, right: np.ndarray | None = None
+) -> dict[str, float]:
     """Both recalls and nDCG for each k, and the mean reciprocal rank of the first right item, by name.
 
     Args:
         ranks: (Q,) or (Q, M), see `relevant_ranks`.
         items: how many there are to find, so that a k that is larger can be refused.
+        right: (Q,) how many right items each query has, where `ranks` holds only the first of them, as many as the
+            largest k or more.
 
     Raises:
         EvaluationError: a k below 1 or above the number of items.
@@ -162,6 +186,6 @@ def retrieval_metrics(ranks: np.ndarray, ks: Sequence[int] = (1, 5, 10), items: 
     metrics = {f"recall@{k}": recall_at(ranks, k) for k in ks}
     metrics["mrr"] = float((1.0 / ranks[:, 0]).mean())
     metrics |= {f"ndcg@{k}": ndcg_at(ranks, k) for k in ks}
-    if ranks.shape[1] > 1:
-        metrics |= {f"recall_mteb@{k}": recall_mteb_at(ranks, k) for k in ks}
+    if ranks.shape[1] > 1 or (right is not None and right.max() > 1):
+        metrics |= {f"recall_mteb@{k}": recall_mteb_at(ranks, k, right) for k in ks}
     return metrics

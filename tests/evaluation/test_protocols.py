@@ -100,6 +100,12 @@ def test_linear_probe():
     train, test = rows[::2], rows[1::2]
     found = linear_probe(encoder, "t", tuple(zip(*train, strict=True)), tuple(zip(*test, strict=True)))
     assert found.metrics["accuracy"] == 1.0
+    unlabelled = [(row[0], -1) for row in rows[:5]]
+    again = linear_probe(
+        encoder, "t", tuple(zip(*train, *unlabelled, strict=True)), tuple(zip(*test, *unlabelled, strict=True))
+    )
+    assert again.sizes == {"train": 20, "test": 20, "classes": 2}
+    assert again.skipped == {"no label": 10}
 
 
 def test_minilm_on_sts_is_what_it_is_without_us():

@@ -128,3 +128,18 @@ def test_bad_input(change, message):
 def test_k_beyond_the_corpus():
     with pytest.raises(EvaluationError, match="k=5 does not go with 3 items"):
         retrieval_metrics(np.array([1, 2]), (1, 5), 3)
+
+
+def test_the_first_right_items_are_enough():
+    """Where many items are right, metrics of the first k are those of all ranks, which need not be held."""
+    generator = np.random.default_rng(0)
+    queries, items = generator.normal(size=(50, 8)), generator.normal(size=(400, 8))
+    relevant = [generator.choice(400, number, replace=False).tolist() for number in (1, 2, 30, 399, 400) * 10]
+    whole = relevant_ranks(queries, items, relevant)
+    short = relevant_ranks(queries, items, relevant, first=10)
+    assert short.shape == (50, 10)
+    np.testing.assert_array_equal(short, whole[:, :10])
+    counts = np.array([len(numbers) for numbers in relevant])
+    assert retrieval_metrics(short, (1, 5, 10), 400, counts) == retrieval_metrics(whole, (1, 5, 10), 400)
+    only = retrieval_metrics(short[:, :1], (1,), 400, counts)
+    assert only == retrieval_metrics(whole, (1,), 400)

@@ -126,7 +126,8 @@ class Normaliser:
         """A label as a string, or a score as a number."""
         value = self._find(column, raw)
         if column == "label":
-            if isinstance(value, str | int) and str(value).strip():
+            # Unlabelled splits of the Hub have -1.
+            if isinstance(value, str | int) and value != -1 and str(value).strip():
                 return str(value).strip()
             raise Fault("no label", f"{value!r:.100}")
         try:
