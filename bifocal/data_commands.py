@@ -72,7 +72,7 @@ def inspect(
 def clean(source: SourceArgument, out: Path, overrides: Overrides = None, kind: Kind = None) -> None:
     """Write the rows of a source that pass its filters into a folder of Parquet files, which may be streamed."""
     require("datasets", "pydantic")
-    from bifocal.training.data.faults import Skipped, start_log, summary
+    from bifocal.training.data.faults import Skipped, summary
     from bifocal.training.data.writing import write_clean
     from bifocal.training.recipe import source_of
     from bifocal.training.sources import guess_kind
@@ -80,7 +80,6 @@ def clean(source: SourceArgument, out: Path, overrides: Overrides = None, kind: 
     skipped = Skipped(out / "skipped.jsonl")
     with one_sentence(out):
         given = source_of(source, overrides)
-        start_log(out / "skipped.jsonl")
         rows = write_clean(given, _kind(kind) or guess_kind(given), out, skipped)
     left_out: Counter[str] = Counter()
     for counts in [*skipped.bad.values(), *skipped.dropped.values()]:

@@ -6,11 +6,13 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
+from bifocal.errors import first_line
 from bifocal.files import MODEL, NotOursError, require_replaceable
 from bifocal.hub.card import Card
 from bifocal.hub.export import SHARD, read_facts, require_size
 from bifocal.hub.release import Extras, release
 from bifocal.modeling import BifocalModel
+from bifocal.training.progress_bars import no_progress_bars
 from bifocal.training.recipe import RecipeError, Source
 from bifocal.training.tasks import TrainingError
 
@@ -61,10 +63,11 @@ def release_run(
         )
     measured, evaluation = _evaluation(results, folder)
     try:
-        model = BifocalModel.from_pretrained(folder)
+        with no_progress_bars():
+            model = BifocalModel.from_pretrained(folder)
         _ = model.processor
     except (OSError, ValueError) as error:
-        raise ReleaseError(f"The model in '{folder}' cannot be loaded ({str(error).splitlines()[0]}).") from error
+        raise ReleaseError(f"The model in '{folder}' cannot be loaded ({first_line(error)}).") from error
     card = read_facts(folder)
     card = replace(
         card,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from bifocal.errors import looks_like_path
+from bifocal.errors import first_line, looks_like_path
 from bifocal.hub.layouts import Tensors
 from bifocal.hub.source_config import ConversionError
 
@@ -37,8 +37,9 @@ def read_weights(source: str, allow_pickle: bool = False) -> tuple[Tensors, dict
         try:
             path = Path(snapshot_download(source, allow_patterns=patterns))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            line = str(error).strip().splitlines()[0]
-            raise ConversionError(f"'{source}' is no file or folder here, nor on the Hub ({line}).") from error
+            raise ConversionError(
+                f"'{source}' is no file or folder here, nor on the Hub ({first_line(error)})."
+            ) from error
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     pickled = [path] if path.suffix in _PICKLES else []
     if path.is_dir() and not files:
@@ -78,7 +79,7 @@ def _read(file: Path) -> Tensors:
             return load_file(file)
         found = torch.load(file, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise ConversionError(f"'{file}' cannot be read ({str(error).splitlines()[0]}).") from error
+        raise ConversionError(f"'{file}' cannot be read ({first_line(error)}).") from error
     except Exception as error:  # pickle has errors of its own, and weights_only refuses with one of them
         raise ConversionError(f"'{file}' holds more than weights, and is not read.") from error
     while isinstance(found, Mapping) and not all(isinstance(value, torch.Tensor) for value in found.values()):

@@ -124,7 +124,7 @@ def _locate(source: Source, kind: str) -> Located | None:
 
 def _is_files(path: str) -> bool:
     """Whether a path means files; if not, it is an id on the Hub."""
-    local = os.path.isabs(path) or path.startswith((".", "~")) or path.count("/") > 1
+    local = os.path.isabs(path) or path.startswith((".", "~")) or path.count("/") > 1 or os.path.isfile(path)
     return is_remote(path) or local or format_of(path) is not None or any(sign in path for sign in "*?[{")
 
 

@@ -106,6 +106,9 @@ def test_what_is_in_the_way_is_left_alone(here):
         assert "are bad, more than max_bad" in run("clean", "a.jsonl", "out").stderr
     assert run("clean", "a.jsonl", "out", "max_bad=0.5").exit_code == 0
     assert (here / ".out" / "mine.parquet").exists()
+    before = (here / "out" / "skipped.jsonl").read_text()
+    assert "'out' is not empty" in run("clean", "a.jsonl", "out").stderr
+    assert (here / "out" / "skipped.jsonl").read_text() == before
     assert sorted(path.name for path in (here / "out").iterdir()) == ["00000-of-00001.parquet", "skipped.jsonl"]
 
 

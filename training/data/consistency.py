@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from bifocal.errors import first_line
 from bifocal.files import replace_file
 from bifocal.training.data.cleaning import Consistency
 from bifocal.training.data.faults import Skip, Skipped
@@ -57,8 +58,7 @@ def _ranks(pairs: Any, settings: Consistency) -> np.ndarray:
     try:
         model = SentenceTransformer(settings.model)
     except (OSError, ValueError) as error:
-        line = str(error).strip().splitlines()[0]
-        raise TrainingError(f"'{settings.model}' is no sentence-transformers model ({line}).") from error
+        raise TrainingError(f"'{settings.model}' is no sentence-transformers model ({first_line(error)}).") from error
     ranks = np.empty(len(pairs), dtype=np.int64)
     for start in range(0, len(pairs), settings.pool):
         rows = pairs[start : start + settings.pool]

@@ -54,7 +54,7 @@ def _numbered(rows: Iterable[Row], start: Any) -> Iterator[Row]:
 def _label(value: Any) -> str | None:
     if isinstance(value, str) and value.isdigit():
         value = int(value)
-    return _LABELS.get(value)
+    return _LABELS.get(value) if isinstance(value, str | int | float) else None
 
 
 def _triplets(groups: Mapping[str, Mapping[str, Mapping[str, str]]], triplets: bool) -> Iterator[Row]:

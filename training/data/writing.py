@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 from bifocal.training.data.cleaning import Cleaning
-from bifocal.training.data.faults import Skipped
+from bifocal.training.data.faults import Skipped, start_log
 from bifocal.training.recipe import Source
 from bifocal.training.sources import load_source
 from bifocal.training.tasks import TrainingError
@@ -17,8 +17,11 @@ _GROUP = 256  # rows held at once, pictures included
 def write_clean(source: Source, kind: str, out: Path, skipped: Skipped) -> int:
     """Write the good rows that pass the source's filters, pictures included; returns how many.
 
+    The log of skipped rows begins anew.
+
     Raises:
-        TrainingError: the folder holds other files.
+        TrainingError: the folder holds other files; they and the log are left as they are.
+        NotOursError: the file in the place of the log is none.
         BadRowsError: more bad rows than the source's `max_bad`.
         OSError: the folder cannot be written.
     """
@@ -28,6 +31,8 @@ def write_clean(source: Source, kind: str, out: Path, skipped: Skipped) -> int:
     others = [path.name for path in sorted(out.iterdir()) if path.name != "skipped.jsonl"] if out.exists() else []
     if others:
         raise TrainingError(f"'{out}' is not empty (it has {others[0]}); choose another folder or empty this one.")
+    if skipped.log is not None:
+        start_log(skipped.log)
     cleaning = (source.clean or Cleaning()).model_copy(update={"readable": True})
     source = source.model_copy(update={"streaming": False, "clean": cleaning})
     data = load_source(source, kind, 0, skipped, source.title)

@@ -61,12 +61,14 @@ def test_the_kind_of_rows_that_cannot_be_told(tmp_path):
     lines(tmp_path / "root" / "m.jsonl", [{"image": str(tmp_path / "photos" / "a.jpg"), "caption": "c"}])
     lines(tmp_path / "x.jsonl", [{"a": 1, "b": "two"}])
     (tmp_path / "nothing.csv").touch()
+    (tmp_path / "mine.data").write_text("query,positive\nq,p\n")
     for path, message in (
         ("empty", "'empty' is an empty folder"),
         ("odd", r"'odd' is a folder in which no rows can be found; it holds 1 \.doc"),
         ("photos", "'photos' is .* it holds 1 images, but no metadata.jsonl or metadata.csv"),
         ("x.jsonl", r"from its columns \(a, b\)"),
         ("nothing.csv", r"'nothing.csv' is empty \(0 bytes\)"),
+        ("mine.data", "'mine.data' is of no format that is known by its name .*; name one with format"),
         ("none/such/file", "There is nothing at 'none/such/file'"),
         ("nosuch", "no file or folder 'nosuch'"),
         ("root/m.jsonl", "none of the first can be used .m.jsonl:1: path outside the roots: .*images=FOLDER"),
@@ -74,6 +76,7 @@ def test_the_kind_of_rows_that_cannot_be_told(tmp_path):
         with pytest.raises(RecipeError, match=message):
             guess_kind(Source(path=path))
     assert guess_kind(Source(path="root/m.jsonl", images="photos")) == "image-text"
+    assert guess_kind(Source(path="mine.data", format="csv")) == "text-pair"
 
 
 def test_a_folder_of_tables_is_read_here_and_not_by_datasets(tmp_path):
@@ -208,3 +211,10 @@ def test_classes_that_are_scores_stay_numbers(tmp_path):
     )
     assert load_source("a.parquet", "scored-pair")["score"][:] == [0.0, 1.0]
     assert json.dumps(inspect_source(Source(path="a.parquet"), "scored-pair").sample[0]["texts"])
+
+
+def test_a_label_of_natural_language_inference_that_is_none(tmp_path):
+    labels = [["entailment"], {"a": 1}, 0.0, "entailment"]
+    rows = [{"gold_label": label, "sentence1": "p", "sentence2": f"h {n}"} for n, label in enumerate(labels)]
+    lines(tmp_path / "a.jsonl", rows)
+    assert [row["positive"] for row in good(open_stream(Source(path="a.jsonl"), "text-pair"))] == ["h 2", "h 3"]
