@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
+from bifocal.errors import first_line
 from bifocal.files import replace_file
 from bifocal.modeling import load_image
 from bifocal.training.data.faults import Fault, Skip, Skipped, start_log
@@ -181,9 +182,8 @@ class _Captioner:
                 recipe.model, revision=recipe.revision, dtype="auto" if cuda else torch.float32
             )
         except (OSError, ValueError, KeyError) as error:
-            line = str(error).strip().splitlines()[0]
             raise TrainingError(
-                f"'{recipe.model}' is no image-text model that transformers can load ({line})."
+                f"'{recipe.model}' is no image-text model that transformers can load ({first_line(error)})."
             ) from error
         self.model = model.to(self.device).eval()
         if getattr(self.processor, "tokenizer", None) is not None:

@@ -7,11 +7,14 @@ import unicodedata
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image, Value
 
+from bifocal.training.data.cleaning import Consistency
+from bifocal.training.data.consistency import consistent
 from bifocal.training.data.faults import Skipped
 from bifocal.training.data.inspecting import inspect_source
 from bifocal.training.data.row_names import row_name
 from bifocal.training.recipe import RecipeError, Source
 from bifocal.training.sources import guess_kind, load_source, open_stream
+from bifocal.training.tasks import TrainingError
 from tests.training.data.files import faults, good, lines, picture, shard
 
 
@@ -218,3 +221,23 @@ def test_a_label_of_natural_language_inference_that_is_none(tmp_path):
     rows = [{"gold_label": label, "sentence1": "p", "sentence2": f"h {n}"} for n, label in enumerate(labels)]
     lines(tmp_path / "a.jsonl", rows)
     assert [row["positive"] for row in good(open_stream(Source(path="a.jsonl"), "text-pair"))] == ["h 2", "h 3"]
+
+
+def test_minus_one_is_no_label(tmp_path):
+    """Unlabelled splits of the Hub have it; as a text it is a name like others."""
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(picture())
+    lines(tmp_path / "a.jsonl", [{"image": "a.png", "label": 1}, {"image": "b.png", "label": -1}])
+    stream = open_stream(Source(path="a.jsonl"), "image-label")
+    assert [row["label"] for row in good(stream)] == ["1"]
+    assert list(faults(stream)) == ["a.jsonl:2"]
+
+
+def test_an_error_without_a_message_is_told_by_its_class(monkeypatch):
+    def fail(*_, **__):
+        raise OSError
+
+    monkeypatch.setattr("sentence_transformers.SentenceTransformer", fail)
+    data = Dataset.from_dict({"query": ["q"], "positive": ["p"]})
+    with pytest.raises(TrainingError, match=r"'odd' is no sentence-transformers model \(OSError\)"):
+        consistent(data, Consistency(model="odd"), Skipped(), "t")
