@@ -46,7 +46,7 @@ class AlibiBias:
         device = hidden_states.device
         self.batch, self.length = batch, length
         self.dtype = hidden_states.dtype
-        if torch.is_autocast_enabled(device.type):
+        if device.type != "meta" and torch.is_autocast_enabled(device.type):
             self.dtype = torch.get_autocast_dtype(device.type)
         self.slopes = torch.tensor(alibi_slopes(num_heads), dtype=torch.float32, device=device).view(1, -1, 1, 1)
         self.positions = torch.arange(length, device=device)

@@ -141,7 +141,7 @@ def warn_of_other_code(source: str, config: PreTrainedConfig) -> None:
         config: as loaded from there.
     """
     saved = getattr(config, "bifocal_version", None)
-    if saved is None:
+    if not isinstance(saved, str):  # a config that something else wrote may hold anything there
         return
     if _numbers(saved) > _numbers(VERSION):
         logger.warning(

@@ -31,6 +31,16 @@ _ALIASES = (
 _LOADING = threading.Lock()  # one thread loads a processor, the others wait for it
 
 
+def _unlock() -> None:
+    """Make the lock anew in a child process: who held it when the process was forked is not there to release it."""
+    global _LOADING
+    _LOADING = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unlock)
+
+
 class EncodingMixin:
     """Adds `encode_text`, `encode_image` and `processor` to a model with `get_text_features`, `get_image_features`."""
 

@@ -27,6 +27,15 @@ _BASE64 = re.compile(r"[A-Za-z0-9+/_-]{40,}={0,2}")
 _READING = [threading.Lock() for _ in range(16)]
 
 
+def _unlock() -> None:
+    """Make the locks anew in a child process: who held one when the process was forked is not there to release it."""
+    _READING[:] = [threading.Lock() for _ in _READING]
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unlock)
+
+
 def load_image(source: ImageSource, name: str | None = None) -> Image.Image:
     """Read an image and make it upright 8-bit RGB.
 

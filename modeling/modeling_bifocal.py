@@ -174,7 +174,7 @@ def _projected(outputs: BaseModelOutputWithPooling, projection: nn.Module) -> Ba
     if (
         isinstance(weight, torch.Tensor)
         and weight.is_floating_point()
-        and not torch.is_autocast_enabled(pooled.device.type)
+        and (pooled.device.type == "meta" or not torch.is_autocast_enabled(pooled.device.type))
     ):
         pooled = pooled.to(weight.dtype)
     return type(outputs)(**{**outputs, "pooler_output": projection(pooled)})

@@ -123,32 +123,37 @@ def inference_copy(model: Any) -> Any:
 
     A compiled module that is in eval mode is used as it is, since a copy of it would not be compiled.
     """
-    copies: dict[int, Any] = {}
+    return _copied(model, {})
 
-    def copied(original: Any) -> Any:
-        if original is None or id(original) in copies:
-            return copies.get(id(original))
-        if isinstance(original, torch.jit.ScriptModule):
-            return original
-        attributes = original.__dict__.copy()
-        children = attributes["_modules"]
-        compiled = "_orig_mod" in children or attributes.get("_compiled_call_impl") is not None
-        if compiled and not any(module.training for module in original.modules()):
-            return original
-        if "_orig_mod" in children:  # torch.compile wraps a module into another one
-            return copied(children["_orig_mod"])
-        copy = copies[id(original)] = object.__new__(type(original))
-        for name in ("forward", "_old_forward"):  # set on the object by accelerate's hooks, for one
-            if name in attributes:
-                attributes[name] = _bound_to(copy, original, attributes[name])
-        attributes["training"] = False
-        attributes["_compiled_call_impl"] = None
-        if children:
-            attributes["_modules"] = {name: copied(child) for name, child in children.copy().items()}
-        object.__setattr__(copy, "__dict__", attributes)
-        return copy
 
-    return copied(model)
+def _copied(original: Any, copies: dict[int, Any]) -> Any:
+    """Return the copy of a module. (As a function within `inference_copy` this would keep all copies, and so the
+    weights, alive until Python collects garbage: a function that calls itself refers to itself.)
+
+    Args:
+        copies: those made before, by the `id` of their original.
+    """
+    if original is None or id(original) in copies:
+        return copies.get(id(original))
+    if isinstance(original, torch.jit.ScriptModule):
+        return original
+    attributes = original.__dict__.copy()
+    children = attributes["_modules"]
+    compiled = "_orig_mod" in children or attributes.get("_compiled_call_impl") is not None
+    if compiled and not any(module.training for module in original.modules()):
+        return original
+    if "_orig_mod" in children:  # torch.compile wraps a module into another one
+        return _copied(children["_orig_mod"], copies)
+    copy = copies[id(original)] = object.__new__(type(original))
+    for name in ("forward", "_old_forward"):  # set on the object by accelerate's hooks, for one
+        if name in attributes:
+            attributes[name] = _bound_to(copy, original, attributes[name])
+    attributes["training"] = False
+    attributes["_compiled_call_impl"] = None
+    if children:
+        attributes["_modules"] = {name: _copied(child, copies) for name, child in children.copy().items()}
+    object.__setattr__(copy, "__dict__", attributes)
+    return copy
 
 
 def _bound_to(copy: nn.Module, original: nn.Module, function: Any) -> Any:

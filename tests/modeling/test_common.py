@@ -350,6 +350,15 @@ def test_a_model_is_built_where_the_context_says(saved):
 
 
 @torch.no_grad()
+def test_shapes_are_known_on_the_meta_device(model, inputs):
+    model, inputs = model.to("meta"), {name: value.to("meta") for name, value in inputs.items()}
+    texts = model.get_text_features(inputs["input_ids"], inputs["attention_mask"]).pooler_output
+    images = model.get_image_features(inputs["pixel_values"]).pooler_output
+    assert texts.shape == images.shape == (5, 40)
+    assert model(**inputs).logits_per_text.shape == (5, 5)
+
+
+@torch.no_grad()
 def test_weights_left_on_the_disk(saved, inputs, tmp_path):
     wanted = BifocalModel.from_pretrained(saved).eval()(**inputs)
     layers = {name: "cpu" for name, _ in BifocalModel(small_config()).named_children()} | {"logit_scale": "cpu"}

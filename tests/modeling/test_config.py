@@ -8,6 +8,7 @@ import pytest
 from transformers import AutoConfig
 
 from bifocal.modeling import BifocalConfig, BifocalTextConfig, BifocalVisionConfig
+from bifocal.modeling.configuration_bifocal import warn_of_other_code
 from tests.conftest import small_config
 
 
@@ -114,3 +115,11 @@ def test_the_version_is_that_of_the_package(tmp_path):
     small_config().save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved["bifocal_version"] == saved["text_config"]["bifocal_version"] == version("bifocal")
+
+
+@pytest.mark.parametrize("given", [1, 2.5, ["0.1.0"], {"major": 1}])
+def test_a_version_that_is_no_string_does_not_matter(tmp_path, given, caplog):
+    config = small_config()
+    config.bifocal_version = given
+    warn_of_other_code(str(tmp_path), config)
+    assert caplog.text == ""

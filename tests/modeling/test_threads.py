@@ -2,12 +2,15 @@
 
 import copy
 import functools
+import gc
 import itertools
+import os
 import pickle
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -17,7 +20,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from bifocal.hub.export import export_model
-from bifocal.modeling import BifocalModel, BifocalProcessor, BifocalTextForMaskedLM
+from bifocal.modeling import BifocalModel, BifocalProcessor, BifocalTextForMaskedLM, encoding_bifocal, image_bifocal
 from bifocal.modeling.processing_bifocal import private_tokenizer, token_ids
 from tests.conftest import TEXTS, small_config
 from tests.modeling.test_images import photo
@@ -223,3 +226,31 @@ def test_models_loaded_by_threads_are_whole(tmp_path):
         loaded = list(pool.map(lambda _: BifocalTextForMaskedLM.from_pretrained(tmp_path), range(12)))
     for model in [*loaded, BifocalTextForMaskedLM.from_pretrained(tmp_path)]:
         assert model.lm_head.decoder.weight is model.get_input_embeddings().weight
+
+
+def test_a_model_that_was_used_is_freed_at_once(processor):
+    """Its weights would stay on a GPU until Python collects garbage."""
+    model = BifocalModel(small_config()).eval()
+    model.processor = processor
+    weight = weakref.ref(next(model.parameters()))
+    gc.collect()
+    gc.disable()
+    try:
+        model.encode_text("star")
+        del model
+        assert weight() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_a_forked_child_waits_for_no_lock():
+    """A data worker is forked while another thread reads an image or loads a processor."""
+    with ExitStack() as held:
+        for lock in (*image_bifocal._READING, encoding_bifocal._LOADING):
+            held.enter_context(lock)
+        child = os.fork()
+        if child == 0:
+            locks = (*image_bifocal._READING, encoding_bifocal._LOADING)
+            os._exit(1 if len(locks) != 17 or any(lock.locked() for lock in locks) else 0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
