@@ -56,7 +56,8 @@ class BifocalTrainingArguments(TrainingArguments):
             updates are lost, so models that are stored in them are trained in float32 by default; `bf16` makes forward
             and backward pass cheaper.
         save_dtype: the dtype of the finished model's file ("float32", "bfloat16" or "float16"), as `bifocal train`
-            exports it or `save_model` writes it; `master_dtype` when None. Checkpoints always keep `master_dtype`.
+            exports it, `save_model` writes it or `push_to_hub` uploads it; `master_dtype` when None. Checkpoints always
+            keep `master_dtype`, also those that the argument `push_to_hub` uploads during training.
         loss_form: "auto", "plain" or "tiled".
         exact_images: decode training pictures whole, as in evaluation, and not at reduced scale where that is faster
             (the mean difference is below 1 % of the range).
@@ -119,6 +120,15 @@ def _not_installed(report_to: Any) -> str | None:
     known = ("clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio",
              "wandb")  # fmt: skip
     return next((n for n in names if n in known and n in INTEGRATION_TO_CALLBACK and n not in available), None)
+
+
+def given_arguments(args: Any) -> dict[str, Any]:
+    """Return the fields of transformers' arguments that are not at their default, as given to a new object."""
+    given = {}
+    for item in dataclasses.fields(args):
+        if item.init and getattr(args, item.name) != item.default:
+            given[item.name] = getattr(args, item.name)
+    return given
 
 
 def unsupported(args: TrainingArguments) -> str | None:

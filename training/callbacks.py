@@ -29,6 +29,7 @@ class Bookkeeping(TrainerCallback):
         clamp_logit_scale(model)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.commit_positions()
         if self.trainer.steps_per_epoch is not None:
             state.epoch = state.global_step / self.trainer.steps_per_epoch
         if self.trainer.average is not None:

@@ -16,7 +16,7 @@ from bifocal.training.data.faults import Fault, Skip
 from bifocal.training.data.pictures import PictureReader
 from bifocal.training.data.row_names import row_name
 from bifocal.training.row_check import usable_row
-from bifocal.training.task_data import read_rows
+from bifocal.training.task_data import is_missing, read_rows
 from bifocal.training.tasks import COLUMNS, Task, TrainingError
 
 Augmentation = Callable[[Image.Image, random.Random], Image.Image]
@@ -36,6 +36,11 @@ def fault_text(skip: Skip) -> str:
 def content_id(text: str) -> int:
     """A 63-bit number that equal texts share and different ones, for all practical purposes, do not."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def _image_key(name: Any, image_id: Any) -> str:
+    """Return what the image of a row is known by: its `image_id`, or else the row itself."""
+    return f"row {name}" if is_missing(image_id) else f"image {image_id}"
 
 
 @dataclass
@@ -151,9 +156,8 @@ class MultiTaskCollator:
                     images.append(self._pixels(values, generator))
                     found.spans[column] = (pictures, pictures + len(values))
                     pictures += len(values)
-                    given = [row.get("image_id") for row in rows]
-                    known = [name if image is None else image for name, image in zip(names, given, strict=True)]
-                    found.ids[column] = torch.tensor([content_id(f"image {image_id}") for image_id in known])
+                    known = [_image_key(name, row.get("image_id")) for name, row in zip(names, rows, strict=True)]
+                    found.ids[column] = torch.tensor([content_id(key) for key in known])
                 elif column == "negatives":
                     flat = [text for negatives in values for text in negatives]
                     found.spans[column] = (len(texts), len(texts) + len(flat))

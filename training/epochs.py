@@ -62,6 +62,7 @@ class EpochEnds(TrainerCallback):
     def __init__(self, handler: Any, steps: int) -> None:
         self.handler = handler
         self.steps = steps
+        self.ended = -1  # the step whose epoch end the callbacks know of
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         state.num_train_epochs = math.ceil(state.max_steps / self.steps)
@@ -70,4 +71,10 @@ class EpochEnds(TrainerCallback):
         if state.global_step % self.steps or state.global_step >= state.max_steps:
             return None  # the Trainer itself ends the last epoch
         control = self.handler.on_epoch_end(args, state, control)
+        self.ended = state.global_step
         return self.handler.on_epoch_begin(args, state, control)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Early stopping: the Trainer itself ends the epoch, too, but all that is due was done.
+        if state.global_step == self.ended:
+            control.should_log = control.should_evaluate = control.should_save = False

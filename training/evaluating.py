@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from PIL import Image
 from transformers.utils import logging
 
 from bifocal.training.collator import MultiTaskCollator
@@ -15,7 +16,7 @@ from bifocal.training.distributed import World
 from bifocal.training.joint_forward import joint_forward
 from bifocal.training.objective import Objective
 from bifocal.training.task_data import read_rows
-from bifocal.training.tasks import Task, TrainingError
+from bifocal.training.tasks import COLUMNS, Task, TrainingError
 
 logger = logging.get_logger(__name__)
 
@@ -78,7 +79,7 @@ def evaluate_tasks(trainer: Any, tasks: Sequence[Task], prefix: str) -> dict[str
     collate = MultiTaskCollator(training.processor, training.max_length, training.seed, pad_to=training.pad_to)
     collate.bucketed = training.bucketed
     metrics: dict[str, float] = {f"{prefix}_loss": 0.0}
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         for task in tasks:
@@ -95,8 +96,10 @@ def evaluate_tasks(trainer: Any, tasks: Sequence[Task], prefix: str) -> dict[str
                 good = [(name, row) for name, row in zip(names, rows, strict=True) if row is not None]
                 if counts:
                     skipped += problems
-                if not good:
+                if not good and collate.bucketed:
                     continue
+                counts = counts and bool(good)
+                good = good or [(0, _stand_in(task))]
                 columns = {column: [row[column] for _, row in good] for column in good[0][1]}
                 inputs = collate([{"step": names[0], "tasks": [(task, [name for name, _ in good], columns)]}])
                 assert inputs is not None
@@ -116,8 +119,19 @@ def evaluate_tasks(trainer: Any, tasks: Sequence[Task], prefix: str) -> dict[str
                 metrics[f"{prefix}_{task.name}_skipped"] = float(bad)
             metrics[f"{prefix}_loss"] += task.loss_weight * loss / total
     finally:
-        model.train(was_training)
+        for module, training_mode in modes:  # they may differ, as that of a frozen tower does
+            module.training = training_mode
     return metrics
+
+
+def _stand_in(task: Task) -> dict[str, Any]:
+    """Return a row that any model can embed, for a process without one where a forward pass is a collective."""
+    row: dict[str, Any] = dict.fromkeys(COLUMNS[task.kind], "-")
+    if "image" in row:
+        row["image"] = Image.new("RGB", (32, 32))
+    if "negatives" in row:
+        row["negatives"] = ["-"] * (task.num_negatives or 1)
+    return row
 
 
 def _report(task: Task, skipped: Sequence[Skip]) -> int:

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from bifocal.training.tasks import Task, TrainingError
+
 Inputs = dict[str, torch.Tensor]
 
 
@@ -81,6 +83,24 @@ def padded_length(config: Any) -> int | None:
 
 def _pooled(output: Any) -> torch.Tensor:
     return output if isinstance(output, torch.Tensor) else output.pooler_output
+
+
+def require_dual_encoder(model: Any, processor: Any, tasks: Sequence[Task]) -> None:
+    """
+    Raises:
+        TrainingError: if the model cannot embed what the tasks hold, or nothing prepares its inputs.
+    """
+    methods = ["get_text_features", *(["get_image_features"] if any(task.sort == "image" for task in tasks) else [])]
+    missing = next((method for method in methods if not callable(getattr(model, method, None))), None)
+    if missing is not None:
+        raise TrainingError(
+            f"A {type(model).__name__} has no {missing}; MultiTaskTrainer trains dual encoders, such as BifocalModel, "
+            "CLIPModel or SiglipModel."
+        )
+    for part in ("tokenizer", "image_processor"):
+        if getattr(processor, part, None) is None:
+            has = "The model comes without a processor" if processor is None else f"The processor has no {part}"
+            raise TrainingError(f"{has}; pass processor=..., such as CLIPProcessor.from_pretrained(folder).")
 
 
 @contextmanager

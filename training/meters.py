@@ -101,8 +101,7 @@ class Meters:
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.losses, self.accuracies, self.totals = state["losses"], state["accuracies"], state["totals"]
-        if "skipped" in state:  # checkpoints of before it was counted lack it
-            self.skipped.load_state(state["skipped"])
+        self.skipped.load_state(state["skipped"])
 
 
 def norms_by_tower(model: nn.Module) -> dict[str, float]:

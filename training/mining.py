@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from bifocal.files import overwrite, write_json
 from bifocal.modeling import load_image
-from bifocal.training.task_data import disable_image_decoding
+from bifocal.training.task_data import disable_image_decoding, is_missing
 from bifocal.training.tasks import TrainingError
 
 logger = logging.get_logger(__name__)
@@ -159,8 +159,10 @@ def mine_across(
     images = _embedded(_Images(pairs), model.encode_image, cache / f"images-{_digest(weights, *contents)}", settings)
     usable = np.isfinite(texts[:, 0]) & np.isfinite(images[:, 0])
     _say_skipped(np.flatnonzero(~usable).tolist(), len(pairs))
-    known = pairs["image_id"] if "image_id" in pairs.column_names else contents
-    same_picture = _numbers([str(value) for value in known])
+    known = pairs["image_id"] if "image_id" in pairs.column_names else [None] * len(pairs)
+    same_picture = _numbers(
+        [content if is_missing(image) else f"id {image}" for content, image in zip(contents, known, strict=True)]
+    )
     same_caption = _numbers([_key(text) for text in captions])
     queries, candidates = (texts, images) if direction == "text-to-image" else (images, texts)
     of_candidate = same_picture if direction == "text-to-image" else same_caption

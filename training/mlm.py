@@ -120,7 +120,10 @@ def _model(recipe: Recipe, tokens: int) -> BifocalTextForMaskedLM:
     settings = dict(recipe.model.get("text_config", recipe.model))
     try:
         if isinstance(recipe.start_from, str):
+            # A saved config may hold keys that nobody knows, a recipe may not.
+            known = BifocalTextConfig()
+            BifocalTextConfig(**{key: value for key, value in settings.items() if not hasattr(known, key)})
             return BifocalTextForMaskedLM.from_pretrained(recipe.start_from, dtype=torch.float32, **settings)
         return BifocalTextForMaskedLM(BifocalTextConfig(**{"vocab_size": -(-tokens // 64) * 64, **settings}))
-    except (OSError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         raise RecipeError(f"Recipe '{recipe.name}', model: {error}") from error

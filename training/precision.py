@@ -29,8 +29,13 @@ def set_master_dtype(model: nn.Module, dtype: torch.dtype) -> set[torch.dtype]:
 
 @contextmanager
 def rounded(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
-    """Within, the model's weights are in `dtype`; afterwards they are what they were. None changes nothing."""
+    """Within, the model's weights are in `dtype`; afterwards they are what they were. None changes nothing.
+
+    The same holds for the dtype in its config, which saving the model sets.
+    """
     kept = [(p, p.data) for p in model.parameters() if dtype is not None and p.is_floating_point()]
+    config = getattr(model, "config", None)
+    stated = getattr(config, "dtype", None)
     try:
         for parameter, data in kept:
             parameter.data = data.to(dtype)
@@ -38,3 +43,5 @@ def rounded(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
     finally:
         for parameter, data in kept:
             parameter.data = data
+        if dtype is not None and config is not None:
+            config.dtype = stated

@@ -40,7 +40,8 @@ class ResumableTrainer(Trainer):
     average: WeightAverage | None = None
     best_loaded = False
     data_seed: int  # of the order of the rows and of what is drawn from them
-    _positions: dict[int, dict[str, Any]]
+    _positions: dict[int, dict[str, Any]]  # where streams stand after the last optimizer step
+    _pending: dict[int, dict[str, Any]]  # and after the batches of the one in progress
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -61,11 +62,17 @@ class ResumableTrainer(Trainer):
             self.average.copy_to_model()
         self.average = None
 
+    def commit_positions(self) -> None:
+        """At the end of an optimizer step: its rows of streams are used, and a checkpoint may continue after them."""
+        self._positions |= self._pending
+        self._pending = {}
+
     # Writing
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As the Trainer's, with the averaged weights if there are some; in `save_dtype` unless it is a checkpoint."""
-        dtype = None if _internal_call or self.is_fsdp_enabled else DTYPES.get(self.args.save_dtype or "")
+        is_checkpoint = _internal_call and output_dir is not None  # `push_to_hub` names no folder
+        dtype = None if is_checkpoint or self.is_fsdp_enabled else DTYPES.get(self.args.save_dtype or "")
         with self.averaged_weights(), rounded(self.model, dtype), no_progress_bars():
             super().save_model(output_dir, _internal_call=_internal_call)
 
@@ -98,7 +105,9 @@ class ResumableTrainer(Trainer):
         if not broken:
             return
         checkpoint = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-        if self.state.global_step and not checkpoint.exists():
+        # Saving is a collective, so the main process decides for all: others may see its folder earlier or later.
+        there = int(not self.world.is_main or checkpoint.exists())
+        if self.state.global_step and not self.world.smallest([there], self.args.device)[0]:
             self._save_checkpoint(self.model, trial=None)
         name, value = next(
             ((n, r.loss.item()) for n, r in results.items() if not torch.isfinite(r.loss)),
@@ -106,7 +115,7 @@ class ResumableTrainer(Trainer):
         )
         rows = inputs["tasks"][name].rows
         shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
-        where = f"; {checkpoint} has the weights from before it" if checkpoint.exists() else ""
+        where = f"; {checkpoint} has the weights from before it" if self.state.global_step else ""
         raise FloatingPointError(
             f"The loss of task '{name}' is {value} at step {self.state.global_step + 1} (rows {shown}){where}. Look at "
             "those rows, or lower the learning rate and resume."
@@ -135,11 +144,21 @@ class ResumableTrainer(Trainer):
                 "(save_only_model, or another trainer's checkpoint), load that and start a new run."
             )
         state = json.loads(path.read_text(encoding="utf-8"))
+        if "signature" not in state:
+            raise TrainingError(
+                f"{folder} was written by an earlier version of Bifocal, which did not record the rows it saw. Resume "
+                "with that version, or load the model and start a new run."
+            )
         changed = differences(state["signature"], self._signature())
         if changed:
             raise TrainingError(
                 f"{folder} cannot be resumed, or rows would be seen twice and others never: {'; '.join(changed)}. Set "
                 "that back, or start a new run."
+            )
+        if path != paths[0] and isinstance(self.step_batches, StepStream):
+            raise TrainingError(
+                f"{folder} has no {paths[0].name}, so it is unknown where process {self.world.rank} stood in its "
+                "streams. Copy that file there, or start a new run."
             )
         if state["averaged"] and self.args.ema_decay is None:
             raise TrainingError(f"{folder} was made with ema_decay; resume with it, or start a new run.")
@@ -157,8 +176,8 @@ class ResumableTrainer(Trainer):
             if "size mismatch" not in str(error) and "Missing key" not in str(error):
                 raise
             raise TrainingError(
-                f"{resume_from_checkpoint} is a checkpoint of another model ({_first_line(error)}); resume with the "
-                "model it was made with, or start anew."
+                f"{resume_from_checkpoint} is a checkpoint of another model ({_first_mismatch(error)}); resume "
+                "with the model it was made with, or start a new run."
             ) from error
         if self.args.ema_decay is not None:
             self.average = WeightAverage(self.model, self.args.ema_decay)
@@ -178,6 +197,7 @@ class ResumableTrainer(Trainer):
             ) from error
 
 
-def _first_line(error: Exception) -> str:
+def _first_mismatch(error: Exception) -> str:
+    """Return the first difference that torch lists below its headline."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[1] if len(lines) > 1 else lines[0]
+    return (lines[1] if len(lines) > 1 else lines[0]).rstrip(".")

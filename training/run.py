@@ -264,7 +264,7 @@ def load_model(recipe: Recipe, processor: BifocalProcessor) -> BifocalModel:
         changed = BifocalConfig.from_pretrained(place, **recipe.model)
         with no_progress_bars():
             return BifocalModel.from_pretrained(place, config=BifocalConfig(**changed.to_dict()), dtype=dtype)
-    except (OSError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         if isinstance(error, RecipeError):
             raise
         raise RecipeError(f"Recipe '{recipe.name}', model: {error}") from error

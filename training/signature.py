@@ -36,8 +36,8 @@ def run_signature(tasks: Sequence[Task], seed: int, accumulation: int, processes
 def content_digest(task: Task) -> str | None:
     """Digest of a data set's texts and numbers in a sample of its rows; of a stream's columns and file names.
 
-    Images are left out, and so is the folder of a file: a data set that was moved is still the same. None for objects
-    with code of their own, such as a torch `Dataset`, whose rows may be drawn anew at each look.
+    Images and their paths are left out, and so is the folder of a file: a data set that was moved is still the same.
+    None for objects with code of their own, such as a torch `Dataset`, whose rows may be drawn anew at each look.
     """
     data = task.dataset
     if task.streams:
@@ -46,7 +46,7 @@ def content_digest(task: Task) -> str | None:
     rows = sorted({len(data) * part // _SAMPLED for part in range(_SAMPLED)} | {len(data) - 1})
     if hasattr(data, "with_format"):
         # As stored: nothing is decoded, and no transform of the user's is run.
-        columns = [name for name, kind in data.features.items() if _is_plain(kind)]
+        columns = [name for name, kind in data.features.items() if name != "image" and _is_plain(kind)]
         plain = data.with_format(None).select_columns(columns)
         return _digest([{name: found[name] for name in columns} for found in plain.select(rows)])
     source = getattr(data, "source", data)  # a list or a frame may be wrapped
@@ -64,7 +64,8 @@ def _is_plain(kind: Any) -> bool:
 
 
 def _texts(row: Any) -> dict[str, Any]:
-    return {str(n): value for n, value in row.items() if _is_text(value)} if isinstance(row, Mapping) else {}
+    items = row.items() if isinstance(row, Mapping) else ()
+    return {str(name): value for name, value in items if name != "image" and _is_text(value)}
 
 
 def _is_text(value: Any) -> bool:

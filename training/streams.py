@@ -164,8 +164,8 @@ class _DatasetPart:
         self.stream.set_epoch(epoch)
         self.epoch, self.row = epoch, 0
         if state is not None:
-            self.row = state.get("row", 0)
-            self.stream.load_state_dict(state.get("stream", state))
+            self.row = state["row"]
+            self.stream.load_state_dict(state["stream"])
         self._blocks = iter(self.stream.iter(batch_size=self.task.shuffle))
 
     def state(self) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
+import numpy as np
 from transformers.utils import logging
 
 from bifocal.training.data.faults import Fault
@@ -15,6 +16,13 @@ from bifocal.training.tasks import COLUMNS, TrainingError
 logger = logging.get_logger(__name__)
 _PEEKED = 64  # rows that are read to know the columns, or the number of negatives, where no table tells them
 _ACCEPTED = "a datasets.Dataset or IterableDataset, a list of dicts, a pandas DataFrame or a torch Dataset of dicts"
+
+
+def is_missing(value: Any) -> bool:
+    """Return whether a value of a row stands for none: None, or the NaN, NaT or NA of pandas."""
+    if isinstance(value, float | np.floating):
+        return bool(value != value)
+    return value is None or type(value).__name__ in ("NAType", "NaTType")
 
 
 class RowsByNumber:
@@ -33,10 +41,11 @@ class RowsByNumber:
         return len(self.source)
 
     def row(self, number: int) -> dict[str, Any]:
+        """Return a row, with None for each missing value."""
         found = self.source.iloc[number].to_dict() if hasattr(self.source, "iloc") else self.source[number]
         if not isinstance(found, Mapping):
             raise TypeError(f"the row is of type {type(found).__name__} and not a dict")
-        return dict(found)
+        return {name: None if is_missing(value) else value for name, value in found.items()}
 
     def __getitem__(self, rows: Any) -> dict[str, Any]:
         """A row as a dict, or the columns of a list of rows."""
@@ -109,6 +118,8 @@ def _rows_by_number(dataset: Any, name: str, kind: str) -> RowsByNumber:
         ) from error
     if first is not None:
         names = list(map(str, dataset.columns)) if hasattr(dataset, "iloc") else list(first)
+        if set(COLUMNS[kind]) <= set(names) and kind == "image-text":
+            names.append("image_id")  # later rows may have one where the first lacks it
         rows.column_names = [column for column in wanted if column in names] or names
     return rows
 

@@ -1,7 +1,6 @@
 """`MultiTaskTrainer`: transformers' Trainer for joint losses over pictures and texts, on one process or many."""
 
 import copy
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from bifocal.modeling import BifocalModel, BifocalProcessor
-from bifocal.training.arguments import BifocalTrainingArguments, unsupported
+from bifocal.training.arguments import BifocalTrainingArguments, given_arguments, unsupported
 from bifocal.training.batches import StepBatches, StepStream
 from bifocal.training.callbacks import Bookkeeping, in_order
 from bifocal.training.chunk_size import find_chunk_sizes
@@ -22,7 +21,13 @@ from bifocal.training.distributed import World
 from bifocal.training.epochs import EpochEnds, set_steps, steps_per_epoch
 from bifocal.training.evaluating import evaluate_tasks, require_rows_by_number, task_list
 from bifocal.training.gradient_cache import cached_step, into_chunks
-from bifocal.training.joint_forward import clamp_logit_scale, joint_forward, padded_length, temperature_of
+from bifocal.training.joint_forward import (
+    clamp_logit_scale,
+    joint_forward,
+    padded_length,
+    require_dual_encoder,
+    temperature_of,
+)
 from bifocal.training.meters import Meters, norms_by_tower
 from bifocal.training.objective import Objective
 from bifocal.training.parameters import decays, freeze, not_trained, parameter_groups, without_gradient
@@ -86,13 +91,13 @@ class MultiTaskTrainer(ResumableTrainer):
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         if not isinstance(args, BifocalTrainingArguments):
-            args = BifocalTrainingArguments(**_given(args))
+            args = BifocalTrainingArguments(**given_arguments(args))
         tasks, eval_tasks = task_list(tasks), task_list(eval_tasks or [], "eval_tasks")
         if not tasks:
             raise TrainingError("A stage needs at least one task; give MultiTaskTrainer tasks=[Task(...)].")
         require_rows_by_number(eval_tasks)
         processor = processor or getattr(model, "processor", None)
-        _require_dual_encoder(model, processor, [*tasks, *eval_tasks])
+        require_dual_encoder(model, processor, [*tasks, *eval_tasks])
         assert processor is not None
         ignored = unsupported(args)
         if ignored is not None:
@@ -129,7 +134,7 @@ class MultiTaskTrainer(ResumableTrainer):
         self.step_batches: Any = (StepStream if stream else StepBatches)(tasks, batches, seed, self.world)
         log = f"skipped-{self.world.rank}.jsonl" if self.world.rank else "skipped.jsonl"
         self.meters = Meters(self.world, self.tasks, Path(str(args.output_dir)) / log)
-        self._positions = {}
+        self._positions, self._pending = {}, {}
         super().__init__(
             model=model,
             args=args,
@@ -270,7 +275,7 @@ class MultiTaskTrainer(ResumableTrainer):
         inputs = self._prepare_inputs(inputs)
         if inputs["position"] is not None:
             worker, states = inputs["position"]
-            self._positions[worker] = states
+            self._pending[worker] = states
         accumulated = self.current_gradient_accumulation_steps
         results: dict[str, Any] = {}
 
@@ -396,30 +401,3 @@ class MultiTaskTrainer(ResumableTrainer):
             seen = self.meters.total_seen(self.args.device)
             logs["train_samples_per_second"] = round(seen / max(logs["train_runtime"], 1e-4), 3)
         super().log(logs, *args, **kwargs)
-
-
-def _require_dual_encoder(model: Any, processor: Any, tasks: Sequence[Task]) -> None:
-    """
-    Raises:
-        TrainingError: if the model cannot embed what the tasks hold, or nothing prepares its inputs.
-    """
-    methods = ["get_text_features", *(["get_image_features"] if any(task.sort == "image" for task in tasks) else [])]
-    missing = next((method for method in methods if not callable(getattr(model, method, None))), None)
-    if missing is not None:
-        raise TrainingError(
-            f"A {type(model).__name__} has no {missing}; MultiTaskTrainer trains dual encoders, such as BifocalModel, "
-            "CLIPModel or SiglipModel."
-        )
-    for part in ("tokenizer", "image_processor"):
-        if getattr(processor, part, None) is None:
-            has = "The model comes without a processor" if processor is None else f"The processor has no {part}"
-            raise TrainingError(f"{has}; pass processor=..., such as CLIPProcessor.from_pretrained(folder).")
-
-
-def _given(args: Any) -> dict[str, Any]:
-    """The fields of transformers' arguments that are not at their default, as given to a new object."""
-    given = {}
-    for item in dataclasses.fields(args):
-        if item.init and getattr(args, item.name) != item.default:
-            given[item.name] = getattr(args, item.name)
-    return given

@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from transformers import TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
 from bifocal.modeling import BifocalModel
 from bifocal.training.arguments import UNSUPPORTED, BifocalTrainingArguments
@@ -167,3 +167,18 @@ def test_one_gpu_is_used_without_a_launcher(tmp_path, processor, caplog):
     assert "uses one of 2 GPUs; start it with torchrun" in caplog.text
     assert it.args.n_gpu == 1
     assert it.args.train_batch_size == 8
+
+
+def test_early_stopping_at_the_end_of_an_epoch_measures_it_once(tmp_path, processor):
+    it = trainer(
+        tmp_path, processor, steps=-1, num_train_epochs=4, tasks=[pairs()], eval_tasks=[pairs()], learning_rate=0.0,
+        eval_strategy="epoch", save_strategy="epoch", logging_strategy="epoch", load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+    )  # fmt: skip
+    events = Events()
+    it.add_callback(events)
+    it.add_callback(EarlyStoppingCallback(1))
+    it.train()
+    assert it.state.global_step == 10
+    seen = [event for event in events.seen if event[0] in ("evaluate", "save")]
+    assert seen == [("evaluate", 5), ("save", 5), ("evaluate", 10), ("save", 10)]

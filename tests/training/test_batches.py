@@ -4,6 +4,8 @@ import random
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
@@ -216,3 +218,18 @@ def test_streams_are_mixed_by_rows_times_weight():
     good = {f"{file}:{row}" for file in range(5) for row in range(40) if row % 11 != 10}
     for rows in drawn.values():
         assert set(rows[: len(good)]) == good, "an epoch of each holds every good row once"
+
+
+@pytest.mark.parametrize("missing", [None, float("nan"), np.float32("nan"), pd.NA, pd.NaT])
+@pytest.mark.parametrize("form", [list, pd.DataFrame])
+def test_rows_without_an_image_id_show_images_of_their_own(processor, form, missing):
+    """They are no false negatives of each other, nor of the row whose image_id is their number."""
+    rows = [{"image": png(photo(32, 32)), "caption": text} for text in TEXTS[:4]]
+    ids = [missing, missing, 0, 0]
+    task = Task("t", "image-text", form([{**row, "image_id": one} for row, one in zip(rows, ids, strict=True)]), 4)
+    columns = collate(processor, task)["tasks"]["t"]
+    found = [key for _, key in sorted(zip(columns.rows, columns.ids["image"].tolist(), strict=True))]
+    assert len(set(found)) == 3
+    assert found[2] == found[3]
+    later = Task("t", "image-text", [rows[0], *({**row, "image_id": "a"} for row in rows[1:])], 4)
+    assert len(set(collate(processor, later)["tasks"]["t"].ids["image"].tolist())) == 2, "the first row has no image_id"

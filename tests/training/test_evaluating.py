@@ -113,3 +113,31 @@ def test_an_image_processor_without_a_crop_after_augmentation(tmp_path, processo
         it = MultiTaskTrainer(siglip(), args, [task], own, augment=augment)
         pixels.append(next(iter(it.get_train_dataloader()))["images"][0]["pixel_values"])
     torch.testing.assert_close(pixels[1], pixels[0].flip(-1), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["image-text", "text-triplet"])
+def test_a_batch_of_bad_rows_only_makes_its_forward_pass(kind, tmp_path, processor, model):
+    """Under FSDP the other processes would wait for ever for a process that leaves one out."""
+    words = [*TEXTS[:2], "", ""]
+    rows = {"query": words, "positive": words, "negatives": [["star"]] * 4}
+    if kind == "image-text":
+        rows = {"image": [{"bytes": png, "path": None} for png in PNG[:4]], "caption": words}
+    task = Task("t", kind, Dataset.from_dict(rows), 2, max_bad=1.0)
+    it = trainer(tmp_path, processor, model=model, tasks=[texts("text-pair")], eval_tasks=[task])
+    calls, encode = [], model.get_text_features
+    model.get_text_features = lambda *given, **options: (calls.append(given), encode(*given, **options))[1]
+    expected = it.evaluate()
+    assert len(calls) == 1
+    it.data_collator.bucketed = False  # as where a forward pass is a collective
+    assert it.evaluate() == expected
+    assert len(calls) == 3
+
+
+def test_every_module_keeps_its_mode(tmp_path, processor, model):
+    it = trainer(tmp_path, processor, model=model, tasks=[texts("text-pair")], eval_tasks=[pairs(4, 2)])
+    model.train()
+    model.vision_model.eval()
+    it.evaluate()
+    assert model.training
+    assert model.text_model.layers[0].training
+    assert not any(module.training for module in model.vision_model.modules())

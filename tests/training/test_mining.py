@@ -208,3 +208,11 @@ def test_what_cannot_be_mined(model, minilm, tmp_path):
         mine_across(pictures(), model, "text-to-text", tmp_path)
     with pytest.raises(MiningError, match="No row has enough negatives"):
         mine_across(pictures(), model, "text-to-image", tmp_path, MiningSettings(margin=5.0))
+
+
+def test_rows_without_an_image_id_are_negatives_of_each_other(model, tmp_path):
+    data, settings = pictures(9), MiningSettings(negatives=3, depth=9)
+    mined = mine_across(data.add_column("image_id", [None] * 8 + ["a"]), model, "text-to-image", tmp_path, settings)
+    assert (
+        mined["negative_rows"][:] == mine_across(data, model, "text-to-image", tmp_path, settings)["negative_rows"][:]
+    )

@@ -8,7 +8,7 @@ from datasets import Dataset
 from bifocal.modeling import BifocalTextForMaskedLM
 from bifocal.training.mlm import train_mlm
 from bifocal.training.recipe import Recipe, RecipeError
-from tests.conftest import TEXTS
+from tests.conftest import TEXTS, small_config
 from tests.training.data.files import lines
 
 
@@ -50,3 +50,15 @@ def test_arguments_without_effect_are_refused(processor, tmp_path, option):
     given = recipe(tmp_path, {"path": "x.jsonl"}, training={"max_steps": 3, **option})
     with pytest.raises(RecipeError, match=f"{next(iter(option))} has no effect on masked language modelling"):
         train_mlm(given)
+
+
+def test_a_misspelt_size_of_a_text_tower_to_start_from(processor, tmp_path):
+    processor.save_pretrained(tmp_path / "processor")
+    BifocalTextForMaskedLM(small_config().text_config).save_pretrained(tmp_path / "tower")
+    lines(tmp_path / "texts.jsonl", [{"text": text} for text in TEXTS])
+    source = {"path": str(tmp_path / "texts.jsonl")}
+    for key, message in (("hidden_dropout", "has no key 'hidden_dropout'; did you mean 'hidden_dropout_prob'"),
+                         ("dtype", "dtype")):  # fmt: skip
+        given = recipe(tmp_path, source, start_from=str(tmp_path / "tower"), model={key: "float16"})
+        with pytest.raises(RecipeError, match=f"Recipe 'words', model: .*{message}"):
+            train_mlm(given)

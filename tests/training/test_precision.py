@@ -41,8 +41,12 @@ def test_the_dtype_of_weights_and_file_may_be_chosen(tmp_path, processor):
     assert BifocalModel.from_pretrained(tmp_path / "checkpoint-2").dtype == torch.bfloat16
     it = trainer(tmp_path, processor, steps=2, save_dtype="bfloat16", save_strategy="steps", save_steps=2)
     it.train()
+    before = it.model.config.dtype
     it.save_model(str(tmp_path / "model"))
-    assert it.model.dtype == torch.float32
+    assert (it.model.dtype, it.model.config.dtype) == (torch.float32, before), "in memory nothing changed"
+    it.args.output_dir = str(tmp_path / "pushed")
+    it.save_model(_internal_call=True)  # as push_to_hub does
+    assert BifocalModel.from_pretrained(tmp_path / "pushed").dtype == torch.bfloat16
     assert BifocalModel.from_pretrained(tmp_path / "checkpoint-2").dtype == torch.float32, "training resumes from it"
     saved = BifocalModel.from_pretrained(tmp_path / "model")
     assert saved.dtype == torch.bfloat16

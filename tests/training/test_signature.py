@@ -1,5 +1,7 @@
 """A run is resumed with the rows that follow, or refused with what changed."""
 
+import json
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,7 +14,7 @@ from torch.utils.data import Subset
 from bifocal.training.batches import Schedule, StepBatches
 from bifocal.training.distributed import World
 from bifocal.training.signature import content_digest
-from bifocal.training.tasks import Task
+from bifocal.training.tasks import Task, TrainingError
 from tests.conftest import TEXTS
 from tests.modeling.test_images import photo
 from tests.training.test_trainer import trainer
@@ -127,3 +129,92 @@ def test_a_data_set_is_known_by_its_texts(tmp_path):
     rows = [{"query": row, "image": photo(8, 8)} for row in ROWS]
     assert digest(rows) == digest([{**row, "image": photo(9, 9)} for row in rows]) != digest(rows[::-1])
     assert digest(Subset(rows, range(3))) is None, "what a torch Dataset gives may be drawn at each look"
+
+
+def test_images_that_were_moved_are_no_other_rows():
+    def digests(folder):
+        rows = [{"caption": row, "image": f"{folder}/{n}.png"} for n, row in enumerate(ROWS)]
+        return [content_digest(Task("v", "image-text", data, 4)) for data in (rows, Dataset.from_list(rows))]
+
+    assert digests("old") == digests("/new/place")
+
+
+def edited(folder, to, **changes):
+    """A copy of a checkpoint with changes in its state; None removes a key."""
+    shutil.copytree(folder, to)
+    path = to / "bifocal_state_0.json"
+    state = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({name: value for name, value in state.items() if value is not None}))
+    return str(to)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused(made, processor, tmp_path):
+    old = edited(made / "map" / "checkpoint-2", tmp_path / "old", signature=None)
+    it = trainer(tmp_path, processor, steps=4, tasks=[pairs(), pairs("b")])
+    with pytest.raises(TrainingError, match=r"old was written by an earlier version .* start a new run"):
+        it.train(resume_from_checkpoint=old)
+
+
+def test_a_process_does_not_take_the_streams_of_another(made, processor, tmp_path):
+    folder = made / "stream" / "checkpoint-2"
+    signature = json.loads((folder / "bifocal_state_0.json").read_text())["signature"]
+    two = edited(folder, tmp_path / "two", signature={**signature, "processes": 2})
+    for rank in (0, 1):
+        it = trainer(tmp_path, processor, steps=4, tasks=[pairs(stream=True)])
+        it.world = World(rank, 2)
+        if rank == 0:
+            it.restore_state(two)
+            continue
+        with pytest.raises(TrainingError, match=r"has no bifocal_state_1.json.*where process 1 stood in its streams"):
+            it.restore_state(two)
+
+
+def test_rows_of_a_step_that_failed_are_seen_again(processor, tmp_path):
+    """The checkpoint from before a loss that is not finite continues with the rows of that loss."""
+    batches = {}
+
+    def run(name, spoilt=None, resume=None):
+        it = trainer(
+            tmp_path / name, processor, steps=3, tasks=[pairs(stream=True)], gradient_accumulation_steps=2
+        )  # fmt: skip
+        seen, check = batches.setdefault(name, []), it.require_finite
+
+        def require_finite(loss, results, inputs):
+            seen.append(inputs["tasks"]["a"].rows)
+            check(loss * float("nan") if len(seen) == spoilt else loss, results, inputs)
+
+        it.require_finite = require_finite
+        it.train(resume_from_checkpoint=resume)
+
+    run("whole")
+    with pytest.raises(FloatingPointError, match=r"at step 2 .*checkpoint-1 has the weights from before it"):
+        run("cut", spoilt=4)  # the second batch of the second step
+    run("resumed", resume=str(tmp_path / "cut" / "checkpoint-1"))
+    assert batches["cut"] == batches["whole"][:4]
+    assert batches["resumed"] == batches["whole"][2:]
+
+
+@pytest.mark.parametrize("main_has_it", [False, True])
+def test_all_processes_save_together_or_none(main_has_it, processor, tmp_path):
+    """Saving is a collective; a process may see the main one's folder earlier or later than that one does."""
+    said = []
+
+    class Second(World):
+        def mean(self, values, device):
+            return [1.0]
+
+        def smallest(self, values, device):
+            said.append(values)
+            return [min(*values, int(main_has_it))]
+
+    it = trainer(tmp_path, processor, tasks=[pairs()])
+    it.world, it.state.global_step = Second(1, 2), 1
+    saves = []
+    it._save_checkpoint = lambda *given, **options: saves.append(given)
+    if not main_has_it:
+        (tmp_path / "checkpoint-1").mkdir()
+    results = {"a": SimpleNamespace(loss=torch.tensor(1.0))}
+    with pytest.raises(FloatingPointError):
+        it.require_finite(torch.tensor(1.0), results, {"tasks": {"a": SimpleNamespace(rows=[0])}})
+    assert len(saves) == (not main_has_it)
+    assert said == [[1]]
