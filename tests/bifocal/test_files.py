@@ -297,8 +297,12 @@ REVIEWED = {
     "bifocal/demo.py": Counter(_clear=1),  # by names of our own, in a stage's folder of a run that is ours
     "hub/sentence_files.py": Counter(save_sentence_files=1),  # in a folder that is being made
     "hub/release.py": Counter(release=1),  # in a folder that is being made
-    "hub/search/index.py": Counter(_faiss=2, _write=1),  # by names of our own in an index's folder
-    "hub/search/table.py": Counter(__init__=1, remove=1, _write=1),  # the same
+    # By names of our own in an index's folder, under its lock.
+    "hub/search/index.py": Counter(create=1, discard_if_empty=4, _tidy=1),  # of an index without rows; scratch files
+    "hub/search/opened.py": Counter(_keep=3),  # FAISS indexes of earlier states
+    "hub/search/settings.py": Counter(write_settings=1),
+    "hub/search/table.py": Counter(_write=1, tidy=1),
+    "modeling/processing_bifocal.py": Counter(token_ids=1),  # cuts token ids
     "training/checkpoints.py": Counter(
         _set_aside=1,  # a new name for an unfinished checkpoint
         remove_checkpoints=1, clear_run=1,  # of a run whose recipe is as we wrote it

@@ -103,6 +103,7 @@ def _look(entry: "os.DirEntry[str]", name: str, found: FoundImages) -> None:
         regular = stat.S_ISREG(entry.stat().st_mode)
     except FileNotFoundError:
         found.unreadable.append((name, "a link without a target"))
+        found.complete = False  # a folder that was there may be on a disk that is not mounted now
         return
     except OSError as error:
         found.unreadable.append((name, f"cannot be read ({error.strerror})"))
