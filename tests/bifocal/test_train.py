@@ -233,7 +233,7 @@ def test_stage_0_and_a_stage_that_starts_from_it(reader):
         ),
         ("tasks.pairs.data.path=pairs.json", "there is nothing at 'pairs.json'; did you mean 'pairs.jsonl'?"),
         ("tasks.pairs.data.columns.query=question", "'pairs.jsonl' has no column 'question' (it has query, positive)"),
-        ("tasks.pairs.kind=text-triplet", "has no column 'negatives' (it has query, positive); none of them looks like texts"),
+        ("tasks.pairs.kind=text-triplet", "has no column 'negatives' (it has query, positive); none of them"),
         (
             "tasks.pairs.batch_size=71",
             "has 70 rows, fewer than its batch of 71; give a smaller batch_size or more rows.",
