@@ -274,7 +274,7 @@ def _classes(task: EvaluationTask, labels: list[str]) -> tuple[list[int], list[s
     seen = set(labels)
     if task.classes and not seen & set(task.classes):
         some = ", ".join(sorted(seen)[:4])
-        raise RecipeError(f"The classes of '{task.name}' name none of its labels (such as {some}); mend classes.")
+        raise RecipeError(f"The classes of '{task.name}' match none of its labels (such as {some}). Correct `classes`.")
     every = sorted(seen | set(task.classes))
     numbers = {label: number for number, label in enumerate(every)}
     return [numbers[label] for label in labels], [task.classes.get(label, label) for label in every]

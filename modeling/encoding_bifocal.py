@@ -32,7 +32,7 @@ _LOADING = threading.Lock()  # one thread loads a processor, the others wait for
 
 
 def _unlock() -> None:
-    """Make the lock anew in a child process: who held it when the process was forked is not there to release it."""
+    """Replace the lock in a forked child: the thread that held it exists only in the parent."""
     global _LOADING
     _LOADING = threading.Lock()
 
@@ -319,7 +319,7 @@ def _options(
     """Return truncate_dim, normalize, convert_to and show_progress, checked and with the aliases taken in.
 
     Raises:
-        TypeError: if a keyword is none of ours and no alias.
+        TypeError: if a keyword is unknown.
         ValueError: if a value is bad, contradicts its alias, or asks for what this model does not do.
     """
     of_texts = () if method == "encode_text" else ("max_length", "prompt")

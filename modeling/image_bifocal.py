@@ -28,7 +28,7 @@ _READING = [threading.Lock() for _ in range(16)]
 
 
 def _unlock() -> None:
-    """Make the locks anew in a child process: who held one when the process was forked is not there to release it."""
+    """Replace the locks in a forked child: the threads that held them exist only in the parent."""
     _READING[:] = [threading.Lock() for _ in _READING]
 
 

@@ -17,7 +17,7 @@ from transformers.modeling_utils import PreTrainedModel
 from .configuration_bifocal import warn_of_other_code
 
 # While transformers loads, it replaces functions of torch and methods of its own classes. Two loads at once put each
-# other's replacements back: weights would stay untied, or be drawn anew, in every model of the process.
+# other's replacements back: weights would stay untied, or be initialised again, in every model of the process.
 _LOADING = threading.RLock()
 if hasattr(os, "register_at_fork"):  # a child that was forked meanwhile would wait for ever
     os.register_at_fork(before=_LOADING.acquire, after_in_parent=_LOADING.release, after_in_child=_LOADING.release)

@@ -37,7 +37,7 @@ def content_digest(task: Task) -> str | None:
     """Digest of a data set's texts and numbers in a sample of its rows; of a stream's columns and file names.
 
     Images and their paths are left out, and so is the folder of a file: a data set that was moved is still the same.
-    None for objects with code of their own, such as a torch `Dataset`, whose rows may be drawn anew at each look.
+    None for objects with code of their own, such as a torch `Dataset`, whose rows may differ each time they are read.
     """
     data = task.dataset
     if task.streams:

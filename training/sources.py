@@ -385,7 +385,7 @@ def with_columns(found: Any, source: Source, columns: tuple[str, ...]) -> Any:
     missing = [theirs for theirs, ours in kept.items() if theirs not in found.column_names and ours != "image_id"]
     if missing:
         raise RecipeError(
-            f"'{source.title}' has no column '{missing[0]}' (it has {', '.join(found.column_names)}); mend columns."
+            f"'{source.title}' has no column '{missing[0]}' (it has {', '.join(found.column_names)}); correct columns."
         )
     found = found.select_columns([theirs for theirs in kept if theirs in found.column_names])
     renamed = {theirs: ours for ours, theirs in source.columns.items() if theirs != ours and ours in kept.values()}

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 class SearchIndex:
     """A folder of `index.json`, `table/` and `faiss/`.
 
-    Each FAISS index (a number of dimensions and a precision) is derived from the table and made anew where it does not
+    Each FAISS index (a number of dimensions and a precision) is derived from the table and rebuilt where it does not
     fit. Those of all dimensions in float32 are exact; from others four times the hits wanted are taken and scored with
     the whole vectors. Searching needs no right to write.
 
@@ -145,7 +145,7 @@ class SearchIndex:
         if weights != self.weights:
             raise SearchError(
                 f"The index '{self.folder}' was made with '{self.model}' ({self.weights}), and '{model}' has other "
-                f"weights ({weights}); their vectors cannot be compared: index anew into another folder."
+                f"weights ({weights}); their vectors cannot be compared: index again into another folder."
             )
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""A table made ready for searching: its vectors in FAISS indexes, derived from it and made anew if damaged."""
+"""A table opened for searching. FAISS indexes of its vectors are rebuilt from it if they are damaged."""
 
 import hashlib
 import json

@@ -29,7 +29,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     if not isinstance(settings, dict) or "format" not in settings:
         raise SearchError(f"'{path}' is damaged; index the sources again into another folder.")
     if settings["format"] != FORMAT:
-        raise SearchError(f"'{folder}' was made by another version of Bifocal; index anew into another folder.")
+        raise SearchError(f"'{folder}' was made by another version of Bifocal; index again into another folder.")
     wanted = {"model": str, "weights": str, "dimensions": int, "parts": int, "sources": list, "forms": list}
     for name, kind in wanted.items():
         if not isinstance(settings.get(name), kind):

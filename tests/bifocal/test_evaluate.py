@@ -227,7 +227,7 @@ def test_bad_lines_of_a_beir_folder(here, tmp_path):
         (["ours", "--suite", "suite.yaml", "--out", "labels.jsonl"], "'labels.jsonl' is a file, and the results"),
         (["ours", "--suite", "nobody.yaml"], "'nobody.jsonl' is empty (0 bytes) and has no rows"),
         (["ours", "--suite", "ints.yaml"], "are named by numbers (0, 1), which make no prompts"),
-        (["ours", "--suite", "wrong.yaml"], "name none of its labels (such as 0, 1); mend classes"),
+        (["ours", "--suite", "wrong.yaml"], "match none of its labels (such as 0, 1). Correct `classes`"),
         (["ours", "--suite", "suit.yaml"], "There is no evaluation suite 'suit.yaml'; give a YAML file or one of"),
         (["ours", "--suite", "suite.yaml", "--only", "photo"], "no task 'photo' in 'local'; did you mean 'photos'?"),
         (["ours", "--mteb", "SciFac"], "mteb has no task 'SciFac'; did you mean 'SciFact'?"),

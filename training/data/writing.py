@@ -17,7 +17,7 @@ _GROUP = 256  # rows held at once, pictures included
 def write_clean(source: Source, kind: str, out: Path, skipped: Skipped) -> int:
     """Write the good rows that pass the source's filters, pictures included; returns how many.
 
-    The log of skipped rows begins anew.
+    The log of skipped rows is overwritten.
 
     Raises:
         TrainingError: the folder holds other files; they and the log are left as they are.

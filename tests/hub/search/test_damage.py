@@ -1,4 +1,4 @@
-"""A damaged index: one sentence with the file and what to do, or what is derived is made anew; never a wrong number."""
+"""A damaged index: one sentence with the file and what to do, or what is derived is rebuilt; never a wrong number."""
 
 import json
 import os
@@ -124,7 +124,7 @@ def test_a_lost_part_is_missed_and_made_again(folder, number):
 )  # fmt: skip
 def test_damaged_settings_are_named(folder, content):
     (folder / "index.json").write_bytes(content)
-    with pytest.raises(SearchError, match=r"index.json' is damaged|made by another version of Bifocal; index anew"):
+    with pytest.raises(SearchError, match=r"index.json' is damaged|made by another version of Bifocal; index again"):
         SearchIndex(folder)
     (folder / "index.json").unlink()
     with pytest.raises(SearchError, match="is no index"):
@@ -132,7 +132,7 @@ def test_damaged_settings_are_named(folder, content):
 
 
 @pytest.mark.parametrize("content", ["cut", "garbage", "numbers"])
-def test_a_damaged_faiss_file_is_made_anew(folder, content):
+def test_a_damaged_faiss_file_is_rebuilt(folder, content):
     before = [hit.name for hit in Searcher(SearchIndex(folder)).search("a red star", k=5)]
     (file,) = (folder / "faiss").glob("*.faiss")
     whole = file.read_bytes()

@@ -153,7 +153,7 @@ def test_another_model_is_refused(searcher, processor, tmp_path):
     other = tmp_path / "other"
     BifocalModel(small_config()).save_pretrained(other)
     processor.save_pretrained(other)
-    with pytest.raises(SearchError, match=r"has other weights .*; their vectors cannot be compared: index anew"):
+    with pytest.raises(SearchError, match=r"has other weights .*; their vectors cannot be compared: index again"):
         Searcher(SearchIndex(searcher.index.folder), str(other))
     with pytest.raises(SearchError, match="their vectors cannot be compared"):
         SearchIndex.create(searcher.index.folder, str(other), weights_of(other), 40)
@@ -281,7 +281,7 @@ def test_an_index_that_another_fills_meanwhile_is_not_emptied(new, model_folder,
         empty.add(made_items()[:4])  # the index was bound to another model since
 
 
-def test_who_waits_for_an_index_that_is_discarded_makes_it_anew(new, monkeypatch):
+def test_who_waits_for_an_index_that_is_discarded_makes_its_own(new, monkeypatch):
     index, other = new(name="shared").index, new(name="shared")
     waiting = threading.Thread(target=lambda: other.add(made_items()[:4]))
     count = SearchIndex.__len__
