@@ -9,12 +9,22 @@ from typing import Any
 
 from bifocal.demo_results import evaluate_symbols, example_searches, searches_as_text, write_demo_report
 from bifocal.evaluation.report import Stage
-from bifocal.files import MARKER, RUN, overwrite, replace_folder, require_overwritable, require_replaceable, write_json
+from bifocal.files import (
+    MARKER,
+    RUN,
+    overwrite,
+    record,
+    replace_folder,
+    require_overwritable,
+    require_replaceable,
+    write_json,
+)
 from bifocal.hub.card import Card, TrainedStage
 from bifocal.hub.export import export_model
 from bifocal.modeling import BifocalModel, BifocalProcessor
 from bifocal.training.callbacks import StageProgress, Stopwatch, seconds_of
 from bifocal.training.checkpoints import clear_run, last_complete_checkpoint, require_clearable
+from bifocal.training.data.faults import require_log, start_log
 from bifocal.training.data.symbols import SymbolsConfig, build_symbols
 from bifocal.training.history import STAGE, stage_facts, write_stage
 from bifocal.training.recipe import Recipe, find_recipe, load_recipe
@@ -214,6 +224,7 @@ def _train_stage(recipe: Recipe, title: str, symbols: Any) -> dict[str, Any]:
         model.save_pretrained(made)
     write_stage(folder, stage_facts(prepared, seconds, versions()))
     write_json(folder / "result.json", result)
+    record(folder, RUN, "result.json", STAGE)
     return result
 
 
@@ -314,13 +325,16 @@ def _clear(out: Path) -> None:
         NotOursError: if any of it was changed or is not the run's; then nothing is removed.
     """
     files = ("settings.json", "results.json", "report.html")
+    of_stage, logs = ("result.json", STAGE), ("skipped-loading.jsonl", "skipped.jsonl")
     require_clearable(out, *files)
     for stage in STAGES:
-        require_clearable(out / stage)
+        require_clearable(out / stage, *of_stage)
+        for name in logs:
+            require_log(out / stage / name)
     for stage in STAGES:
-        clear_run(out / stage)
-        for name in ("result.json", STAGE, "skipped-loading.jsonl", "skipped.jsonl"):
-            (out / stage / name).unlink(missing_ok=True)
+        clear_run(out / stage, *of_stage)
+        for name in logs:
+            start_log(out / stage / name)
     clear_run(out, *files)
 
 

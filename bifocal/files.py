@@ -111,7 +111,17 @@ def remove_folder(folder: Path, kind: str) -> None:
     """
     require_removable(folder, kind)
     if folder.exists():
-        shutil.rmtree(folder)
+        _remove_listed(folder)
+
+
+def _remove_listed(folder: Path) -> None:
+    """Remove the files in a folder's list, and the folders that are empty then: what came in the meantime stays."""
+    files = listed(folder)
+    for name in [*files, *(name for name in list(_entries(folder)) if _is_bytecode(name, files)), MARKER, _LOCK]:
+        (folder / name).unlink(missing_ok=True)
+    for root, _, _ in os.walk(folder, topdown=False):
+        if not os.listdir(root):
+            os.rmdir(root)
 
 
 def require_removable(folder: Path, kind: str) -> None:
@@ -278,7 +288,7 @@ def _require_ours(place: Path, kind: str, called: Path) -> None:
     remedy = "choose another folder, or move it away."
     for name in _entries(place):
         if name not in files:
-            if _is_bytecode(name, files) or (_is_folder(place / name) and _is_our_folder(name, files, folders)):
+            if _is_known(place, name, files, folders):
                 continue
             top = name.partition("/")[0]
             shown = name if any(known.startswith(f"{top}/") for known in files) else top
@@ -292,6 +302,12 @@ def _require_ours(place: Path, kind: str, called: Path) -> None:
             raise NotOursError(f"'{name}' in '{called}' belongs to a {files[name]['kind']}, not a {kind}; {remedy}")
         if not _is_unchanged(place / name, files[name]):
             raise NotOursError(f"'{name}' in '{called}' was changed after Bifocal wrote it; {remedy}")
+
+
+def _is_known(place: Path, name: str, files: dict[str, Any], folders: Sequence[str]) -> bool:
+    """Whether an entry is in the list, or comes of what is in it."""
+    ours = name in files or _is_bytecode(name, files)
+    return ours or (_is_folder(place / name) and _is_our_folder(name, files, folders))
 
 
 def _is_our_folder(name: str, files: dict[str, Any], folders: Sequence[str]) -> bool:
@@ -328,6 +344,11 @@ def _swap(place: Path, made: Path, before: Path) -> None:
             if error.errno == errno.EBUSY:
                 raise NotOursError(f"'{place}' is a mount point or in use; choose another folder.") from error
             raise
+        files, folders = listed(before), _marker(before).get("folders", [])
+        came = next((name for name in _entries(before) if not _is_known(before, name, files, folders)), None)
+        if came is not None:  # while the files were compared
+            os.rename(before, place)
+            raise NotOursError(f"'{came}' was put into '{place}' in the meantime; move it away and try again.")
     try:
         os.rename(made, place)
     except BaseException:
@@ -349,7 +370,7 @@ def _sweep(place: Path) -> None:
     from filelock import FileLock, Timeout
 
     for left in place.parent.glob(f".{glob.escape(place.name)}.*{_SCRATCH}"):
-        if (left / ".lock").is_file():
+        if (left / ".lock").is_file() and {path.name for path in left.iterdir()} <= {".lock", _NEW, _BEFORE}:
             try:
                 with FileLock(left / ".lock", timeout=0):
                     _discard(left, place)

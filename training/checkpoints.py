@@ -7,9 +7,19 @@ from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
-from bifocal.files import RUN, remove_folder, require_overwritable, require_removable
+from bifocal.files import RUN, NotOursError, remove_folder, require_overwritable, require_removable
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")  # as transformers' Trainer names them, and takes them for its own
+
+# What the Trainer, peft, accelerate and this package write into one; there is no list of its files.
+_WRITTEN = re.compile(
+    r"((model|pytorch_model|adapter_model|raw_weights|average)[\w.-]*\.(safetensors|bin)(\.index\.json)?"
+    r"|(optimizer|scheduler|scaler|rng_state)[\w.-]*\.(pt|pth|bin)|training_args\.bin"
+    r"|(trainer_state|bifocal_state_\d+|config|generation_config|adapter_config|preprocessor_config|processor_config"
+    r"|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|(vocab|merges)\.txt|[\w.-]+\.model"
+    r"|chat_template\.jinja|\w+_bifocal(_\w+)?\.py|README\.md|__pycache__"
+    r"|global_step\d+|latest|zero_to_fp32\.py|(optimizer|pytorch_model)_(fsdp_)?\d+)"
+)
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
@@ -47,9 +57,21 @@ def _set_aside(path: Path) -> None:
 
 
 def remove_checkpoints(folder: Path) -> None:
-    """Remove the checkpoints of a run's folder."""
+    """Remove the checkpoints of a run's folder.
+
+    Raises:
+        NotOursError: if one holds a file that training does not write; then nothing is removed.
+    """
+    _require_checkpoints(folder)
     for path in checkpoints(folder):
         shutil.rmtree(path)
+
+
+def _require_checkpoints(folder: Path) -> None:
+    for path in checkpoints(folder):
+        other = next((entry.name for entry in sorted(path.iterdir()) if not _WRITTEN.fullmatch(entry.name)), None)
+        if other is not None:
+            raise NotOursError(f"'{path}' holds '{other}', which training did not write; move it away.")
 
 
 def clear_run(folder: Path, *files: str) -> None:
@@ -73,5 +95,6 @@ def require_clearable(folder: Path, *files: str) -> None:
     """
     for name in files:
         require_overwritable(folder / name, RUN)
+    _require_checkpoints(folder)
     for name in ("model", "processor"):
         require_removable(folder / name, RUN)

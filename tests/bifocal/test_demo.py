@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bifocal.demo import _open_run, quick_settings
+from bifocal.demo import STAGES, _open_run, quick_settings
 from bifocal.files import MARKER, NotOursError
 from bifocal.modeling import BifocalModel
 
@@ -124,9 +124,17 @@ def test_only_what_the_demo_wrote_is_cleared(run, tmp_path):
         with pytest.raises(NotOursError, match=r"settings.json' exists and is not known as a file of Bifocal's"):
             _open_run(project, quick_settings(0), force=True)
         assert sorted(path.name for path in project.rglob("*")) == ["model", "settings.json", "weights"]
-    for name, content in (("report.html", "my notes"), ("model/notes", "mine"), ("stage2/model/notes", "mine")):
+    for name, content in (
+        ("report.html", "my notes"),
+        ("model/notes", "mine"),
+        ("stage2/model/notes", "mine"),
+        ("stage2/result.json", "{}"),
+        ("stage3/skipped.jsonl", "mine"),
+        ("stage1/checkpoint-8/notes", "mine"),
+    ):
         copy = tmp_path / name.replace("/", "-")
         shutil.copytree(run, copy)
+        (copy / name).parent.mkdir(exist_ok=True)
         (copy / name).write_text(content)
         before = sorted(copy.rglob("*"))
         with pytest.raises(NotOursError, match=Path(name).name):
@@ -137,7 +145,9 @@ def test_only_what_the_demo_wrote_is_cleared(run, tmp_path):
     (copy / "stage1" / "notes").write_text("mine")
     assert _open_run(copy, quick_settings(0), force=True)
     left = {path.relative_to(copy).as_posix() for path in copy.rglob("*") if path.is_file()}
-    assert left - {"notes.txt"} == {MARKER, "settings.json", "stage1/notes"}
+    assert left - {"notes.txt"} == {
+        MARKER, "settings.json", "stage1/notes", *(f"{stage}/{MARKER}" for stage in STAGES)
+    }  # fmt: skip
 
 
 def test_a_full_disk(cache, run, small_disk):

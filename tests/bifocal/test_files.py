@@ -260,6 +260,35 @@ def test_an_empty_folder_of_the_users_protects_the_folder(tmp_path):
     assert (tmp_path / "out" / "notes" / "2026").is_dir()
 
 
+def test_what_comes_while_a_folder_is_compared_stays(tmp_path, monkeypatch):
+    """Somebody saves a file between the last look and the move, or the removal."""
+    folder = write(tmp_path / "out")
+    rename, listed = os.rename, files.listed
+
+    def late_rename(source, target):
+        if Path(source) == folder:
+            (folder / "sub" / "notes").write_text("mine")
+        rename(source, target)
+
+    before = state(folder)
+    monkeypatch.setattr("bifocal.files.os.rename", late_rename)
+    with pytest.raises(NotOursError, match=r"'sub/notes' was put into '.*out' in the meantime"):
+        write(folder, new="1")
+    monkeypatch.undo()
+    assert state(folder) == {**before, "sub/notes": "mine"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    (folder / "sub" / "notes").unlink()
+
+    def late_list(of):
+        (folder / "sub" / "notes").write_text("mine")
+        return listed(of)
+
+    monkeypatch.setattr("bifocal.files._require_ours", lambda *_: None)
+    monkeypatch.setattr("bifocal.files.listed", late_list)
+    remove_folder(folder, "model")
+    assert state(folder) == {"sub/notes": "mine"}
+
+
 def test_several_list_their_files_at_once(tmp_path):
     names = [f"{number}.html" for number in range(24)]
     for name in names:
@@ -291,10 +320,10 @@ def test_an_amended_file_is_as_much_ours_as_before(tmp_path):
 REVIEWED = {
     "bifocal/files.py": Counter(
         replace_file=2,  # a scratch file of our own takes its place; callers ask whose that is
-        remove_folder=1, _swap=3, _discard=2,  # after asking; the unfinished folder is our own
+        _remove_listed=2,  # files in the list, and folders that are empty
+        _swap=4, _discard=2,  # after asking; the unfinished folder is our own
         record=1,  # the lock that it holds
     ),
-    "bifocal/demo.py": Counter(_clear=1),  # by names of our own, in a stage's folder of a run that is ours
     "hub/sentence_files.py": Counter(save_sentence_files=1),  # in a folder that is being made
     "hub/release.py": Counter(release=1),  # in a folder that is being made
     # By names of our own in an index's folder, under its lock.

@@ -55,6 +55,7 @@ def test_force_removes_the_run_and_nothing_else(tmp_path):
         ("model/notes", "holds 'notes', which Bifocal did not write"),
         ("model/config.json", "'config.json' in '.*model' was changed after Bifocal wrote it"),
         ("processor/notes", "holds 'notes', which Bifocal did not write"),
+        ("checkpoint-3/notes.txt", r"checkpoint-3' holds 'notes\.txt', which training did not write"),
         ("recipe.yaml", "recipe.yaml' was changed after Bifocal wrote it"),
         (MARKER, "recipe.yaml' exists and is not known as a file of Bifocal's"),
     ],

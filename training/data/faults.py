@@ -52,6 +52,16 @@ def start_log(path: Path) -> Path:
     Raises:
         NotOursError: if the file there is no such log.
     """
+    require_log(path)
+    path.unlink(missing_ok=True)
+    return path
+
+
+def require_log(path: Path) -> None:
+    """
+    Raises:
+        NotOursError: if there is a file that is no log of skipped rows.
+    """
     if path.exists():
         try:
             with path.open(encoding="utf-8") as file:
@@ -61,8 +71,6 @@ def start_log(path: Path) -> Path:
             ours = False
         if not ours:
             raise NotOursError(f"'{path}' is no log of skipped rows, and one would be written there; move it away.")
-        path.unlink()
-    return path
 
 
 class BadRowsError(TrainingError):
