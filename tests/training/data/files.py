@@ -10,6 +10,8 @@ import numpy as np
 from PIL import Image
 
 from bifocal.training.data.faults import Fault
+from bifocal.training.recipe import Source
+from bifocal.training.sources import open_stream
 
 
 def picture(size: tuple[int, int] = (40, 30), form: str = "JPEG", seed: int = 0, **options) -> bytes:
@@ -61,3 +63,7 @@ def faults(stream) -> dict[str, str]:
 
 def good(stream) -> list[dict]:
     return list(stream)
+
+
+def stream(path, kind: str = "image-text", **options):
+    return open_stream(Source(path=str(path), **options), kind)

@@ -1,4 +1,4 @@
-"""Broken input, each with a real such file: left out, counted by cause, and named; never read from outside."""
+"""Broken input, each with a real such file: left out, counted by cause, and named."""
 
 import gzip
 import http.server
@@ -19,18 +19,8 @@ from PIL import Image
 from bifocal.training.data.faults import BadRowsError, Fault, Skip, Skipped
 from bifocal.training.data.pictures import PictureReader
 from bifocal.training.recipe import Source
-from bifocal.training.sources import load_source, open_stream
-from tests.training.data.files import add, faults, good, lines, picture, shard, shards
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-def stream(path, kind: str = "image-text", **options):
-    return open_stream(Source(path=str(path), **options), kind)
-
+from bifocal.training.sources import load_source
+from tests.training.data.files import add, faults, good, lines, picture, shard, shards, stream
 
 # Pictures
 
@@ -292,133 +282,6 @@ def test_a_parquet_with_a_changed_schema_and_one_cut_short(tmp_path):
 
 
 # The fence
-
-
-def test_nothing_outside_the_roots_is_read(tmp_path, monkeypatch):
-    root = tmp_path / "root"
-    root.mkdir()
-    (root / "a.jpg").write_bytes(picture())
-    secret = tmp_path / "secret.jpg"
-    secret.write_bytes(picture())
-    (root / "link.jpg").symlink_to(secret)
-    (root / "inside.jpg").symlink_to(root / "a.jpg")
-    (tmp_path / "root2").mkdir()
-    (tmp_path / "root2" / "b.jpg").write_bytes(picture())
-    (root / "folder").symlink_to(tmp_path)
-    given = [
-        "a.jpg", "inside.jpg", "../secret.jpg", str(secret), "link.jpg", "folder/secret.jpg", "../root2/b.jpg",
-        "http://127.0.0.1:9/a.jpg", "file:///etc/passwd", "x/../../secret.jpg", "a.jpg\x00.png",
-    ]  # fmt: skip
-    path = lines(root / "metadata.jsonl", [{"file_name": name, "caption": name} for name in given])
-    opened: list[str] = []
-    real = open
-    monkeypatch.setattr("builtins.open", lambda file, *a, **k: opened.append(str(file)) or real(file, *a, **k))
-    found = stream(path)
-    assert [row["caption"] for row in good(found)] == ["a.jpg", "inside.jpg"]
-    causes = list(faults(found).values())
-    assert causes == ["path outside the roots"] * 8 + ["control characters"]
-    assert not any("secret" in name or "root2" in name for name in opened)
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("as_struct", [False, True])
-def test_a_data_set_that_is_loaded_names_no_file_elsewhere(tmp_path, streaming, as_struct):
-    """What datasets loads may hold paths, too; they lead nowhere but to what it has loaded."""
-    secret = tmp_path / "secret.jpg"
-    secret.write_bytes(picture())
-    (tmp_path / "repo").mkdir()
-    inside = tmp_path / "repo" / "a.jpg"
-    inside.write_bytes(picture())
-    paths = [str(inside), str(secret), "../secret.jpg", "http://127.0.0.1:9/a.jpg"]
-    rows = [{"image": {"bytes": None, "path": path} if as_struct else path, "caption": "c"} for path in paths]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "repo" / "train.parquet")
-    source = Source(path=str(tmp_path / "repo"), format="hub", streaming=streaming, max_bad=0.9)
-    skipped = Skipped()
-    data = load_source(source, "image-text", 0, skipped, "t")
-    if streaming:
-        assert [json.loads(row["_fault"])[1] if row["_fault"] else "" for row in data] == [
-            "",
-            *["path outside the roots"] * 3,
-        ]
-    else:
-        assert len(data) == 1
-        assert skipped.bad["t"] == {"path outside the roots": 3}
-
-
-def test_paths_in_shares_of_sharegpt4v_stay_in_their_root(tmp_path):
-    (tmp_path / "coco").mkdir()
-    (tmp_path / "coco" / "1.jpg").write_bytes(picture())
-    answer = [{"from": "gpt", "value": "A caption."}]
-    rows = [{"image": name, "conversations": answer} for name in ("coco/../../etc/passwd", "/etc/passwd", "coco/1.jpg")]
-    path = tmp_path / "s.json"
-    path.write_text(json.dumps(rows))
-    found = stream(path, images={"coco": str(tmp_path / "coco")})
-    assert [row["image"] for row in good(found)] == [str(tmp_path / "coco" / "1.jpg")]
-    assert set(faults(found).values()) == {"path outside the roots"}
-
-
-# Counts, the log, the limit
-
-
-def test_counts_and_the_log(tmp_path):
-    rows = [{"query": "" if n % 200 == 7 else f"q {n}", "positive": "p"} for n in range(1000)]
-    path = lines(tmp_path / "a.jsonl", rows)
-    skipped = Skipped(tmp_path / "log" / "skipped.jsonl")
-    for _ in range(2):  # the second time from the cache
-        data = load_source(Source(path=str(path)), "text-pair", 0, skipped, "pairs")
-        assert len(data) == 995
-    assert skipped.bad == {"pairs": {"no query": 10}}
-    assert skipped.rows == {"pairs": 2000}
-    named = [json.loads(line) for line in (tmp_path / "log" / "skipped.jsonl").read_text().splitlines()]
-    assert named[0] == {
-        "task": "pairs", "row": "a.jsonl:8", "cause": "no query", "detail": "an empty text", "dropped": False,
-    }  # fmt: skip
-    with pytest.raises(
-        BadRowsError, match=r"'a': 0.5% of 1,000 rows are bad, more than max_bad=0.001 allows \(5 no query"
-    ):
-        load_source(Source(path=str(path), max_bad=0.001), "text-pair", name="a")
-
-
-def test_the_limit_waits_for_rows_that_say_something():
-    skipped = Skipped()
-    skipped.add("t", 10, [Skip("r", "broken picture")])
-    skipped.check("t", 0.01)
-    with pytest.raises(BadRowsError, match=r"10\.0% of 10 rows"):
-        skipped.check("t", 0.01, ended=True)
-    skipped.add("t", 990)
-    skipped.check("t", 0.01)
-    skipped.add("t", 1000, [Skip("r", "no caption")] * 20)
-    with pytest.raises(BadRowsError, match=r"1.1% of 2,000 rows are bad.*\(20 no caption, 1 broken picture\)"):
-        skipped.check("t", 0.01)
-
-
-def test_what_a_filter_drops_is_not_bad():
-    skipped = Skipped()
-    skipped.add("t", 1000, [Skip("r", "short caption", dropped=True)] * 900)
-    skipped.check("t", 0.01, ended=True)
-    assert skipped.dropped == {"t": {"short caption": 900}}
-
-
-def test_a_lost_shard_weighs_as_much_as_the_others(tmp_path):
-    skipped = Skipped()
-    skipped.add("t", 200_001, [Skip("x.tar", "missing file", shard=True)], shards=200)
-    assert skipped.share("t") == pytest.approx(1 / 201, rel=0.01)
-    skipped.check("t", 0.01)
-    skipped.add("t", 2, [Skip("y.tar", "missing file", shard=True)] * 2)
-    with pytest.raises(BadRowsError):
-        skipped.check("t", 0.01)
-
-
-def test_counts_go_on_from_a_state_and_the_log_with_them(tmp_path):
-    skipped = Skipped(tmp_path / "s.jsonl")
-    skipped.add("t", 5, [Skip("a", "x")])
-    state = json.loads(json.dumps(skipped.state()))
-    skipped.add("t", 5, [Skip("b", "x")])
-    again = Skipped(tmp_path / "s.jsonl")
-    again.load_state(state)
-    again.add("t", 5, [Skip("c", "x")])
-    assert again.bad == {"t": {"x": 2}}
-    assert [json.loads(line)["row"] for line in (tmp_path / "s.jsonl").read_text().splitlines()] == ["a", "c"]
 
 
 def test_a_disk_that_fills(tmp_path):

@@ -14,11 +14,6 @@ from tests.conftest import SHARED
 from tests.training.data.files import faults, good, lines, picture
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-
-
 def test_filters_of_texts(tmp_path):
     dog = "a brown dog runs over the green grass"
     texts = [

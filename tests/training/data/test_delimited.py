@@ -15,11 +15,6 @@ from bifocal.training.sources import load_source, open_stream
 from tests.training.data.files import faults, good
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-
-
 def stream(path, kind: str = "text-pair", **options):
     return open_stream(Source(path=str(path), **options), kind)
 
