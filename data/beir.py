@@ -9,8 +9,8 @@ from typing import Any
 from bifocal.data.delimited import read_csv
 from bifocal.data.normalize import passage
 from bifocal.data.shards import read_on
-from bifocal.data.skips import Fault
-from bifocal.data.text_files import Reader, Row, lost, read_json_lines
+from bifocal.data.skips import RowError
+from bifocal.data.text_files import Reader, Row, file_error, read_json_lines
 
 _NUMBER = re.compile(r"-?\d+(\.\d*)?")
 # gold_label of the SNLI and MultiNLI files, and the numbers that the Hub's copies have for them.
@@ -30,19 +30,19 @@ def read_nli(path: str, start: Any = None, triplets: bool = True, read: Reader =
     groups: dict[
         str, dict[str, dict[str, str]]
     ] = {}  # by premise and label, the sentences with the names of their rows
-    faults: list[Row] = []
+    row_errors: list[Row] = []
     for row in read(path, None):
-        if isinstance(row.value, Fault):
-            faults.append(row)
+        if isinstance(row.value, RowError):
+            row_errors.append(row)
             continue
         raw = row.value
         premise, sentence = raw.get("sentence1", raw.get("premise")), raw.get("sentence2", raw.get("hypothesis"))
         label = _label(raw.get("gold_label", raw.get("label")))
         if not isinstance(premise, str) or not isinstance(sentence, str):
-            faults.append(row._replace(value=Fault("no query", "no premise or no hypothesis")))
+            row_errors.append(row._replace(value=RowError("no query", "no premise or no hypothesis")))
         elif label in ("entailment", "contradiction"):
             groups.setdefault(premise, {}).setdefault(label, {}).setdefault(sentence, row.name)
-    yield from _numbered([*faults, *_triplets(groups, triplets)], start)
+    yield from _numbered([*row_errors, *_triplets(groups, triplets)], start)
 
 
 def _numbered(rows: Iterable[Row], start: Any) -> Iterator[Row]:
@@ -77,15 +77,15 @@ def _either(folder: Path, name: str) -> Path | None:
 def _judgements(path: str, start: Any = None) -> Iterator[Row]:
     """Yield rows with `query-id`, `corpus-id` and `score`, of a file with or without a line of these names."""
     names = ("query-id", "corpus-id", "score")
-    for row in read_csv(path, header=names, tabs=True):
-        if isinstance(row.value, Fault):
+    for row in read_csv(path, column_names=names, tabs=True):
+        if isinstance(row.value, RowError):
             yield row
             continue
         score = row.value["score"].strip()
         if _NUMBER.fullmatch(score):
             yield row._replace(value={**row.value, "score": float(score)})
         elif not row.name.endswith(":1"):
-            yield row._replace(value=Fault("broken judgement", f"the score {score[:50]!r} is no number"))
+            yield row._replace(value=RowError("broken judgement", f"the score {score[:50]!r} is no number"))
 
 
 def read_beir(folder: str, start: Any = None, split: str = "train") -> Iterator[Row]:
@@ -101,23 +101,23 @@ def read_beir(folder: str, start: Any = None, split: str = "train") -> Iterator[
     if not judgements.exists():
         there = ", ".join(sorted(path.stem for path in (root / "qrels").glob("*.tsv"))) or "none"
         error = FileNotFoundError(f"no judgements '{judgements}' (splits that are there: {there})")
-        yield Row(None, f"{root.name}/qrels/{split}.tsv", lost(error))
+        yield Row(None, f"{root.name}/qrels/{split}.tsv", file_error(error))
         return
-    relevant, faults = _relevant(judgements)
+    relevant, row_errors = _relevant(judgements)
     texts: dict[str, dict[str, str]] = {}
     for name, wanted in (("queries", {q for _, q, _ in relevant}), ("corpus", {d for _, _, d in relevant})):
         texts[name] = {}
         for row in read_on(read_json_lines, str(_either(root, name))):
-            if isinstance(row.value, Fault):
-                faults.append(row)
+            if isinstance(row.value, RowError):
+                row_errors.append(row)
             elif str(row.value.get("_id")) in wanted:
                 texts[name][str(row.value["_id"])] = passage(row.value)
-    yield from _numbered([*faults, *_judged(relevant, texts)], start)
+    yield from _numbered([*row_errors, *_judged(relevant, texts)], start)
 
 
 def whole_beir(
     folder: str, split: str = "test"
-) -> tuple[dict[str, str], dict[str, str], dict[str, list[str]], list[tuple[str, Fault]]]:
+) -> tuple[dict[str, str], dict[str, str], dict[str, list[str]], list[tuple[str, RowError]]]:
     """Queries, the whole corpus, the ids of the relevant passages of each judged query, and faulty lines by name.
 
     Raises:
@@ -134,41 +134,41 @@ def whole_beir(
     for name in ("queries", "corpus"):
         texts[name] = {}
         for row in read_on(read_json_lines, str(_either(Path(folder), name))):
-            if isinstance(row.value, Fault):
+            if isinstance(row.value, RowError):
                 rows.append(row)
             elif "_id" not in row.value:
-                rows.append(row._replace(value=Fault("no _id", ", ".join(map(str, row.value)))))
+                rows.append(row._replace(value=RowError("no _id", ", ".join(map(str, row.value)))))
             else:
                 texts[name][str(row.value["_id"])] = passage(row.value)
-    faults = [(row.name, row.value) for row in rows if isinstance(row.value, Fault)]
+    row_errors = [(row.name, row.value) for row in rows if isinstance(row.value, RowError)]
     right: dict[str, list[str]] = {}
     for name, query, document in relevant:
         missing = next((i for i, t in ((query, "queries"), (document, "corpus")) if i not in texts[t]), None)
         if missing is None:
             right.setdefault(query, []).append(document)
         else:
-            faults.append((name, Fault("judgement of a missing text", f"'{missing}'")))
-    return {query: texts["queries"][query] for query in right}, texts["corpus"], right, faults
+            row_errors.append((name, RowError("judgement of a missing text", f"'{missing}'")))
+    return {query: texts["queries"][query] for query in right}, texts["corpus"], right, row_errors
 
 
 def _relevant(judgements: Path) -> tuple[list[tuple[str, str, str]], list[Row]]:
     """(name of the row, query, relevant passage), and the rows that cannot be read."""
     relevant: list[tuple[str, str, str]] = []
-    faults: list[Row] = []
+    row_errors: list[Row] = []
     for row in read_on(_judgements, str(judgements)):
-        if isinstance(row.value, Fault):
-            faults.append(row)
+        if isinstance(row.value, RowError):
+            row_errors.append(row)
         elif row.value["score"] > 0:
             relevant.append((row.name, row.value["query-id"], row.value["corpus-id"]))
-    return relevant, faults
+    return relevant, row_errors
 
 
 def _judged(relevant: list[tuple[str, str, str]], texts: dict[str, dict[str, str]]) -> Iterator[Row]:
     for number, (name, query, document) in enumerate(relevant, 1):
         missing = next((i for i, t in ((query, "queries"), (document, "corpus")) if i not in texts[t]), None)
-        value: dict[str, Any] | Fault
+        value: dict[str, Any] | RowError
         if missing is not None:
-            value = Fault("judgement of a missing text", f"'{missing}'")
+            value = RowError("judgement of a missing text", f"'{missing}'")
         else:
             value = {"query": texts["queries"][query], "positive": texts["corpus"][document]}
         yield Row(number, name, value)

@@ -1,4 +1,4 @@
-"""Long captions for one's own pictures, by any image-text model of transformers."""
+"""Long captions for one's own images, by any image-text model of transformers."""
 
 import hashlib
 from collections.abc import Iterator
@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
-from bifocal.data.images import fault_of
-from bifocal.data.inspection import rows_of
+from bifocal.data.images import image_row_error
+from bifocal.data.inspection import iter_rows
 from bifocal.data.schema import read_yaml, validated
-from bifocal.data.skips import Fault, Skip, Skipped, start_log
+from bifocal.data.skips import RowError, SkipLog, SkippedRow, start_log
 from bifocal.data.source import Source
 from bifocal.errors import DataError, first_line
 from bifocal.files import replace_file
@@ -30,7 +30,7 @@ class CaptionRecipe(BaseModel):
         model, revision: an image-text model of transformers, by Hub id or folder.
         prompt: what it is asked.
         max_new_tokens, min_new_tokens: of a caption.
-        batch_size: pictures at once.
+        batch_size: images at once.
     """
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
@@ -55,7 +55,7 @@ def caption_recipe(model: str, path: Path | None = None) -> CaptionRecipe:
 
 @dataclass
 class Captioned:
-    """How many pictures were captioned now, how many before, and how many could not be read."""
+    """How many images were captioned now, how many before, and how many could not be read."""
 
     made: int = 0
     before: int = 0
@@ -63,27 +63,27 @@ class Captioned:
 
 
 def caption_source(source: Source, out: Path, recipe: CaptionRecipe) -> Captioned:
-    """Write a caption for every picture of a source, greedily decoded; go on where a run was killed.
+    """Write a caption for every image of a source, greedily decoded; go on where a run was killed.
 
     The folder then is a source itself (`path: OUT/*.parquet`): Parquet files with `image`, `caption`, `image_id`, and
-    for each row the `model`, its `revision`, the `prompt` and when it was `made`. Pictures of files are named by their
+    for each row the `model`, its `revision`, the `prompt` and when it was `made`. Images of files are named by their
     paths, others are copied. What cannot be read is named in skipped.jsonl.
 
     Raises:
-        DataError: no pictures, no such model, or a folder with captions of another model or prompt.
+        DataError: no images, no such model, or a folder with captions of another model or prompt.
         OSError: the folder cannot be written.
     """
     captioner = _Captioner(recipe)
     out.mkdir(parents=True, exist_ok=True)
     done, parts = _done(out, captioner.provenance)
-    skipped = Skipped(start_log(out / "skipped.jsonl"))
+    skipped = SkipLog(start_log(out / "skipped.jsonl"))
     result = Captioned(before=len(done))
-    pictures = _pictures(source, done, skipped, result)
-    while rows := list(islice(pictures, _PART)):
+    images = _images(source, done, skipped, result)
+    while rows := list(islice(images, _PART)):
         captioned: list[dict[str, Any]] = []
         for start in range(0, len(rows), recipe.batch_size):
             batch = rows[start : start + recipe.batch_size]
-            captions = captioner([picture for _, _, picture in batch])
+            captions = captioner([image for _, _, image in batch])
             captioned += [
                 {"row": name, **row, "caption": caption}
                 for (name, row, _), caption in zip(batch, captions, strict=True)
@@ -91,7 +91,7 @@ def caption_source(source: Source, out: Path, recipe: CaptionRecipe) -> Captione
         result.made += _write(captioned, out / f"part-{parts:05}.parquet", captioner.provenance, skipped, result)
         parts += 1
     if not result.made and not result.before:
-        raise DataError(f"'{source.title}' has no picture that could be captioned; look at its path and columns.")
+        raise DataError(f"'{source.title}' has no image that could be captioned; look at its path and columns.")
     return result
 
 
@@ -120,27 +120,27 @@ def _done(out: Path, provenance: dict[str, str]) -> tuple[set[str], int]:
     return done, max(numbers) + 1
 
 
-def _pictures(
-    source: Source, done: set[str], skipped: Skipped, result: Captioned
+def _images(
+    source: Source, done: set[str], skipped: SkipLog, result: Captioned
 ) -> Iterator[tuple[str, dict[str, Any], Image.Image]]:
-    """(name, row, picture) of what has no caption yet."""
-    for name, row in rows_of(source, "image-only"):
+    """(name, row, image) of what has no caption yet."""
+    for name, row in iter_rows(source, "image-only"):
         if name in done:
             continue
-        if not isinstance(row, Fault):
+        if not isinstance(row, RowError):
             try:
-                picture = load_image(row["image"])
-                skipped.add("pictures", 1)
-                yield name, row, picture
+                image = load_image(row["image"])
+                skipped.add("images", 1)
+                yield name, row, image
                 continue
             except Exception as error:
-                row = fault_of(error)
-        skipped.add("pictures", 1, [Skip.of(name, row)])
+                row = image_row_error(error)
+        skipped.add("images", 1, [SkippedRow.of(name, row)])
         result.skipped += 1
 
 
 def _write(
-    rows: list[dict[str, Any]], path: Path, provenance: dict[str, str], skipped: Skipped, result: Captioned
+    rows: list[dict[str, Any]], path: Path, provenance: dict[str, str], skipped: SkipLog, result: Captioned
 ) -> int:
     import pyarrow as pa
     from pyarrow.parquet import write_table
@@ -148,7 +148,7 @@ def _write(
     kept = []
     for row in rows:
         if not row["caption"]:
-            skipped.add("pictures", 0, [Skip(row["row"], "empty caption")])
+            skipped.add("images", 0, [SkippedRow(row["row"], "empty caption")])
             result.skipped += 1
             continue
         image = row["image"]
@@ -195,19 +195,19 @@ class _Captioner:
         }
 
     @torch.inference_mode()
-    def __call__(self, pictures: list[Image.Image]) -> list[str]:
+    def __call__(self, images: list[Image.Image]) -> list[str]:
         prompt = self.recipe.prompt
         if getattr(self.processor, "chat_template", None):
             talks = [
-                [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": prompt}]}]
-                for picture in pictures
+                [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": prompt}]}]
+                for image in images
             ]
             inputs = self.processor.apply_chat_template(
                 talks, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
                 processor_kwargs={"padding": True},
             )  # fmt: skip
         else:
-            inputs = self.processor(images=pictures, text=[prompt] * len(pictures), return_tensors="pt", padding=True)
+            inputs = self.processor(images=images, text=[prompt] * len(images), return_tensors="pt", padding=True)
         inputs = inputs.to(self.device)
         for name, value in inputs.items():
             if torch.is_floating_point(value):

@@ -6,23 +6,23 @@ from pathlib import Path
 
 from bifocal.data.filters import Cleaning
 from bifocal.data.loading import load_source
-from bifocal.data.skips import Skipped, start_log
+from bifocal.data.skips import SkipLog, start_log
 from bifocal.data.source import Source
 from bifocal.errors import DataError
 
 _ROWS = 10_000  # of a file
-_GROUP = 256  # rows held at once, pictures included
+_GROUP = 256  # rows held at once, images included
 
 
-def write_clean(source: Source, kind: str, out: Path, skipped: Skipped) -> int:
-    """Write the good rows that pass the source's filters, pictures included; returns how many.
+def write_clean(source: Source, kind: str, out: Path, skipped: SkipLog) -> int:
+    """Write the good rows that pass the source's filters, images included; returns how many.
 
     The log of skipped rows is overwritten.
 
     Raises:
         DataError: the folder holds other files; they and the log are left as they are.
         NotOursError: the file in the place of the log is none.
-        BadRowsError: more bad rows than the source's `max_bad`.
+        BadRowsError: more bad rows than the source's `max_bad_fraction`.
         OSError: the folder cannot be written.
     """
     from datasets.table import embed_table_storage
@@ -33,7 +33,7 @@ def write_clean(source: Source, kind: str, out: Path, skipped: Skipped) -> int:
         raise DataError(f"'{out}' is not empty (it has {others[0]}); choose another folder or empty this one.")
     if skipped.log is not None:
         start_log(skipped.log)
-    cleaning = (source.clean or Cleaning()).model_copy(update={"readable": True})
+    cleaning = (source.clean or Cleaning()).model_copy(update={"verify_images": True})
     source = source.model_copy(update={"streaming": False, "clean": cleaning})
     data = load_source(source, kind, 0, skipped, source.title)
     files = max(1, -(-len(data) // _ROWS))
@@ -45,7 +45,7 @@ def write_clean(source: Source, kind: str, out: Path, skipped: Skipped) -> int:
             name = f"{number:05}-of-{files:05}.parquet"
             with ParquetWriter(Path(scratch, name), part.features.arrow_schema) as writer:
                 for rows in part.iter(_GROUP):
-                    writer.write_table(embed_table_storage(rows))  # pictures into the file, where rows name paths
+                    writer.write_table(embed_table_storage(rows))  # images into the file, where rows name paths
         for path in sorted(Path(scratch).glob("*.parquet")):
             os.replace(path, out / path.name)
     return len(data)

@@ -1,15 +1,14 @@
 """The columns that a kind of rows needs of a source, and which may be meant where one is missing."""
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from bifocal.data.kinds import KINDS
-from bifocal.data.normalize import NAMES, Normaliser, has_column
-from bifocal.data.readers import PICTURES
+from bifocal.data.normalize import NAMES, RowNormaliser, has_column
+from bifocal.data.readers import IMAGE_SUFFIXES
 from bifocal.data.source import Source
-from bifocal.errors import DataError
+from bifocal.errors import DataError, closest_name
 
 # Beside the names that are found without being told; the likeliest first.
 _SYNONYMS: dict[str, tuple[str, ...]] = {
@@ -29,7 +28,7 @@ _WHAT = {"image": "images", "score": "numbers", "label": "labels"}
 _ID = re.compile(r"(^|_)(id|idx|index|uuid|uid|guid|key|hash|md5|sha\d*)$", re.IGNORECASE)
 _NUMBER = re.compile(r"\s*[-+]?\d+([.,]\d+)*([eE][-+]?\d+)?\s*$")
 _ADDRESS = re.compile(r"\s*[a-z]+://\S+\s*$", re.IGNORECASE)
-_PICTURE = re.compile(rf"\S.*\.({'|'.join(PICTURES)})(\?\S*)?\s*$", re.IGNORECASE)
+_IMAGE_FILE = re.compile(rf"\S.*\.({'|'.join(IMAGE_SUFFIXES)})(\?\S*)?\s*$", re.IGNORECASE)
 
 
 class MissingColumnError(DataError):
@@ -56,22 +55,22 @@ def require_columns(names: list[str] | None, source: Source, kind: str, rows: Se
     if names is None:
         return
     has = ", ".join(names)
-    for ours, theirs in source.columns.items():
+    for ours, theirs in source.mapped_columns.items():
         if theirs not in names and theirs.partition(".")[0] not in names:
-            near = difflib.get_close_matches(theirs, names, n=1)
-            meant = f"; did you mean columns.{ours}: {near[0]}?" if near else f"; correct columns.{ours}."
+            closest = closest_name(theirs, names)
+            meant = f"; did you mean column_mapping.{closest}={ours}?" if closest else "; correct column_mapping."
             raise MissingColumnError(f"'{source.title}' has no column '{theirs}' (it has {has}){meant}", names)
-    steps = Normaliser(kind, source.columns)
+    steps = RowNormaliser(kind, source.mapped_columns)
     found = {ours: steps.column_of(ours, names) for ours in KINDS[kind]}
     for ours, column in found.items():
-        if ours not in source.columns and column is None and not has_column(ours, names):
+        if ours not in source.mapped_columns and column is None and not has_column(ours, names):
             taken = [one for one in found.values() if one is not None]
             hint = column_hint(ours, names, rows, taken)
             raise MissingColumnError(f"'{source.title}' has no column '{ours}' (it has {has}){hint}.", names)
-        if ours not in source.columns and f"{column}.1" in names:
+        if ours not in source.mapped_columns and f"{column}.1" in names:
             raise MissingColumnError(
-                f"'{source.title}' has two columns '{column}' (the second is read as '{column}.1'); say which under "
-                f"columns, such as {ours}: {column}.1.",
+                f"'{source.title}' has two columns '{column}' (the second is read as '{column}.1'); choose one "
+                f"with column_mapping, such as column_mapping.{column}.1={ours}.",
                 names,
             )
 
@@ -98,7 +97,7 @@ def column_hint(ours: str, names: Sequence[str], rows: Sequence[Mapping[str, Any
     fitting = [name for name in free if fits[name] is True or (fits[name] is None and rank(name) < 10_000)]
     if not fitting:
         return f"; none of them looks like {_WHAT.get(ours, 'texts')}"
-    return f"; name the right one under columns, such as {ours}: {min(fitting, key=rank)}"
+    return f"; set column_mapping.{min(fitting, key=rank)}={ours} if that is the right one"
 
 
 def _fits(ours: str, name: str, values: list[Any]) -> bool | None:
@@ -114,7 +113,7 @@ def _fits(ours: str, name: str, values: list[Any]) -> bool | None:
 def _is_image(value: Any) -> bool:
     if isinstance(value, Mapping):
         return {"bytes", "path"} & set(value) != set()
-    return isinstance(value, bytes) or (isinstance(value, str) and bool(_PICTURE.match(value)))
+    return isinstance(value, bytes) or (isinstance(value, str) and bool(_IMAGE_FILE.match(value)))
 
 
 def _is_number(value: Any) -> bool:
@@ -122,12 +121,12 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_label(value: Any) -> bool:
-    return isinstance(value, int) or (isinstance(value, str) and len(value) < 100 and not _PICTURE.match(value))
+    return isinstance(value, int) or (isinstance(value, str) and len(value) < 100 and not _IMAGE_FILE.match(value))
 
 
 def _is_text(value: Any) -> bool:
     """Whether a value is a text that is no number, address or file of an image."""
     return (
         isinstance(value, str) and any(map(str.isalpha, value))
-        and not (_NUMBER.match(value) or _ADDRESS.match(value) or _PICTURE.match(value))
+        and not (_NUMBER.match(value) or _ADDRESS.match(value) or _IMAGE_FILE.match(value))
     )  # fmt: skip

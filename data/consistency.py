@@ -8,12 +8,12 @@ import numpy as np
 
 from bifocal.data.filters import Consistency
 from bifocal.data.row_names import row_name, select_rows
-from bifocal.data.skips import Skip, Skipped
+from bifocal.data.skips import SkipLog, SkippedRow
 from bifocal.errors import DataError, first_line
 from bifocal.files import replace_file
 
 
-def consistent(pairs: Any, settings: Consistency, skipped: Skipped, name: str) -> Any:
+def filter_consistent(pairs: Any, settings: Consistency, skipped: SkipLog, name: str) -> Any:
     """The pairs of a `datasets.Dataset` that pass; the others go into the account as dropped.
 
     The positives of each pool of rows are ranked for each of its queries. Texts that are equal to the positive count as
@@ -25,10 +25,10 @@ def consistent(pairs: Any, settings: Consistency, skipped: Skipped, name: str) -
     if "query" not in pairs.column_names:
         raise DataError(f"'{name}' has no text pairs, and the consistency filter compares queries and positives.")
     ranks = _ranks_kept(pairs, settings)
-    passes = ranks < settings.nearest
+    passes = ranks < settings.top_k
     bad = np.flatnonzero(~passes)
     skips = [
-        Skip(row_name(pairs, int(row)), "inconsistent pair", f"positive at rank {ranks[row] + 1}", dropped=True)
+        SkippedRow(row_name(pairs, int(row)), "inconsistent pair", f"positive at rank {ranks[row] + 1}", filtered=True)
         for row in bad
     ]
     skipped.add(name, 0, skips)
@@ -39,7 +39,7 @@ def _ranks_kept(pairs: Any, settings: Consistency) -> np.ndarray:
     from datasets.fingerprint import Hasher
 
     files = pairs.cache_files
-    key = Hasher.hash([pairs._fingerprint, json.dumps(settings.model_dump(exclude={"nearest"}))])
+    key = Hasher.hash([pairs._fingerprint, json.dumps(settings.model_dump(exclude={"top_k"}))])
     path = Path(files[0]["filename"]).with_name(f"ranks-{key}.npy") if files else None
     if path is not None and path.exists():
         return np.load(path)
@@ -59,8 +59,8 @@ def _ranks(pairs: Any, settings: Consistency) -> np.ndarray:
     except (OSError, ValueError) as error:
         raise DataError(f"'{settings.model}' is no sentence-transformers model ({first_line(error)}).") from error
     ranks = np.empty(len(pairs), dtype=np.int64)
-    for start in range(0, len(pairs), settings.pool):
-        rows = pairs[start : start + settings.pool]
+    for start in range(0, len(pairs), settings.pool_size):
+        rows = pairs[start : start + settings.pool_size]
         queries, positives = (
             [text[0] if isinstance(text, list) else text for text in rows[c]] for c in ("query", "positive")
         )

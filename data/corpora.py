@@ -1,6 +1,5 @@
 """The registry of public corpora: `data/recipes/corpora.yaml`."""
 
-import difflib
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +8,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict
 
 from bifocal.data.source import Source
-from bifocal.errors import DataError
+from bifocal.errors import DataError, closest_name
 
 REGISTRY = Path(__file__).parent / "recipes" / "corpora.yaml"
 
@@ -19,12 +18,12 @@ class Corpus(BaseModel):
 
     Args:
         kind: of its rows.
-        used: where the paper, or today's practice, has it.
-        about: in a sentence.
-        id: of its data set on the Hub.
+        usage: where the paper, or today's practice, has it.
+        description: in a sentence.
+        dataset_id: of its data set on the Hub.
         path: its files, where they are not loaded by the id.
-        format, name, split, columns: as of a `Source`.
-        rows: about how many.
+        format, name, split, column_mapping: as of a `Source`.
+        num_rows: about how many.
         licence: as its publisher says.
         download: how to get what is not on the Hub; the source then needs a path of one's own.
         verified: what these facts were checked against.
@@ -32,26 +31,27 @@ class Corpus(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     kind: Literal["image-text", "text-pair", "text-triplet", "text-only"]
-    used: str
-    about: str
-    id: str | None = None
+    usage: str
+    description: str
+    dataset_id: str | None = None
     path: str | None = None
     format: str | None = None
     name: str | None = None
     split: str = "train"
-    columns: dict[str, str] = {}
-    rows: int
+    column_mapping: dict[str, str] = {}
+    num_rows: int
     licence: str
     download: str | None = None
     verified: str
 
     def source(self, given: Source) -> Source:
         """The source of a recipe that named this corpus, with what the recipe says of it besides."""
-        place = self.path or self.id
+        place = self.path or self.dataset_id
         if self.download is not None or place is None:
             raise DataError(f"'{given.path}' must be fetched first: {self.download}.")
         own: dict[str, Any] = {
-            "path": place, "format": self.format, "name": self.name, "split": self.split, "columns": self.columns,
+            "path": place, "format": self.format, "name": self.name, "split": self.split,
+            "column_mapping": self.column_mapping,
         }  # fmt: skip
         said = {key: getattr(given, key) for key in given.model_fields_set if key != "path"}
         return Source(**{**own, **said})
@@ -70,8 +70,8 @@ def corpus(name: str) -> Corpus:
     """
     known = corpora()
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        said = f"did you mean '{near[0]}'?" if near else "see bifocal data list."
+        closest = closest_name(name, known)
+        said = f"did you mean '{closest}'?" if closest else "see bifocal data list."
         raise DataError(f"There is no corpus '{name}'; {said}")
     return known[name]
 
@@ -82,10 +82,10 @@ def listing() -> str:
         (
             name,
             c.kind,
-            f"{c.rows:,}",
+            f"{c.num_rows:,}",
             c.licence,
             "not verified" if c.verified.startswith("not verified") else "in part",
-            "fetch first" if c.download else (c.path or c.id or ""),
+            "fetch first" if c.download else (c.path or c.dataset_id or ""),
         )
         for name, c in corpora().items()
     ]
@@ -102,10 +102,11 @@ def explained(name: str) -> str:
     """What is known of one, and the lines that a recipe needs for it."""
     found = corpus(name)
     facts = {
-        "kind": found.kind, "used": found.used, "on the Hub": found.id or "no", "rows": f"about {found.rows:,}",
+        "kind": found.kind, "used": found.usage, "on the Hub": found.dataset_id or "no",
+        "rows": f"about {found.num_rows:,}",
         "licence": found.licence, "verified": found.verified,
     }  # fmt: skip
-    lines = [f"{name}: {found.about}", ""] + [f"  {key:<11} {value}" for key, value in facts.items()]
+    lines = [f"{name}: {found.description}", ""] + [f"  {key:<11} {value}" for key, value in facts.items()]
     if found.download is not None:
         return "\n".join([*lines, "", f"To fetch: {found.download}."])
     streaming = ", streaming: true" if found.path else ""

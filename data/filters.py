@@ -9,8 +9,8 @@ from typing import Annotated, Any
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from bifocal.data.images import fault_of
-from bifocal.data.skips import Fault
+from bifocal.data.images import image_row_error
+from bifocal.data.skips import RowError
 from bifocal.errors import DataError
 from bifocal.modeling import load_image
 
@@ -23,47 +23,47 @@ class Consistency(BaseModel):
 
     Args:
         model: of sentence-transformers, a folder or Hub id.
-        nearest: among so many.
-        pool: in so many rows that follow one another.
+        top_k: among so many.
+        pool_size: in so many rows that follow one another.
     """
 
     model_config = ConfigDict(extra="forbid")
     model: str
-    nearest: Annotated[int, Field(ge=1)] = 2
-    pool: Annotated[int, Field(ge=2)] = 100_000
+    top_k: Annotated[int, Field(ge=1)] = 2
+    pool_size: Annotated[int, Field(ge=2)] = 100_000
 
 
 class Cleaning(BaseModel):
     """What to leave out; nothing, if nothing is set.
 
     Args:
-        duplicate_images: rows whose picture's bytes came before.
-        duplicate_texts: rows whose texts came before, case and spaces apart.
+        deduplicate_images: rows whose image's bytes came before.
+        deduplicate_texts: rows whose texts came before, case and spaces apart.
         min_characters, max_characters: bounds of each caption, query, positive and text; at least 2 leaves out those of
             one character.
-        readable: decode every picture now; one that cannot be is bad, and not found out in training.
-        min_side: of a picture, in pixels.
-        max_ratio: of a picture's longer side to its shorter.
+        verify_images: decode every image now; one that cannot be is bad, and not found out in training.
+        min_image_size: of an image, in pixels.
+        max_aspect_ratio: of an image's longer side to its shorter.
         languages: ISO 639-1 codes; what py3langid takes for another language goes.
-        keep: a pattern that each text must contain.
-        drop: patterns that no text may contain.
+        include: a pattern that each text must contain.
+        exclude: patterns that no text may contain.
         consistency: see `Consistency`; for text pairs and triplets.
     """
 
     model_config = ConfigDict(extra="forbid")
-    duplicate_images: bool = False
-    duplicate_texts: bool = False
+    deduplicate_images: bool = False
+    deduplicate_texts: bool = False
     min_characters: Annotated[int, Field(ge=1)] | None = None
     max_characters: Annotated[int, Field(ge=1)] | None = None
-    readable: bool = False
-    min_side: Annotated[int, Field(ge=1)] | None = None
-    max_ratio: Annotated[float, Field(ge=1)] | None = None
+    verify_images: bool = False
+    min_image_size: Annotated[int, Field(ge=1)] | None = None
+    max_aspect_ratio: Annotated[float, Field(ge=1)] | None = None
     languages: list[str] = []
-    keep: str | None = None
-    drop: list[str] = []
+    include: str | None = None
+    exclude: list[str] = []
     consistency: Consistency | None = None
 
-    @field_validator("keep", "drop")
+    @field_validator("include", "exclude")
     @classmethod
     def _patterns(cls, value: Any) -> Any:
         for pattern in [value] if isinstance(value, str) else value or []:
@@ -76,7 +76,7 @@ class Cleaning(BaseModel):
     @property
     def needs_whole(self) -> bool:
         """Whether a filter compares rows with one another, and so cannot work on a stream in parts."""
-        return self.duplicate_images or self.duplicate_texts or self.consistency is not None
+        return self.deduplicate_images or self.deduplicate_texts or self.consistency is not None
 
 
 class RowFilter:
@@ -85,27 +85,27 @@ class RowFilter:
     def __init__(self, cleaning: Cleaning) -> None:
         self.cleaning = cleaning
         self.seen: set[bytes] = set()
-        self._keep = re.compile(cleaning.keep) if cleaning.keep else None
-        self._drop = [re.compile(pattern) for pattern in cleaning.drop]
+        self._include = re.compile(cleaning.include) if cleaning.include else None
+        self._exclude = [re.compile(pattern) for pattern in cleaning.exclude]
         self._identify = _identifier(cleaning.languages) if cleaning.languages else None
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """The row, perhaps with fewer captions.
 
         Raises:
-            Fault: the row goes.
+            RowError: the row goes.
         """
         kept = dict(row)
         for column in _TEXTS:
             if column in row:
                 kept[column] = self._texts(column, row[column])
         if "image" in row:
-            if self.cleaning.readable:
+            if self.cleaning.verify_images:
                 require_readable(content(row["image"]))
-            self._picture(row["image"])
-        if self.cleaning.duplicate_images and "image" in row:
+            self._check_size(row["image"])
+        if self.cleaning.deduplicate_images and "image" in row:
             self._once("duplicate image", content(row["image"]))
-        if self.cleaning.duplicate_texts:
+        if self.cleaning.deduplicate_texts:
             self._once("duplicate text", "\0".join(same(kept[column]) for column in _TEXTS if column in kept).encode())
         return kept
 
@@ -114,12 +114,12 @@ class RowFilter:
             self._text(column, value)
             return value
         good, last = [], None
-        for one in value:  # a picture keeps those of its captions that pass
+        for one in value:  # an image keeps those of its captions that pass
             try:
                 self._text(column, one)
                 good.append(one)
-            except Fault as fault:
-                last = fault
+            except RowError as row_error:
+                last = row_error
         if not good and last is not None:
             raise last
         return good
@@ -127,33 +127,33 @@ class RowFilter:
     def _text(self, column: str, text: str) -> None:
         settings = self.cleaning
         if settings.min_characters is not None and len(text) < settings.min_characters:
-            raise Fault(f"short {column}", text[:100], dropped=True)
+            raise RowError(f"short {column}", text[:100], filtered=True)
         if settings.max_characters is not None and len(text) > settings.max_characters:
-            raise Fault(f"long {column}", f"{len(text):,} characters", dropped=True)
-        if self._keep is not None and not self._keep.search(text):
-            raise Fault(f"{column} without the pattern", text[:100], dropped=True)
-        for pattern in self._drop:
+            raise RowError(f"long {column}", f"{len(text):,} characters", filtered=True)
+        if self._include is not None and not self._include.search(text):
+            raise RowError(f"{column} without the pattern", text[:100], filtered=True)
+        for pattern in self._exclude:
             if pattern.search(text):
-                raise Fault(f"{column} with a pattern", f"{pattern.pattern}: {text[:100]}", dropped=True)
+                raise RowError(f"{column} with a pattern", f"{pattern.pattern}: {text[:100]}", filtered=True)
         if self._identify is not None:
             language = self._identify(text)
             if language not in settings.languages:
-                raise Fault(f"{column} in another language", f"{language}: {text[:100]}", dropped=True)
+                raise RowError(f"{column} in another language", f"{language}: {text[:100]}", filtered=True)
 
-    def _picture(self, value: Any) -> None:
-        least, most = self.cleaning.min_side, self.cleaning.max_ratio
+    def _check_size(self, value: Any) -> None:
+        least, most = self.cleaning.min_image_size, self.cleaning.max_aspect_ratio
         if least is None and most is None:
             return
         width, height = size_of(value)
         if least is not None and min(width, height) < least:
-            raise Fault("small picture", f"{width} x {height}", dropped=True)
+            raise RowError("small image", f"{width} x {height}", filtered=True)
         if most is not None and max(width, height) > most * min(width, height):
-            raise Fault("extreme ratio", f"{width} x {height}", dropped=True)
+            raise RowError("extreme ratio", f"{width} x {height}", filtered=True)
 
     def _once(self, cause: str, content: bytes) -> None:
         key = hashlib.blake2b(content, digest_size=16, person=cause.encode()[:16]).digest()
         if key in self.seen:
-            raise Fault(cause, "", dropped=True)
+            raise RowError(cause, "", filtered=True)
         self.seen.add(key)
 
 
@@ -164,10 +164,10 @@ def same(text: Any) -> str:
 
 
 def content(value: Any) -> bytes:
-    """The bytes of a picture's file.
+    """The bytes of an image's file.
 
     Raises:
-        Fault: the file cannot be read.
+        RowError: the file cannot be read.
     """
     if isinstance(value, bytes):
         return value
@@ -175,31 +175,31 @@ def content(value: Any) -> bytes:
         with open(value, "rb") as file:
             return file.read()
     except OSError as error:
-        raise fault_of(error) from error
+        raise image_row_error(error) from error
 
 
 def require_readable(data: bytes) -> None:
     """
     Raises:
-        Fault: these bytes are no picture, or a broken one.
+        RowError: these bytes are no image, or a broken one.
     """
     try:
         load_image(data)
     except Exception as error:
-        raise fault_of(error) from error
+        raise image_row_error(error) from error
 
 
 def size_of(value: Any) -> tuple[int, int]:
-    """Width and height of a picture that is not decoded.
+    """Width and height of an image that is not decoded.
 
     Raises:
-        Fault: it is none.
+        RowError: it is none.
     """
     try:
         with Image.open(io.BytesIO(value) if isinstance(value, bytes) else value) as image:
             return image.size
     except Exception as error:
-        raise fault_of(error) from error
+        raise image_row_error(error) from error
 
 
 def _identifier(languages: list[str]) -> Any:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from bifocal.data.filters import content, require_readable, same, size_of
 from bifocal.data.loading import load_source, open_stream
-from bifocal.data.skips import FAULT, Fault
+from bifocal.data.skips import ERROR_COLUMN, RowError
 from bifocal.data.source import Source
 from bifocal.modeling import load_image
 
@@ -33,10 +33,10 @@ class Inspection:
         complete: whether these are all.
         left_out: for each cause how many, whether a filter dropped them, and some of them: (name, detail).
         lengths: characters of every text, by column.
-        sizes: width and height of every picture.
-        megabytes: of the pictures' files.
-        counts: captions of each picture, or negatives of each row.
-        duplicates: rows whose picture, or whose texts, came before; they are counted, whether dropped or not.
+        sizes: width and height of every image.
+        megabytes: of the images' files.
+        counts: captions of each image, or negatives of each row.
+        duplicates: rows whose image, or whose texts, came before; they are counted, whether dropped or not.
         sample: rows drawn at random, each with `name`, `texts` (column, text) and perhaps `thumbnail`, a data URI.
     """
 
@@ -55,7 +55,7 @@ class Inspection:
 
 
 def inspect_source(source: Source, kind: str, most: int | None = 10_000, seed: int = 0) -> Inspection:
-    """Look at a source's first rows, pictures decoded.
+    """Look at a source's first rows, images decoded.
 
     Args:
         most: rows to look at; None means all.
@@ -66,23 +66,23 @@ def inspect_source(source: Source, kind: str, most: int | None = 10_000, seed: i
     """
     found = Inspection(source.title, kind)
     draws = random.Random(seed)
-    faults: dict[tuple[str, bool], list[tuple[str, str]]] = {}
+    row_errors: dict[tuple[str, bool], list[tuple[str, str]]] = {}
     causes: Counter[tuple[str, bool]] = Counter()
-    seen: dict[str, set[bytes]] = {"pictures": set(), "texts": set()}
+    seen: dict[str, set[bytes]] = {"images": set(), "texts": set()}
     sample: list[tuple[str, dict[str, Any]]] = []
-    rows = rows_of(source, kind)
+    rows = iter_rows(source, kind)
     for name, row in islice(rows, most):
         found.rows += 1
-        if not isinstance(row, Fault):
+        if not isinstance(row, RowError):
             try:
                 _measure(found, row, seen)
-            except Fault as fault:
-                row = fault
-        if isinstance(row, Fault):
-            key = (row.cause, row.dropped)
+            except RowError as row_error:
+                row = row_error
+        if isinstance(row, RowError):
+            key = (row.cause, row.filtered)
             causes[key] += 1
-            if len(faults.setdefault(key, [])) < _NAMED:
-                faults[key].append((name, row.detail))
+            if len(row_errors.setdefault(key, [])) < _NAMED:
+                row_errors[key].append((name, row.detail))
             continue
         found.good += 1
         place = len(sample) if len(sample) < _SAMPLE else draws.randrange(found.good)
@@ -90,14 +90,14 @@ def inspect_source(source: Source, kind: str, most: int | None = 10_000, seed: i
             sample[place : place + 1] = [(name, row)]
     found.complete = next(rows, None) is None
     found.left_out = [
-        {"cause": cause, "dropped": dropped, "count": count, "rows": faults[cause, dropped]}
-        for (cause, dropped), count in causes.most_common()
+        {"cause": cause, "filtered": filtered, "count": count, "rows": row_errors[cause, filtered]}
+        for (cause, filtered), count in causes.most_common()
     ]
     found.sample = [_shown(name, row) for name, row in sample]
     return found
 
 
-def rows_of(source: Source, kind: str) -> Iterator[tuple[str, dict[str, Any] | Fault]]:
+def iter_rows(source: Source, kind: str) -> Iterator[tuple[str, dict[str, Any] | RowError]]:
     """Every row of a source with its name, good or not, in its order."""
     stream = open_stream(source, kind)
     if stream is not None:
@@ -106,10 +106,10 @@ def rows_of(source: Source, kind: str) -> Iterator[tuple[str, dict[str, Any] | F
     if source.clean is None or not source.clean.needs_whole:
         source = source.model_copy(update={"streaming": source.path != "symbols"})
     for number, row in enumerate(load_source(source, kind)):
-        fault = row.pop(FAULT, None)
-        if fault is not None:
-            name, cause, detail, dropped, shard = json.loads(fault)
-            yield name, Fault(cause, detail, dropped, shard)
+        row_error = row.pop(ERROR_COLUMN, None)
+        if row_error is not None:
+            name, cause, detail, filtered, file_lost = json.loads(row_error)
+            yield name, RowError(cause, detail, filtered, file_lost)
             continue
         image = row.get("image")
         if isinstance(image, list):
@@ -125,7 +125,7 @@ def rows_of(source: Source, kind: str) -> Iterator[tuple[str, dict[str, Any] | F
 def _measure(found: Inspection, row: dict[str, Any], seen: dict[str, set[bytes]]) -> None:
     """
     Raises:
-        Fault: the picture cannot be read.
+        RowError: the image cannot be read.
     """
     texts = {column: value for column, value in row.items() if column not in ("image", "image_id")}
     if "image" in row:
@@ -133,7 +133,7 @@ def _measure(found: Inspection, row: dict[str, Any], seen: dict[str, set[bytes]]
         require_readable(data)
         found.sizes.append(size_of(data))
         found.megabytes += len(data) / 1e6
-        _repeated(found, seen, "pictures", data)
+        _repeated(found, seen, "images", data)
         if "caption" in row:
             found.counts.append(len(row["caption"]) if isinstance(row["caption"], list) else 1)
     if "negatives" in row:
@@ -167,8 +167,8 @@ def _shown(name: str, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _thumbnail(value: Any) -> str:
-    picture = load_image(value)
-    picture.thumbnail((_THUMBNAIL, _THUMBNAIL), Image.Resampling.LANCZOS)
+    image = load_image(value)
+    image.thumbnail((_THUMBNAIL, _THUMBNAIL), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=80)
+    image.save(buffer, "JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -15,25 +15,25 @@ from bifocal.data.delimited import header_of, read_csv
 from bifocal.data.filters import RowFilter
 from bifocal.data.image_decoding import disable_image_decoding
 from bifocal.data.kinds import KINDS
-from bifocal.data.normalize import LAYOUTS, Layout, Normaliser, as_is, dpr, layout_of
-from bifocal.data.paths import Fence, LoadedFence, expand, is_remote
-from bifocal.data.readers import PICTURES, READERS, format_of, read_pictures
+from bifocal.data.normalize import COLUMN_LAYOUTS, ColumnLayout, RowNormaliser, as_is, detect_layout, dpr
+from bifocal.data.paths import AllowedRoots, DatasetsRoots, expand, is_remote
+from bifocal.data.readers import IMAGE_SUFFIXES, READERS, format_of, read_image_folder
 from bifocal.data.shards import ShardStream
-from bifocal.data.skips import Fault, Skipped
+from bifocal.data.skips import RowError, SkipLog
 from bifocal.data.source import Source
-from bifocal.data.tables import checked, materialise
+from bifocal.data.tables import normalise_dataset, to_dataset
 from bifocal.data.tar import read_tar
-from bifocal.data.text_files import FileFault, Reader
-from bifocal.errors import DataError
+from bifocal.data.text_files import FileError, Reader
+from bifocal.errors import DataError, first_line
 
 _PEEKED = 20  # rows that are looked at to know a file's columns
 _LOOKED = 20  # files that are looked at to find one with rows
 _TEXT_TABLES = ("csv", "tsv", "json", "jsonl")
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
 def load_source(
-    source: Source | str, kind: str, seed: int = 0, skipped: Skipped | None = None, name: str | None = None
+    source: Source | str, kind: str, seed: int = 0, skipped: SkipLog | None = None, name: str | None = None
 ) -> Any:
     """
     Args:
@@ -44,7 +44,7 @@ def load_source(
         name: of the task; the source's path when None.
 
     Returns:
-        A `datasets.Dataset`, or with `streaming` a `ShardStream` (files) or an `IterableDataset` (the Hub). Pictures
+        A `datasets.Dataset`, or with `streaming` a `ShardStream` (files) or an `IterableDataset` (the Hub). Images
         stay undecoded.
 
     Raises:
@@ -52,7 +52,7 @@ def load_source(
         BadRowsError: more bad rows than `max_bad`.
     """
     source = _named(Source(path=source) if isinstance(source, str) else source)
-    skipped = Skipped() if skipped is None else skipped
+    skipped = SkipLog() if skipped is None else skipped
     name = name or source.title
     if source.path == "symbols":
         from bifocal.data.symbols import SymbolsConfig, build_symbols
@@ -64,12 +64,12 @@ def load_source(
         _require_streamable(source)
     stream = open_stream(source, kind, seed)
     if stream is not None:
-        return stream if source.streaming else materialise(stream, source, skipped, name)
+        return stream if source.streaming else to_dataset(stream, source, skipped, name)
     found = disable_image_decoding(_from_hub(source))
     require_columns(found.column_names, source, kind)
     path = os.path.expanduser(source.path) if isinstance(source.path, str) else ""
-    fence = LoadedFence(path if os.path.isdir(path) else None)
-    return checked(found, source, normaliser(source, kind, fence), skipped, name)
+    allowed_roots = DatasetsRoots(path if os.path.isdir(path) else None)
+    return normalise_dataset(found, source, normaliser(source, kind, allowed_roots), skipped, name)
 
 
 def open_stream(source: Source, kind: str, seed: int | None = None) -> ShardStream | None:
@@ -83,21 +83,23 @@ def open_stream(source: Source, kind: str, seed: int | None = None) -> ShardStre
     if found is None:
         return None
     shards, read, layout, root = found
-    fence = Fence(source.images if source.images is not None else root)
-    return ShardStream(shards, read, normaliser(source, kind, fence, layout), kind, seed)
+    allowed_roots = AllowedRoots(source.image_root if source.image_root is not None else root)
+    return ShardStream(shards, read, normaliser(source, kind, allowed_roots, layout), kind, seed)
 
 
-def normaliser(source: Source, kind: str, fence: Fence, layout: Layout = as_is) -> Callable[[str, Any], dict[str, Any]]:
+def normaliser(
+    source: Source, kind: str, allowed_roots: AllowedRoots, layout: ColumnLayout = as_is
+) -> Callable[[str, Any], dict[str, Any]]:
     """From a row of a source to a row of a kind, filters included."""
-    steps = Normaliser(kind, source.columns, fence, source.negatives)
-    layout = partial(dpr, negatives=source.negatives) if layout is dpr else layout
+    steps = RowNormaliser(kind, source.mapped_columns, allowed_roots, source.num_negatives)
+    layout = partial(dpr, negatives=source.num_negatives) if layout is dpr else layout
     return _Steps(layout, steps, RowFilter(source.clean) if source.clean is not None else None)
 
 
 class _Steps:
-    """Layout, normalisation, filter; an object and no closure, since data workers receive it."""
+    """ColumnLayout, normalisation, filter; an object and no closure, since data workers receive it."""
 
-    def __init__(self, layout: Layout, steps: Normaliser, keep: RowFilter | None) -> None:
+    def __init__(self, layout: ColumnLayout, steps: RowNormaliser, keep: RowFilter | None) -> None:
         self.layout, self.steps, self.keep = layout, steps, keep
 
     def __call__(self, name: str, raw: Any) -> dict[str, Any]:
@@ -105,11 +107,11 @@ class _Steps:
         return row if self.keep is None else self.keep(row)
 
 
-Located = tuple[list[str], Reader, Layout, str | None]
+Located = tuple[list[str], Reader, ColumnLayout, str | None]
 
 
 def _locate(source: Source, kind: str) -> Located | None:
-    """Files, their reader and layout, and the folder of their pictures; None for what `datasets` is to load."""
+    """Files, their reader and layout, and the folder of their images; None for what `datasets` is to load."""
     paths = [source.path] if isinstance(source.path, str) else source.path
     if source.format == "hub":
         return None
@@ -133,7 +135,7 @@ def _in_folder(folder: str, source: Source, kind: str) -> Located | None:
     if is_beir(folder):
         return [folder], partial(read_beir, split=source.split), as_is, None
     for place in (folder, os.path.join(folder, source.split)):
-        for name in METADATA:
+        for name in METADATA_FILES:
             path = os.path.join(place, name)
             if os.path.exists(path):
                 return _files([path], source, kind, place)
@@ -145,7 +147,7 @@ def _in_folder(folder: str, source: Source, kind: str) -> Located | None:
     if not any(files for _, _, files in os.walk(folder)):
         raise DataError(f"'{folder}' is an empty folder.")
     if kind == "image-only":
-        return [folder], read_pictures, as_is, folder
+        return [folder], read_image_folder, as_is, folder
     tables = _text_tables(folder, source)
     return _files(tables, source, kind, folder) if tables else None
 
@@ -179,7 +181,7 @@ def _holds(folder: str, formats: Collection[str]) -> bool:
 
 def _files(shards: list[str], source: Source, kind: str, root: str | None) -> Located:
     form = source.format or format_of(shards[0])
-    table = format_of(shards[0]) if form in (*LAYOUTS, "nli") else "tsv" if form == "msmarco" else form
+    table = format_of(shards[0]) if form in (*COLUMN_LAYOUTS, "nli") else "tsv" if form == "msmarco" else form
     if table not in (*READERS, "webdataset"):
         known = ", ".join(["tar", *READERS])
         raise DataError(
@@ -193,12 +195,12 @@ def _files(shards: list[str], source: Source, kind: str, root: str | None) -> Lo
     names: dict[str, Any] = {}
     for row in rows:
         names = {**row, **names}
-    layout = form if form in (*LAYOUTS, "nli") else layout_of(names)
+    layout = form if form in (*COLUMN_LAYOUTS, "nli") else detect_layout(names)
     if layout == "nli" and kind in ("text-pair", "text-triplet"):
         return shards, partial(read_nli, triplets=kind == "text-triplet", read=read), as_is, None
-    if layout not in LAYOUTS and names:
+    if layout not in COLUMN_LAYOUTS and names:
         require_columns(list(names), source, kind, rows)
-    return shards, read, LAYOUTS.get(layout or "", as_is), root
+    return shards, read, COLUMN_LAYOUTS.get(layout or "", as_is), root
 
 
 def _reader(table: str, source: Source, kind: str) -> Reader:
@@ -215,8 +217,10 @@ def _reader(table: str, source: Source, kind: str) -> Reader:
             files = "CSV, TSV, JSON and JSONL" if key == "encoding" else "CSV and TSV"
             raise DataError(f"'{source.title}' is read as {table}, but {key} is for {files} files; remove it.")
     if table in ("csv", "tsv"):
-        header = tuple(source.header or (("query", "positive", "negative") if source.format == "msmarco" else ()))
-        return partial(read_csv, header=header, tabs=table == "tsv", **given)
+        column_names = tuple(
+            source.column_names or (("query", "positive", "negative") if source.format == "msmarco" else ())
+        )
+        return partial(read_csv, column_names=column_names, tabs=table == "tsv", **given)
     if table in ("parquet", "arrow"):
         return partial(READERS[table], labels=kind != "scored-pair")  # type: ignore[call-arg]
     return read_tar if table == "webdataset" else partial(READERS[table], **given)
@@ -235,10 +239,10 @@ def _first_rows(shards: list[str], read: Reader) -> list[dict[str, Any]]:
         try:
             for _, row in zip(range(_PEEKED), read(shard, None), strict=False):
                 seen += 1
-                if not isinstance(row.value, Fault):
+                if not isinstance(row.value, RowError):
                     found.append(row.value)
-        except FileFault as fault:
-            raise DataError(f"'{shard}' cannot be read ({fault.cause}): {fault.detail}.") from fault
+        except FileError as error:
+            raise DataError(f"'{shard}' cannot be read ({error.cause}): {error.detail}.") from error
         except Exception:
             unread = True
             continue
@@ -262,7 +266,7 @@ def _empty(shard: str, read: Reader) -> str:
     return f"'{shard}' has a header ({', '.join(names)}), but no rows" if names else f"'{shard}' has no rows"
 
 
-def guess_kind(source: Source) -> str:
+def infer_kind(source: Source) -> str:
     """The kind of rows that a source is made for, by its layout and columns.
 
     Raises:
@@ -275,7 +279,7 @@ def guess_kind(source: Source) -> str:
         return "text-pair"
     kinds = ("text-triplet", "image-text", "text-pair", "text-only")
     names: list[str] | None = None
-    problems: list[tuple[str, Fault]] = []
+    problems: list[tuple[str, RowError]] = []
     for kind in kinds:
         try:
             found = open_stream(source, kind)
@@ -289,13 +293,13 @@ def guess_kind(source: Source) -> str:
                 return fitting[0]
             break
         rows = list(islice(found.rows(), _PEEKED))
-        if not all(isinstance(row, Fault) for _, row in rows):
+        if not all(isinstance(row, RowError) for _, row in rows):
             return kind
-        problems += [(name, row) for name, row in rows[:1] if isinstance(row, Fault)]
+        problems += [(name, row) for name, row in rows[:1] if isinstance(row, RowError)]
     if names and not problems:
         raise DataError(
             f"Cannot infer the kind of rows of '{source.title}' from its columns ({', '.join(names[:20])}). Name it "
-            "with --kind, and the columns with columns.OURS=THEIRS, such as columns.query=title."
+            "with --kind, and the columns with column_mapping, such as column_mapping.title=query."
         )
     # Of a kind that it is not, its rows lack a column.
     told = next((one for one in problems if not one[1].cause.startswith("no ")), problems[0] if problems else None)
@@ -370,7 +374,7 @@ def _not_loaded(path: str, folder: str) -> str:
 def _held(folder: str) -> str:
     """What a folder holds, in a few words, and what it lacks if these are images."""
     endings = Counter(name.rpartition(".")[2].lower() for _, _, files in os.walk(folder) for name in files)
-    images = sum(count for ending, count in endings.items() if ending in PICTURES)
+    images = sum(count for ending, count in endings.items() if ending in IMAGE_SUFFIXES)
     if images:
         return f"; it holds {images:,} images, but no metadata.jsonl or metadata.csv with their captions"
     return f"; it holds {', '.join(f'{count:,} .{ending}' for ending, count in endings.most_common(4))}"
@@ -380,18 +384,21 @@ def with_columns(found: Any, source: Source, columns: tuple[str, ...]) -> Any:
     """A data set that is known to be whole, its first `limit` rows, with our names of the columns a task needs."""
     if source.limit is not None:
         found = found.take(source.limit)
-    kept = {source.columns.get(ours, ours): ours for ours in (*columns, "image_id")}
+    kept = {source.mapped_columns.get(ours, ours): ours for ours in (*columns, "image_id")}
     missing = [theirs for theirs, ours in kept.items() if theirs not in found.column_names and ours != "image_id"]
     if missing:
         raise DataError(
-            f"'{source.title}' has no column '{missing[0]}' (it has {', '.join(found.column_names)}); correct columns."
+            f"'{source.title}' has no column '{missing[0]}' (it has {', '.join(found.column_names)}); correct "
+            "column_mapping."
         )
     found = found.select_columns([theirs for theirs in kept if theirs in found.column_names])
-    renamed = {theirs: ours for ours, theirs in source.columns.items() if theirs != ours and ours in kept.values()}
+    renamed = {
+        theirs: ours for ours, theirs in source.mapped_columns.items() if theirs != ours and ours in kept.values()
+    }
     return disable_image_decoding(found.rename_columns(renamed))
 
 
 def _innermost(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return first_line(error)

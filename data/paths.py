@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from bifocal.data.skips import Fault
+from bifocal.data.skips import RowError
 
 _PATTERN = frozenset("*?[")
 _SPOOLED = 64 * 2**20  # bytes of a fetched file that are held in memory, not on disk
 _TIMEOUT = 60.0  # seconds for a server to answer, and between two pieces
 GZIP = (".gz", ".tgz")
-MISSING = "missing picture"  # the cause of a row whose image is not there
+MISSING = "missing image"  # the cause of a row whose image is not there
 
 
 def is_remote(path: str) -> bool:
@@ -89,12 +89,12 @@ def _fetch(address: str) -> Any:
     return file
 
 
-class Fence:
-    """The folders that pictures may be read from.
+class AllowedRoots:
+    """The folders that images may be read from.
 
     Args:
         roots: a folder, or for each first part of a path the folder that holds the rest (ShareGPT4V's `coco/...`,
-            `sam/...`); the key "" stands for all others. None: no picture may be named by a path.
+            `sam/...`); the key "" stands for all others. None: no image may be named by a path.
     """
 
     def __init__(self, roots: str | Mapping[str, str] | None) -> None:
@@ -105,31 +105,31 @@ class Fence:
         """The file that a path names.
 
         Raises:
-            Fault: if it is an address, leads out of its root (also through a link), has no root, or no file is there.
+            RowError: if it is an address, leads out of its root (also through a link), has no root or does not exist.
         """
         if is_remote(given) or given.startswith("data:"):
-            raise Fault(
+            raise RowError(
                 "path outside the roots",
                 f"{shown(given)} is an address; download the images, and name them by their files",
             )
         prefix = max((p for p in self.roots if not p or given.startswith(f"{p}/")), key=len, default=None)
         if prefix is None:
             known = ", ".join(self.roots) or "none is given"
-            raise Fault(
+            raise RowError(
                 "path outside the roots",
-                f"{shown(given)} is below none of the folders of images ({known}); set images=FOLDER",
+                f"{shown(given)} is below none of the folders of images ({known}); set image_root=FOLDER",
             )
         root = self.roots[prefix]
         path = os.path.realpath(os.path.join(root, given[len(prefix) :].lstrip("/") if prefix else given))
         found = existing(path, root) if Path(path).is_relative_to(root) else None
         if not Path(found or path).is_relative_to(root):
-            raise Fault(
+            raise RowError(
                 "path outside the roots",
-                f"{shown(given)} is not below {root}; set images to the folder that holds the images, such as "
-                "images=FOLDER",
+                f"{shown(given)} is not below {root}; set image_root to the folder that holds the images, such as "
+                "image_root=FOLDER",
             )
         if found is None:
-            raise Fault(MISSING, path)
+            raise RowError(MISSING, path)
         return found
 
 
@@ -157,8 +157,8 @@ def shown(path: str) -> str:
     return path if len(path) <= 300 else f"{path[:40]}... ({len(path):,} characters)"
 
 
-class LoadedFence(Fence):
-    """The places that `datasets` itself has put pictures into: its caches, and the folder that it was told to load.
+class DatasetsRoots(AllowedRoots):
+    """The places that `datasets` itself has put images into: its caches, and the folder that it was told to load.
 
     Args:
         folder: that folder; None for a data set of the Hub.
@@ -181,10 +181,10 @@ class LoadedFence(Fence):
         if is_remote(given):
             if "hf://" in given:
                 return given
-            raise Fault("path outside the roots", f"{shown(given)} is not on the Hub")
+            raise RowError("path outside the roots", f"{shown(given)} is not on the Hub")
         path = os.path.realpath(given)
         if not os.path.isabs(given) or not any(Path(path).is_relative_to(place) for place in self.places):
-            raise Fault("path outside the roots", f"{shown(given)} is not a file that datasets has loaded")
+            raise RowError("path outside the roots", f"{shown(given)} is not a file that datasets has loaded")
         if not os.path.exists(path):
-            raise Fault(MISSING, path)
+            raise RowError(MISSING, path)
         return path

@@ -13,10 +13,10 @@ from bifocal.data.delimited import read_csv
 from bifocal.data.image_files import find_images, image_suffixes
 from bifocal.data.labels import schema_class_names, with_class_names
 from bifocal.data.paths import GZIP, open_file
-from bifocal.data.skips import Fault
-from bifocal.data.text_files import Reader, Row, lost, read_json, read_json_lines, short
+from bifocal.data.skips import RowError
+from bifocal.data.text_files import Reader, Row, file_error, file_name, read_json, read_json_lines
 
-PICTURES = image_suffixes()
+IMAGE_SUFFIXES = image_suffixes()
 
 
 def read_parquet(path: str, start: Any = None, labels: bool = True) -> Iterator[Row]:
@@ -40,9 +40,9 @@ def read_parquet(path: str, start: Any = None, labels: bool = True) -> Iterator[
             names = schema_class_names(parquet.schema_arrow) if labels else {}
             for value in islice(_arrow_rows(batches, names), number - first, None):
                 number += 1
-                yield Row(number, f"{short(path)}:{number}", value)
+                yield Row(number, f"{file_name(path)}:{number}", value)
         except (pa.ArrowException, OSError, EOFError) as error:
-            yield Row(None, f"{short(path)}:{number + 1}", lost(error))
+            yield Row(None, f"{file_name(path)}:{number + 1}", file_error(error))
 
 
 def read_arrow(path: str, start: Any = None, labels: bool = True) -> Iterator[Row]:
@@ -67,9 +67,9 @@ def read_arrow(path: str, start: Any = None, labels: bool = True) -> Iterator[Ro
             names = schema_class_names(schema) if labels else {}
             for value in islice(_arrow_rows(batches, names), number, None):
                 number += 1
-                yield Row(number, f"{short(path)}:{number}", value)
+                yield Row(number, f"{file_name(path)}:{number}", value)
         except (pa.ArrowException, OSError, EOFError) as error:
-            yield Row(None, f"{short(path)}:{number + 1}", lost(error))
+            yield Row(None, f"{file_name(path)}:{number + 1}", file_error(error))
 
 
 def _arrow_rows(batches: Any, names: dict[str, list[str]]) -> Iterator[Any]:
@@ -82,18 +82,18 @@ def _arrow_rows(batches: Any, names: dict[str, list[str]]) -> Iterator[Any]:
             if not names:
                 yield from found
                 continue
-            yield from (row if isinstance(row, Fault) else with_class_names(row, names) for row in found)
+            yield from (row if isinstance(row, RowError) else with_class_names(row, names) for row in found)
 
 
 def _arrow_row(batch: Any, row: int) -> Any:
     try:
         return batch.slice(row, 1).to_pylist()[0]
     except UnicodeDecodeError as error:
-        return Fault("not UTF-8", str(error)[:200])
+        return RowError("not UTF-8", str(error)[:200])
 
 
-def read_pictures(folder: str, start: Any = None) -> Iterator[Row]:
-    """Every picture in a folder and its subfolders, by name; a position is a number of rows."""
+def read_image_folder(folder: str, start: Any = None) -> Iterator[Row]:
+    """Every image in a folder and its subfolders, by name; a position is a number of rows."""
     for number, name in islice(enumerate(find_images(folder).names, 1), start or 0, None):
         yield Row(number, name, {"image": name})
 

@@ -8,10 +8,10 @@ import numpy as np
 
 from bifocal.data.kinds import KINDS
 from bifocal.data.paths import is_remote
-from bifocal.data.skips import Fault, Skip
-from bifocal.data.text_files import FileFault, Reader, Row, lost, short
+from bifocal.data.skips import RowError, SkippedRow
+from bifocal.data.text_files import FileError, Reader, Row, file_error, file_name
 
-_BLOCK_BYTES = 256 * 2**20  # of pictures in a block
+_BLOCK_BYTES = 256 * 2**20  # of images in a block
 _TRIES = 3  # of reading on where a connection was lost, each after a longer pause
 _PAUSE = 0.5  # seconds
 
@@ -30,7 +30,7 @@ class Block(NamedTuple):
 
     names: list[str]
     columns: dict[str, list[Any]]
-    skips: list[Skip]
+    skips: list[SkippedRow]
     rows: int
     shards: int
 
@@ -54,7 +54,7 @@ class ShardStream:
         self.normalise = normalise
         self.kind = kind
         self.seed = seed
-        self._ambiguous = len(set(map(short, shards))) < len(shards)
+        self._ambiguous = len(set(map(file_name, shards))) < len(shards)
         self.column_names = [*KINDS[kind], *(["image_id"] if "image" in KINDS[kind] else [])]
 
     def part(self, number: int, count: int) -> "ShardPart":
@@ -73,17 +73,17 @@ class ShardStream:
     def read_shard(self, shard: str, start: Any = None) -> Iterator[Row]:
         """Yield the rows of a file, named by its whole path if another file has the same name."""
         for row in read_on(self.read, shard, start):
-            named = self._ambiguous and row.name.startswith(short(shard))
-            yield row._replace(name=shard + row.name.removeprefix(short(shard))) if named else row
+            named = self._ambiguous and row.name.startswith(file_name(shard))
+            yield row._replace(name=shard + row.name.removeprefix(file_name(shard))) if named else row
 
-    def rows(self) -> Iterator[tuple[str, dict[str, Any] | Fault]]:
+    def rows(self) -> Iterator[tuple[str, dict[str, Any] | RowError]]:
         """Every row once with its name, good or not, in the order of the files."""
         for shard in self.shards:
             for row in self.read_shard(shard):
                 yield row.name, normalised(self.normalise, row)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (row for _, row in self.rows() if not isinstance(row, Fault))
+        return (row for _, row in self.rows() if not isinstance(row, RowError))
 
 
 def _good_rows(shards: list[str], stream: ShardStream) -> Iterator[dict[str, Any]]:
@@ -91,13 +91,13 @@ def _good_rows(shards: list[str], stream: ShardStream) -> Iterator[dict[str, Any
     return iter(part)
 
 
-def normalised(normalise: Normalise, row: Row) -> dict[str, Any] | Fault:
-    if isinstance(row.value, Fault):
+def normalised(normalise: Normalise, row: Row) -> dict[str, Any] | RowError:
+    if isinstance(row.value, RowError):
         return row.value
     try:
         return normalise(row.name, row.value)
-    except Fault as fault:
-        return fault
+    except RowError as row_error:
+        return row_error
 
 
 def read_on(read: Reader, shard: str, start: Any = None) -> Iterator[Row]:
@@ -106,17 +106,17 @@ def read_on(read: Reader, shard: str, start: Any = None) -> Iterator[Row]:
     while True:
         try:
             for row in read(shard, position):
-                broken = isinstance(row.value, Fault) and row.value.cause == "file breaks off"
+                broken = isinstance(row.value, RowError) and row.value.cause == "file breaks off"
                 if broken and is_remote(shard) and tries < _TRIES:
                     raise ConnectionError(str(row.value))
                 position, tries = row.position, 0
                 yield row
             return
-        except FileFault as fault:
-            yield Row(None, short(shard), fault)
+        except FileError as row_error:
+            yield Row(None, file_name(shard), row_error)
             return
         except FileNotFoundError as error:
-            yield Row(None, short(shard), lost(error))
+            yield Row(None, file_name(shard), file_error(error))
             return
         except Exception as error:
             # What a protocol raises is its own; of a file here only an OSError may be meant for the reader.
@@ -124,7 +124,7 @@ def read_on(read: Reader, shard: str, start: Any = None) -> Iterator[Row]:
                 raise
             tries += 1
             if not is_remote(shard) or tries > _TRIES:
-                yield Row(None, short(shard), lost(error))
+                yield Row(None, file_name(shard), file_error(error))
                 return
             time.sleep(_PAUSE * tries)
 
@@ -155,10 +155,10 @@ class ShardPart:
         return self._state
 
     def next(self, size: int) -> Block | None:
-        """The next rows, at most `size` and at most 256 MiB of pictures; None at the end of the epoch."""
+        """The next rows, at most `size` and at most 256 MiB of images; None at the end of the epoch."""
         names: list[str] = []
         columns: dict[str, list[Any]] = {name: [] for name in self.stream.column_names}
-        skips: list[Skip] = []
+        skips: list[SkippedRow] = []
         shards = held = 0
         for row, state in self._rows:
             self._state = state
@@ -166,8 +166,8 @@ class ShardPart:
                 shards += 1
                 continue
             found = normalised(self.stream.normalise, row)
-            if isinstance(found, Fault):
-                skips.append(Skip.of(row.name, found))
+            if isinstance(found, RowError):
+                skips.append(SkippedRow.of(row.name, found))
             else:
                 names.append(row.name)
                 for column, values in columns.items():
@@ -199,7 +199,7 @@ class ShardPart:
             for row in self.stream.read_shard(self.stream.shards[mine[place]], position):
                 at = number
                 number += 1
-                is_lost = isinstance(row.value, Fault) and row.value.shard
+                is_lost = isinstance(row.value, RowError) and row.value.file_lost
                 whole = whole and not is_lost
                 if at % every == first or is_lost:
                     after = {"shard": place, "row": number, "position": row.position}

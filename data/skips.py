@@ -12,39 +12,39 @@ from bifocal.files import NotOursError
 
 # Below so many rows a share says little; small sources are judged when they end.
 FIRST = 1000
-FAULT = "_fault"  # a column with a `Skip` in JSON for rows that are left out
+ERROR_COLUMN = "_row_error"  # a column with a `SkippedRow` in JSON for rows that are left out
 
 
-class Fault(Exception):  # noqa: N818  # not an error of the program, but a row's
+class RowError(Exception):  # not an error of the program, but a row's
     """Why a row is left out.
 
     Args:
         cause: in a few words, the same for all rows with this fault: they are counted by it.
         detail: what is particular about this row.
         dropped: asked for by a filter, and not counted as bad.
-        shard: the rest of the file is lost with it.
+        file_lost: the rest of the file is lost with it.
     """
 
-    def __init__(self, cause: str, detail: str = "", dropped: bool = False, shard: bool = False) -> None:
-        super().__init__(cause, detail, dropped, shard)
-        self.cause, self.detail, self.dropped, self.shard = cause, detail, dropped, shard
+    def __init__(self, cause: str, detail: str = "", filtered: bool = False, file_lost: bool = False) -> None:
+        super().__init__(cause, detail, filtered, file_lost)
+        self.cause, self.detail, self.filtered, self.file_lost = cause, detail, filtered, file_lost
 
     def __str__(self) -> str:
         return f"{self.cause}: {self.detail}" if self.detail else self.cause
 
 
-class Skip(NamedTuple):
-    """A row that was left out. Its fields are those of `Fault`, with the name of the row."""
+class SkippedRow(NamedTuple):
+    """A row that was left out. Its fields are those of `RowError`, with the name of the row."""
 
     row: str
     cause: str
     detail: str = ""
-    dropped: bool = False
-    shard: bool = False
+    filtered: bool = False
+    file_lost: bool = False
 
     @classmethod
-    def of(cls, row: str, fault: Fault) -> "Skip":
-        return cls(row, fault.cause, fault.detail, fault.dropped, fault.shard)
+    def of(cls, row: str, row_error: RowError) -> "SkippedRow":
+        return cls(row, row_error.cause, row_error.detail, row_error.filtered, row_error.file_lost)
 
 
 def start_log(path: Path) -> Path:
@@ -67,7 +67,7 @@ def require_log(path: Path) -> None:
         try:
             with path.open(encoding="utf-8") as file:
                 first = file.readline()
-            ours = not first or {"task", "row", "cause", "detail", "dropped"} == set(json.loads(first))
+            ours = not first or {"task", "row", "cause", "detail", "filtered"} == set(json.loads(first))
         except (OSError, ValueError, TypeError):
             ours = False
         if not ours:
@@ -78,7 +78,7 @@ class BadRowsError(DataError):
     """More rows are bad than the source may have."""
 
 
-class Skipped:
+class SkipLog:
     """Counts by task what was left out, and names it in a log, one JSON line a row.
 
     A file that is missing or breaks off counts as so many bad rows as the other files have on average, less those that
@@ -92,12 +92,12 @@ class Skipped:
         self.log = log
         self.rows: Counter[str] = Counter()
         self.bad: dict[str, Counter[str]] = {}
-        self.dropped: dict[str, Counter[str]] = {}
+        self.filtered: dict[str, Counter[str]] = {}
         self.shards: Counter[str] = Counter()
         self.lost: Counter[str] = Counter()
-        self.first: dict[tuple[str, str], Skip] = {}  # by task and cause
+        self.first: dict[tuple[str, str], SkippedRow] = {}  # by task and cause
 
-    def add(self, task: str, rows: int, skips: Iterable[Skip] = (), shards: int = 0) -> None:
+    def add(self, task: str, rows: int, skips: Iterable[SkippedRow] = (), shards: int = 0) -> None:
         """
         Args:
             task: name of the task or source.
@@ -111,12 +111,12 @@ class Skipped:
         self.shards[task] += shards
         lines = []
         for skip in skips:
-            counts = (self.dropped if skip.dropped else self.bad).setdefault(task, Counter())
+            counts = (self.filtered if skip.filtered else self.bad).setdefault(task, Counter())
             counts[skip.cause] += 1
             self.first.setdefault((task, skip.cause), skip)
-            self.lost[task] += skip.shard
+            self.lost[task] += skip.file_lost
             entry = {"task": task, "row": skip.row, "cause": skip.cause, "detail": skip.detail}
-            lines.append(json.dumps({**entry, "dropped": skip.dropped}, ensure_ascii=False) + "\n")
+            lines.append(json.dumps({**entry, "filtered": skip.filtered}, ensure_ascii=False) + "\n")
         if lines and self.log is not None:
             self.log.parent.mkdir(parents=True, exist_ok=True)
             with self.log.open("a", encoding="utf-8", errors="backslashreplace") as file:
@@ -146,8 +146,8 @@ class Skipped:
             return
         where = f"; they are named in {self.log}" if self.log is not None else ""
         raise BadRowsError(
-            f"'{task}': {share:.1%} of {self.rows[task]:,} rows are bad, more than max_bad={most:g} allows"
-            f" ({summary(self.bad[task])}){where}{self.example(task)}. Mend or remove them, or raise max_bad."
+            f"'{task}': {share:.1%} of {self.rows[task]:,} rows are bad, more than max_bad_fraction={most:g} allows"
+            f" ({summary(self.bad[task])}){where}{self.example(task)}. Mend or remove them, or raise max_bad_fraction."
         )
 
     def example(self, task: str) -> str:
@@ -162,19 +162,19 @@ class Skipped:
         return {
             "rows": dict(self.rows), "shards": dict(self.shards), "lost": dict(self.lost), "log": size,
             "bad": {task: dict(counts) for task, counts in self.bad.items()},
-            "dropped": {task: dict(counts) for task, counts in self.dropped.items()},
+            "filtered": {task: dict(counts) for task, counts in self.filtered.items()},
         }  # fmt: skip
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from a state; what the log held beyond it is cut off, since it will come again."""
         self.rows, self.shards, self.lost = (Counter(state[name]) for name in ("rows", "shards", "lost"))
         self.bad = {task: Counter(counts) for task, counts in state["bad"].items()}
-        self.dropped = {task: Counter(counts) for task, counts in state["dropped"].items()}
+        self.filtered = {task: Counter(counts) for task, counts in state["filtered"].items()}
         if self.log is not None and self.log.exists() and self.log.stat().st_size > state["log"]:
             os.truncate(self.log, state["log"])
 
 
 def summary(counts: Counter[str], most: int = 6) -> str:
-    """ "20 broken picture, 11 no caption" """
+    """ "20 broken image, 11 no caption" """
     shown = ", ".join(f"{count:,} {cause}" for cause, count in counts.most_common(most))
     return shown + (f" and {len(counts) - most} other causes" if len(counts) > most else "")

@@ -1,4 +1,4 @@
-"""Real pictures with names and no download: the symbols of the DejaVu faces that matplotlib carries.
+"""Real images with names and no download: the symbols of the DejaVu faces that matplotlib carries.
 
 Every printable symbol is drawn by Pillow in every face that has it. Its Unicode name in plain words is the short
 caption; `symbol_texts` composes long captions, descriptions and confusable names from further Unicode properties.
@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from bifocal.data import symbol_texts
 from bifocal.data.symbol_texts import confusable_names, describe, long_caption, plain_name
 
-# The upright sans face comes first: a symbol is judged by the picture in the first face that has it.
+# The upright sans face comes first: a symbol is judged by the image in the first face that has it.
 FACES = (
     "DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-BoldOblique", "DejaVuSerif", "DejaVuSerif-Bold",
     "DejaVuSerif-Italic", "DejaVuSerif-BoldItalic", "DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSansMono-Oblique",
@@ -36,7 +36,7 @@ class SymbolsConfig:
     """What the data set is a function of.
 
     Args:
-        image_size: side of the square pictures in pixels.
+        image_size: side of the square images in pixels.
         test_symbols, validation_symbols: how many symbols training never sees, in any face.
         wordings: long captions and descriptions composed for each symbol.
         limit: take only so many symbols, drawn at random; all when None.
@@ -82,7 +82,7 @@ def draw(symbol: str, path: Path, size: int) -> Image.Image | None:
     """
     em: float = round(size * 0.82)  # ascent and descent of the DejaVu faces are 1.16 em together
     for _ in range(2):
-        font = ImageFont.truetype(str(path), em, layout_engine=ImageFont.Layout.BASIC)
+        font = ImageFont.truetype(str(path), em, layout_engine=ImageFont.ColumnLayout.BASIC)
         left, top, right, bottom = font.getbbox(symbol, anchor="ls")
         if right <= left or bottom <= top:
             return None
@@ -116,7 +116,7 @@ def build_symbols(config: SymbolsConfig = SymbolsConfig(), cache: Path | None = 
 
     Returns:
         A `datasets.DatasetDict` with splits train, validation and test, split by symbol, one row each: `symbol`,
-        `codepoint`, `name` (the short caption), `images` and `faces` (its pictures, that to judge by first),
+        `codepoint`, `name` (the short caption), `images` and `faces` (its images, that to judge by first),
         `long_captions`, `descriptions` (in other words) and `negatives` (the 7 most confusable names of its split).
 
     Raises:
@@ -157,7 +157,7 @@ def _fingerprint(config: SymbolsConfig, fonts: dict[str, Path]) -> str:
 
 
 def _rows(config: SymbolsConfig, fonts: dict[str, Path]) -> list[dict[str, Any]]:
-    """Symbols with at least one picture, drawn in every face, in the order of their code points."""
+    """Symbols with at least one image, drawn in every face, in the order of their code points."""
     from tqdm.auto import tqdm
 
     covered = {face: covered_symbols(path) for face, path in fonts.items()}
@@ -171,10 +171,10 @@ def _rows(config: SymbolsConfig, fonts: dict[str, Path]) -> list[dict[str, Any]]
         for symbol in symbols:
             faces, images = [], []
             for face, path in fonts.items():
-                picture = draw(symbol, path, config.image_size) if symbol in covered[face] else None
-                if picture is not None:
+                image = draw(symbol, path, config.image_size) if symbol in covered[face] else None
+                if image is not None:
                     faces.append(face)
-                    images.append({"bytes": _png(picture), "path": None})
+                    images.append({"bytes": _png(image), "path": None})
             if images:  # some, such as the empty braille cell, have no ink
                 rows.append({"symbol": symbol, "faces": faces, "images": images})
                 bar.update()
@@ -232,6 +232,6 @@ def _as_dataset(rows: list[dict[str, Any]]) -> Any:
 
 
 def random_shift(image: Image.Image, generator: random.Random, pixels: int = 2) -> Image.Image:
-    """Move a picture by up to `pixels` in each direction; white comes in at the edge."""
+    """Move an image by up to `pixels` in each direction; white comes in at the edge."""
     offset = generator.randint(-pixels, pixels), generator.randint(-pixels, pixels)
     return image.rotate(0, translate=offset, fillcolor="white")

@@ -15,29 +15,29 @@ from bifocal.data.labels import class_names, with_class_names
 from bifocal.data.paths import MISSING, existing, is_remote
 from bifocal.data.row_names import ROW, RowNames, with_row_names
 from bifocal.data.shards import ShardStream
-from bifocal.data.skips import FAULT, Fault, Skip, Skipped
+from bifocal.data.skips import ERROR_COLUMN, RowError, SkipLog, SkippedRow
 from bifocal.data.source import Source
 from bifocal.data.text_files import Row
 from bifocal.errors import DataError
 
-_VERSION = 2  # of how rows are made; a change here makes caches of before useless
+_VERSION = 3  # of how rows are made; a change here makes caches of before useless
 _PEEKED = 100  # rows that are looked at to know whether a column holds lists
 
 
-def materialise(stream: ShardStream, source: Source, skipped: Skipped, name: str, mark: str | None = None) -> Any:
+def to_dataset(stream: ShardStream, source: Source, skipped: SkipLog, name: str, mark: str | None = None) -> Any:
     """All good rows of a stream as a `datasets.Dataset`, cached as long as the files stay as they are.
 
     Args:
         mark: what changes when the rows do, beside the source; the files' sizes and times when None.
 
     Raises:
-        BadRowsError: more than the source's `max_bad`.
+        BadRowsError: more than the source's `max_bad_fraction`.
         DataError: no row, or no good one.
         OSError: the cache cannot be written.
     """
     from datasets import Features, List
 
-    settings = source.model_dump(mode="json", exclude={"streaming", "max_bad"})
+    settings = source.model_dump(mode="json", exclude={"streaming", "max_bad_fraction"})
     about = [_VERSION, settings, stream.kind, mark or [_stamp(shard) for shard in stream.shards]]
     fingerprint = hashlib.blake2b(json.dumps(about).encode(), digest_size=12).hexdigest()
     features = _features(stream, source)
@@ -51,9 +51,9 @@ def materialise(stream: ShardStream, source: Source, skipped: Skipped, name: str
         found = _cached(Features(features), arguments, salted)
     found = _account(found, source, skipped, name, len(stream.shards))
     if source.clean is not None and source.clean.consistency is not None:
-        from bifocal.data.consistency import consistent
+        from bifocal.data.consistency import filter_consistent
 
-        found = consistent(found, source.clean.consistency, skipped, name)
+        found = filter_consistent(found, source.clean.consistency, skipped, name)
     return found
 
 
@@ -82,23 +82,23 @@ def _quiet() -> Iterator[None]:
             enable_progress_bars()
 
 
-def _account(found: Any, source: Source, skipped: Skipped, name: str, shards: int) -> Any:
+def _account(found: Any, source: Source, skipped: SkipLog, name: str, shards: int) -> Any:
     """The good rows; the others go into the account."""
     skips = _skips(found)
-    lost = sum(skip.shard for skip in skips)
+    lost = sum(skip.file_lost for skip in skips)
     skipped.add(name, len(found), skips, shards=shards - lost)
-    skipped.check(name, source.max_bad, ended=True)
-    faults = found.select_columns([FAULT])[FAULT]
-    kept = [row for row, fault in enumerate(faults) if fault is None] if skips else range(len(found))
+    skipped.check(name, source.max_bad_fraction, ended=True)
+    row_errors = found.select_columns([ERROR_COLUMN])[ERROR_COLUMN]
+    kept = [row for row, row_error in enumerate(row_errors) if row_error is None] if skips else range(len(found))
     if not kept:
         raise DataError(f"'{source.title}' has no row that can be used{skipped.example(name)}.")
-    good = found.remove_columns([FAULT, ROW])
+    good = found.remove_columns([ERROR_COLUMN, ROW])
     return with_row_names(good.select(kept) if skips else good, RowNames(found.select_columns([ROW]), kept))
 
 
-def _skips(found: Any) -> list[Skip]:
-    faults = found.select_columns([FAULT])[FAULT]
-    return [Skip(*json.loads(fault)) for fault in faults if fault is not None]
+def _skips(found: Any) -> list[SkippedRow]:
+    row_errors = found.select_columns([ERROR_COLUMN])[ERROR_COLUMN]
+    return [SkippedRow(*json.loads(row_error)) for row_error in row_errors if row_error is not None]
 
 
 def _features(stream: ShardStream, source: Source) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def _features(stream: ShardStream, source: Source) -> dict[str, Any]:
     rows = [row for _, row in islice(stream.rows(), _PEEKED)]
     if not rows:
         raise DataError(f"'{source.title}' has no rows.")
-    first = [row for row in rows if not isinstance(row, Fault)]
+    first = [row for row in rows if not isinstance(row, RowError)]
     if getattr(stream.normalise, "keep", None) is not None:
         stream.normalise.keep.seen.clear()  # type: ignore[attr-defined]  # what was only peeked at comes again
     features: dict[str, Any] = {}
@@ -116,7 +116,7 @@ def _features(stream: ShardStream, source: Source) -> dict[str, Any]:
         lists = column in ("negatives", "caption") or any(isinstance(row[column], list) for row in first)
         one = Value("float64") if column == "score" else text
         features[column] = Image(decode=False) if column == "image" else List(text) if lists else one
-    return {**features, FAULT: Value("string"), ROW: Value("string")}
+    return {**features, ERROR_COLUMN: Value("string"), ROW: Value("string")}
 
 
 def _rows(stream: ShardStream, limit: int | None, lists: set[str]) -> Iterator[dict[str, Any]]:
@@ -126,28 +126,28 @@ def _rows(stream: ShardStream, limit: int | None, lists: set[str]) -> Iterator[d
     for name, row in stream.rows():
         if limit is not None and good >= limit:
             return
-        if not isinstance(row, Fault):
+        if not isinstance(row, RowError):
             mixed = next((c for c, v in row.items() if isinstance(v, list) and c not in lists), None)
             if mixed is not None:
-                row = Fault(f"a list as {mixed}", "other rows have one text")
-        if isinstance(row, Fault):
-            yield {**empty, FAULT: json.dumps(Skip.of(name, row)), ROW: name}
+                row = RowError(f"a list as {mixed}", "other rows have one text")
+        if isinstance(row, RowError):
+            yield {**empty, ERROR_COLUMN: json.dumps(SkippedRow.of(name, row)), ROW: name}
             continue
         good += 1
         values = {c: [v] if c in lists and not isinstance(v, list) else v for c, v in row.items()}
         if "image" in values:
             kept = "bytes" if isinstance(values["image"], bytes) else "path"
             values["image"] = {"bytes": None, "path": None, kept: values["image"]}
-        yield {**values, FAULT: None, ROW: name}
+        yield {**values, ERROR_COLUMN: None, ROW: name}
 
 
-def checked(
-    found: Any, source: Source, normalise: Callable[[str, Any], dict[str, Any]], skipped: Skipped, name: str
+def normalise_dataset(
+    found: Any, source: Source, normalise: Callable[[str, Any], dict[str, Any]], skipped: SkipLog, name: str
 ) -> Any:
     """A data set that `datasets` loaded, with the columns of the kind and without its bad rows."""
     kind = normalise.steps.kind  # type: ignore[attr-defined]
     if source.streaming:
-        columns = [*KINDS[kind], *(["image_id"] if "image" in KINDS[kind] else []), FAULT]
+        columns = [*KINDS[kind], *(["image_id"] if "image" in KINDS[kind] else []), ERROR_COLUMN]
         drop = [column for column in found.column_names or [] if column not in columns]
         batch = _Batch(normalise, columns, source.title, {} if kind == "scored-pair" else class_names(found.features))
         return found.map(batch, batched=True, with_indices=True, remove_columns=drop)
@@ -156,11 +156,11 @@ def checked(
         return _with_captions(found, source, normalise, skipped, name)
     names = {} if kind == "scored-pair" else class_names(found.features)
     stream = ShardStream([source.title], _TableReader(found, names), normalise, kind, None)
-    return materialise(stream, source, skipped, name, mark=found._fingerprint)
+    return to_dataset(stream, source, skipped, name, mark=found._fingerprint)
 
 
-def _with_captions(found: Any, source: Source, normalise: Any, skipped: Skipped, name: str) -> Any:
-    """The rows with good captions; pictures are neither looked at nor copied, they may be many gigabytes."""
+def _with_captions(found: Any, source: Source, normalise: Any, skipped: SkipLog, name: str) -> Any:
+    """The rows with good captions; images are neither looked at nor copied, they may be many gigabytes."""
     steps = normalise.steps
     named = {ours: steps.column_of(ours, found.column_names) for ours in ("image", "caption", "image_id")}
     good, skips = [], []
@@ -169,12 +169,12 @@ def _with_captions(found: Any, source: Source, normalise: Any, skipped: Skipped,
         try:
             steps.texts("caption", {named["caption"]: value})
             if paths is not None and paths[number] is not None:
-                steps.fence.resolve(paths[number])
+                steps.allowed_roots.resolve(paths[number])
             good.append(number)
-        except Fault as fault:
-            skips.append(Skip.of(f"{source.title}:{number}", fault))
+        except RowError as row_error:
+            skips.append(SkippedRow.of(f"{source.title}:{number}", row_error))
     skipped.add(name, len(found), skips)
-    skipped.check(name, source.max_bad, ended=True)
+    skipped.check(name, source.max_bad_fraction, ended=True)
     found = found.select_columns([theirs for theirs in named.values() if theirs is not None])
     found = found if not skips else found.select(good)
     found = found.rename_columns({theirs: ours for ours, theirs in named.items() if theirs not in (None, ours)})
@@ -182,7 +182,7 @@ def _with_captions(found: Any, source: Source, normalise: Any, skipped: Skipped,
 
 
 def _paths(found: Any, column: str) -> list[str | None] | None:
-    """Where pictures are that a data set does not hold as bytes; their bytes, where it does, are not looked at."""
+    """Where images are that a data set does not hold as bytes; their bytes, where it does, are not looked at."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -224,8 +224,8 @@ class _Batch:
             try:
                 raw = {column: values[place] for column, values in batch.items()}
                 row = self.normalise(name, with_class_names(raw, self.names))
-            except Fault as fault:
-                row = {FAULT: json.dumps(Skip.of(name, fault))}
+            except RowError as row_error:
+                row = {ERROR_COLUMN: json.dumps(SkippedRow.of(name, row_error))}
             for column, values in made.items():
                 values.append(row.get(column))
         return made

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from bifocal.data.paths import open_file
-from bifocal.data.readers import PICTURES
-from bifocal.data.skips import Fault
-from bifocal.data.text_files import Row, lost, short
+from bifocal.data.readers import IMAGE_SUFFIXES
+from bifocal.data.skips import RowError
+from bifocal.data.text_files import Row, file_error, file_name
 
 _LARGEST = 256 * 2**20  # bytes of a member
 
@@ -17,14 +17,14 @@ _LARGEST = 256 * 2**20  # bytes of a member
 def read_tar(path: str, start: Any = None) -> Iterator[Row]:
     """The samples of a shard. A position is the place of the next sample's first header, in bytes.
 
-    A sample's columns are the endings of its members: pictures as bytes under `image`, texts as strings, and the fields
+    A sample's columns are the endings of its members: images as bytes under `image`, texts as strings, and the fields
     of its JSON under `json`. Links, and names that lead out of the shard (`../`), are faults; nothing is ever written.
     """
     with open_file(path) as file:
         file.seek(start or 0)
         key: str | None = None
         sample: dict[str, Any] = {}
-        fault: Fault | None = None
+        row_error: RowError | None = None
         try:
             tar: Any = tarfile.TarFile(fileobj=file)
             while (member := tar.next()) is not None:
@@ -33,20 +33,20 @@ def read_tar(path: str, start: Any = None) -> Iterator[Row]:
                     continue
                 this, ending = _split(member.name)
                 if key is not None and this != key:
-                    yield Row(member.offset, f"{short(path)}/{key}", fault or sample)
-                    sample, fault = {}, None
+                    yield Row(member.offset, f"{file_name(path)}/{key}", row_error or sample)
+                    sample, row_error = {}, None
                 key = this
                 try:
                     _add(sample, ending, member, tar)
-                except Fault as found:
-                    fault = found
+                except RowError as found:
+                    row_error = found
             _require_end(file, tar.offset)
         except (tarfile.TarError, OSError, EOFError) as error:
             # The sample at hand may lack members: it is lost with what follows.
-            yield Row(None, f"{short(path)}/{key or 0}", lost(error))
+            yield Row(None, f"{file_name(path)}/{key or 0}", file_error(error))
             return
         if key is not None:
-            yield Row(tar.offset, f"{short(path)}/{key}", fault or sample)
+            yield Row(tar.offset, f"{file_name(path)}/{key}", row_error or sample)
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -57,32 +57,32 @@ def _split(name: str) -> tuple[str, str]:
 
 def _add(sample: dict[str, Any], ending: str, member: tarfile.TarInfo, tar: tarfile.TarFile) -> None:
     if os.path.isabs(member.name) or ".." in member.name.split("/"):
-        raise Fault("path out of the shard", member.name[:200])
+        raise RowError("path out of the shard", member.name[:200])
     if not member.isreg():
-        raise Fault("link in the shard", member.name[:200])
+        raise RowError("link in the shard", member.name[:200])
     if member.size > _LARGEST:
-        raise Fault("member too large", f"{member.name[:200]} has {member.size:,} bytes")
+        raise RowError("member too large", f"{member.name[:200]} has {member.size:,} bytes")
     file = tar.extractfile(member)
     assert file is not None
     content = file.read()
     if len(content) < member.size:
         raise tarfile.ReadError("unexpected end of data")
-    if ending in PICTURES:
+    if ending in IMAGE_SUFFIXES:
         sample["image"] = content
         return
     if ending == "json":
         try:
             sample["json"] = json.loads(content.decode("utf-8-sig"))
         except UnicodeDecodeError as error:
-            raise Fault("not UTF-8", f"{member.name[:200]}: {error}") from error
+            raise RowError("not UTF-8", f"{member.name[:200]}: {error}") from error
         except (ValueError, RecursionError) as error:
-            raise Fault("broken JSON", f"{member.name[:200]}: {error}") from error
+            raise RowError("broken JSON", f"{member.name[:200]}: {error}") from error
         return
     try:
         sample[ending] = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         if ending in ("txt", "text", "caption"):
-            raise Fault("not UTF-8", f"{member.name[:200]}: {error}") from error
+            raise RowError("not UTF-8", f"{member.name[:200]}: {error}") from error
         sample[ending] = content
 
 

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 from bifocal.data.paths import open_file
-from bifocal.data.skips import Fault
+from bifocal.data.skips import RowError
+from bifocal.errors import first_line
 
 LONGEST_LINE = 64 * 2**20  # bytes; a longer line is one bad row
 _CHUNK = 2**18  # characters read at once
@@ -34,35 +35,31 @@ class Row(NamedTuple):
 
     position: Any
     name: str
-    value: dict[str, Any] | Fault
+    value: dict[str, Any] | RowError
 
 
 Reader = Callable[[str, Any], Iterator[Row]]
 
 
-class FileFault(Fault):
+class FileError(RowError):
     """Why a whole file cannot be read as its source says, such as another encoding or delimiter."""
 
     def __init__(self, cause: str, detail: str) -> None:
-        super().__init__(cause, detail, shard=True)
+        super().__init__(cause, detail, file_lost=True)
 
     def __reduce__(self) -> Any:
-        return FileFault, (self.cause, self.detail)
+        return FileError, (self.cause, self.detail)
 
 
-def short(path: str) -> str:
+def file_name(path: str) -> str:
     return path.rstrip("/").rpartition("/")[2]
 
 
-def lost(error: Exception) -> Fault:
+def file_error(error: Exception) -> RowError:
     """Return the fault of a file that cannot be read, or not further."""
     if isinstance(error, FileNotFoundError):
-        return Fault("missing file", _said(error), shard=True)
-    return Fault("file breaks off", _said(error), shard=True)
-
-
-def _said(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        return RowError("missing file", first_line(error)[:300], file_lost=True)
+    return RowError("file breaks off", first_line(error)[:300], file_lost=True)
 
 
 def _lone_surrogate(error: UnicodeError) -> tuple[str, int]:
@@ -85,7 +82,7 @@ def open_text(path: str, encoding: str | None) -> io.TextIOWrapper:
         encoding: a codec of Python; UTF-8, with or without a byte order mark, if None.
 
     Raises:
-        FileFault: if no encoding is given and the file is in UTF-16 or UTF-32.
+        FileError: if no encoding is given and the file is in UTF-16 or UTF-32.
         OSError: if the file cannot be read.
     """
     file = open_file(path)
@@ -97,31 +94,31 @@ def open_text(path: str, encoding: str | None) -> io.TextIOWrapper:
 def _require_utf8(file: BinaryIO) -> None:
     """
     Raises:
-        FileFault: if the file begins with the byte order mark of another encoding, or with many zero bytes.
+        FileError: if the file begins with the byte order mark of another encoding, or with many zero bytes.
     """
     head = file.read(_HEAD)
     file.seek(0)
     for mark, encoding in _BOMS.items():
         if head.startswith(mark):
-            raise FileFault(
+            raise FileError(
                 "not UTF-8", f"it begins with the byte order mark of {encoding.upper()}; set encoding={encoding}"
             )
     zeros = [head[first::4].count(0) for first in range(4)]
     if 4 * sum(zeros) >= len(head) > 0:  # in UTF-8 a zero byte is rare
         width = 32 if 3 * sum(zeros) >= 2 * len(head) else 16
         encoding = f"utf-{width}-{'be' if zeros[0] > zeros[3] else 'le'}"
-        raise FileFault("not UTF-8", f"it begins with zero bytes as {encoding} has them; set encoding={encoding}")
+        raise FileError("not UTF-8", f"it begins with zero bytes as {encoding} has them; set encoding={encoding}")
 
 
-def wrong_encoding(encoding: str | None, error: UnicodeError) -> FileFault:
-    return FileFault(f"not {encoding}", f"{_said(error)}; set another encoding, or none for UTF-8")
+def wrong_encoding(encoding: str | None, error: UnicodeError) -> FileError:
+    return FileError(f"not {encoding}", f"{first_line(error)[:300]}; set another encoding, or none for UTF-8")
 
 
 def read_json_lines(path: str, start: Any = None, encoding: str | None = None) -> Iterator[Row]:
     """JSONL, plain or gzipped; a position is [bytes, lines]. A file that holds an array is read as one.
 
     Raises:
-        FileFault: if the file is in another encoding, or holds one object over several lines.
+        FileError: if the file is in another encoding, or holds one object over several lines.
     """
     return _read_json(path, start, encoding, ("[{", "[]"))
 
@@ -130,7 +127,7 @@ def read_json(path: str, start: Any = None, encoding: str | None = None) -> Iter
     """A JSON file: an array of objects, read piece by piece, or lines. A position in an array is a number of rows.
 
     Raises:
-        FileFault: as `read_json_lines`.
+        FileError: as `read_json_lines`.
     """
     return _read_json(path, start, encoding, ("[",))
 
@@ -147,7 +144,7 @@ def _read_json(path: str, start: Any, encoding: str | None, arrays: tuple[str, .
         yield from _read_array(path, start, encoding)
         return
     if re.match(r"\{[ \t]*[\r\n]", head):
-        raise FileFault(
+        raise FileError(
             "broken JSON", "it holds an object over several lines; write one object a line, or an array of objects"
         )
     position, number = start or (0, 0)
@@ -158,12 +155,12 @@ def _read_json(path: str, start: Any, encoding: str | None, arrays: tuple[str, .
             for line, length in _lines(file):
                 position, number = position + length, number + 1
                 if line is None:
-                    fault = Fault("line too long", f"{length:,} bytes")
-                    yield Row((position, number), f"{short(path)}:{number}", fault)
+                    row_error = RowError("line too long", f"{length:,} bytes")
+                    yield Row((position, number), f"{file_name(path)}:{number}", row_error)
                 elif line.strip():
-                    yield Row((position, number), f"{short(path)}:{number}", _parsed(line))
+                    yield Row((position, number), f"{file_name(path)}:{number}", _parsed(line))
         except (OSError, EOFError) as error:  # gzip says EOFError where it was cut
-            yield Row(None, f"{short(path)}:{number + 1}", lost(error))
+            yield Row(None, f"{file_name(path)}:{number + 1}", file_error(error))
 
 
 def _skip(file: Any, position: int, seekable: bool) -> None:
@@ -206,14 +203,14 @@ def _lines(file: Any) -> Iterator[tuple[bytes | None, int]]:
         yield None, length
 
 
-def _parsed(line: bytes) -> dict[str, Any] | Fault:
+def _parsed(line: bytes) -> dict[str, Any] | RowError:
     try:
         value = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        return Fault("not UTF-8", f"{str(error)[:200]}; {OTHER_ENCODING}")
+        return RowError("not UTF-8", f"{str(error)[:200]}; {OTHER_ENCODING}")
     except (ValueError, RecursionError) as error:
-        return Fault("broken JSON", str(error)[:200])
-    return value if isinstance(value, dict) else Fault("broken JSON", f"a {type(value).__name__} and no object")
+        return RowError("broken JSON", str(error)[:200])
+    return value if isinstance(value, dict) else RowError("broken JSON", f"a {type(value).__name__} and no object")
 
 
 def _read_array(path: str, start: Any, encoding: str | None) -> Iterator[Row]:
@@ -224,13 +221,13 @@ def _read_array(path: str, start: Any, encoding: str | None) -> Iterator[Row]:
                 number += 1
                 if number <= (start or 0):
                     continue
-                found = value if isinstance(value, dict) else Fault("broken JSON", "an entry that is no object")
-                yield Row(number, f"{short(path)}:{number}", found)
+                found = value if isinstance(value, dict) else RowError("broken JSON", "an entry that is no object")
+                yield Row(number, f"{file_name(path)}:{number}", found)
         except (ValueError, RecursionError, OSError, EOFError) as error:
             said = (
                 ValueError(f"in entry {number + 1}: {error.msg}") if isinstance(error, json.JSONDecodeError) else error
             )
-            yield Row(None, f"{short(path)}:{number + 1}", lost(said))
+            yield Row(None, f"{file_name(path)}:{number + 1}", file_error(said))
 
 
 class _Array:

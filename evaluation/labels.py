@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bifocal.data.skips import Fault
+from bifocal.data.skips import RowError
 from bifocal.errors import EvaluationError
 from bifocal.evaluation.rows import Rows, several
 
@@ -53,7 +53,7 @@ def class_numbers(rows: Rows, classes: Sequence[str]) -> dict[int, int]:
             continue
         place = _whole(label)
         if place is None or is_unlabelled(label):
-            rows.skipped[number] = Fault("no label", f"{label!r:.100}")
+            rows.skipped[number] = RowError("no label", f"{label!r:.100}")
         elif not 0 <= place < len(classes):
             raise EvaluationError(
                 f"{rows.name(number)} of '{rows.task}' has the label {place}, but there are {len(classes)} classes, "

@@ -1,6 +1,5 @@
 """MTEB (arXiv 2210.07316) and its image tasks (arXiv 2504.10471), by the mteb library, in its own format and cache."""
 
-import difflib
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from bifocal.errors import EvaluationError
+from bifocal.errors import EvaluationError, closest_name, first_line
 from bifocal.evaluation.encoders import Encoder, load_encoder, sentence_transformer
 from bifocal.evaluation.protocols import Result
 
@@ -30,8 +29,8 @@ def find_tasks(names: Sequence[str]) -> list[Any]:
     known = {task.metadata.name for task in mteb.get_tasks(exclude_superseded=False)}
     unknown = next((name for name in names if name not in known), None)
     if unknown is not None:
-        near = difflib.get_close_matches(unknown, known, n=1)
-        said = f"did you mean '{near[0]}'?" if near else "see mteb's list of tasks."
+        closest = closest_name(unknown, known)
+        said = f"did you mean '{closest}'?" if closest else "see mteb's list of tasks."
         raise EvaluationError(f"mteb has no task '{unknown}'; {said}")
     return [mteb.get_task(name) for name in names]
 
@@ -70,8 +69,7 @@ def run_mteb(
         if error.errno is not None:  # the disk, not the data
             raise
         names = ", ".join(task.metadata.name for task in tasks)
-        said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise EvaluationError(f"The data of mteb's {names} could not be loaded ({said:.200}).") from error
+        raise EvaluationError(f"The data of mteb's {names} could not be loaded ({first_line(error):.200}).") from error
     kinds = {task.metadata.name: str(task.metadata.type) for task in tasks}
     return [_as_result(task_result, kinds[task_result.task_name]) for task_result in found.task_results]
 

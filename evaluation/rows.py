@@ -9,9 +9,9 @@ import numpy as np
 from PIL import Image
 from transformers.utils import logging
 
-from bifocal.data.images import fault_of
-from bifocal.data.normalize import Normaliser
-from bifocal.data.skips import Fault, Skip, summary
+from bifocal.data.images import image_row_error
+from bifocal.data.normalize import RowNormaliser
+from bifocal.data.skips import RowError, SkippedRow, summary
 from bifocal.errors import EvaluationError
 from bifocal.evaluation.encoders import Encoder
 from bifocal.modeling import load_image
@@ -74,8 +74,8 @@ class Rows:
             said = " and ".join(f"{count:,} {what}" for what, count in lengths.items())
             raise EvaluationError(f"'{task}' has {said}; give equally many, one of each for a row.")
         self.count = next(iter(lengths.values()))
-        self.skipped: dict[int, Fault] = {}
-        self._normalise = Normaliser("image-text")
+        self.skipped: dict[int, RowError] = {}
+        self._normalise = RowNormaliser("image-text")
         if not self.count:
             raise EvaluationError(f"'{task}' has no rows; look at where its {next(iter(lengths))} come from.")
 
@@ -85,9 +85,9 @@ class Rows:
         return [number for number in range(self.count) if number not in self.skipped]
 
     @property
-    def skips(self) -> list[Skip]:
+    def skips(self) -> list[SkippedRow]:
         """The skipped rows with their names."""
-        return [Skip.of(self.name(number), self.skipped[number]) for number in sorted(self.skipped)]
+        return [SkippedRow.of(self.name(number), self.skipped[number]) for number in sorted(self.skipped)]
 
     def name(self, number: int) -> str:
         return str(self.names[number]) if self.names is not None else f"{self.task}:{number}"
@@ -109,8 +109,8 @@ class Rows:
                 checked = self._normalise.texts(column, {column: value})
                 texts = [checked] if isinstance(checked, str) else checked
                 if most is not None and len(texts) > most:
-                    raise Fault(f"a list as {column}", f"{len(texts)} texts in the place of one")
-            except Fault as fault:
+                    raise RowError(f"a list as {column}", f"{len(texts)} texts in the place of one")
+            except RowError as fault:
                 self.skipped[number] = fault
             else:
                 found[number] = texts
@@ -126,7 +126,7 @@ class Rows:
                 if not np.isfinite(found[number]):
                     raise ValueError
             except (TypeError, ValueError):
-                self.skipped[number] = Fault(f"no {column}", f"{value!r:.100} is no number")
+                self.skipped[number] = RowError(f"no {column}", f"{value!r:.100} is no number")
         return {number: value for number, value in found.items() if number not in self.skipped}
 
     def images(self, encoder: Encoder) -> tuple[dict[int, np.ndarray], dict[int, str]]:
@@ -151,7 +151,7 @@ class Rows:
             try:
                 image = load_image(image_source(images[number]))
             except Exception as error:  # a decoded column of `datasets` raises whatever Pillow does
-                self.skipped[number] = error if isinstance(error, Fault) else fault_of(error)
+                self.skipped[number] = error if isinstance(error, RowError) else image_row_error(error)
                 continue
             digests[number] = image_digest(image)
             batch[number] = image
@@ -188,9 +188,9 @@ def image_digest(image: Image.Image) -> str:
 def image_source(value: Any) -> Any:
     """Return what `load_image` reads of an undecoded `datasets.Image`; any other value as it is."""
     if value is None:
-        raise Fault("no image", "None")
+        raise RowError("no image", "None")
     if isinstance(value, Mapping):
         value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
         if value is None:
-            raise Fault("no image", "neither bytes nor a path")
+            raise RowError("no image", "neither bytes nor a path")
     return value

@@ -1,6 +1,5 @@
 """From an evaluation recipe to results: read the data, embed it with each model, measure, keep what is done."""
 
-import difflib
 import hashlib
 import json
 import os
@@ -16,9 +15,9 @@ import numpy as np
 from pydantic import Field
 
 from bifocal.data.schema import Strict, read_yaml, validated
-from bifocal.data.skips import Skip, Skipped, start_log
+from bifocal.data.skips import SkipLog, SkippedRow, start_log
 from bifocal.data.source import Source
-from bifocal.errors import EvaluationError, RecipeError
+from bifocal.errors import EvaluationError, RecipeError, closest_name
 from bifocal.evaluation import protocols
 from bifocal.evaluation.encoders import Encoder, load_encoder, require_model
 from bifocal.evaluation.protocols import Result
@@ -77,7 +76,7 @@ def evaluate(
 
     Raises:
         EvaluationError, RecipeError: if there is no such task or model, or nothing to evaluate on.
-        BadRowsError: if more rows are bad than a source's `max_bad` allows.
+        BadRowsError: if more rows are bad than a source's `max_bad_fraction` allows.
         OSError: if the folder cannot be written.
     """
     models, only, mteb = ([one] if isinstance(one, str) else list(one) for one in (models, only, mteb))
@@ -89,7 +88,7 @@ def evaluate(
     for path in models:
         require_model(path)
     results: dict[str, list[Result]] = {path: [] for path in models}
-    skipped = Skipped(start_log(out / "skipped.jsonl"))
+    skipped = SkipLog(start_log(out / "skipped.jsonl"))
     with tempfile.TemporaryDirectory(prefix="bifocal-evaluate-") as scratch:
         works = [_Work(task, models, out, Path(scratch), skipped) for task in chosen]
         for path in models:
@@ -112,7 +111,7 @@ class _Work:
     Raises: see `read_task`.
     """
 
-    def __init__(self, task: EvaluationTask, models: Sequence[str], out: Path, scratch: Path, skipped: Skipped) -> None:
+    def __init__(self, task: EvaluationTask, models: Sequence[str], out: Path, scratch: Path, skipped: SkipLog) -> None:
         self.task, self.skipped, self.accounted = task, skipped, False
         self.places = {path: out / "results" / _key(path, task) for path in models}
         kept = {path: _kept(place) for path, place in self.places.items()}
@@ -162,8 +161,8 @@ def _chosen(recipe: EvaluationRecipe, only: Sequence[str]) -> list[EvaluationTas
     names = [task.name for task in recipe.tasks]
     unknown = next((name for name in only if name not in names), None)
     if unknown is not None:
-        near = difflib.get_close_matches(unknown, names, n=1)
-        said = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(names)}."
+        closest = closest_name(unknown, names)
+        said = f"did you mean '{closest}'?" if closest else f"there are {', '.join(names)}."
         raise RecipeError(f"There is no task '{unknown}' in '{recipe.name}'; {said}")
     return [task for task in recipe.tasks if not only or task.name in only]
 
@@ -210,7 +209,7 @@ def _kept(place: Path) -> Result | None:
         return None
     try:
         found = Result(**json.loads(facts.read_text(encoding="utf-8")))
-        found.skips = [Skip(*skip) for skip in found.skips]
+        found.skips = [SkippedRow(*skip) for skip in found.skips]
         with np.load(place.with_name(place.name + ".npz")) as arrays:
             found.arrays |= {name: arrays[name] for name in arrays.files}
     except (OSError, ValueError, TypeError, EOFError, BadZipFile):  # damaged, so that it is measured again

@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from bifocal.data.beir import is_beir, whole_beir
-from bifocal.data.inspection import rows_of
+from bifocal.data.inspection import iter_rows
 from bifocal.data.schema import Strict
-from bifocal.data.skips import Fault, Skip, Skipped
+from bifocal.data.skips import RowError, SkipLog, SkippedRow
 from bifocal.data.source import Source
 from bifocal.errors import EvaluationError, RecipeError
 from bifocal.evaluation import protocols
@@ -65,7 +65,7 @@ class TaskRows:
 
     names: list[str] = field(default_factory=list)
     columns: dict[str, Any] = field(default_factory=dict)
-    skips: list[Skip] = field(default_factory=list)
+    skips: list[SkippedRow] = field(default_factory=list)
     count: int = 0
     digest: str = ""
     joined: dict[str, list[str]] = field(default_factory=dict)
@@ -139,7 +139,7 @@ class TaskData:
         return protocols.pair_classification(encoder, task.name, first, second, labels, names)
 
 
-def read_task(task: EvaluationTask, scratch: Path, skipped: Skipped) -> TaskData:
+def read_task(task: EvaluationTask, scratch: Path, skipped: SkipLog) -> TaskData:
     """Read the rows of a task.
 
     Args:
@@ -149,7 +149,7 @@ def read_task(task: EvaluationTask, scratch: Path, skipped: Skipped) -> TaskData
     Raises:
         EvaluationError: if no row can be used.
         RecipeError: if there is nothing at the path, or no such column.
-        BadRowsError: if more rows are bad than the source's `max_bad` allows.
+        BadRowsError: if more rows are bad than the source's `max_bad_fraction` allows.
     """
     rows = _retrieval_rows(task) if task.kind == "text-retrieval" else _read(task.data, _READ_AS[task.kind], scratch)
     _require_good(rows, task.data, task.name, skipped)
@@ -164,22 +164,22 @@ def read_task(task: EvaluationTask, scratch: Path, skipped: Skipped) -> TaskData
     return TaskData(task, rows, train)
 
 
-def account(data: TaskData, result: Result, skipped: Skipped) -> None:
+def account(data: TaskData, result: Result, skipped: SkipLog) -> None:
     """Log the rows that were skipped.
 
     Raises:
         BadRowsError: if they are too many.
     """
     skipped.add(data.task.name, data.count, result.skips)
-    skipped.check(data.task.name, data.task.data.max_bad, ended=True)
+    skipped.check(data.task.name, data.task.data.max_bad_fraction, ended=True)
 
 
-def _require_good(rows: TaskRows, source: Source, name: str, skipped: Skipped) -> None:
-    counts = Skipped()
+def _require_good(rows: TaskRows, source: Source, name: str, skipped: SkipLog) -> None:
+    counts = SkipLog()
     counts.add(name, rows.count, rows.skips)
-    if counts.share(name) > source.max_bad:
+    if counts.share(name) > source.max_bad_fraction:
         skipped.add(name, rows.count, rows.skips)
-        skipped.check(name, source.max_bad, ended=True)
+        skipped.check(name, source.max_bad_fraction, ended=True)
     if rows.count == len(rows.skips):
         raise EvaluationError(f"'{name}' has no row that can be used; look at {source.title}.")
 
@@ -187,12 +187,12 @@ def _require_good(rows: TaskRows, source: Source, name: str, skipped: Skipped) -
 def _read(source: Source, kind: str, scratch: Path) -> TaskRows:
     found = TaskRows()
     digest = hashlib.blake2b(digest_size=16)
-    for row_name, row in rows_of(source, kind):
+    for row_name, row in iter_rows(source, kind):
         if source.limit is not None and len(found.names) >= source.limit:
             break
         found.count += 1
-        if isinstance(row, Fault):
-            found.skips.append(Skip.of(row_name, row))
+        if isinstance(row, RowError):
+            found.skips.append(SkippedRow.of(row_name, row))
             continue
         if "image" in row:
             row["image"], mark = _kept_image(row["image"], scratch)
@@ -240,7 +240,9 @@ def _retrieval_rows(task: EvaluationTask) -> TaskRows:
     folder = os.path.expanduser(task.data.path) if isinstance(task.data.path, str) else ""
     if os.path.isdir(folder) and is_beir(folder):
         queries, corpus, relevant, faults = whole_beir(folder, task.data.split)
-        rows = TaskRows(skips=[Skip.of(*fault) for fault in faults], count=len(faults) + len(queries) + len(corpus))
+        rows = TaskRows(
+            skips=[SkippedRow.of(*fault) for fault in faults], count=len(faults) + len(queries) + len(corpus)
+        )
     else:
         rows = _read(task.data, "text-pair", Path())
         columns = rows.columns or {"query": [], "positive": []}

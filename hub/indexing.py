@@ -10,10 +10,10 @@ from typing import Any
 
 from bifocal.data.filters import RowFilter
 from bifocal.data.image_files import FoundImages, by_suffix, find_images, image_suffixes, printable
-from bifocal.data.inspection import rows_of
-from bifocal.data.loading import METADATA, guess_kind
-from bifocal.data.paths import Fence, expand, is_remote
-from bifocal.data.skips import Fault
+from bifocal.data.inspection import iter_rows
+from bifocal.data.loading import METADATA_FILES, infer_kind
+from bifocal.data.paths import AllowedRoots, expand, is_remote
+from bifocal.data.skips import RowError
 from bifocal.data.source import Source
 from bifocal.errors import RecipeError
 from bifocal.hub.search.index import SearchIndex
@@ -43,7 +43,7 @@ def kind_of(source: Source, kind: str | None) -> str:
     if _image_files(source) is not None:
         return "image-only"
     try:
-        found = guess_kind(source)
+        found = infer_kind(source)
     except RecipeError:
         if folder is None:
             raise
@@ -96,7 +96,7 @@ def _require_rows(path: str, kind: str | None) -> None:
 
 def _table_of(folder: str, split: str) -> str | None:
     """The table that names a folder's images."""
-    paths = (os.path.join(folder, place, name) for place in ("", split) for name in METADATA)
+    paths = (os.path.join(folder, place, name) for place in ("", split) for name in METADATA_FILES)
     return next(filter(os.path.exists, paths), None)
 
 
@@ -132,7 +132,7 @@ class Reading:
         self.root = os.path.dirname(self.table) if self.table is not None else self.folder
         paths = [self.source.path] if isinstance(self.source.path, str) else self.source.path
         around = self.root or os.path.dirname(os.path.expanduser(paths[0])) or "."
-        roots = [*Fence(self.source.images).roots.items(), ("", os.path.realpath(around))]
+        roots = [*AllowedRoots(self.source.image_root).roots.items(), ("", os.path.realpath(around))]
         self.roots = sorted(roots, key=lambda one: -len(one[1]))  # the innermost first
         self.origin = Origin(self._identity(), {"captions": self.captions}, complete=self.source.limit is None)
 
@@ -155,7 +155,7 @@ class Reading:
             "items": "images" if images else content,
             "name": source.name,
             "split": source.split,
-            "column": source.columns.get(content),
+            "column": source.mapped_columns.get(content),
         }
 
     def items(self) -> Iterator[Item]:
@@ -171,14 +171,14 @@ class Reading:
             return
         seen: set[str] = set()
         good = 0
-        for name, row in rows_of(self.source, self.kind):
+        for name, row in iter_rows(self.source, self.kind):
             if self.source.limit is not None and good >= self.source.limit:
                 return
-            if isinstance(row, Fault):
+            if isinstance(row, RowError):
                 name = printable(self._name(name))
                 self.faults.append((name, str(row)))
-                self.origin.complete &= not row.shard
-                if not row.dropped:  # what a filter drops is not wanted any more
+                self.origin.complete &= not row.file_lost
+                if not row.filtered:  # what a filter drops is not wanted any more
                     self.origin.unread.add(name)
                     # An image has the name of its file, and which one this row names is not known. Those of a folder
                     # are found without it, but not their captions.
@@ -207,9 +207,9 @@ class Reading:
             self.faults.append((printable(name), reason))
             self.origin.unread.add(printable(name))
         self.origin.complete &= found.complete
-        if self.source.columns and self.table is None:
+        if self.source.column_mapping and self.table is None:
             raise RecipeError(
-                f"'{self.source.title}' has images and no table, so it has no columns; leave out columns."
+                f"'{self.source.title}' has images and no table, so it has no columns; remove column_mapping."
             )
         keep = RowFilter(self.source.clean) if self.source.clean is not None else None
         for number, name in enumerate(found.names):
@@ -219,9 +219,9 @@ class Reading:
             try:
                 if keep is not None:
                     keep({"image": path})
-            except Fault as fault:
+            except RowError as fault:
                 self.faults.append((printable(name), str(fault)))
-                if not fault.dropped:
+                if not fault.filtered:
                     self.origin.unread.add(printable(name))
                 continue
             yield Item(printable(name), "", path, own_name=True)

@@ -15,6 +15,7 @@ from benchmarks.claims.page import Tried, write_claims_page
 from benchmarks.claims.rules import summary
 from benchmarks.claims.seed import Job, run_job, start_job
 from benchmarks.claims.sources import fetch
+from bifocal.errors import first_line
 from bifocal.files import write_json
 from bifocal.training.runner import versions
 
@@ -94,7 +95,7 @@ def _data(out: Path, data: Path | None, say: Callable[[str], None]) -> tuple[Pat
         try:
             data = fetch(out / "data")
         except Exception as error:  # no network, or a data set that is no longer there
-            say(f"Photos and captions could not be loaded ({str(error).splitlines()[0][:200]}); symbols serve instead.")
+            say(f"Photos and captions could not be loaded ({first_line(error)[:200]}); symbols serve instead.")
     wanted = "symbols" if data is None else "files"
     if before not in (None, wanted):
         raise ClaimsError(f"'{out}' holds claims tried on other data; choose another --out.")

@@ -1,4 +1,4 @@
-"""The commands `bifocal data ...`: look at corpora and sources, clean them, caption pictures."""
+"""The commands `bifocal data ...`: look at corpora and sources, clean them, caption images."""
 
 from collections import Counter
 from dataclasses import asdict
@@ -10,12 +10,13 @@ import typer
 from bifocal.cli.console import require, writes_into
 from bifocal.errors import BifocalError
 
-data = typer.Typer(name="data", help="Look at training data, clean it, caption pictures.", no_args_is_help=True)
+data = typer.Typer(name="data", help="Look at training data, clean it, caption images.", no_args_is_help=True)
 
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        help="key=value of a source, such as columns.caption=title, images=FOLDER, delimiter=';' or clean.min_side=64."
+        help="key=value of a source, such as column_mapping.title=caption, image_root=FOLDER, delimiter=';' or "
+        "clean.min_image_size=64."
     ),
 ]
 SourceArgument = Annotated[str, typer.Argument(help="Files, a pattern, a folder, a Hub id or corpus:NAME.")]
@@ -54,16 +55,16 @@ def inspect(
     require("datasets", "jinja2", "matplotlib", "pydantic")
     from bifocal.data.inspection import inspect_source
     from bifocal.data.inspection_page import PAGE, write_data_page
-    from bifocal.data.loading import guess_kind
-    from bifocal.data.source import source_of
+    from bifocal.data.loading import infer_kind
+    from bifocal.data.source import parse_source
     from bifocal.files import require_overwritable
 
     if out.is_dir():
         raise BifocalError(f"'{out}' is a folder. Give the HTML file to write with --out.")
     writes_into(out.parent)
     require_overwritable(out, PAGE)
-    given = source_of(source, overrides)
-    found = inspect_source(given, _kind(kind) or guess_kind(given), rows or None)
+    given = parse_source(source, overrides)
+    found = inspect_source(given, _kind(kind) or infer_kind(given), rows or None)
     write_data_page(asdict(found), out)
     typer.echo(f"{found.good:,} of {found.rows:,} rows can be used; see {out}.")
 
@@ -73,16 +74,16 @@ def clean(source: SourceArgument, out: Path, overrides: Overrides = None, kind: 
     """Write the rows of a source that pass its filters into a folder of Parquet files, which may be streamed."""
     require("datasets", "pydantic")
     from bifocal.data.clean_copy import write_clean
-    from bifocal.data.loading import guess_kind
-    from bifocal.data.skips import Skipped, summary
-    from bifocal.data.source import source_of
+    from bifocal.data.loading import infer_kind
+    from bifocal.data.skips import SkipLog, summary
+    from bifocal.data.source import parse_source
 
     writes_into(out)
-    skipped = Skipped(out / "skipped.jsonl")
-    given = source_of(source, overrides)
-    rows = write_clean(given, _kind(kind) or guess_kind(given), out, skipped)
+    skipped = SkipLog(out / "skipped.jsonl")
+    given = parse_source(source, overrides)
+    rows = write_clean(given, _kind(kind) or infer_kind(given), out, skipped)
     left_out: Counter[str] = Counter()
-    for counts in [*skipped.bad.values(), *skipped.dropped.values()]:
+    for counts in [*skipped.bad.values(), *skipped.filtered.values()]:
         left_out += counts
     said = f"; left out: {summary(left_out)} (see {out / 'skipped.jsonl'})" if left_out else ""
     typer.echo(f"{rows:,} rows are in {out}{said}.")
@@ -98,16 +99,18 @@ def caption(
         Path | None, typer.Option(help="YAML with the prompt; the one that comes with Bifocal if none.")
     ] = None,
 ) -> None:
-    """Write long captions for pictures, so that stage 2 has something to train on."""
+    """Write long captions for images, so that stage 2 has something to train on."""
     require("datasets", "pydantic")
     from bifocal.data.captioning import caption_recipe, caption_source
-    from bifocal.data.source import source_of
+    from bifocal.data.source import parse_source
 
     writes_into(out, "free space and run the command again; it resumes")
-    made = caption_source(source_of(source, overrides), out, caption_recipe(model, recipe))
+    made = caption_source(parse_source(source, overrides), out, caption_recipe(model, recipe))
     before = f", {made.before:,} were there before" if made.before else ""
     skipped = f", {made.skipped:,} left out (see {out / 'skipped.jsonl'})" if made.skipped else ""
-    typer.echo(f"{made.made:,} captions are in {out}{before}{skipped}; in a recipe: path: {out}/*.parquet, images: /.")
+    typer.echo(
+        f"{made.made:,} captions are in {out}{before}{skipped}; in a recipe: path: {out}/*.parquet, image_root: /."
+    )
 
 
 def _kind(given: str | None) -> str | None:

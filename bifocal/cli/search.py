@@ -49,13 +49,13 @@ def index(
     from tqdm import tqdm
 
     from bifocal.data.image_files import printable
-    from bifocal.data.source import source_of
+    from bifocal.data.source import parse_source
     from bifocal.hub.indexing import Reading, kind_of
     from bifocal.hub.search.index import SearchIndex, weights_of
     from bifocal.hub.search.searcher import Searcher, load_model
 
     writes_into(out, "free space and run the command again; it resumes")
-    given = source_of(source, overrides)
+    given = parse_source(source, overrides)
     rows = kind_of(given, kind)
     there = SearchIndex(out) if (out / "index.json").exists() else None
     place = model or (there.model if there is not None else None)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bifocal.errors import first_line
 from bifocal.hub.search.items import SearchError
 
 ROWS = 1024  # of a part; what a killed run loses at most
@@ -160,8 +161,8 @@ class Table:
         except SearchError:
             raise
         except (pa.ArrowException, OSError, ValueError) as error:  # an empty file is a ValueError of mmap
-            said = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-            raise damaged(part, f"it is no Arrow stream that can be read ({said})") from error
+            problem = first_line(error)[:120]
+            raise damaged(part, f"it is no Arrow stream that can be read ({problem})") from error
         if not table.schema.equals(self.schema):
             names = table.schema.names
             width = getattr(table.schema.field("embedding").type, "list_size", 0) if "embedding" in names else 0

@@ -107,10 +107,10 @@ def test_every_picture_gets_a_caption_and_its_origin(request, captioner, picture
         assert row["revision"].startswith("folder-")
         assert row["prompt"] == "black star"
         assert row["made"].endswith("+00:00")
-    assert '"not a picture"' in (tmp_path / "out" / "skipped.jsonl").read_text()
+    assert '"not an image"' in (tmp_path / "out" / "skipped.jsonl").read_text()
     again = caption_source(Source(path=str(pictures)), tmp_path / "out", recipe)
     assert (again.made, again.before, again.skipped) == (0, 6, 1)
-    data = load_source(Source(path=f"{tmp_path}/out/*.parquet", images="/", streaming=True), "image-text")
+    data = load_source(Source(path=f"{tmp_path}/out/*.parquet", image_root="/", streaming=True), "image-text")
     assert [row["image"] for row in good(data)] == [str(pictures / f"{n}.jpg") for n in range(7) if n != 3]
     with pytest.raises(ValueError, match=r"holds captions by another prompt .'black star'.; choose another folder"):
         caption_source(Source(path=str(pictures)), tmp_path / "out", settings(model))

@@ -11,7 +11,7 @@ from transformers.models.clip import CLIPImageProcessorPil
 from typer.testing import CliRunner
 
 from bifocal.cli import app
-from bifocal.data.skips import BadRowsError, Skipped
+from bifocal.data.skips import BadRowsError, SkipLog
 from bifocal.evaluation.encoders import load_encoder
 from bifocal.evaluation.task_rows import EvaluationTask, read_task
 from bifocal.hub.export import export_model
@@ -203,13 +203,13 @@ def test_bad_lines_of_a_beir_folder(here, tmp_path):
     with (tmp_path / "beir" / "qrels" / "test.tsv").open("a") as file:
         file.write("q1\td77\t1\nq2\td4\thigh\nq2\td5\t0\n")
     data = {"path": str(tmp_path / "beir"), "split": "test", "max_bad": 0.5}
-    rows = read_task(EvaluationTask(name="b", kind="text-retrieval", data=data), tmp_path, Skipped()).rows
+    rows = read_task(EvaluationTask(name="b", kind="text-retrieval", data=data), tmp_path, SkipLog()).rows
     assert rows.columns["relevant"] == {"q0": ["d1", "d2"], "q1": ["d3"]}
     assert len(rows.skips) == 4
     assert {"no _id", "judgement of a missing text", "broken judgement"} < {skip.cause for skip in rows.skips}
     strict = EvaluationTask(name="b", kind="text-retrieval", data={**data, "max_bad": 0.0})
     with pytest.raises(BadRowsError, match="are bad, more than"):
-        read_task(strict, tmp_path, Skipped())
+        read_task(strict, tmp_path, SkipLog())
 
 
 @pytest.mark.parametrize(
