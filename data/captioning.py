@@ -13,7 +13,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from bifocal.data.images import image_row_error
-from bifocal.data.inspection import iter_rows
+from bifocal.data.loading import iter_rows
 from bifocal.data.schema import read_yaml, validated
 from bifocal.data.skips import RowError, SkipLog, SkippedRow, start_log
 from bifocal.data.source import Source

@@ -97,7 +97,7 @@ def column_hint(ours: str, names: Sequence[str], rows: Sequence[Mapping[str, Any
     fitting = [name for name in free if fits[name] is True or (fits[name] is None and rank(name) < 10_000)]
     if not fitting:
         return f"; none of them looks like {_WHAT.get(ours, 'texts')}"
-    return f"; set column_mapping.{min(fitting, key=rank)}={ours} if that is the right one"
+    return f"; set column_mapping, such as column_mapping.{min(fitting, key=rank)}={ours}"
 
 
 def _fits(ours: str, name: str, values: list[Any]) -> bool | None:

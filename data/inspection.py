@@ -3,10 +3,8 @@
 import base64
 import hashlib
 import io
-import json
 import random
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -14,8 +12,8 @@ from typing import Any
 from PIL import Image
 
 from bifocal.data.filters import content, require_readable, same, size_of
-from bifocal.data.loading import load_source, open_stream
-from bifocal.data.skips import ERROR_COLUMN, RowError
+from bifocal.data.loading import iter_rows
+from bifocal.data.skips import RowError
 from bifocal.data.source import Source
 from bifocal.modeling import load_image
 
@@ -31,7 +29,7 @@ class Inspection:
         title, kind: of the source.
         rows, good: looked at, and usable.
         complete: whether these are all.
-        left_out: for each cause how many, whether a filter dropped them, and some of them: (name, detail).
+        skipped: for each cause how many, whether a filter dropped them, and some of them: (name, detail).
         lengths: characters of every text, by column.
         sizes: width and height of every image.
         megabytes: of the images' files.
@@ -45,7 +43,7 @@ class Inspection:
     rows: int = 0
     good: int = 0
     complete: bool = True
-    left_out: list[dict[str, Any]] = field(default_factory=list)
+    skipped: list[dict[str, Any]] = field(default_factory=list)
     lengths: dict[str, list[int]] = field(default_factory=dict)
     sizes: list[tuple[int, int]] = field(default_factory=list)
     megabytes: float = 0.0
@@ -89,37 +87,12 @@ def inspect_source(source: Source, kind: str, most: int | None = 10_000, seed: i
         if place < _SAMPLE:
             sample[place : place + 1] = [(name, row)]
     found.complete = next(rows, None) is None
-    found.left_out = [
+    found.skipped = [
         {"cause": cause, "filtered": filtered, "count": count, "rows": row_errors[cause, filtered]}
         for (cause, filtered), count in causes.most_common()
     ]
     found.sample = [_shown(name, row) for name, row in sample]
     return found
-
-
-def iter_rows(source: Source, kind: str) -> Iterator[tuple[str, dict[str, Any] | RowError]]:
-    """Every row of a source with its name, good or not, in its order."""
-    stream = open_stream(source, kind)
-    if stream is not None:
-        yield from stream.rows()
-        return
-    if source.clean is None or not source.clean.needs_whole:
-        source = source.model_copy(update={"streaming": source.path != "symbols"})
-    for number, row in enumerate(load_source(source, kind)):
-        row_error = row.pop(ERROR_COLUMN, None)
-        if row_error is not None:
-            name, cause, detail, filtered, file_lost = json.loads(row_error)
-            yield name, RowError(cause, detail, filtered, file_lost)
-            continue
-        image = row.get("image")
-        if isinstance(image, list):
-            image = image[0]
-        if isinstance(image, dict):
-            row["image"] = image["bytes"] if image["bytes"] is not None else image["path"]
-        name = f"{source.title}:{number}"
-        if image is not None:
-            row.setdefault("image_id", name)
-        yield name, row
 
 
 def _measure(found: Inspection, row: dict[str, Any], seen: dict[str, set[bytes]]) -> None:

@@ -22,8 +22,8 @@ def write_data_page(inspection: Mapping[str, Any], path: Path) -> None:
         NotOursError: if a file is there that is no such page, or that was changed since it was written.
         OSError: if the page cannot be written.
     """
-    bad = sum(cause["count"] for cause in inspection["left_out"] if not cause["filtered"])
-    filtered = sum(cause["count"] for cause in inspection["left_out"] if cause["filtered"])
+    bad = sum(cause["count"] for cause in inspection["skipped"] if not cause["filtered"])
+    filtered = sum(cause["count"] for cause in inspection["skipped"] if cause["filtered"])
     page = render(
         Path(__file__).parent / "templates",
         "inspection.html.j2",
@@ -42,7 +42,7 @@ def _figures(data: Mapping[str, Any], bad: int, filtered: int) -> dict[str, str]
 
     counts = {"usable": data["good"], "bad": bad}
     if filtered:
-        counts["dropped by filters"] = filtered
+        counts["filtered out"] = filtered
     counts |= {f"repeated {what}": count for what, count in data["duplicates"].items()}
     figures = {"rows looked at" + ("" if data["complete"] else ", of more"): f"{rows:,}"}
     for name, count in counts.items():

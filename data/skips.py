@@ -1,4 +1,4 @@
-"""Rows that are left out: why, how many, named in a log, and when they are too many to go on."""
+"""Skipped rows: reasons, counts, log file, and the limit at which a run stops."""
 
 import json
 import os
@@ -10,19 +10,19 @@ from typing import Any, NamedTuple
 from bifocal.errors import DataError
 from bifocal.files import NotOursError
 
-# Below so many rows a share says little; small sources are judged when they end.
+# Rows read before a fraction of bad rows is judged; smaller sources are judged at their end.
 FIRST = 1000
-ERROR_COLUMN = "_row_error"  # a column with a `SkippedRow` in JSON for rows that are left out
+ERROR_COLUMN = "_row_error"  # a column that holds a `SkippedRow` as JSON for each bad row
 
 
-class RowError(Exception):  # not an error of the program, but a row's
-    """Why a row is left out.
+class RowError(Exception):  # a row's error, not the program's
+    """Why a row is skipped.
 
     Args:
-        cause: in a few words, the same for all rows with this fault: they are counted by it.
-        detail: what is particular about this row.
-        dropped: asked for by a filter, and not counted as bad.
-        file_lost: the rest of the file is lost with it.
+        cause: a few words that all rows with this problem share; rows are counted by it.
+        detail: what is wrong with this row.
+        filtered: whether a filter removed the row, so that it does not count as bad.
+        file_lost: whether the rest of the file is lost, too.
     """
 
     def __init__(self, cause: str, detail: str = "", filtered: bool = False, file_lost: bool = False) -> None:
@@ -34,7 +34,7 @@ class RowError(Exception):  # not an error of the program, but a row's
 
 
 class SkippedRow(NamedTuple):
-    """A row that was left out. Its fields are those of `RowError`, with the name of the row."""
+    """A skipped row: its name, and the fields of its `RowError`."""
 
     row: str
     cause: str
@@ -48,10 +48,10 @@ class SkippedRow(NamedTuple):
 
 
 def start_log(path: Path) -> Path:
-    """Return the place of a log that begins now; one that an earlier run wrote there is removed.
+    """Remove the log of an earlier run and return the path for a new one.
 
     Raises:
-        NotOursError: if the file there is no such log.
+        NotOursError: if the file is not such a log.
     """
     require_log(path)
     path.unlink(missing_ok=True)
@@ -59,9 +59,10 @@ def start_log(path: Path) -> Path:
 
 
 def require_log(path: Path) -> None:
-    """
+    """Require that a path is free or holds a log of skipped rows.
+
     Raises:
-        NotOursError: if there is a file that is no log of skipped rows.
+        NotOursError: if it holds another file.
     """
     if path.exists():
         try:
@@ -71,18 +72,18 @@ def require_log(path: Path) -> None:
         except (OSError, ValueError, TypeError):
             ours = False
         if not ours:
-            raise NotOursError(f"'{path}' is no log of skipped rows, and one would be written there; move it away.")
+            raise NotOursError(f"'{path}' is not a log of skipped rows, which would be written there. Move it away.")
 
 
 class BadRowsError(DataError):
-    """More rows are bad than the source may have."""
+    """More rows are bad than a source's `max_bad_fraction` allows."""
 
 
 class SkipLog:
-    """Counts by task what was left out, and names it in a log, one JSON line a row.
+    """Counts skipped rows by task, and lists them in a log, one JSON line per row.
 
-    A file that is missing or breaks off counts as so many bad rows as the other files have on average, less those that
-    were read of it.
+    A file that is missing or breaks off counts as many bad rows as the other files have on average, less the rows that
+    were read from it.
 
     Args:
         log: file to append to; None keeps counts only.
@@ -98,14 +99,15 @@ class SkipLog:
         self.first: dict[tuple[str, str], SkippedRow] = {}  # by task and cause
 
     def add(self, task: str, rows: int, skips: Iterable[SkippedRow] = (), shards: int = 0) -> None:
-        """
+        """Add rows to the counts, and skipped ones to the log.
+
         Args:
             task: name of the task or source.
-            rows: how many rows were looked at, bad ones included.
-            shards: how many files were read to their end.
+            rows: number of rows read, bad ones included.
+            shards: number of files read to their end.
 
         Raises:
-            OSError: the log cannot be written.
+            OSError: if the log cannot be written.
         """
         self.rows[task] += rows
         self.shards[task] += shards
@@ -123,7 +125,7 @@ class SkipLog:
                 file.writelines(lines)
 
     def share(self, task: str) -> float:
-        """The share of a task's rows that are bad, lost files estimated."""
+        """Return the fraction of a task's rows that are bad, lost files estimated."""
         lost, shards = self.lost[task], self.shards[task]
         read, bad = self.rows[task] - lost, self.bad.get(task, Counter()).total() - lost
         if lost:
@@ -133,13 +135,14 @@ class SkipLog:
         return bad / read if read else 0.0
 
     def check(self, task: str, most: float, ended: bool = False) -> None:
-        """
+        """Stop if too many rows are bad.
+
         Args:
-            most: the share of bad rows that may be.
-            ended: the source was read to its end, so that a share means something however few rows it has.
+            most: largest fraction of bad rows that is allowed.
+            ended: whether the source was read to its end; before that, a few rows are not judged.
 
         Raises:
-            BadRowsError: there are more, with the causes and the log.
+            BadRowsError: if more rows are bad; it names the causes and the log.
         """
         share = self.share(task)
         if share <= most or not (ended or self.rows[task] >= FIRST or (self.lost[task] and self.shards[task])):
@@ -147,7 +150,8 @@ class SkipLog:
         where = f"; they are named in {self.log}" if self.log is not None else ""
         raise BadRowsError(
             f"'{task}': {share:.1%} of {self.rows[task]:,} rows are bad, more than max_bad_fraction={most:g} allows"
-            f" ({summary(self.bad[task])}){where}{self.example(task)}. Mend or remove them, or raise max_bad_fraction."
+            f" ({summary(self.bad[task])}){where}{self.example(task)}. Correct or remove them, or raise "
+            "max_bad_fraction."
         )
 
     def example(self, task: str) -> str:
@@ -157,7 +161,7 @@ class SkipLog:
         return f", such as {first.row}: {first.detail[:300]}" if first is not None and first.detail else ""
 
     def state(self) -> dict[str, Any]:
-        """Counts, and how long the log is, in plain types."""
+        """Return the counts and the length of the log, in plain types."""
         size = self.log.stat().st_size if self.log is not None and self.log.exists() else 0
         return {
             "rows": dict(self.rows), "shards": dict(self.shards), "lost": dict(self.lost), "log": size,
@@ -166,7 +170,7 @@ class SkipLog:
         }  # fmt: skip
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from a state; what the log held beyond it is cut off, since it will come again."""
+        """Resume from a state; later lines of the log are cut off, since these rows will be read again."""
         self.rows, self.shards, self.lost = (Counter(state[name]) for name in ("rows", "shards", "lost"))
         self.bad = {task: Counter(counts) for task, counts in state["bad"].items()}
         self.filtered = {task: Counter(counts) for task, counts in state["filtered"].items()}
@@ -175,6 +179,6 @@ class SkipLog:
 
 
 def summary(counts: Counter[str], most: int = 6) -> str:
-    """ "20 broken image, 11 no caption" """
+    """Return counts as text, such as "20 broken image, 11 no caption"."""
     shown = ", ".join(f"{count:,} {cause}" for cause, count in counts.most_common(most))
     return shown + (f" and {len(counts) - most} other causes" if len(counts) > most else "")

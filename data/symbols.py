@@ -82,7 +82,7 @@ def draw(symbol: str, path: Path, size: int) -> Image.Image | None:
     """
     em: float = round(size * 0.82)  # ascent and descent of the DejaVu faces are 1.16 em together
     for _ in range(2):
-        font = ImageFont.truetype(str(path), em, layout_engine=ImageFont.ColumnLayout.BASIC)
+        font = ImageFont.truetype(str(path), em, layout_engine=ImageFont.Layout.BASIC)
         left, top, right, bottom = font.getbbox(symbol, anchor="ls")
         if right <= left or bottom <= top:
             return None

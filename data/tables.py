@@ -1,4 +1,4 @@
-"""Rows on disk: a stream written once to `datasets`' cache, its bad rows with their causes beside the good ones."""
+"""Rows on disk: a stream written once to the cache of `datasets`, bad rows with their causes included."""
 
 import hashlib
 import json
@@ -20,20 +20,21 @@ from bifocal.data.source import Source
 from bifocal.data.text_files import Row
 from bifocal.errors import DataError
 
-_VERSION = 3  # of how rows are made; a change here makes caches of before useless
-_PEEKED = 100  # rows that are looked at to know whether a column holds lists
+_VERSION = 3  # of the cached rows; raise it when they change
+_PEEKED = 100  # rows read to learn whether a column holds lists
 
 
 def to_dataset(stream: ShardStream, source: Source, skipped: SkipLog, name: str, mark: str | None = None) -> Any:
-    """All good rows of a stream as a `datasets.Dataset`, cached as long as the files stay as they are.
+    """Return the good rows of a stream as a `datasets.Dataset`, cached until a file changes.
 
     Args:
-        mark: what changes when the rows do, beside the source; the files' sizes and times when None.
+        mark: a fingerprint of the rows, which with the source is the key of the cache; None takes the files' sizes and
+            times.
 
     Raises:
-        BadRowsError: more than the source's `max_bad_fraction`.
-        DataError: no row, or no good one.
-        OSError: the cache cannot be written.
+        BadRowsError: if more rows are bad than the source's `max_bad_fraction` allows.
+        DataError: if there are no rows, or no good ones.
+        OSError: if the cache cannot be written.
     """
     from datasets import Features, List
 
@@ -43,18 +44,18 @@ def to_dataset(stream: ShardStream, source: Source, skipped: SkipLog, name: str,
     features = _features(stream, source)
     lists = {column for column, feature in features.items() if isinstance(feature, List)}
     arguments = {"stream": stream, "limit": source.limit, "lists": lists}
-    found = _cached(Features(features), arguments, fingerprint)
+    dataset = _cached(Features(features), arguments, fingerprint)
     # Images that were missing when the rows were cached may be there now.
-    returned = [skip.row for skip in _skips(found) if skip.cause == MISSING and existing(skip.detail) is not None]
+    returned = [skip.row for skip in _skips(dataset) if skip.cause == MISSING and existing(skip.detail) is not None]
     if returned:
         salted = hashlib.blake2b(json.dumps([fingerprint, returned]).encode(), digest_size=12).hexdigest()
-        found = _cached(Features(features), arguments, salted)
-    found = _account(found, source, skipped, name, len(stream.shards))
+        dataset = _cached(Features(features), arguments, salted)
+    dataset = _good_rows(dataset, source, skipped, name, len(stream.shards))
     if source.clean is not None and source.clean.consistency is not None:
         from bifocal.data.consistency import filter_consistent
 
-        found = filter_consistent(found, source.clean.consistency, skipped, name)
-    return found
+        dataset = filter_consistent(dataset, source.clean.consistency, skipped, name)
+    return dataset
 
 
 def _cached(features: Any, arguments: dict[str, Any], fingerprint: str) -> Any:
@@ -69,7 +70,7 @@ def _cached(features: Any, arguments: dict[str, Any], fingerprint: str) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars where nobody watches them."""
+    """Hide progress bars if the output is not a terminal."""
     from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     was_off = are_progress_bars_disabled()
@@ -82,22 +83,22 @@ def _quiet() -> Iterator[None]:
             enable_progress_bars()
 
 
-def _account(found: Any, source: Source, skipped: SkipLog, name: str, shards: int) -> Any:
-    """The good rows; the others go into the account."""
-    skips = _skips(found)
+def _good_rows(dataset: Any, source: Source, skipped: SkipLog, name: str, shards: int) -> Any:
+    """Return the good rows and log the others."""
+    skips = _skips(dataset)
     lost = sum(skip.file_lost for skip in skips)
-    skipped.add(name, len(found), skips, shards=shards - lost)
+    skipped.add(name, len(dataset), skips, shards=shards - lost)
     skipped.check(name, source.max_bad_fraction, ended=True)
-    row_errors = found.select_columns([ERROR_COLUMN])[ERROR_COLUMN]
-    kept = [row for row, row_error in enumerate(row_errors) if row_error is None] if skips else range(len(found))
+    row_errors = dataset.select_columns([ERROR_COLUMN])[ERROR_COLUMN]
+    kept = [row for row, row_error in enumerate(row_errors) if row_error is None] if skips else range(len(dataset))
     if not kept:
-        raise DataError(f"'{source.title}' has no row that can be used{skipped.example(name)}.")
-    good = found.remove_columns([ERROR_COLUMN, ROW])
-    return with_row_names(good.select(kept) if skips else good, RowNames(found.select_columns([ROW]), kept))
+        raise DataError(f"'{source.title}' has no usable row{skipped.example(name)}.")
+    good = dataset.remove_columns([ERROR_COLUMN, ROW])
+    return with_row_names(good.select(kept) if skips else good, RowNames(dataset.select_columns([ROW]), kept))
 
 
-def _skips(found: Any) -> list[SkippedRow]:
-    row_errors = found.select_columns([ERROR_COLUMN])[ERROR_COLUMN]
+def _skips(dataset: Any) -> list[SkippedRow]:
+    row_errors = dataset.select_columns([ERROR_COLUMN])[ERROR_COLUMN]
     return [SkippedRow(*json.loads(row_error)) for row_error in row_errors if row_error is not None]
 
 
@@ -108,8 +109,8 @@ def _features(stream: ShardStream, source: Source) -> dict[str, Any]:
     if not rows:
         raise DataError(f"'{source.title}' has no rows.")
     first = [row for row in rows if not isinstance(row, RowError)]
-    if getattr(stream.normalise, "keep", None) is not None:
-        stream.normalise.keep.seen.clear()  # type: ignore[attr-defined]  # what was only peeked at comes again
+    if getattr(stream.normalise, "filter", None) is not None:
+        stream.normalise.filter.seen.clear()  # type: ignore[attr-defined]  # these rows come again
     features: dict[str, Any] = {}
     for column in stream.column_names:
         text = Value("string")
@@ -120,7 +121,7 @@ def _features(stream: ShardStream, source: Source) -> dict[str, Any]:
 
 
 def _rows(stream: ShardStream, limit: int | None, lists: set[str]) -> Iterator[dict[str, Any]]:
-    """Rows for `Dataset.from_generator`: good ones, and empty ones with the cause."""
+    """Yield rows for `Dataset.from_generator`: good ones, and empty ones with the cause."""
     empty = dict.fromkeys(stream.column_names)
     good = 0
     for name, row in stream.rows():
@@ -142,30 +143,30 @@ def _rows(stream: ShardStream, limit: int | None, lists: set[str]) -> Iterator[d
 
 
 def normalise_dataset(
-    found: Any, source: Source, normalise: Callable[[str, Any], dict[str, Any]], skipped: SkipLog, name: str
+    dataset: Any, source: Source, normalise: Callable[[str, Any], dict[str, Any]], skipped: SkipLog, name: str
 ) -> Any:
-    """A data set that `datasets` loaded, with the columns of the kind and without its bad rows."""
-    kind = normalise.steps.kind  # type: ignore[attr-defined]
+    """Return the good rows of a data set that `datasets` loaded, with the columns of the kind."""
+    kind = normalise.normalise.kind  # type: ignore[attr-defined]
     if source.streaming:
         columns = [*KINDS[kind], *(["image_id"] if "image" in KINDS[kind] else []), ERROR_COLUMN]
-        drop = [column for column in found.column_names or [] if column not in columns]
-        batch = _Batch(normalise, columns, source.title, {} if kind == "scored-pair" else class_names(found.features))
-        return found.map(batch, batched=True, with_indices=True, remove_columns=drop)
-    named = normalise.steps.column_of("caption", found.column_names) in class_names(found.features)  # type: ignore[attr-defined]
+        drop = [column for column in dataset.column_names or [] if column not in columns]
+        batch = _Batch(normalise, columns, source.title, {} if kind == "scored-pair" else class_names(dataset.features))
+        return dataset.map(batch, batched=True, with_indices=True, remove_columns=drop)
+    named = normalise.normalise.column_of("caption", dataset.column_names) in class_names(dataset.features)  # type: ignore[attr-defined]
     if kind == "image-text" and source.clean is None and not named:
-        return _with_captions(found, source, normalise, skipped, name)
-    names = {} if kind == "scored-pair" else class_names(found.features)
-    stream = ShardStream([source.title], _TableReader(found, names), normalise, kind, None)
-    return to_dataset(stream, source, skipped, name, mark=found._fingerprint)
+        return _with_captions(dataset, source, normalise, skipped, name)
+    names = {} if kind == "scored-pair" else class_names(dataset.features)
+    stream = ShardStream([source.title], _TableReader(dataset, names), normalise, kind, None)
+    return to_dataset(stream, source, skipped, name, mark=dataset._fingerprint)
 
 
-def _with_captions(found: Any, source: Source, normalise: Any, skipped: SkipLog, name: str) -> Any:
-    """The rows with good captions; images are neither looked at nor copied, they may be many gigabytes."""
-    steps = normalise.steps
-    named = {ours: steps.column_of(ours, found.column_names) for ours in ("image", "caption", "image_id")}
+def _with_captions(dataset: Any, source: Source, normalise: Any, skipped: SkipLog, name: str) -> Any:
+    """Return the rows with good captions; images, which may be many gigabytes, are neither read nor copied."""
+    steps = normalise.normalise
+    named = {ours: steps.column_of(ours, dataset.column_names) for ours in ("image", "caption", "image_id")}
     good, skips = [], []
-    paths = _paths(found, named["image"])
-    for number, value in enumerate(found.select_columns([named["caption"]])[named["caption"]]):
+    paths = _paths(dataset, named["image"])
+    for number, value in enumerate(dataset.select_columns([named["caption"]])[named["caption"]]):
         try:
             steps.texts("caption", {named["caption"]: value})
             if paths is not None and paths[number] is not None:
@@ -173,20 +174,20 @@ def _with_captions(found: Any, source: Source, normalise: Any, skipped: SkipLog,
             good.append(number)
         except RowError as row_error:
             skips.append(SkippedRow.of(f"{source.title}:{number}", row_error))
-    skipped.add(name, len(found), skips)
+    skipped.add(name, len(dataset), skips)
     skipped.check(name, source.max_bad_fraction, ended=True)
-    found = found.select_columns([theirs for theirs in named.values() if theirs is not None])
-    found = found if not skips else found.select(good)
-    found = found.rename_columns({theirs: ours for ours, theirs in named.items() if theirs not in (None, ours)})
-    return with_row_names(found, RowNames(source.title, good))
+    dataset = dataset.select_columns([theirs for theirs in named.values() if theirs is not None])
+    dataset = dataset if not skips else dataset.select(good)
+    dataset = dataset.rename_columns({theirs: ours for ours, theirs in named.items() if theirs not in (None, ours)})
+    return with_row_names(dataset, RowNames(source.title, good))
 
 
-def _paths(found: Any, column: str) -> list[str | None] | None:
-    """Where images are that a data set does not hold as bytes; their bytes, where it does, are not looked at."""
+def _paths(dataset: Any, column: str) -> list[str | None] | None:
+    """Return the paths of images that a data set does not hold as bytes; None for one that it holds."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    values = found.with_format("arrow").select_columns([column])[:][column]
+    values = dataset.with_format("arrow").select_columns([column])[:][column]
     if not pa.types.is_struct(values.type):
         return values.to_pylist() if pa.types.is_string(values.type) else None
     held = pc.is_valid(pc.struct_field(values, "bytes"))
@@ -194,18 +195,18 @@ def _paths(found: Any, column: str) -> list[str | None] | None:
 
 
 class _TableReader:
-    """The rows of a `datasets.Dataset`; a position is a number of rows."""
+    """Reads the rows of a `datasets.Dataset`; a position is a number of rows."""
 
-    def __init__(self, found: Any, names: dict[str, list[str]]) -> None:
-        self.found, self.names = found, names
+    def __init__(self, dataset: Any, names: dict[str, list[str]]) -> None:
+        self.dataset, self.names = dataset, names
 
     def __call__(self, title: str, start: Any = None) -> Iterator[Row]:
-        for number in range(start or 0, len(self.found)):
-            yield Row(number + 1, f"{title}:{number}", with_class_names(self.found[number], self.names))
+        for number in range(start or 0, len(self.dataset)):
+            yield Row(number + 1, f"{title}:{number}", with_class_names(self.dataset[number], self.names))
 
 
 class _Batch:
-    """Normalises rows of an `IterableDataset`; a bad row stays, with its cause in a column of its own."""
+    """Normalises rows of an `IterableDataset`; a bad row stays, with its cause in `ERROR_COLUMN`."""
 
     def __init__(
         self,
@@ -217,22 +218,22 @@ class _Batch:
         self.normalise, self.columns, self.title, self.names = normalise, columns, title, names
 
     def __call__(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        made: dict[str, list[Any]] = {column: [] for column in self.columns}
-        for place, index in enumerate(indices):
+        normalised: dict[str, list[Any]] = {column: [] for column in self.columns}
+        for number, index in enumerate(indices):
             name = f"{self.title}:{index}"
             row: dict[str, Any]
             try:
-                raw = {column: values[place] for column, values in batch.items()}
+                raw = {column: values[number] for column, values in batch.items()}
                 row = self.normalise(name, with_class_names(raw, self.names))
             except RowError as row_error:
                 row = {ERROR_COLUMN: json.dumps(SkippedRow.of(name, row_error))}
-            for column, values in made.items():
+            for column, values in normalised.items():
                 values.append(row.get(column))
-        return made
+        return normalised
 
 
 def _stamp(shard: str) -> list[Any]:
-    """What changes when a file does."""
+    """Return what changes when a file does: its size and time."""
     try:
         if is_remote(shard):
             import fsspec
@@ -240,17 +241,17 @@ def _stamp(shard: str) -> list[Any]:
             filesystem, inner = fsspec.url_to_fs(shard)
             info = filesystem.info(inner)
             return [shard, info.get("size"), str(info.get("ETag") or info.get("last_commit") or info.get("mtime"))]
-        if os.path.isdir(shard):  # a folder that is read as one: what it holds, for it does not change with its files
+        if os.path.isdir(shard):  # a folder's own time does not change with its files
             inside = sorted(path for path in Path(shard).rglob("*") if path.is_file())
             return [shard, [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in inside]]
-        found = os.stat(shard)
-        return [shard, found.st_size, found.st_mtime_ns]
+        status = os.stat(shard)
+        return [shard, status.st_size, status.st_mtime_ns]
     except OSError:
         return [shard, None]
 
 
 def _root(error: BaseException) -> BaseException:
-    """What `datasets` wraps into its own error."""
+    """Return the error that `datasets` wrapped into its own."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error

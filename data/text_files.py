@@ -4,7 +4,8 @@ import codecs
 import io
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import Any, BinaryIO, NamedTuple
 
 from bifocal.data.paths import open_file
@@ -69,6 +70,12 @@ def _lone_surrogate(error: UnicodeError) -> tuple[str, int]:
 
 
 codecs.register_error(_LONE, _lone_surrogate)
+
+
+def numbered(rows: Iterable[Row], start: Any) -> Iterator[Row]:
+    """Yield rows after the first `start`, each with its number as the position."""
+    for number, row in islice(enumerate(rows, 1), start or 0, None):
+        yield row._replace(position=number)
 
 
 def is_utf8(encoding: str | None) -> bool:

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from bifocal.data.beir import is_beir, whole_beir
-from bifocal.data.inspection import iter_rows
+from bifocal.data.beir import is_beir, load_beir
+from bifocal.data.loading import iter_rows
 from bifocal.data.schema import Strict
 from bifocal.data.skips import RowError, SkipLog, SkippedRow
 from bifocal.data.source import Source
@@ -239,10 +239,8 @@ def _retrieval_rows(task: EvaluationTask) -> TaskRows:
     """Queries, corpus and right passages of a BEIR folder or of pairs, of which equal texts are one."""
     folder = os.path.expanduser(task.data.path) if isinstance(task.data.path, str) else ""
     if os.path.isdir(folder) and is_beir(folder):
-        queries, corpus, relevant, faults = whole_beir(folder, task.data.split)
-        rows = TaskRows(
-            skips=[SkippedRow.of(*fault) for fault in faults], count=len(faults) + len(queries) + len(corpus)
-        )
+        queries, corpus, relevant, skips = load_beir(folder, task.data.split)
+        rows = TaskRows(skips=skips, count=len(skips) + len(queries) + len(corpus))
     else:
         rows = _read(task.data, "text-pair", Path())
         columns = rows.columns or {"query": [], "positive": []}

@@ -10,8 +10,8 @@ from typing import Any
 
 from bifocal.data.filters import RowFilter
 from bifocal.data.image_files import FoundImages, by_suffix, find_images, image_suffixes, printable
-from bifocal.data.inspection import iter_rows
-from bifocal.data.loading import METADATA_FILES, infer_kind
+from bifocal.data.loading import infer_kind, iter_rows
+from bifocal.data.locate import METADATA_FILES
 from bifocal.data.paths import AllowedRoots, expand, is_remote
 from bifocal.data.skips import RowError
 from bifocal.data.source import Source

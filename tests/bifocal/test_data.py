@@ -99,7 +99,7 @@ def test_what_is_in_the_way_is_left_alone(here):
     assert (here / "page.html").read_text() == "my own page"
     refused = run("clean", "a.jsonl", "clean", "max_bad_fraction=0.5")
     assert refused.stderr == (
-        "Error: 'clean/skipped.jsonl' is no log of skipped rows, and one would be written there; move it away.\n"
+        "Error: 'clean/skipped.jsonl' is not a log of skipped rows, which would be written there. Move it away.\n"
     )
     assert (here / "clean" / "skipped.jsonl").read_text() == '{"id": 1, "reason": "mine"}'
     for _ in range(2):  # the log of a run that failed is ours

@@ -12,7 +12,7 @@ def test_every_entry_is_complete_and_printed():
     table = listing().splitlines()
     assert len(table) == len(corpora()) + 1 > 10
     for name, found in corpora().items():
-        assert all((found.licence, found.rows, found.verified))
+        assert all((found.licence, found.num_rows, found.verified))
         assert found.id or found.download, "it comes from somewhere"
         assert any(line.startswith(name) for line in table)
         text = explained(name)
@@ -25,7 +25,7 @@ def test_every_entry_is_complete_and_printed():
 def test_a_recipe_names_one():
     made = corpus("all-nli").source(Source(path="corpus:all-nli", split="dev", limit=5))
     assert (made.path, made.name, made.split, made.limit) == ("sentence-transformers/all-nli", "pair", "dev", 5)
-    assert made.columns == {"query": "anchor"}
+    assert made.column_mapping == {"anchor": "query"}
     shards = corpus("cc3m").source(Source(path="corpus:cc3m", streaming=True))
     assert shards.path.startswith("hf://")
     assert shards.streaming

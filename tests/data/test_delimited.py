@@ -243,7 +243,9 @@ def test_odd_but_right(tmp_path):
     assert [row["query"] for row in good(found)] == ["long", "d"]
     assert list(row_errors(found)) == ["a.csv:2"]
     path.write_text("query,query,positive\na,b,c\n")
-    with pytest.raises(DataError, match=r"two columns 'query' \(the second is read as 'query.1'\).*query: query.1"):
+    with pytest.raises(
+        DataError, match=r"two columns 'query' \(the second is read as 'query.1'\).*column_mapping.query.1=query"
+    ):
         stream(path)
     assert good(stream(path, column_mapping={"query.1": "query"}))[0]["query"] == "b"
 
@@ -336,7 +338,7 @@ def test_the_settings_as_they_are_typed(given, key, value):
     ("given", "message"),
     [
         ("delimiter=;;", "must be one character"), ("quoting=some", "'quoting=some'"),
-        ("encoding=utf-61", "'utf-61' is no encoding that Python knows"), ("encoding=base64", "no encoding"),
+        ("encoding=utf-61", "'utf-61' is not an encoding that Python knows"), ("encoding=base64", "not an encoding"),
         ("column_mapping={", "is not valid YAML"),
     ],
 )  # fmt: skip

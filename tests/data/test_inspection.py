@@ -28,7 +28,7 @@ def folder(tmp_path):
 def test_figures(folder):
     found = inspect_source(Source(path=str(folder), clean={"min_image_size": 16}), "image-text")
     assert (found.rows, found.good, found.complete) == (6, 3, True)
-    assert {cause["cause"]: (cause["count"], cause["filtered"]) for cause in found.left_out} == {
+    assert {cause["cause"]: (cause["count"], cause["filtered"]) for cause in found.skipped} == {
         "not an image": (1, False), "no caption": (1, False), "small image": (1, True),
     }  # fmt: skip
     assert found.duplicates == {"images": 1, "texts": 0}

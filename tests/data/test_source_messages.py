@@ -30,17 +30,33 @@ def cache(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("row", "kind", "said"),
     [
-        ({"id": 7, "uuid": "a-b", "body": "some text", "price": "3.50"}, "text-only", "such as text: body"),
-        ({"id": "x1", "url": "https://a.b/c", "Title": "some text"}, "text-only", "such as text: Title"),
-        ({"title": "a b", "abstract": "c d"}, "text-pair", "such as query: title"),
-        ({"question": "a b", "url": "https://a.b/c", "body": "c d"}, "text-pair", "such as positive: body"),
-        ({"query": "a", "text": "b"}, "text-triplet", "such as positive: text"),
-        ({"query": "a", "positive": "b", "hard_negatives": ["c"]}, "text-triplet", "such as negatives: hard_negatives"),
-        ({"img": "a/b.JPG", "title": "a b"}, "image-text", "such as image: img"),
-        ({"photo": {"bytes": b"x", "path": None}, "title": "a b"}, "image-text", "such as image: photo"),
-        ({"image": "a.png", "id": 3, "description": "a b"}, "image-text", "such as caption: description"),
-        ({"image": "a.png", "species": "cat"}, "image-label", "such as label: species"),
-        ({"sentence1": "a", "sentence2": "b", "similarity_score": 0.3}, "scored-pair", "score: similarity_score"),
+        (
+            {"id": 7, "uuid": "a-b", "body": "some text", "price": "3.50"},
+            "text-only",
+            "such as column_mapping.body=text",
+        ),
+        ({"id": "x1", "url": "https://a.b/c", "Title": "some text"}, "text-only", "such as column_mapping.Title=text"),
+        ({"title": "a b", "abstract": "c d"}, "text-pair", "such as column_mapping.title=query"),
+        (
+            {"question": "a b", "url": "https://a.b/c", "body": "c d"},
+            "text-pair",
+            "such as column_mapping.body=positive",
+        ),
+        ({"query": "a", "text": "b"}, "text-triplet", "such as column_mapping.text=positive"),
+        (
+            {"query": "a", "positive": "b", "hard_negatives": ["c"]},
+            "text-triplet",
+            "such as column_mapping.hard_negatives=negatives",
+        ),
+        ({"img": "a/b.JPG", "title": "a b"}, "image-text", "such as column_mapping.img=image"),
+        ({"photo": {"bytes": b"x", "path": None}, "title": "a b"}, "image-text", "such as column_mapping.photo=image"),
+        ({"image": "a.png", "id": 3, "description": "a b"}, "image-text", "such as column_mapping.description=caption"),
+        ({"image": "a.png", "species": "cat"}, "image-label", "such as column_mapping.species=label"),
+        (
+            {"sentence1": "a", "sentence2": "b", "similarity_score": 0.3},
+            "scored-pair",
+            "such as column_mapping.similarity_score=score",
+        ),
         ({"query": "a", "positive": "b"}, "image-text", "none of them looks like images"),
         ({"id": 7, "n": "12"}, "text-only", "none of them looks like texts"),
         ({"sentence1": "a", "sentence2": "b"}, "scored-pair", "none of them looks like numbers"),
@@ -71,7 +87,7 @@ def test_the_kind_of_rows_that_cannot_be_told(tmp_path):
         ("photos", "'photos' is .* it holds 1 images, but no metadata.jsonl or metadata.csv"),
         ("x.jsonl", r"from its columns \(a, b\)"),
         ("nothing.csv", r"'nothing.csv' is empty \(0 bytes\)"),
-        ("mine.data", "'mine.data' is of no format that is known by its name .*; name one with format"),
+        ("mine.data", "'mine.data' has an unknown format .known by name: .*Set format"),
         ("none/such/file", "There is nothing at 'none/such/file'"),
         ("nosuch", "no file or folder 'nosuch'"),
         ("root/m.jsonl", "none of the first can be used .m.jsonl:1: path outside the roots: .*image_root=FOLDER"),
@@ -174,7 +190,7 @@ def test_cells_that_hold_no_path(tmp_path):
     assert said[1] == said[2] == "no image: the cell is empty"
     assert said[3] == "no image: it is neither bytes nor a path, but of type int"
     assert said[4].startswith("no image: a text of 5,000 characters is no path")
-    assert "set images to the folder that holds the images" in said[5]
+    assert "set image_root to the folder that holds the images" in said[5]
     assert "download the images" in said[6]
     assert "no base64" in said[9]
     assert max(map(len, said.values())) < 400
@@ -199,7 +215,7 @@ def test_labels_are_the_names_of_classes(tmp_path, form):
     source = Source(path=path, max_bad_fraction=0.5, streaming="streamed" in form)
     expected = ["tabby cat", "beagle", "beagle"]
     assert [row["label"] for row in load_source(source, "image-label") if row["label"]] == expected
-    captioned = source.model_copy(update={"columns": {"caption": "label"}})
+    captioned = source.model_copy(update={"column_mapping": {"label": "caption"}})
     captions = [row["caption"] for row in load_source(captioned, "image-text") if row["caption"]]
     assert [caption if isinstance(caption, str) else caption[0] for caption in captions] == expected
     assert inspect_source(source.model_copy(update={"streaming": False}), "image-label").good == 3

@@ -266,7 +266,8 @@ def test_a_data_set_of_the_hub_by_its_folder(tmp_path):
     assert [row["query"] for row in rows[:3]] == ["q", None, "q0"]
     assert json.loads(rows[1]["_row_error"])[1] == "no query"
     with pytest.raises(
-        DataError, match=r"has no column 'answr' \(it has question, answer\); did you mean columns.positive: answer"
+        DataError,
+        match=r"has no column 'answr' \(it has question, answer\); did you mean column_mapping.answer=positive",
     ):
         load_source(Source(path=str(tmp_path), column_mapping={"answr": "positive"}), "text-pair")
     with pytest.raises(DataError, match=r"has no column 'image'.*; none of them looks like images"):
@@ -279,7 +280,7 @@ def test_what_is_not_there(tmp_path):
     with pytest.raises(DataError, match=r"There is nothing at '.*\*.tar'"):
         load(tmp_path / "*.tar", "image-text")
     (tmp_path / "a.xyz").write_text("?")
-    with pytest.raises(DataError, match=r"a.xyz' is of no format that is known by its name \(tar, jsonl"):
+    with pytest.raises(DataError, match=r"a.xyz' has an unknown format \(known by name: tar, jsonl"):
         load(tmp_path / "a.xyz", "text-pair")
     with pytest.raises(DataError, match="no file or folder 'nobody/nothing', and no data set of this name"):
         load("nobody/nothing", "text-pair")
