@@ -1,4 +1,4 @@
-"""The registry of public corpora: `data/recipes/corpora.yaml`."""
+"""The registry of public corpora, `data/recipes/corpora.yaml`."""
 
 from functools import cache
 from pathlib import Path
@@ -17,15 +17,15 @@ class Corpus(BaseModel):
     """A public corpus.
 
     Args:
-        kind: of its rows.
-        usage: where the paper, or today's practice, has it.
-        description: in a sentence.
-        dataset_id: of its data set on the Hub.
-        path: its files, where they are not loaded by the id.
-        format, name, split, column_mapping: as of a `Source`.
-        num_rows: about how many.
-        licence: as its publisher says.
-        download: how to get what is not on the Hub; the source then needs a path of one's own.
+        kind: kind of its rows.
+        usage: stage of the paper, or today's practice, that uses it.
+        description: what it holds, in a sentence.
+        dataset_id: Hub id of its data set.
+        path: its files, if they are not loaded by the id.
+        format, name, split, column_mapping: as in `Source`.
+        num_rows: approximate number of rows.
+        licence: licence that its publisher states.
+        download: how to get files that are not on the Hub; a source then names their path.
         verified: what these facts were checked against.
     """
 
@@ -44,40 +44,41 @@ class Corpus(BaseModel):
     download: str | None = None
     verified: str
 
-    def source(self, given: Source) -> Source:
-        """The source of a recipe that named this corpus, with what the recipe says of it besides."""
-        place = self.path or self.dataset_id
-        if self.download is not None or place is None:
-            raise DataError(f"'{given.path}' must be fetched first: {self.download}.")
+    def source(self, requested: Source) -> Source:
+        """Return the source of this corpus, with the other keys that a recipe sets."""
+        path = self.path or self.dataset_id
+        if self.download is not None or path is None:
+            raise DataError(f"'{requested.path}' must be downloaded first: {self.download}.")
         own: dict[str, Any] = {
-            "path": place, "format": self.format, "name": self.name, "split": self.split,
+            "path": path, "format": self.format, "name": self.name, "split": self.split,
             "column_mapping": self.column_mapping,
         }  # fmt: skip
-        said = {key: getattr(given, key) for key in given.model_fields_set if key != "path"}
-        return Source(**{**own, **said})
+        settings = {key: getattr(requested, key) for key in requested.model_fields_set if key != "path"}
+        return Source(**{**own, **settings})
 
 
 @cache
 def corpora() -> dict[str, Corpus]:
-    """Every corpus by its name."""
+    """Return every corpus by its name."""
     return {name: Corpus(**entry) for name, entry in yaml.safe_load(REGISTRY.read_text(encoding="utf-8")).items()}
 
 
 def corpus(name: str) -> Corpus:
-    """
+    """Return a corpus by its name.
+
     Raises:
-        DataError: there is none of this name; the nearest is named.
+        DataError: if there is no corpus of this name; it suggests the closest one.
     """
     known = corpora()
     if name not in known:
         closest = closest_name(name, known)
-        said = f"did you mean '{closest}'?" if closest else "see bifocal data list."
-        raise DataError(f"There is no corpus '{name}'; {said}")
+        hint = f"did you mean '{closest}'?" if closest else "see `bifocal data list`."
+        raise DataError(f"There is no corpus '{name}'; {hint}")
     return known[name]
 
 
 def listing() -> str:
-    """A table of all, one line each."""
+    """Return a table of all corpora, one line each."""
     rows = [
         (
             name,
@@ -85,7 +86,7 @@ def listing() -> str:
             f"{c.num_rows:,}",
             c.licence,
             "not verified" if c.verified.startswith("not verified") else "in part",
-            "fetch first" if c.download else (c.path or c.dataset_id or ""),
+            "download first" if c.download else (c.path or c.dataset_id or ""),
         )
         for name, c in corpora().items()
     ]
@@ -99,7 +100,7 @@ def listing() -> str:
 
 
 def explained(name: str) -> str:
-    """What is known of one, and the lines that a recipe needs for it."""
+    """Return what is known about a corpus, and the lines that a recipe needs for it."""
     found = corpus(name)
     facts = {
         "kind": found.kind, "used": found.usage, "on the Hub": found.dataset_id or "no",
@@ -108,7 +109,7 @@ def explained(name: str) -> str:
     }  # fmt: skip
     lines = [f"{name}: {found.description}", ""] + [f"  {key:<11} {value}" for key, value in facts.items()]
     if found.download is not None:
-        return "\n".join([*lines, "", f"To fetch: {found.download}."])
+        return "\n".join([*lines, "", f"To download: {found.download}."])
     streaming = ", streaming: true" if found.path else ""
     data = f"data: {{path: corpus:{name}{streaming}}}"
     if found.kind == "text-only":

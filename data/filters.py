@@ -1,4 +1,4 @@
-"""Filters that leave rows out because one asks for it; each row that goes is counted by its cause."""
+"""Filters that a source asks for; each filtered row is counted by its cause."""
 
 import hashlib
 import io
@@ -19,12 +19,12 @@ _TEXTS = ("caption", "query", "positive", "text")
 
 
 class Consistency(BaseModel):
-    """Keep a pair if its positive is among the nearest of its query (arXiv 2212.03533, section 3).
+    """The consistency filter: keep a pair if its positive is among the nearest of its query (arXiv 2212.03533).
 
     Args:
-        model: of sentence-transformers, a folder or Hub id.
-        top_k: among so many.
-        pool_size: in so many rows that follow one another.
+        model: a sentence-transformers model, by folder or Hub id.
+        top_k: the positive must be among this many nearest texts.
+        pool_size: number of consecutive rows whose positives are compared.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -34,19 +34,18 @@ class Consistency(BaseModel):
 
 
 class Cleaning(BaseModel):
-    """What to leave out; nothing, if nothing is set.
+    """Filters of a source; by default every row is kept.
 
     Args:
-        deduplicate_images: rows whose image's bytes came before.
-        deduplicate_texts: rows whose texts came before, case and spaces apart.
-        min_characters, max_characters: bounds of each caption, query, positive and text; at least 2 leaves out those of
-            one character.
-        verify_images: decode every image now; one that cannot be is bad, and not found out in training.
-        min_image_size: of an image, in pixels.
-        max_aspect_ratio: of an image's longer side to its shorter.
-        languages: ISO 639-1 codes; what py3langid takes for another language goes.
-        include: a pattern that each text must contain.
-        exclude: patterns that no text may contain.
+        deduplicate_images: remove rows whose image has the same bytes as an earlier one.
+        deduplicate_texts: remove rows whose texts equal earlier ones, ignoring case and spaces.
+        min_characters, max_characters: bounds for the length of each caption, query, positive and text.
+        verify_images: decode every image when the data is loaded, so that broken ones are not first found in training.
+        min_image_size: least length of an image's shorter side, in pixels.
+        max_aspect_ratio: largest ratio of an image's longer side to its shorter side.
+        languages: ISO 639-1 codes; texts that py3langid takes for another language are removed.
+        include: regular expression that each text must contain.
+        exclude: regular expressions that no text may contain.
         consistency: see `Consistency`; for text pairs and triplets.
     """
 
@@ -70,17 +69,17 @@ class Cleaning(BaseModel):
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ValueError(f"'{pattern}' is no regular expression ({error})") from error
+                raise ValueError(f"'{pattern}' is not a regular expression ({error})") from error
         return value
 
     @property
     def needs_whole(self) -> bool:
-        """Whether a filter compares rows with one another, and so cannot work on a stream in parts."""
+        """Return whether a filter compares rows with one another, and so needs all of them."""
         return self.deduplicate_images or self.deduplicate_texts or self.consistency is not None
 
 
 class RowFilter:
-    """Applies all of a `Cleaning` but its consistency, row by row. For duplicates it remembers 16 bytes a row."""
+    """Applies the filters of a `Cleaning`, except consistency, row by row. Duplicates take 16 bytes of memory per row."""
 
     def __init__(self, cleaning: Cleaning) -> None:
         self.cleaning = cleaning
@@ -90,10 +89,10 @@ class RowFilter:
         self._identify = _identifier(cleaning.languages) if cleaning.languages else None
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """The row, perhaps with fewer captions.
+        """Return the row, perhaps with fewer captions.
 
         Raises:
-            RowError: the row goes.
+            RowError: if the row is filtered.
         """
         kept = dict(row)
         for column in _TEXTS:
@@ -101,12 +100,15 @@ class RowFilter:
                 kept[column] = self._texts(column, row[column])
         if "image" in row:
             if self.cleaning.verify_images:
-                require_readable(content(row["image"]))
+                require_readable(read_image_bytes(row["image"]))
             self._check_size(row["image"])
         if self.cleaning.deduplicate_images and "image" in row:
-            self._once("duplicate image", content(row["image"]))
+            self._require_new("duplicate image", read_image_bytes(row["image"]))
         if self.cleaning.deduplicate_texts:
-            self._once("duplicate text", "\0".join(same(kept[column]) for column in _TEXTS if column in kept).encode())
+            self._require_new(
+                "duplicate text",
+                "\0".join(comparable_text(kept[column]) for column in _TEXTS if column in kept).encode(),
+            )
         return kept
 
     def _texts(self, column: str, value: Any) -> Any:
@@ -114,7 +116,7 @@ class RowFilter:
             self._text(column, value)
             return value
         good, last = [], None
-        for one in value:  # an image keeps those of its captions that pass
+        for one in value:  # an image keeps the captions that pass
             try:
                 self._text(column, one)
                 good.append(one)
@@ -144,30 +146,30 @@ class RowFilter:
         least, most = self.cleaning.min_image_size, self.cleaning.max_aspect_ratio
         if least is None and most is None:
             return
-        width, height = size_of(value)
+        width, height = image_size(value)
         if least is not None and min(width, height) < least:
             raise RowError("small image", f"{width} x {height}", filtered=True)
         if most is not None and max(width, height) > most * min(width, height):
             raise RowError("extreme ratio", f"{width} x {height}", filtered=True)
 
-    def _once(self, cause: str, content: bytes) -> None:
+    def _require_new(self, cause: str, content: bytes) -> None:
         key = hashlib.blake2b(content, digest_size=16, person=cause.encode()[:16]).digest()
         if key in self.seen:
             raise RowError(cause, "", filtered=True)
         self.seen.add(key)
 
 
-def same(text: Any) -> str:
-    """A text that others are equal to if they differ in case and spaces only."""
+def comparable_text(text: Any) -> str:
+    """Return a text in the form that is compared for duplicates: case and spaces do not count."""
     joined = "\n".join(text) if isinstance(text, list) else text
     return _SPACE.sub(" ", joined).strip().casefold()
 
 
-def content(value: Any) -> bytes:
-    """The bytes of an image's file.
+def read_image_bytes(value: Any) -> bytes:
+    """Return the bytes of an image's file.
 
     Raises:
-        RowError: the file cannot be read.
+        RowError: if the file cannot be read.
     """
     if isinstance(value, bytes):
         return value
@@ -179,9 +181,10 @@ def content(value: Any) -> bytes:
 
 
 def require_readable(data: bytes) -> None:
-    """
+    """Require that bytes can be decoded as an image.
+
     Raises:
-        RowError: these bytes are no image, or a broken one.
+        RowError: if they are not an image, or a broken one.
     """
     try:
         load_image(data)
@@ -189,11 +192,11 @@ def require_readable(data: bytes) -> None:
         raise image_row_error(error) from error
 
 
-def size_of(value: Any) -> tuple[int, int]:
-    """Width and height of an image that is not decoded.
+def image_size(value: Any) -> tuple[int, int]:
+    """Return width and height of an image without decoding it.
 
     Raises:
-        RowError: it is none.
+        RowError: if it is not an image.
     """
     try:
         with Image.open(io.BytesIO(value) if isinstance(value, bytes) else value) as image:
@@ -206,9 +209,9 @@ def _identifier(languages: list[str]) -> Any:
     try:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError as error:
-        raise DataError("A filter by language needs py3langid; pip install py3langid.") from error
+        raise DataError("A filter by language needs py3langid. Install it with `pip install py3langid`.") from error
     identifier = LanguageIdentifier.from_model_file(MODEL_FILE)
     unknown = [language for language in languages if language not in identifier.labels]
     if unknown:
-        raise DataError(f"py3langid knows no language '{unknown[0]}'; give ISO 639-1 codes, such as en.")
+        raise DataError(f"py3langid does not know the language '{unknown[0]}'. Use ISO 639-1 codes, such as en.")
     return lambda text: identifier.classify(text)[0]

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from bifocal.data.filters import content, require_readable, same, size_of
+from bifocal.data.filters import comparable_text, image_size, read_image_bytes, require_readable
 from bifocal.data.loading import iter_rows
 from bifocal.data.skips import RowError
 from bifocal.data.source import Source
@@ -102,9 +102,9 @@ def _measure(found: Inspection, row: dict[str, Any], seen: dict[str, set[bytes]]
     """
     texts = {column: value for column, value in row.items() if column not in ("image", "image_id")}
     if "image" in row:
-        data = content(row["image"])
+        data = read_image_bytes(row["image"])
         require_readable(data)
-        found.sizes.append(size_of(data))
+        found.sizes.append(image_size(data))
         found.megabytes += len(data) / 1e6
         _repeated(found, seen, "images", data)
         if "caption" in row:
@@ -116,7 +116,7 @@ def _measure(found: Inspection, row: dict[str, Any], seen: dict[str, set[bytes]]
             continue
         lengths = found.lengths.setdefault(column, [])
         lengths.extend(len(text) for text in (value if isinstance(value, list) else [value]))
-    written = [same(value) for value in texts.values() if not isinstance(value, float)]
+    written = [comparable_text(value) for value in texts.values() if not isinstance(value, float)]
     if written and "label" not in row:
         _repeated(found, seen, "texts", "\0".join(written).encode())
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from bifocal.data.beir import is_beir
 from bifocal.data.columns import MissingColumnError, require_columns
+from bifocal.data.corpora import corpus
 from bifocal.data.filters import RowFilter
 from bifocal.data.image_decoding import disable_image_decoding
 from bifocal.data.kinds import KINDS
@@ -188,8 +189,6 @@ def _named(source: Source) -> Source:
     """Return the source that `corpus:NAME` stands for."""
     if not isinstance(source.path, str) or not source.path.startswith("corpus:"):
         return source
-    from bifocal.data.corpora import corpus
-
     return corpus(source.path.removeprefix("corpus:")).source(source)
 
 

@@ -1,4 +1,4 @@
-"""The commands `bifocal data ...`: look at corpora and sources, clean them, caption images."""
+"""The commands `bifocal data ...`: list corpora, inspect and clean sources, caption images."""
 
 from collections import Counter
 from dataclasses import asdict
@@ -10,7 +10,7 @@ import typer
 from bifocal.cli.console import require, writes_into
 from bifocal.errors import BifocalError
 
-data = typer.Typer(name="data", help="Look at training data, clean it, caption images.", no_args_is_help=True)
+data = typer.Typer(name="data", help="Inspect and clean training data, caption images.", no_args_is_help=True)
 
 Overrides = Annotated[
     list[str] | None,
@@ -21,13 +21,14 @@ Overrides = Annotated[
 ]
 SourceArgument = Annotated[str, typer.Argument(help="Files, a pattern, a folder, a Hub id or corpus:NAME.")]
 Kind = Annotated[
-    str | None, typer.Option(help="image-text, text-pair, text-triplet or text-only; told by the columns if not given.")
+    str | None,
+    typer.Option(help="image-text, text-pair, text-triplet or text-only; inferred from the columns if omitted."),
 ]
 
 
 @data.command("list")
 def list_corpora() -> None:
-    """Print the public corpora that a recipe can name."""
+    """List the public corpora that a recipe can name."""
     require("pydantic", "yaml")
     from bifocal.data.corpora import listing
 
@@ -35,8 +36,8 @@ def list_corpora() -> None:
 
 
 @data.command()
-def show(name: Annotated[str, typer.Argument(help="One that `bifocal data list` prints.")]) -> None:
-    """Explain one corpus, and print what a recipe needs for it."""
+def show(name: Annotated[str, typer.Argument(help="Name of a corpus, from `bifocal data list`.")]) -> None:
+    """Show what is known about a corpus, and the lines that a recipe needs for it."""
     require("pydantic", "yaml")
     from bifocal.data.corpora import explained
 
@@ -48,10 +49,10 @@ def inspect(
     source: SourceArgument,
     overrides: Overrides = None,
     kind: Kind = None,
-    rows: Annotated[int, typer.Option(min=0, help="Look at so many rows; 0 means all.")] = 10_000,
+    rows: Annotated[int, typer.Option(min=0, help="Number of rows to inspect; 0 means all.")] = 10_000,
     out: Annotated[Path, typer.Option(help="HTML page to write.")] = Path("runs/data.html"),
 ) -> None:
-    """Write a page about a source: counts, lengths, sizes, duplicates, a sample, what is left out and why."""
+    """Write a page about a source: counts, lengths, sizes, duplicates, a sample, skipped rows and their causes."""
     require("datasets", "jinja2", "matplotlib", "pydantic")
     from bifocal.data.inspection import inspect_source
     from bifocal.data.inspection_page import PAGE, write_data_page
@@ -63,15 +64,15 @@ def inspect(
         raise BifocalError(f"'{out}' is a folder. Give the HTML file to write with --out.")
     writes_into(out.parent)
     require_overwritable(out, PAGE)
-    given = parse_source(source, overrides)
-    found = inspect_source(given, _kind(kind) or infer_kind(given), rows or None)
-    write_data_page(asdict(found), out)
-    typer.echo(f"{found.good:,} of {found.rows:,} rows can be used; see {out}.")
+    parsed = parse_source(source, overrides)
+    inspection = inspect_source(parsed, _kind(kind) or infer_kind(parsed), rows or None)
+    write_data_page(asdict(inspection), out)
+    typer.echo(f"{inspection.good:,} of {inspection.rows:,} rows can be used; see {out}.")
 
 
 @data.command()
 def clean(source: SourceArgument, out: Path, overrides: Overrides = None, kind: Kind = None) -> None:
-    """Write the rows of a source that pass its filters into a folder of Parquet files, which may be streamed."""
+    """Write the rows of a source that pass its filters as Parquet files, which can be streamed."""
     require("datasets", "pydantic")
     from bifocal.data.clean_copy import write_clean
     from bifocal.data.loading import infer_kind
@@ -80,42 +81,40 @@ def clean(source: SourceArgument, out: Path, overrides: Overrides = None, kind: 
 
     writes_into(out)
     skipped = SkipLog(out / "skipped.jsonl")
-    given = parse_source(source, overrides)
-    rows = write_clean(given, _kind(kind) or infer_kind(given), out, skipped)
-    left_out: Counter[str] = Counter()
+    parsed = parse_source(source, overrides)
+    rows = write_clean(parsed, _kind(kind) or infer_kind(parsed), out, skipped)
+    skips: Counter[str] = Counter()
     for counts in [*skipped.bad.values(), *skipped.filtered.values()]:
-        left_out += counts
-    said = f"; left out: {summary(left_out)} (see {out / 'skipped.jsonl'})" if left_out else ""
-    typer.echo(f"{rows:,} rows are in {out}{said}.")
+        skips += counts
+    note = f"; skipped: {summary(skips)} (see {out / 'skipped.jsonl'})" if skips else ""
+    typer.echo(f"{rows:,} rows are in {out}{note}.")
 
 
 @data.command()
 def caption(
     source: SourceArgument,
-    out: Annotated[Path, typer.Argument(help="Folder for the captions; a killed run there goes on.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the captions; a killed run resumes.")],
     model: Annotated[str, typer.Option(help="An image-text model of transformers, by Hub id or folder.")],
     overrides: Overrides = None,
-    recipe: Annotated[
-        Path | None, typer.Option(help="YAML with the prompt; the one that comes with Bifocal if none.")
-    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="YAML file with the prompt; Bifocal's own if omitted.")] = None,
 ) -> None:
-    """Write long captions for images, so that stage 2 has something to train on."""
+    """Generate long captions for images with any image-text model, as training data for stage 2."""
     require("datasets", "pydantic")
     from bifocal.data.captioning import caption_recipe, caption_source
     from bifocal.data.source import parse_source
 
     writes_into(out, "free space and run the command again; it resumes")
-    made = caption_source(parse_source(source, overrides), out, caption_recipe(model, recipe))
-    before = f", {made.before:,} were there before" if made.before else ""
-    skipped = f", {made.skipped:,} left out (see {out / 'skipped.jsonl'})" if made.skipped else ""
+    counts = caption_source(parse_source(source, overrides), out, caption_recipe(model, recipe))
+    before = f", {counts.existing:,} existed before" if counts.existing else ""
+    skipped = f", {counts.skipped:,} skipped (see {out / 'skipped.jsonl'})" if counts.skipped else ""
     typer.echo(
-        f"{made.made:,} captions are in {out}{before}{skipped}; in a recipe: path: {out}/*.parquet, image_root: /."
+        f"{counts.captioned:,} captions are in {out}{before}{skipped}; in a recipe: path: {out}/*.parquet, image_root: /."
     )
 
 
-def _kind(given: str | None) -> str | None:
+def _kind(kind: str | None) -> str | None:
     from bifocal.data.kinds import KINDS
 
-    if given is not None and given not in KINDS:
-        raise BifocalError(f"'{given}' is no kind of rows; it must be one of {', '.join(KINDS)}.")
-    return given
+    if kind is not None and kind not in KINDS:
+        raise BifocalError(f"'{kind}' is not a kind of rows. Use one of {', '.join(KINDS)}.")
+    return kind

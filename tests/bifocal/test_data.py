@@ -41,7 +41,7 @@ def test_inspect_and_clean(here):
     assert "long positive" in (here / "runs" / "data.html").read_text()
     cleaned = run("clean", "a.jsonl", "out", "clean.max_characters=15", "max_bad_fraction=0.1")
     assert cleaned.exit_code == 0, cleaned.stderr
-    assert cleaned.stdout == "14 rows are in out; left out: 5 long positive, 1 no query (see out/skipped.jsonl).\n"
+    assert cleaned.stdout == "14 rows are in out; skipped: 5 long positive, 1 no query (see out/skipped.jsonl).\n"
     assert len((here / "out" / "skipped.jsonl").read_text().splitlines()) == 6
     assert run("inspect", "out/*.parquet").stdout == "14 of 14 rows can be used; see runs/data.html.\n"
 
@@ -56,11 +56,11 @@ def test_inspect_and_clean(here):
         (["inspect", "s.csv"], "has a semicolon where a comma was expected; set delimiter=';'."),
         (["inspect", "s.csv", "delimiter=;;"], "'delimiter=;;': the delimiter must be one character, such as ';'"),
         (["inspect", "a.jsonl", "clean.min_sid=3"], "'clean.min_sid=3': unknown key 'min_sid'; did you mean"),
-        (["inspect", "a.jsonl", "--kind", "images"], "'images' is no kind of rows; it must be one of image-text"),
+        (["inspect", "a.jsonl", "--kind", "images"], "'images' is not a kind of rows. Use one of image-text"),
         (["inspect", "a.jsonl", "--kind", "image-text"], "'a.jsonl' has no column 'image' (it has query, positive)"),
         (["inspect", "x.jsonl"], "Cannot infer the kind of rows of 'x.jsonl' from its columns (a). Name it with"),
         (["clean", "bad.jsonl", "out"], "50.0% of 2 rows are bad, more than max_bad_fraction=0.01 allows (1 no query)"),
-        (["caption", "photos", "out", "--model", "photos"], "'photos' is no image-text model that transformers"),
+        (["caption", "photos", "out", "--model", "photos"], "'photos' is not an image-text model that transformers"),
     ],
 )  # fmt: skip
 def test_bad_input_gets_one_sentence(here, command, message):

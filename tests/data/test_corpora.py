@@ -17,7 +17,7 @@ def test_every_entry_is_complete_and_printed():
         assert any(line.startswith(name) for line in table)
         text = explained(name)
         assert found.licence in text
-        assert ("To fetch" in text) == (found.download is not None)
+        assert ("To download" in text) == (found.download is not None)
     kinds = {found.kind for found in corpora().values()}
     assert kinds == {"image-text", "text-pair", "text-triplet", "text-only"}
 
@@ -34,5 +34,5 @@ def test_a_recipe_names_one():
 def test_unknown_ones_and_those_to_fetch():
     with pytest.raises(DataError, match=r"There is no corpus 'all-nil'; did you mean 'all-nli'\?"):
         corpus("all-nil")
-    with pytest.raises(DataError, match="'corpus:laion-400m' must be fetched first: img2dataset"):
+    with pytest.raises(DataError, match="'corpus:laion-400m' must be downloaded first: img2dataset"):
         load_source(Source(path="corpus:laion-400m"), "image-text")

@@ -244,7 +244,7 @@ def test_odd_but_right(tmp_path):
     assert list(row_errors(found)) == ["a.csv:2"]
     path.write_text("query,query,positive\na,b,c\n")
     with pytest.raises(
-        DataError, match=r"two columns 'query' \(the second is read as 'query.1'\).*column_mapping.query.1=query"
+        DataError, match=r"two columns 'query' \(the second is read as 'query.1'\).*mapping.query.1=query"
     ):
         stream(path)
     assert good(stream(path, column_mapping={"query.1": "query"}))[0]["query"] == "b"

@@ -88,7 +88,7 @@ def test_what_compares_rows_cannot_stream(tmp_path):
             "clean.min_image_siz=3",
             r"'clean.min_image_siz=3': unknown key 'min_image_siz'; did you mean 'min_image_size'\?",
         ),
-        ("clean.exclude=[(]", "is no regular expression"),
+        ("clean.exclude=[(]", "is not a regular expression"),
         (
             "clean.max_aspect_ratio=0.5",
             "'clean.max_aspect_ratio=0.5': 'max_aspect_ratio' is 0.5, but: input should be greater than or equal",
@@ -102,7 +102,7 @@ def test_wrong_settings_are_named(override, message):
 
 
 def test_an_unknown_language():
-    with pytest.raises(ValueError, match="knows no language 'english'"):
+    with pytest.raises(ValueError, match="does not know the language 'english'"):
         RowFilter(Cleaning(languages=["english"]))
 
 

@@ -33,20 +33,20 @@ def cache(tmp_path, monkeypatch):
         (
             {"id": 7, "uuid": "a-b", "body": "some text", "price": "3.50"},
             "text-only",
-            "such as column_mapping.body=text",
+            "column_mapping.body=text",
         ),
         ({"id": "x1", "url": "https://a.b/c", "Title": "some text"}, "text-only", "such as column_mapping.Title=text"),
         ({"title": "a b", "abstract": "c d"}, "text-pair", "such as column_mapping.title=query"),
         (
             {"question": "a b", "url": "https://a.b/c", "body": "c d"},
             "text-pair",
-            "such as column_mapping.body=positive",
+            "column_mapping.body=positive",
         ),
         ({"query": "a", "text": "b"}, "text-triplet", "such as column_mapping.text=positive"),
         (
             {"query": "a", "positive": "b", "hard_negatives": ["c"]},
             "text-triplet",
-            "such as column_mapping.hard_negatives=negatives",
+            "column_mapping.hard_negatives=nega",
         ),
         ({"img": "a/b.JPG", "title": "a b"}, "image-text", "such as column_mapping.img=image"),
         ({"photo": {"bytes": b"x", "path": None}, "title": "a b"}, "image-text", "such as column_mapping.photo=image"),
@@ -55,7 +55,7 @@ def cache(tmp_path, monkeypatch):
         (
             {"sentence1": "a", "sentence2": "b", "similarity_score": 0.3},
             "scored-pair",
-            "such as column_mapping.similarity_score=score",
+            "mapping.similarity_score=score",
         ),
         ({"query": "a", "positive": "b"}, "image-text", "none of them looks like images"),
         ({"id": 7, "n": "12"}, "text-only", "none of them looks like texts"),
@@ -255,5 +255,5 @@ def test_an_error_without_a_message_is_told_by_its_class(monkeypatch):
 
     monkeypatch.setattr("sentence_transformers.SentenceTransformer", fail)
     data = Dataset.from_dict({"query": ["q"], "positive": ["p"]})
-    with pytest.raises(DataError, match=r"'odd' is no sentence-transformers model \(OSError\)"):
+    with pytest.raises(DataError, match=r"'odd' is not a sentence-transformers model \(OSError\)"):
         filter_consistent(data, Consistency(model="odd"), SkipLog(), "t")
