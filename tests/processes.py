@@ -9,6 +9,7 @@ a folder of the tests' and the address of `tests.hub_stand_in`. Processes are of
 """
 
 import atexit
+import gc
 import multiprocessing
 import os
 import runpy
@@ -177,6 +178,7 @@ def _settle(environment: dict[str, str]) -> None:
     import numpy
     import torch
 
+    gc.freeze()  # see tests/conftest.py
     numpy.random.seed()
     threads = environment.get("OMP_NUM_THREADS", "")
     if threads:

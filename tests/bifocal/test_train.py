@@ -15,6 +15,7 @@ from transformers import AutoModel
 
 from bifocal.hub.export import export_model
 from bifocal.modeling import BifocalModel, BifocalTextForMaskedLM, BifocalTextModel
+from tests import processes
 from tests.bifocal.commands import error_of, invoke
 from tests.conftest import TEXTS, small_config
 from tests.modeling.test_images import photo
@@ -26,11 +27,7 @@ SECTION = README.partition("## Fine-tune on your own data")[2].partition("\n## "
 
 
 def run(folder: Path, *command: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2", "COLUMNS": "200"}
-    return subprocess.run(
-        [sys.executable, "-m", "bifocal", *command], cwd=folder, capture_output=True, text=True, env=environment,
-        timeout=300, check=False,
-    )  # fmt: skip
+    return processes.run("-m", "bifocal", *command, cwd=folder, COLUMNS="200")
 
 
 @pytest.fixture(scope="module")
