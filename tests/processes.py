@@ -166,6 +166,7 @@ def _python(command: list[str], cwd: str, environment: dict[str, str], output: s
             runpy.run_module(command[1], run_name="__main__", alter_sys=True)
         else:
             sys.argv = command
+            sys.path.insert(0, os.path.dirname(os.path.abspath(command[0])))
             runpy.run_path(command[0], run_name="__main__")
     finally:
         atexit._run_exitfuncs()  # a forked process ends without them

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +11,7 @@ from huggingface_hub import ModelCard
 
 from bifocal.hub.export import export_model
 from bifocal.modeling import BifocalModel
+from tests import processes
 from tests.conftest import EMPTY, LONG, TEXTS, small_config
 from tests.modeling.test_images import photo
 
@@ -45,7 +44,7 @@ def test_there_are_three_ways():
 
 
 def run(code: str, folder: Path) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, check=False)
+    done = processes.run("-c", code, cwd=folder)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
