@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tests import processes
+from tests.data.files import add, picture
 from tests.training import run_until_killed
-from tests.training.data.files import add, picture
 
 
 def run(out: Path, step: int, way: str, workers: int) -> CompletedProcess:

@@ -9,8 +9,8 @@ from datasets import Dataset
 
 from bifocal.training.streams import BlockReader
 from bifocal.training.tasks import Task
+from tests.data.files import shards
 from tests.processes import run_ranks
-from tests.training.data.files import shards
 
 
 def task(rows: int, shards: int) -> Task:
