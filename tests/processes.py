@@ -152,6 +152,8 @@ def _python(command: list[str], cwd: str, environment: dict[str, str], output: s
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
+    # The path is that of the tests, where transformers may have put code that it loaded for them.
+    sys.path = [entry for entry in sys.path if not os.path.isdir(os.path.join(entry, "transformers_modules"))]
     multiprocessing.set_start_method(None, force=True)  # data workers of its own start as they always do
     _settle(environment)
     try:
