@@ -17,6 +17,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 from bifocal.modeling import BifocalConfig, BifocalModel, BifocalProcessor
 from bifocal.training.tokenizer import train_wordpiece
+from tests import processes
 
 # Real data beside the project, for those who have it; tests that need it are skipped elsewhere.
 SHARED = Path(os.environ.get("BIFOCAL_SHARED_DATA") or Path(__file__).parents[2] / "shared" / "data")
@@ -92,6 +93,16 @@ def inputs(processor) -> dict[str, torch.Tensor]:
         "attention_mask": encoded["attention_mask"],
         "pixel_values": torch.randn(len(TEXTS), 3, 32, 32, generator=generator),
     }
+
+
+@pytest.fixture
+def quick_check(monkeypatch) -> None:
+    """Give `check_folder` a process with the imports done; tests without this fixture start one as a user does."""
+
+    def start(command: list[str], *, env: dict[str, str], cwd: str, **_: object) -> subprocess.CompletedProcess:
+        return processes.run(*command[1:], cwd=cwd, **env)
+
+    monkeypatch.setattr("bifocal.hub.check.subprocess.run", start)
 
 
 @pytest.fixture

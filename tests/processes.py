@@ -68,13 +68,18 @@ class Process:
     """`python COMMAND`, begun.
 
     Args:
-        command: `-m MODULE`, `-c CODE` or a script, and its arguments.
+        command: `-m MODULE`, `-c CODE` or a script, and its arguments; `-I` before a script keeps its folder out of
+            the path.
         cwd: its working directory.
         hub: let it reach the Hub's stand-in.
         environment: variables besides this process's own.
     """
 
     def __init__(self, *command: str | Path, cwd: Path | None = None, hub: bool = False, **environment: str) -> None:
+        if os.environ.get("BIFOCAL_TESTS") == "quick":  # `make test-quick`
+            import pytest  # not at the top: the processes themselves import this module
+
+            pytest.skip("starts a process")
         self.command = [str(part) for part in command]
         self.folder = Path(tempfile.mkdtemp(prefix="bifocal-process-"))
         variables = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
@@ -167,9 +172,11 @@ def _python(command: list[str], cwd: str, environment: dict[str, str], output: s
             sys.path.insert(0, cwd)
             runpy.run_module(command[1], run_name="__main__", alter_sys=True)
         else:
-            sys.argv = command
-            sys.path.insert(0, os.path.dirname(os.path.abspath(command[0])))
-            runpy.run_path(command[0], run_name="__main__")
+            isolated = command[0] == "-I"
+            sys.argv = command[isolated:]
+            if not isolated:
+                sys.path.insert(0, os.path.dirname(os.path.abspath(command[0])))
+            runpy.run_path(sys.argv[0], run_name="__main__")
     finally:
         atexit._run_exitfuncs()  # a forked process ends without them
 

@@ -86,7 +86,7 @@ def test_the_run_says_what_made_it(tuned, reader):
     assert "other values of training.max_steps" in other.stderr
 
 
-def test_the_run_is_exported_whole(reader, tuned):
+def test_the_run_is_exported_whole(quick_check, reader, tuned):
     """The README's command, and what a user adds to it: results, and pictures to measure int8 on."""
     suite = "name: mine\ntasks:\n  - {name: photos, kind: image-text-retrieval, data: {path: pictures}}\n"
     (reader / "mine.yaml").write_text(suite)
@@ -112,7 +112,7 @@ def test_the_run_is_exported_whole(reader, tuned):
     assert "max_steps: 4" in (release / "recipes" / "finetune.yaml").read_text()
     assert "Apache License" in (release / "LICENSE").read_text()
 
-    assert "differs" in run(reader, "export", "runs/release", "--check").stdout, "alone, it looks at what is there"
+    assert "differs" in invoke(reader, "export", "runs/release", "--check").stdout, "alone, it looks at what is there"
     fewer = invoke(reader, "export", "runs/finetune", "runs/release", "--no-onnx")
     assert fewer.stdout.splitlines() == [
         "The model is in runs/release.", "It leaves out LICENSE, evaluation.json, onnx/, which the earlier export had.",

@@ -207,7 +207,7 @@ def test_the_check_compares_all_ways_of_loading(folder):
     assert found.lowest_int8 > 0.95
 
 
-def test_the_check_sees_other_weights_a_place_of_a_machine_and_a_lost_limit(folder, processor, tmp_path):
+def test_the_check_sees_other_weights_a_place_of_a_machine_and_a_lost_limit(quick_check, folder, processor, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     torch.manual_seed(5)
