@@ -84,6 +84,13 @@ def saved(processor, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
+def desk(tmp_path, saved) -> Path:
+    """A working directory beside a model, where commands are called."""
+    (tmp_path / "model").symlink_to(saved)
+    return tmp_path
+
+
+@pytest.fixture
 def inputs(processor) -> dict[str, torch.Tensor]:
     """Padded texts and random pictures, five of each."""
     generator = torch.Generator().manual_seed(1)
