@@ -16,7 +16,7 @@ from bifocal.evaluation.protocols import image_text_retrieval
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="+", help="folders or Hub ids")
-    parser.add_argument("--images", default="examples/data/images", help="a folder with metadata.jsonl: file_name, caption")
+    parser.add_argument("--images", default="examples/data/images", help="a folder with metadata.jsonl")
     options = parser.parse_args(arguments)
 
     rows = load_source(options.images, "image-text")

@@ -12,7 +12,7 @@ from bifocal import BifocalModel, BifocalTrainingArguments, MultiTaskTrainer, Ta
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="runs/demo/model", help="a Bifocal folder or Hub id")
-    parser.add_argument("--images", default="examples/data/images", help="a folder with metadata.jsonl: file_name, caption")
+    parser.add_argument("--images", default="examples/data/images", help="a folder with metadata.jsonl")
     parser.add_argument("--pairs", default="examples/data/pairs.jsonl", help="rows with query and positive")
     parser.add_argument("--batch-size", type=int, default=16, help="rows of each task per step")
     parser.add_argument("--steps", type=int, default=100)

@@ -1,7 +1,7 @@
 """The code of the README, run as it stands there, and on texts of any length."""
 
-import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,33 +13,26 @@ from huggingface_hub import ModelCard
 
 from bifocal.hub.export import export_model
 from bifocal.modeling import BifocalModel
-from tests.conftest import EMPTY, LONG, TEXTS, small_config
-from tests.modeling.test_images import photo
+from tests.conftest import EMPTY, LONG, small_config
+from tests.docs.pages import README, ROOT, blocks
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-DOCS = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))
-BLOCKS = re.findall(r"```python\n(.*?)```", README + DOCS, re.DOTALL)
+TEXT = README.read_text(encoding="utf-8")
+BLOCKS = blocks(README, "python")
 EDGES = ["black star", LONG, "Greek small letter omega", EMPTY]
 
 
 @pytest.fixture(scope="module")
 def folder(processor, tmp_path_factory) -> Path:
-    """A working directory with what the README takes for granted: the demo's model, pictures, pairs."""
+    """A working directory with what the README takes for granted: the demo's model and the data of the examples."""
     root = tmp_path_factory.mktemp("reader")
     torch.manual_seed(0)
     export_model(BifocalModel(small_config()), root / "runs" / "demo" / "model", processor)
-    (root / "pictures").mkdir()
-    with (root / "pictures" / "metadata.jsonl").open("w") as file:
-        for number, name in enumerate(("star", "omega", "third", "fourth")):
-            photo(40 + number, 32).save(root / "pictures" / f"{name}.png")
-            file.write(json.dumps({"file_name": f"{name}.png", "caption": TEXTS[number]}) + "\n")
-    pairs = [json.dumps({"query": text, "positive": f"{text} again"}) for text in TEXTS]
-    (root / "pairs.jsonl").write_text("\n".join(pairs) + "\n")
+    shutil.copytree(ROOT / "examples" / "data", root / "examples" / "data")
     return root
 
 
-def test_there_are_three_ways():
+def test_it_is_short_and_shows_the_three_ways():
+    assert len(TEXT.splitlines()) <= 150
     assert len(BLOCKS) == 3
     assert all(name in block for name, block in zip(("AutoModel", "MultiTaskTrainer", "SentenceTransformer"), BLOCKS))
 
@@ -54,23 +47,25 @@ def compare_on_edges(block: str, listed: str, name: str, edges: list[str], folde
     """Run a block as it stands, then on texts of any length, and compare with `encode_text` and `encode_image`."""
     assert block.count(listed) == 1
     other = block.replace(listed, repr(edges))
-    code = f"{block}\n{other}\nimport numpy as np\nnp.savez('found.npz', texts={name}, pictures=pictures)"
+    code = f"{block}\n{other}\nimport numpy as np\nnp.savez('vectors.npz', texts={name}, images=images)"
     printed = run(code, folder)
-    found = np.load(folder / "found.npz")
+    vectors = np.load(folder / "vectors.npz")
     model = BifocalModel.from_pretrained(folder / "runs" / "demo" / "model")
-    np.testing.assert_allclose(found["texts"], model.encode_text(edges), atol=1e-5)
-    pictures = [folder / "pictures" / f"{name}.png" for name in ("star", "omega")]
-    np.testing.assert_allclose(found["pictures"], model.encode_image(pictures), atol=1e-5)
+    np.testing.assert_allclose(vectors["texts"], model.encode_text(edges), atol=1e-5)
+    images = [folder / "examples" / "data" / "images" / f"{name}.png" for name in ("star", "omega")]
+    np.testing.assert_allclose(vectors["images"], model.encode_image(images), atol=1e-5)
     return printed
 
 
 def test_auto_model(folder):
     assert "[[" in compare_on_edges(BLOCKS[0], '["black star", "greek small letter omega"]', "texts", EDGES, folder)
+    output = np.array(re.findall(r"-?\d\.\d+", blocks(README, "text")[0]), dtype=float).reshape(2, 2)
+    assert output.argmax(axis=1).tolist() == [0, 1], "the output shown finds each image"
 
 
 def test_trainer(folder):
-    short = BLOCKS[1].replace("max_steps=1000", "max_steps=2").replace("batch_size=64", "batch_size=4")
-    assert short.count("=2,") == 1
+    short = BLOCKS[1].replace("max_steps=100,", "max_steps=2,").replace("batch_size=16", "batch_size=4")
+    assert short.count("max_steps=2,") == 1
     assert short.count("batch_size=4") == 2, "only the size of the run is changed here"
     run(short, folder)
     model = BifocalModel.from_pretrained(folder / "runs" / "mine" / "model")
@@ -82,10 +77,7 @@ def test_sentence_transformer(folder):
     assert "tensor(" in compare_on_edges(BLOCKS[2], '["black star", "a filled star"]', "queries", EDGES, folder)
 
 
-def test_links_and_commands_exist():
-    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
-        assert (ROOT / target).exists(), target
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert set(re.findall(r"^make (\w+)", README, re.MULTILINE)) <= targets
-    for name in re.findall(r"^\| `(\w+)/` \|", README, re.MULTILINE):
-        assert (ROOT / name).is_dir(), name
+def test_rooms_exist():
+    for names in re.findall(r"^\| ((?:`\w+/`(?:, )?)+) \|", TEXT, re.MULTILINE):
+        for name in re.findall(r"`(\w+)/`", names):
+            assert (ROOT / name).is_dir(), name

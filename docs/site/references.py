@@ -2,9 +2,11 @@
 
 import dataclasses
 import inspect
+import itertools
 import re
 import types
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -17,17 +19,42 @@ from pydantic_core import PydanticUndefined
 ROOT = Path(__file__).resolve().parents[2]
 
 
+_ENTRIES = ("Args:", "Attributes:")
+_GROUP = re.compile(r"^( +)(\w+(?:, \w+)+):(.*)$")
+
+
+def split_arguments(docstring: str) -> str:
+    """Return a docstring with one entry for each argument, where one entry describes several ("a, b: unit vectors")."""
+    lines: list[str] = []
+    source = docstring.split("\n")
+    section = ""
+    for number, line in enumerate(source):
+        if re.fullmatch(r" {0,4}[A-Z]\w+:", line):
+            section = line.strip()
+        group = _GROUP.match(line) if section in _ENTRIES else None
+        if group is None:
+            lines.append(line)
+            continue
+        indent, names, text = group.groups()
+        *others, last = names.split(", ")
+        following = list(itertools.takewhile(partial(_continues, indent), source[number + 1 :]))
+        for name in others:
+            lines += [f"{indent}{name}:{text}", *following]
+        lines.append(f"{indent}{last}:{text}")
+    return "\n".join(lines)
+
+
+def _continues(indent: str, line: str) -> bool:
+    return line.startswith(f"{indent} ")
+
+
 def argument_docs(documented: type | None) -> dict[str, str]:
-    """Return what a docstring says of each argument, by name; "a, b: ..." says it of both."""
-    text = inspect.getdoc(documented) or "" if documented is not None else ""
+    """Return what a docstring says of each argument, by name."""
+    text = split_arguments(inspect.getdoc(documented) or "") if documented is not None else ""
     section = re.search(r"^Args:\n((?:(?: {4}.*)?\n)*(?: {4}.*)?)", text, re.MULTILINE)
-    entries = re.split(r"^ {4}(?=\w[\w, ]*:)", section.group(1), flags=re.MULTILINE)[1:] if section else []
-    docs: dict[str, str] = {}
-    for entry in entries:
-        names, _, meaning = entry.partition(":")
-        for name in names.split(","):
-            docs[name.strip()] = " ".join(meaning.split())
-    return docs
+    entries = re.split(r"^ {4}(?=\w+:)", section.group(1), flags=re.MULTILINE)[1:] if section else []
+    named = (entry.partition(":") for entry in entries)
+    return {name: " ".join(meaning.split()) for name, _, meaning in named}
 
 
 def cell(text: str) -> str:
@@ -74,7 +101,7 @@ def command_page() -> str:
     lines = [
         "# Commands",
         "",
-        "Made from the definitions that `bifocal --help` prints. `bifocal COMMAND --help` shows the same in a terminal.",
+        "Made from the definitions that `bifocal --help` prints; `bifocal COMMAND --help` shows one in a terminal.",
     ]
     for words, command in commands():
         context = click.Context(command, info_name=" ".join(words))
@@ -212,7 +239,14 @@ def shipped() -> list[str]:
     for path in sorted(SHIPPED.rglob("*.yaml")):
         text = path.read_text(encoding="utf-8")
         if "name" in (yaml.safe_load(text) or {}):
-            lines += ["", f"### {path.relative_to(SHIPPED).with_suffix('').as_posix()}", "", "```yaml", text.rstrip(), "```"]
+            lines += [
+                "",
+                f"### {path.relative_to(SHIPPED).with_suffix('').as_posix()}",
+                "",
+                "```yaml",
+                text.rstrip(),
+                "```",
+            ]
     return lines
 
 
@@ -226,9 +260,9 @@ def recipe_page() -> str:
     lines = [
         "# Recipes",
         "",
-        "A recipe is a YAML file that `bifocal train` carries out. Made from the schema that checks it: an unknown key is an "
-        "error that names the nearest known one. On the command line, `key=value` with dots between the keys overrides "
-        "a recipe; tasks go by their names: `tasks.pairs.batch_size=64`.",
+        "A recipe is a YAML file that `bifocal train` carries out. This page is made from its schema. An "
+        "unknown key is an error that names the nearest known one. On the command line, `key=value` with dots between "
+        "the keys overrides a recipe; tasks go by their names: `tasks.pairs.batch_size=64`.",
     ]
     known = schemas(Recipe)
     for model, path in known.items():
@@ -253,8 +287,8 @@ def recipe_page() -> str:
         "",
         "## Evaluation suites",
         "",
-        "A suite, as `bifocal evaluate --suite FILE` reads it, has a `name` and `tasks` with these keys; `data` and `train` are "
-        "sources as above.",
+        "A suite, as `bifocal evaluate --suite FILE` reads it, has a `name` and `tasks` with these keys; `data` and "
+        "`train` are sources as above.",
         "",
         *table(EvaluationTask),
         "",
