@@ -66,6 +66,14 @@ def cell(text: str) -> str:
     )
 
 
+HEAD = ("| name | meaning |", "| --- | --- |")
+
+
+def row(name: str, facts: str, meaning: str) -> str:
+    """A row of a reference table: type and default stand below the name, so that the table fits a narrow screen."""
+    return f"| {name}{'<br>' if facts else ''}{facts} | {cell(meaning)} |"
+
+
 def code(text: str) -> str:
     """Text as code in a cell of a table."""
     return f"`{text}`".replace("|", "\\|")
@@ -110,11 +118,11 @@ def command_page() -> str:
         lines += ["```text", f"{' '.join(words)} {usage}", "```"]
         shown = [p for p in command.params if not getattr(p, "hidden", False) and "--help" not in p.opts]
         if shown:
-            lines += ["", "| | default | meaning |", "| --- | --- | --- |"]
+            lines += ["", *HEAD]
         for parameter in shown:
             default = "required" if parameter.required else _default(parameter)
             names = " ".join(code(name) for name in option_names(parameter))
-            lines.append(f"| {names} | {default} | {cell(getattr(parameter, 'help', None) or '')} |")
+            lines.append(row(names, default, getattr(parameter, "help", None) or ""))
     return "\n".join(lines) + "\n"
 
 
@@ -123,8 +131,8 @@ def _default(parameter: Any) -> str:
     if value is None or value in ([], ()):
         return ""
     if isinstance(value, bool):
-        return "on" if value else "off"
-    return code(str(value))
+        return "on by default" if value else ""
+    return f"default {code(str(value))}"
 
 
 # Recipes
@@ -147,7 +155,7 @@ def type_name(annotation: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(type_name(part) for part in parts if part is not type(None))
     if origin is list:
-        return f"list of {type_name(parts[0])}"
+        return f"list of {type_name(parts[0])}".replace("mapping ", "mappings ")
     if origin is dict:
         return "mapping" if parts[1] is Any else f"mapping to {type_name(parts[1])}"
     names = {str: "text", int: "integer", float: "number", bool: "true or false", Any: "anything"}
@@ -174,7 +182,7 @@ def default_text(field: Any) -> str:
     value = field.get_default(call_default_factory=True)
     if value is None or value == [] or value == {} or value is PydanticUndefined:
         return ""
-    return code(str(value).lower() if isinstance(value, bool) else str(value))
+    return f"default {code(str(value).lower() if isinstance(value, bool) else str(value))}"
 
 
 def schemas(root: type[BaseModel]) -> dict[type[BaseModel], str]:
@@ -206,12 +214,13 @@ def field_docs(model: type[BaseModel]) -> dict[str, str]:
 def table(model: type[BaseModel]) -> list[str]:
     """Return the table of a schema's fields."""
     docs = field_docs(model)
-    lines = ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
+    lines = list(HEAD)
     for name, field in model.model_fields.items():
         kind = type_name(field.annotation)
         limits = bounds(field)
         kind += f", {limits}" if limits else ""
-        lines.append(f"| {code(name)} | {cell(kind)} | {default_text(field)} | {cell(docs.get(name, ''))} |")
+        default = default_text(field)
+        lines.append(row(code(name), f"{cell(kind)}{'; ' if default else ''}{default}", docs.get(name, "")))
     return lines
 
 
@@ -223,11 +232,11 @@ def training_arguments() -> list[str]:
 
     docs = argument_docs(BifocalTrainingArguments)
     inherited = {item.name for item in dataclasses.fields(TrainingArguments)}
-    lines = ["| key | default | meaning |", "| --- | --- | --- |"]
+    lines = list(HEAD)
     for item in dataclasses.fields(BifocalTrainingArguments):
         if item.name not in inherited and item.init:
-            default = "" if item.default is None else code(str(item.default))
-            lines.append(f"| {code(item.name)} | {default} | {cell(docs.get(item.name, ''))} |")
+            default = "" if item.default is None else f"default {code(str(item.default).lower())}"
+            lines.append(row(code(item.name), default, docs.get(item.name, "")))
     return lines
 
 

@@ -16,7 +16,6 @@ def blocks(page: Path, language: str) -> list[str]:
 
 def commands(page: Path) -> list[list[str]]:
     """The calls of `bifocal` on a page, in words."""
-    lines = [line for block in blocks(page, "bash") for line in block.splitlines()]
-    return [
-        words[words.index("bifocal") :] for line in lines if "bifocal" in (words := shlex.split(line, comments=True))
-    ]
+    text = "".join(blocks(page, "bash")).replace("\\\n", " ")
+    lines = [shlex.split(line, comments=True) for line in text.splitlines()]
+    return [words[words.index("bifocal") :] for words in lines if "bifocal" in words]

@@ -42,7 +42,7 @@ def test_every_recipe_key_has_a_meaning(recipes):
         section = recipes.split(f"\n## {path or 'Top level'}\n")[1].split("\n## ")[0]
         docs = references.field_docs(model)
         for name in model.model_fields:
-            assert f"| `{name}` |" in section, f"{path}.{name}"
+            assert f"| `{name}`<br>" in section, f"{path}.{name}"
             assert docs.get(name), f"{model.__name__}.{name} has no entry in the docstring"
         assert references.argument_docs(model).keys() <= model.model_fields.keys(), f"{model.__name__} has lost a field"
 
