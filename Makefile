@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-INSTALLED := $(VENV)/.installed
+INSTALLED := $(VENV)/.linked
 FLOOR := $(CURDIR)/build/floor
 
 .PHONY: demo test test-floor lint format clean
@@ -19,10 +19,10 @@ test-floor: $(FLOOR)/.installed
 	PYTHONPATH=$(FLOOR) $(BIN)/python -c "import transformers; print('transformers', transformers.__version__)"
 	PYTHONPATH=$(FLOOR) $(BIN)/python -m pytest -n 2 $(addprefix tests/modeling/test_,config.py loading.py encoding.py text.py)
 
-lint: $(INSTALLED) build/types/bifocal
+lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	MYPYPATH=build/types $(BIN)/mypy
+	$(BIN)/mypy
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .
@@ -32,11 +32,23 @@ clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
 
 # torch first and pinned: a wider requirement would pull gigabytes of CUDA packages onto a machine without a GPU.
-$(INSTALLED): pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml setup.cfg constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --constraint constraints.txt torch
 	$(PIP) install --constraint constraints.txt --editable '.[dev]'
 	touch $@
+
+# The editable install links file by file (setup.cfg), so a new file needs a link of its own.
+$(INSTALLED): $(VENV)/.installed build/files.txt
+	$(PIP) install --no-deps --editable .
+	touch $@
+
+build/files.txt: FORCE
+	@mkdir -p build
+	@find bifocal modeling data training evaluation hub -type f ! -path '*/__pycache__/*' | sort > $@.new
+	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
+
+FORCE:
 
 # These come before the installed ones on the path. tokenizers: what that transformers takes.
 $(FLOOR)/.installed: pyproject.toml $(INSTALLED)
@@ -44,10 +56,3 @@ $(FLOOR)/.installed: pyproject.toml $(INSTALLED)
 	$(PIP) install --no-deps --target $(FLOOR) tokenizers==0.22.0 \
 		$$(sed -nE 's/^    "(transformers|huggingface_hub)>=([0-9.]+).*/\1==\2/p' pyproject.toml)
 	touch $@
-
-# mypy does not follow the mapping of folders to packages in pyproject.toml; links show it the packages as installed.
-build/types/bifocal: pyproject.toml
-	rm -rf $@ && mkdir -p $@
-	ln -s $(CURDIR)/bifocal/* $@
-	for package in modeling training evaluation hub; do ln -s $(CURDIR)/$$package $@/$$package; done
-	ln -s $(CURDIR)/benchmarks/claims $@/claims

@@ -44,7 +44,7 @@ def loss_of(way: str) -> Callable[..., torch.Tensor]:
         )  # fmt: skip
         # The very loop of their cached step, which takes gradients with respect to the embeddings as it goes.
         return lambda a, b, tau: theirs.calculate_loss([[a], [b]], with_backward=True)
-    from bifocal.training.losses import info_nce
+    from bifocal.training.losses.info_nce import info_nce
 
     return lambda a, b, tau: info_nce(a, b, tau, form=way)
 

@@ -47,10 +47,11 @@ def main() -> None:
 
     from transformers.models.clip import CLIPImageProcessorPil
 
+    from bifocal.data.loading import load_source
+    from bifocal.data.source import Source
     from bifocal.modeling import BifocalConfig, BifocalModel, BifocalProcessor
     from bifocal.training.arguments import BifocalTrainingArguments
-    from bifocal.training.recipe import Source, find_recipe, load_recipe
-    from bifocal.training.sources import load_source
+    from bifocal.training.recipe import find_recipe, load_recipe
     from bifocal.training.tasks import Task
     from bifocal.training.tokenizer import train_wordpiece
     from bifocal.training.trainer import MultiTaskTrainer

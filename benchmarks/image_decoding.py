@@ -18,7 +18,7 @@ import torch
 from PIL import Image, ImageFilter
 from transformers.models.clip import CLIPImageProcessorPil
 
-from bifocal.training.data.pictures import PictureReader
+from bifocal.data.images import PictureReader
 
 SIDE = 224
 

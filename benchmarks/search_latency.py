@@ -52,7 +52,7 @@ def make_index(folder: Path, given: argparse.Namespace) -> Path:
     from transformers.models.clip import CLIPImageProcessorPil
 
     from bifocal.hub.export import export_model
-    from bifocal.hub.samples import samples
+    from bifocal.hub.sample_images import samples
     from bifocal.hub.search.index import SearchIndex, weights_of
     from bifocal.hub.search.items import Item
     from bifocal.hub.search.searcher import Searcher

@@ -5,9 +5,15 @@ need the extra `train`.
 """
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bifocal.modeling import (
+_ROOT = Path(__file__).parents[1]
+if (_ROOT / "pyproject.toml").is_file():
+    # Imported from the root of a checkout, where the folders of `bifocal.*` lie beside this one (see pyproject.toml).
+    __path__.append(str(_ROOT))
+
+from bifocal.modeling import (  # noqa: E402
     BifocalConfig,
     BifocalModel,
     BifocalProcessor,
@@ -20,20 +26,20 @@ from bifocal.modeling import (
 )
 
 if TYPE_CHECKING:
+    from bifocal.data.loading import load_source as load_source
+    from bifocal.data.source import Source as Source
     from bifocal.hub.export import export_model as export_model
     from bifocal.training.arguments import BifocalTrainingArguments as BifocalTrainingArguments
-    from bifocal.training.recipe import Source as Source
-    from bifocal.training.sources import load_source as load_source
     from bifocal.training.tasks import Task as Task
     from bifocal.training.trainer import MultiTaskTrainer as MultiTaskTrainer
 
 _AT_FIRST_USE = {
     "BifocalTrainingArguments": "bifocal.training.arguments",
     "MultiTaskTrainer": "bifocal.training.trainer",
-    "Source": "bifocal.training.recipe",
+    "Source": "bifocal.data.source",
     "Task": "bifocal.training.tasks",
     "export_model": "bifocal.hub.export",
-    "load_source": "bifocal.training.sources",
+    "load_source": "bifocal.data.loading",
 }
 
 __all__ = [

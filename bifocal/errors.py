@@ -1,6 +1,26 @@
-"""Sentences for errors that several rooms meet: what was looked for, why it was not found, and what to do."""
+"""Errors that end a command in one sentence, and sentences that several rooms share."""
 
 from pathlib import Path
+
+
+class BifocalError(ValueError):
+    """What a user can do something about, in one or two sentences. The command line prints it without a traceback."""
+
+
+class DataError(BifocalError):
+    """A source that cannot be read."""
+
+
+class RecipeError(BifocalError):
+    """A recipe or setting that cannot be carried out, with the file and line or the override where it was given."""
+
+
+class TrainingError(BifocalError):
+    """Why a training run cannot start or continue."""
+
+
+class EvaluationError(BifocalError):
+    """What cannot be evaluated."""
 
 
 def model_not_loaded(place: str | Path, error: Exception, wanted: str = "model") -> str:

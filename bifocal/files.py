@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from bifocal.errors import BifocalError
+
 MARKER = ".bifocal-files.json"
 _LOCK = f"{MARKER}.lock"
 MODEL = "model"
@@ -26,7 +28,7 @@ _SCRATCH = ".bifocal"  # how the name of a folder ends that holds a new folder u
 _NEW, _BEFORE = "new", "before"  # in it: the new folder, and the one that it replaces
 
 
-class NotOursError(FileExistsError):
+class NotOursError(BifocalError, FileExistsError):
     """Why a file or folder may not be replaced, in one sentence."""
 
 

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bifocal.evaluation.retrieval import EvaluationError, recall_at, relevant_ranks
+from bifocal.errors import EvaluationError
+from bifocal.evaluation.retrieval import recall_at, relevant_ranks
 
 
 def shortened(vectors: np.ndarray, dimensions: int) -> np.ndarray:

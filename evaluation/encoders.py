@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from bifocal.errors import first_line, looks_like_path
-from bifocal.evaluation.retrieval import EvaluationError
+from bifocal.errors import EvaluationError, first_line, looks_like_path
 from bifocal.modeling import BifocalModel, load_image
+from bifocal.modeling.processing_bifocal import padded_length
 
 
 @dataclass
@@ -209,8 +209,6 @@ def _dual_encoder(path: str, batch_size: int, device: str) -> Encoder:
 def dual_encoder(model: Any, processor: Any, name: str, batch_size: int = 64) -> Encoder:
     """Return an encoder of a loaded model with `get_text_features` and `get_image_features`, and its processor."""
     import torch
-
-    from bifocal.training.joint_forward import padded_length
 
     full_length = padded_length(model.config)
     padding = {"padding": True} if full_length is None else {"padding": "max_length", "max_length": full_length}

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bifocal.evaluation.retrieval import EvaluationError
+from bifocal.data.skips import Fault
+from bifocal.errors import EvaluationError
 from bifocal.evaluation.rows import Rows, several
-from bifocal.training.data.faults import Fault
 
 
 def class_names(task: str, labels: Any, classes: Sequence[str] | None) -> list[str]:

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import yaml
 
+from bifocal.errors import EvaluationError
 from bifocal.evaluation.encoders import Encoder, load_encoder, sentence_transformer
 from bifocal.evaluation.protocols import Result
-from bifocal.evaluation.retrieval import EvaluationError
 
 SUITES: dict[str, list[str]] = {
     name: entry["tasks"]

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from bifocal.data.skips import Fault, Skip
+from bifocal.errors import EvaluationError
 from bifocal.evaluation.encoders import Encoder
-from bifocal.evaluation.examples import worst_searches
+from bifocal.evaluation.failures import worst_searches
 from bifocal.evaluation.labels import class_names, class_numbers, is_unlabelled
 from bifocal.evaluation.relevance import caption_answers, content_ids, right_answers, shared_rows
-from bifocal.evaluation.retrieval import EvaluationError, recall_at, relevant_ranks, retrieval_metrics
+from bifocal.evaluation.retrieval import recall_at, relevant_ranks, retrieval_metrics
 from bifocal.evaluation.rows import Chosen, Rows, several
-from bifocal.training.data.faults import Fault, Skip
 
 # A photo's class in a sentence; the mean of the sentences' embeddings is the class's (arXiv 2103.00020, section 3.1.4).
 TEMPLATES = (

@@ -11,14 +11,11 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
+from bifocal.errors import EvaluationError
 from bifocal.evaluation.relevance import right_answers
 
 _BLOCK_BYTES = 128 * 2**20  # of similarities at a time
 _SORTED_FROM = 16  # right items of a query, from which sorting its similarities is faster than a pass for each
-
-
-class EvaluationError(ValueError):
-    """What cannot be evaluated, in one sentence."""
 
 
 def target_ranks(

@@ -9,12 +9,12 @@ import numpy as np
 from PIL import Image
 from transformers.utils import logging
 
+from bifocal.data.images import fault_of
+from bifocal.data.normalize import Normaliser
+from bifocal.data.skips import Fault, Skip, summary
+from bifocal.errors import EvaluationError
 from bifocal.evaluation.encoders import Encoder
-from bifocal.evaluation.retrieval import EvaluationError
 from bifocal.modeling import load_image
-from bifocal.training.data.faults import Fault, Skip, summary
-from bifocal.training.data.pictures import fault_of
-from bifocal.training.data.rows import Normaliser
 
 logger = logging.get_logger(__name__)
 _NAMED = 3  # skipped rows that a warning names

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import bifocal.modeling
+from bifocal.errors import BifocalError
 from bifocal.hub.push import PushError, look
 from bifocal.hub.release import INPUTS, VECTORS
 
@@ -24,7 +25,7 @@ _HOMES = re.compile(
 _TEXTS = (".json", ".yaml", ".yml", ".md", ".txt", ".py")
 
 
-class CheckError(ValueError):
+class CheckError(BifocalError):
     """Why a folder should not be published, in one sentence."""
 
 
@@ -117,7 +118,7 @@ def _foreign_code(folder: Path) -> list[str]:
 
 def _in_fresh_process(folder: Path) -> dict[str, Any]:
     """All ways of loading, where nothing of this process is known and no network is asked."""
-    script = Path(__file__).with_name("fresh.py")
+    script = Path(__file__).with_name("load_in_subprocess.py")
     with tempfile.TemporaryDirectory() as scratch:
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
         environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": scratch, "HF_MODULES_CACHE": str(Path(scratch) / "modules")}

@@ -12,8 +12,8 @@ from PIL import Image
 
 from bifocal.files import MODEL, replace_folder
 from bifocal.hub.families import family_of
-from bifocal.hub.layouts import HEAD, LAYOUTS, Layout, Rule, Tensors
 from bifocal.hub.source_config import ConversionError, derive_config
+from bifocal.hub.weight_layouts import HEAD, LAYOUTS, Layout, Rule, Tensors
 from bifocal.hub.weights import read_json, require_numbers, unwrapped
 from bifocal.modeling import (
     BifocalConfig,

@@ -14,7 +14,7 @@ from bifocal.hub.card import Card, TrainedStage, write_card
 from bifocal.hub.other_families import finish_other_model
 from bifocal.hub.sentence_files import as_sentence_transformer, save_sentence_files
 from bifocal.modeling import BifocalProcessor
-from bifocal.training.progress_bars import no_progress_bars
+from bifocal.progress import no_progress_bars
 
 logger = logging.get_logger(__name__)
 FACTS = "card.json"  # what the card was made of, so that it can be written again

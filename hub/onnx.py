@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from bifocal.errors import BifocalError
 from bifocal.hub.export import with_limit
 from bifocal.modeling import BifocalModel, BifocalProcessor
 
@@ -23,7 +24,7 @@ _BATCH = 32
 _EXTERNAL = 1_900_000_000  # bytes; a protobuf file holds 2 GiB at most, larger weights go beside it
 
 
-class OnnxError(ValueError):
+class OnnxError(BifocalError):
     """What is wrong with an ONNX file, in one sentence."""
 
 

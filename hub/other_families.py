@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from bifocal.hub.card import Card
-from bifocal.hub.samples import samples
+from bifocal.hub.sample_images import samples
 from bifocal.hub.sentence_files import as_sentence_transformer, save_sentence_files
 
 _LOWEST_COSINE = 0.999  # to the model's own vectors, below which sentence-transformers reads the folder differently

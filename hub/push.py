@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bifocal.errors import BifocalError
 from bifocal.files import MARKER
 
 _NEEDED = ("config.json", "README.md")
@@ -15,7 +16,7 @@ _SECRET = re.compile(rb"hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{30,}|AKIA[0-9A-Z]{1
 _SEARCHED = 5 * 2**20  # bytes of a file in which secrets are looked for; weights are larger and hold none
 
 
-class PushError(ValueError):
+class PushError(BifocalError):
     """What cannot be published, in one sentence."""
 
 

@@ -12,10 +12,10 @@ from safetensors.numpy import save_file
 
 from bifocal.files import MODEL, replace_folder
 from bifocal.hub.card import Card
+from bifocal.hub.card_results import add_results
 from bifocal.hub.export import SHARD, with_limit, write_model
 from bifocal.hub.onnx import quietly
-from bifocal.hub.results import add_results
-from bifocal.hub.samples import long_text, samples
+from bifocal.hub.sample_images import long_text, samples
 from bifocal.modeling import BifocalModel
 
 EXAMPLES = 4  # samples that travel with the model

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from bifocal.hub.layouts import Layout, Tensors
+from bifocal.errors import BifocalError
+from bifocal.hub.weight_layouts import Layout, Tensors
 from bifocal.modeling import BifocalConfig, BifocalTextConfig, BifocalVisionConfig
 
 _HEAD_WIDTH = 64  # of both towers in all published sizes
@@ -63,7 +64,7 @@ _LARGEST_REFERENCE = 129  # EVA02's is 16; grids of published towers reach 37
 _TABLE_TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
-class ConversionError(ValueError):
+class ConversionError(BifocalError):
     """What cannot be converted, in one sentence."""
 
 

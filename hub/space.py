@@ -6,6 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import bifocal.errors
 import bifocal.hub.search
 import bifocal.modeling
 from bifocal.files import NotOursError, replace_folder
@@ -89,6 +90,7 @@ def write_space(
         ):
             source = Path(str(module.__file__)).parent
             shutil.copytree(source, place, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy2(str(bifocal.errors.__file__), package)
         settings = read_settings(index.folder)  # before the parts: a run may add more in the meantime
         table = made / "index" / "table"
         table.mkdir(parents=True)

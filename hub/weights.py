@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from bifocal.errors import first_line, looks_like_path
-from bifocal.hub.layouts import Tensors
 from bifocal.hub.source_config import ConversionError
+from bifocal.hub.weight_layouts import Tensors
 
 _PICKLES = (".bin", ".pt", ".pth")
 _ENDINGS = (".safetensors", *_PICKLES)

@@ -119,3 +119,11 @@ def token_ids(tokenizer: Any, texts: list[str], max_length: int) -> tuple[list[l
         if length > max_length:
             encoding.truncate(max_length - special, direction=tokenizer.truncation_side)
     return [backend.post_process(encoding).ids for encoding in encodings], lengths
+
+
+def padded_length(config: Any) -> int | None:
+    """Return how many tokens every text is padded to; None for models that take texts of any length and a mask.
+
+    SigLIP was trained on texts padded to their full length. It attends to the padding, and its vectors depend on it.
+    """
+    return config.text_config.max_position_embeddings if "siglip" in getattr(config, "model_type", "") else None

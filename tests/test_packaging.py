@@ -13,21 +13,21 @@ import pytest
 ROOT = Path(__file__).parents[1]
 CHECK = """
 import importlib.resources, importlib.util, pathlib, sys
-import bifocal, bifocal.modeling, bifocal.training.trainer, bifocal.training.data.symbols, bifocal.cli
-import bifocal.evaluation.report, bifocal.hub.export, bifocal.training.run, bifocal.training.mining
-import bifocal.claims.claims, bifocal.hub.search.index, bifocal.hub.space
+import bifocal, bifocal.modeling, bifocal.training.trainer, bifocal.data.symbols, bifocal.cli
+import bifocal.demo.report, bifocal.hub.export, bifocal.training.runner, bifocal.training.mining
+import bifocal.hub.search.index, bifocal.hub.space
 print(pathlib.Path(bifocal.modeling.__file__).resolve())
 for package, template in (
-    ("bifocal.evaluation", "report.html.j2"), ("bifocal.hub", "card.md.j2"), ("bifocal.claims", "claims.html.j2")
+    ("bifocal", "style.css.j2"), ("bifocal.data", "inspection.html.j2"), ("bifocal.demo", "report.html.j2"),
+    ("bifocal.evaluation", "report.html.j2"), ("bifocal.hub", "card.md.j2"),
 ):
     assert (importlib.resources.files(package) / "templates" / template).is_file(), template
 assert (importlib.resources.files("bifocal") / "py.typed").is_file()
 assert (importlib.resources.files("bifocal.hub.search") / "page.css").is_file()
-assert (importlib.resources.files("bifocal.hub") / "fresh.py").is_file()
-assert (importlib.resources.files("bifocal.claims") / "sources.yaml").is_file()
+assert (importlib.resources.files("bifocal.hub") / "load_in_subprocess.py").is_file()
 for recipe in ("finetune.yaml", "demo/stage1.yaml", "accelerate/fsdp.yaml"):
     assert (importlib.resources.files("bifocal.training") / "recipes" / recipe).is_file(), recipe
-for name in ("modeling", "training", "evaluation", "hub", "tests"):
+for name in ("modeling", "data", "training", "evaluation", "hub", "tests"):
     assert importlib.util.find_spec(name) is None, f"{name} is in everyone's namespace"
 """
 

@@ -10,14 +10,16 @@ from typing import Any, cast
 import torch
 from PIL import Image
 
+from bifocal.data.images import PictureReader
+from bifocal.data.kinds import COLUMNS
+from bifocal.data.row_names import row_name
+from bifocal.data.skips import Fault, Skip
+from bifocal.errors import TrainingError
 from bifocal.modeling import BifocalProcessor
 from bifocal.modeling.processing_bifocal import private_tokenizer, token_ids
-from bifocal.training.data.faults import Fault, Skip
-from bifocal.training.data.pictures import PictureReader
-from bifocal.training.data.row_names import row_name
 from bifocal.training.row_check import usable_row
-from bifocal.training.task_data import is_missing, read_rows
-from bifocal.training.tasks import COLUMNS, Task, TrainingError
+from bifocal.training.task_dataset import is_missing, read_rows
+from bifocal.training.tasks import Task
 
 Augmentation = Callable[[Image.Image, random.Random], Image.Image]
 Inputs = dict[str, torch.Tensor]

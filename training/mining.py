@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
+from bifocal.data.image_decoding import disable_image_decoding
+from bifocal.errors import BifocalError
 from bifocal.files import overwrite, write_json
 from bifocal.modeling import load_image
-from bifocal.training.task_data import disable_image_decoding, is_missing
-from bifocal.training.tasks import TrainingError
+from bifocal.training.task_dataset import is_missing
 
 logger = logging.get_logger(__name__)
 MINED = "file of mined negatives"
@@ -22,7 +23,7 @@ DIRECTIONS = ("text-to-text", "text-to-image", "image-to-text")
 _NO_WORD = re.compile(r"[\W_]+")
 
 
-class MiningError(TrainingError):
+class MiningError(BifocalError):
     """What cannot be mined, in one sentence."""
 
 

@@ -7,17 +7,17 @@ from typing import Any
 import torch
 from transformers import DataCollatorForLanguageModeling, TrainingArguments
 
+from bifocal.data.loading import load_source
+from bifocal.data.shards import ShardStream
+from bifocal.data.skips import FAULT, Skipped
+from bifocal.errors import RecipeError
 from bifocal.files import RUN, replace_folder
 from bifocal.modeling import BifocalProcessor, BifocalTextConfig, BifocalTextForMaskedLM
+from bifocal.progress import no_progress_bars
 from bifocal.training.arguments import BifocalTrainingArguments
 from bifocal.training.checkpoints import last_complete_checkpoint
-from bifocal.training.data.faults import Skipped
-from bifocal.training.data.shards import ShardStream
-from bifocal.training.progress_bars import no_progress_bars
-from bifocal.training.recipe import Recipe, RecipeError
-from bifocal.training.run import fresh_log, require_device, training_arguments
-from bifocal.training.sources import load_source
-from bifocal.training.streams import FAULT
+from bifocal.training.recipe import Recipe
+from bifocal.training.runner import fresh_log, require_device, training_arguments
 
 
 def train_mlm(recipe: Recipe, arguments: BifocalTrainingArguments | None = None) -> Path:
@@ -105,7 +105,7 @@ class WholeWordCollator(DataCollatorForLanguageModeling):
 
 
 def _processor(recipe: Recipe, data: Any) -> BifocalProcessor:
-    from bifocal.training.run import load_processor
+    from bifocal.training.runner import load_processor
     from bifocal.training.tasks import Task
 
     if recipe.train_tokenizer is None:

@@ -8,17 +8,13 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
+from bifocal.data.readers import format_of
+from bifocal.data.schema import Strict, ended, nearest, problem_of, read_yaml, set_override
+from bifocal.data.source import Source
+from bifocal.errors import RecipeError
 from bifocal.training.arguments import BifocalTrainingArguments
-from bifocal.training.data.cleaning import Cleaning, Consistency
-from bifocal.training.data.files import format_of
-from bifocal.training.data.source import Source, Strict
-from bifocal.training.tasks import TrainingError
 
 SHIPPED = Path(__file__).parent / "recipes"
-
-
-class RecipeError(TrainingError):
-    """What is wrong with a recipe, in one sentence with its file and line."""
 
 
 class TaskRecipe(Strict):
@@ -130,30 +126,8 @@ def find_recipe(given: str) -> Path:
         if path.is_file():
             return path
     shipped = sorted(path.relative_to(SHIPPED).as_posix()[:-5] for path in SHIPPED.rglob("*.yaml"))
-    shipped = [name for name in shipped if not name.startswith(("accelerate/", "caption", "corpora"))]
+    shipped = [name for name in shipped if not name.startswith("accelerate/")]
     raise RecipeError(f"There is no recipe '{given}'; give a file or one of {', '.join(shipped)}.")
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file.
-
-    Raises:
-        RecipeError: if the file cannot be read, is not UTF-8, not YAML or not a mapping; with the line.
-    """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(f"{path} cannot be read ({error.strerror}). Give a YAML file.") from error
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path} is not a text file in UTF-8. Give a YAML file.") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise RecipeError(f"{path}{line}: this is not valid YAML ({problem}).") from error
-    if not isinstance(values, dict):
-        raise RecipeError(f"{path} does not hold a mapping of keys to values, as a recipe does.")
-    return values
 
 
 def load_recipe(path: Path, overrides: list[str] | None = None, files: bool = False) -> Recipe:
@@ -171,14 +145,14 @@ def load_recipe(path: Path, overrides: list[str] | None = None, files: bool = Fa
     node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     given: dict[tuple[Any, ...], str] = {}
     for override in overrides or []:
-        given[_override(values, override)] = override
+        given[set_override(values, override)] = override
     try:
         recipe = Recipe(**values)
         _check_training(recipe.training)
     except ValidationError as error:
         # A misspelt key is missing under its right name, too; the misspelling says more.
         first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
-        raise RecipeError(_sentence(path, node, given, first["loc"], _problem(first, values))) from error
+        raise RecipeError(_sentence(path, node, given, first["loc"], problem_of(first, Recipe))) from error
     except _TrainingKeyError as error:
         raise RecipeError(_sentence(path, node, given, ("training", error.key), str(error))) from error
     for loc, source in _sources(recipe) if files else []:
@@ -212,69 +186,6 @@ def _missing_file(given: str) -> str | None:
     )
 
 
-def source_of(path: str, overrides: list[str] | None = None) -> Source:
-    """A source from a path and "key=value" with the keys of `Source`, dots between them, as on the command line.
-
-    Raises:
-        RecipeError: an unknown key or a wrong value.
-    """
-    values: dict[str, Any] = {"path": path}
-    for override in overrides or []:
-        _override(values, override)
-    return validated(Source, values, overrides or [])
-
-
-def validated(model: Any, values: dict[str, Any], overrides: list[str]) -> Any:
-    """An object of a schema.
-
-    Raises:
-        RecipeError: an unknown key or a wrong value, in one sentence with the override it came by.
-    """
-    try:
-        return model(**values)
-    except ValidationError as error:
-        first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
-        where = ".".join(map(str, first["loc"]))
-        given = next((o for o in overrides if o.partition("=")[0] == where), where)
-        raise RecipeError(f"'{given}': {_ended(_problem(first, values, model))}") from error
-
-
-def _override(values: dict[str, Any], override: str) -> tuple[Any, ...]:
-    """Set a value; returns where."""
-    key, equals, text = override.partition("=")
-    if not equals:
-        raise RecipeError(f"'{override}' is no override; write key=value, such as training.max_steps=100.")
-    place: Any = values
-    where: list[Any] = []
-    parts = key.split(".")
-    for number, part in enumerate(parts):
-        step: Any = part
-        if isinstance(place, list):
-            names = [item.get("name") for item in place]
-            if part in names:
-                step = names.index(part)
-            elif part.isdigit() and int(part) < len(place):
-                step = int(part)
-            else:
-                raise RecipeError(f"'{override}': there is no '{part}' among {', '.join(map(str, names))}.")
-        where.append(step)
-        if number == len(parts) - 1:
-            # To YAML a pipe and a tab are signs of its own.
-            place[step] = text.strip("'\"") if step == "delimiter" else _yaml_value(override, text)
-        else:
-            if isinstance(place, dict) and not isinstance(place.get(step), dict | list):
-                place[step] = {}
-            place = place[step]
-    return tuple(where)
-
-
-def _yaml_value(override: str, text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"'{override}': '{text}' is no YAML ({getattr(error, 'problem', error)}).") from error
-
-
 class _TrainingKeyError(ValueError):
     def __init__(self, key: str, problem: str) -> None:
         super().__init__(problem)
@@ -290,7 +201,7 @@ def _check_training(training: dict[str, Any]) -> None:
         if key == "resume_from_checkpoint":
             raise _TrainingKeyError(key, f"'{key}' has no effect; a run resumes from its last checkpoint by itself")
         if key not in fields:
-            raise _TrainingKeyError(key, f"unknown key '{key}'{_nearest(key, fields)}")
+            raise _TrainingKeyError(key, f"unknown key '{key}'{nearest(key, fields)}")
         try:
             adapter: TypeAdapter[Any] = TypeAdapter(fields[key].type)  # type: ignore[arg-type]
         except Exception:  # a type that pydantic has no schema for; TrainingArguments checks it
@@ -301,50 +212,11 @@ def _check_training(training: dict[str, Any]) -> None:
             raise _TrainingKeyError(key, f"'{key}' is {value!r}, but: {error.errors()[0]['msg'].lower()}") from error
 
 
-def _problem(error: Any, values: dict[str, Any], model: Any = None) -> str:
-    """The first of pydantic's errors in our words."""
-    loc = error["loc"]
-    key = next((str(part) for part in reversed(loc) if isinstance(part, str)), "the recipe")
-    if error["type"] == "extra_forbidden":
-        return f"unknown key '{key}'{_nearest(key, _known(loc, model))}"
-    if error["type"] == "missing":
-        return f"the key '{key}' is missing"
-    if error["type"] == "value_error":
-        return str(error["ctx"]["error"])
-    return f"'{key}' is {error['input']!r}, but: {error['msg'].lower()}"
-
-
-def _known(loc: tuple[Any, ...], model: Any = None) -> list[str]:
-    """The keys that the schema has where an unknown one was found."""
-    model = model or Recipe
-    rooms = {
-        "tasks": TaskRecipe,
-        "eval_tasks": TaskRecipe,
-        "data": Source,
-        "clean": Cleaning,
-        "consistency": Consistency,
-        "mlm": MaskedLanguageModelling,
-        "lora": Lora,
-    }
-    for part in loc[:-1]:
-        model = rooms.get(part, StartFrom if part == "start_from" else model)
-    return list(model.model_fields)
-
-
-def _nearest(key: str, known: Any) -> str:
-    near = difflib.get_close_matches(key, list(known), n=1)
-    return f"; did you mean '{near[0]}'?" if near else f"; the keys here are {', '.join(list(known)[:20])}"
-
-
 def _sentence(path: Path, node: Any, given: dict[tuple[Any, ...], str], loc: tuple[Any, ...], problem: str) -> str:
     for where, override in given.items():
         if loc[: len(where)] == where:
-            return f"'{override}': {_ended(problem)}"
-    return f"{path}, line {line_of(node, loc)}: {_ended(problem)}"
-
-
-def _ended(sentence: str) -> str:
-    return sentence if sentence.endswith(("?", ".")) else f"{sentence}."
+            return f"'{override}': {ended(problem)}"
+    return f"{path}, line {line_of(node, loc)}: {ended(problem)}"
 
 
 def line_of(node: Any, loc: tuple[Any, ...]) -> int:

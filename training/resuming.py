@@ -10,16 +10,17 @@ import torch
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
+from bifocal.errors import TrainingError
+from bifocal.progress import no_progress_bars
 from bifocal.training.arguments import BifocalTrainingArguments
-from bifocal.training.averaging import WeightAverage
-from bifocal.training.batches import StepStream
+from bifocal.training.callbacks.ema import WeightAverage
+from bifocal.training.callbacks.training_metrics import Meters
 from bifocal.training.collator import StepInputs
-from bifocal.training.distributed import World
-from bifocal.training.meters import Meters
+from bifocal.training.engine.distributed import World
+from bifocal.training.joint_batches import StepStream
 from bifocal.training.precision import DTYPES, rounded
-from bifocal.training.progress_bars import no_progress_bars
 from bifocal.training.signature import differences, run_signature
-from bifocal.training.tasks import Task, TrainingError
+from bifocal.training.tasks import Task
 
 STATE = "bifocal_state"
 

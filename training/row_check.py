@@ -3,8 +3,9 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from bifocal.training.data.faults import Fault
-from bifocal.training.tasks import COLUMNS, Task
+from bifocal.data.kinds import COLUMNS
+from bifocal.data.skips import Fault
+from bifocal.training.tasks import Task
 
 
 def usable_row(task: Task, values: Mapping[str, Any], decode: Callable[[Any], Any] | None = None) -> dict[str, Any]:

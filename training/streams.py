@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from bifocal.training.data.faults import Fault, Skip, summary
-from bifocal.training.data.shards import Block, ShardStream
+from bifocal.data.kinds import COLUMNS
+from bifocal.data.shards import Block, ShardStream
+from bifocal.data.skips import FAULT, Fault, Skip, summary
+from bifocal.errors import TrainingError
 from bifocal.training.row_check import usable_row
-from bifocal.training.tasks import COLUMNS, Task, TrainingError
-
-FAULT = "_fault"  # a column with a `Skip` in JSON for rows that are left out
+from bifocal.training.tasks import Task
 
 
 class BlockReader:

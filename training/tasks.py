@@ -4,27 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-COLUMNS = {
-    "image-text": ("image", "caption"),
-    "text-pair": ("query", "positive"),
-    "text-triplet": ("query", "positive", "negatives"),
-}
-# What a source can be read as: the kinds of tasks; texts alone for masked language modelling, pictures alone for
-# captioning; pictures with labels and scored pairs of texts for evaluation.
-KINDS = {
-    **COLUMNS,
-    "text-only": ("text",),
-    "image-only": ("image",),
-    "image-label": ("image", "label"),
-    "scored-pair": ("first", "second", "score"),
-}
+from bifocal.data.kinds import COLUMNS
+from bifocal.errors import TrainingError
+
 LOSSES = ("info_nce", "sigmoid")
 CAPTIONS = ("whole", "first sentence", "any sentence")
 TEXT_TEMPERATURE = 0.05  # of text-text losses (arXiv 2405.20204, section 3.2)
-
-
-class TrainingError(ValueError):
-    """What stops a training run, in one sentence for the user."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +84,7 @@ class Task:
             if count is not None and count < 1:
                 raise TrainingError(f"Task '{self.name}' needs a {number} of at least 1, not {count}.")
         # Imported here, since it raises the errors that are defined above.
-        from bifocal.training.task_data import choose_negatives, column_names, task_data
+        from bifocal.training.task_dataset import choose_negatives, column_names, task_data
 
         object.__setattr__(self, "dataset", task_data(self.dataset, self.name, self.kind))
         names = column_names(self.dataset)

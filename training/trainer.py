@@ -11,29 +11,30 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from bifocal.errors import TrainingError
 from bifocal.modeling import BifocalModel, BifocalProcessor
+from bifocal.modeling.processing_bifocal import padded_length
 from bifocal.training.arguments import BifocalTrainingArguments, given_arguments, unsupported
-from bifocal.training.batches import StepBatches, StepStream
-from bifocal.training.callbacks import Bookkeeping, in_order
-from bifocal.training.chunk_size import find_chunk_sizes
+from bifocal.training.callbacks.bookkeeping import Bookkeeping, in_order
+from bifocal.training.callbacks.epochs import EpochEnds, set_steps, steps_per_epoch
+from bifocal.training.callbacks.training_metrics import Meters, norms_by_tower
 from bifocal.training.collator import Augmentation, MultiTaskCollator, StepInputs
-from bifocal.training.distributed import World
-from bifocal.training.epochs import EpochEnds, set_steps, steps_per_epoch
-from bifocal.training.evaluating import evaluate_tasks, require_rows_by_number, task_list
-from bifocal.training.gradient_cache import cached_step, into_chunks
-from bifocal.training.joint_forward import (
+from bifocal.training.engine.chunk_size import find_chunk_sizes
+from bifocal.training.engine.distributed import World
+from bifocal.training.engine.gradient_cache import cached_step, into_chunks
+from bifocal.training.engine.joint_forward import (
     clamp_logit_scale,
     joint_forward,
-    padded_length,
     require_dual_encoder,
     temperature_of,
 )
-from bifocal.training.meters import Meters, norms_by_tower
-from bifocal.training.objective import Objective
-from bifocal.training.parameters import decays, freeze, not_trained, parameter_groups, without_gradient
+from bifocal.training.eval_loss import evaluate_tasks, require_rows_by_number, task_list
+from bifocal.training.joint_batches import StepBatches, StepStream
+from bifocal.training.losses.multi_task_loss import Objective
+from bifocal.training.param_groups import decays, freeze, not_trained, parameter_groups, without_gradient
 from bifocal.training.precision import DTYPES, set_master_dtype
 from bifocal.training.resuming import ResumableTrainer
-from bifocal.training.tasks import Task, TrainingError
+from bifocal.training.tasks import Task
 
 logger = logging.get_logger(__name__)
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from bifocal.claims.arms import Arm, Phase
-from bifocal.claims.material import Material, picture_metric, text_metrics
-from bifocal.claims.rules import Check, Outcomes, Verdict, at_least, difference
+from benchmarks.claims.conditions import Arm, Phase
+from benchmarks.claims.datasets import Material, picture_metric, text_metrics
+from benchmarks.claims.rules import Check, Outcomes, Verdict, at_least, difference
 from bifocal.modeling import BifocalModel, load_image
 from bifocal.training.tasks import Task
 

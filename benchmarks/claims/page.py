@@ -6,11 +6,10 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-import bifocal.evaluation
-from bifocal.claims.claims import Claim
-from bifocal.claims.rules import Outcomes, Verdict, summary
-from bifocal.evaluation.plots import COLOURS, blank, svg
+from benchmarks.claims.claims import Claim
+from benchmarks.claims.rules import Outcomes, Verdict, summary
 from bifocal.files import replace_file
+from bifocal.pages import COLOURS, blank, render, svg
 
 
 @dataclass
@@ -45,12 +44,9 @@ class Tried:
 
 def write_claims_page(tried: Sequence[Tried], described: str, versions: Mapping[str, str], path: Path) -> None:
     """Write the page, whole or not at all."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    styles = Path(str(bifocal.evaluation.__file__)).parent / "templates"
-    folders = [str(Path(__file__).parent / "templates"), str(styles)]
-    environment = Environment(loader=FileSystemLoader(folders), autoescape=True, undefined=StrictUndefined)
-    page = environment.get_template("claims.html.j2").render(tried=tried, described=described, versions=versions)
+    page = render(
+        Path(__file__).parent / "templates", "claims.html.j2", tried=tried, described=described, versions=versions
+    )
     with replace_file(path) as scratch:
         scratch.write_text(page, encoding="utf-8")
 

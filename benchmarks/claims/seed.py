@@ -1,4 +1,4 @@
-"""One claim with one seed: all its arms, here or in a process of its own (`python -m bifocal.claims.seed JOB`)."""
+"""One claim with one seed: all its arms, here or in a process of its own (`python -m benchmarks.claims.seed JOB`)."""
 
 import json
 import os
@@ -13,9 +13,9 @@ from typing import Any
 
 from filelock import FileLock
 
-from bifocal.claims.arms import file_name, forget_weights, run_arm
-from bifocal.claims.claims import CLAIMS
-from bifocal.claims.material import ClaimsError, Material
+from benchmarks.claims.claims import CLAIMS
+from benchmarks.claims.conditions import file_name, forget_weights, run_arm
+from benchmarks.claims.datasets import ClaimsError, Material
 from bifocal.files import write_json
 
 
@@ -74,8 +74,9 @@ def start_job(job: Job, say: Callable[[str], None]) -> None:
         ClaimsError: it failed; with the last line that it wrote.
     """
     told = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(job).items()}
-    environment = {**os.environ, "OMP_NUM_THREADS": str(job.cores)}
-    command = [sys.executable, "-m", "bifocal.claims.seed", json.dumps(told)]
+    paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(job.cores), "PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, "-m", "benchmarks.claims.seed", json.dumps(told)]
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as process:
             assert process.stdout is not None

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from bifocal.errors import BifocalError
 from bifocal.modeling import load_image
 
 KINDS = ("image", "text")
@@ -19,7 +20,7 @@ _SMALL = 64  # pictures up to this side are kept without loss
 MAX_PIXELS = 64_000_000  # of a picture; beyond, decoding takes gigabytes
 
 
-class SearchError(ValueError):
+class SearchError(BifocalError):
     """What is wrong with an index or a search, in one sentence."""
 
 

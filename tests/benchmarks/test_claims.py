@@ -12,14 +12,15 @@ import pytest
 import yaml
 from PIL import Image
 
-from bifocal.claims.claims import CLAIMS
-from bifocal.claims.material import ClaimsError, Material
-from bifocal.claims.rules import Check, difference, summary
-from bifocal.claims.trying import try_claims
+from benchmarks.claims.__main__ import app
+from benchmarks.claims.claims import CLAIMS
+from benchmarks.claims.datasets import ClaimsError, Material
+from benchmarks.claims.rules import Check, difference, summary
+from benchmarks.claims.runner import try_claims
 from tests.bifocal.commands import error_of
 from tests.browser import needs_browser, opened
+from tests.data.test_hub import python
 from tests.hub_stand_in import Repo, hub
-from tests.training.data.test_hub import python
 
 WORDS = ["dog", "cat", "ship", "horse", "runs", "sits", "sleeps", "jumps", "park", "house", "river", "road"]
 
@@ -116,14 +117,14 @@ def test_what_is_wrong_is_said(tried, data, tmp_path):
     with pytest.raises(ClaimsError, match="holds claims tried on other data; choose another --out"):
         try_claims(tried[0], data, ["multi-task"])
     (tried[0] / "material" / "source.json").write_text('"files"')
-    assert "The budget must be some minutes" in error_of(tmp_path, "claims", "--budget", "0", "--data", str(data))
+    assert "The budget must be some minutes" in error_of(tmp_path, "--budget", "0", "--data", str(data), app=app)
 
 
 def test_symbols_serve_where_nothing_can_be_loaded(tmp_path):
     said: list[str] = []
     with pytest.raises(ClaimsError, match="no claim 'none'"):
         try_claims(tmp_path / "out", None, ["none"], say=said.append)
-    from bifocal.claims.trying import _data
+    from benchmarks.claims.runner import _data
 
     place, _ = _data(tmp_path, None, said.append)
     assert place is None
@@ -165,7 +166,7 @@ def test_data_from_the_hub(tmp_path):
         )
         script = f"""
 import json, pathlib
-from bifocal.claims.sources import fetch
+from benchmarks.claims.sources import fetch
 print(json.dumps(str(fetch(pathlib.Path({str(tmp_path / "data")!r}), pathlib.Path({str(tmp_path / "recipe.yaml")!r})))))
 """
         python(script, address, tmp_path / "home")

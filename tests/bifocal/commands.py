@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from bifocal.cli import app
 
 
-def invoke(folder: Path, *command: str) -> Any:
+def invoke(folder: Path, *command: str, app: Any = app) -> Any:
     """What a command does in a folder: `exit_code`, `stdout`, `stderr`; an error that it does not catch is raised."""
     before = Path.cwd()
     os.chdir(folder)
@@ -22,9 +22,9 @@ def invoke(folder: Path, *command: str) -> Any:
     return done
 
 
-def error_of(folder: Path, *command: str) -> str:
+def error_of(folder: Path, *command: str, app: Any = app) -> str:
     """The last line that a command ends with; it must be one sentence."""
-    done = invoke(folder, *command)
+    done = invoke(folder, *command, app=app)
     assert done.exit_code == 1
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("Error: "), done.stderr[-2000:]

@@ -8,8 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 import bifocal
-from bifocal import console
-from bifocal.cli import app
+from bifocal.cli import app, console
 
 
 def test_help_lists_the_commands():

@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from bifocal.cli import app
-from tests.training.data.files import lines, picture, shards
+from tests.data.files import lines, picture, shards
 
 
 def run(*command: str):

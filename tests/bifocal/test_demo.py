@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bifocal.demo import STAGES, _open_run, quick_settings
+from bifocal.demo.runner import STAGES, _open_run, quick_settings
 from bifocal.files import MARKER, NotOursError
 from bifocal.modeling import BifocalModel
 

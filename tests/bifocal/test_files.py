@@ -336,9 +336,9 @@ REVIEWED = {
         _set_aside=1,  # a new name for an unfinished checkpoint
         remove_checkpoints=1, clear_run=1,  # of a run whose recipe is as we wrote it
     ),
-    "training/data/faults.py": Counter(start_log=1, load_state=1),  # a log whose first line is ours
-    "training/data/symbols.py": Counter(build_symbols=2),  # in our cache
-    "training/data/writing.py": Counter(write_clean=1),  # into a folder that was empty
+    "data/skips.py": Counter(start_log=1, load_state=1),  # a log whose first line is ours
+    "data/symbols.py": Counter(build_symbols=2),  # in our cache
+    "data/clean_copy.py": Counter(write_clean=1),  # into a folder that was empty
 }  # fmt: skip
 _CALLS = {"rmtree", "unlink", "remove", "replace", "move", "rename", "renames", "rmdir", "removedirs", "truncate"}
 
@@ -364,7 +364,7 @@ def removing_calls(path: Path) -> Counter[str]:
 
 def test_files_are_removed_only_where_somebody_looked():
     found = {}
-    for folder in ("bifocal", "modeling", "training", "evaluation", "hub", "benchmarks/claims"):
+    for folder in ("bifocal", "modeling", "data", "training", "evaluation", "hub", "benchmarks/claims"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             if calls := removing_calls(path):
                 found[path.relative_to(ROOT).as_posix()] = calls

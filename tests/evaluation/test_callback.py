@@ -7,9 +7,9 @@ import torch
 from datasets import Dataset
 from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel, EarlyStoppingCallback
 
+from bifocal.errors import EvaluationError
 from bifocal.evaluation.callback import EvaluationCallback
 from bifocal.evaluation.protocols import Result, image_text_retrieval, text_retrieval
-from bifocal.evaluation.retrieval import EvaluationError
 from bifocal.modeling import BifocalModel
 from bifocal.training.arguments import BifocalTrainingArguments
 from bifocal.training.tasks import Task

@@ -8,13 +8,14 @@ from datasets import Dataset, DatasetDict
 from PIL import Image
 from scipy.stats import spearmanr
 
+from bifocal.data.symbols import SymbolsConfig, build_symbols
+from bifocal.errors import EvaluationError
 from bifocal.evaluation.encoders import bifocal_encoder, load_encoder
 from bifocal.evaluation.protocols import zero_shot
-from bifocal.evaluation.retrieval import EvaluationError, relevant_ranks, retrieval_metrics
+from bifocal.evaluation.retrieval import relevant_ranks, retrieval_metrics
 from bifocal.hub.export import export_model
-from bifocal.training.data.symbols import SymbolsConfig, build_symbols
 from tests.conftest import SHARED
-from tests.training.data.test_cleaning import model_folder
+from tests.data.test_filters import model_folder
 
 mteb = pytest.importorskip("mteb")
 

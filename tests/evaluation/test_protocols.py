@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
+from bifocal.errors import EvaluationError
 from bifocal.evaluation.compression import by_dimension, by_precision
 from bifocal.evaluation.encoders import Encoder, load_encoder
-from bifocal.evaluation.gap import modality_gap
+from bifocal.evaluation.modality_gap import modality_gap
 from bifocal.evaluation.protocols import (
     image_text_retrieval,
     linear_probe,
@@ -18,10 +19,9 @@ from bifocal.evaluation.protocols import (
     text_retrieval,
     zero_shot,
 )
-from bifocal.evaluation.retrieval import EvaluationError
 from tests.conftest import SHARED
+from tests.data.test_filters import model_folder
 from tests.modeling.test_images import photo
-from tests.training.data.test_cleaning import model_folder
 
 
 def table(vectors: dict[str, list[float]]) -> Encoder:

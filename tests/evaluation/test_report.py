@@ -4,8 +4,8 @@ import pytest
 from datasets import Dataset
 from PIL import Image
 
-from bifocal.demo_results import evaluate_symbols, example_searches
-from bifocal.evaluation.report import Gallery, Hit, Item, Report, Search, Stage, write_report
+from bifocal.demo.report import Gallery, Hit, Item, Report, Search, Stage, write_report
+from bifocal.demo.results import evaluate_symbols, example_searches
 from bifocal.evaluation.retrieval import relevant_ranks
 from tests.browser import LONG_NAME, check_layout, needs_browser, odd_images, opened
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import ndcg_score
 
+from bifocal.errors import EvaluationError
 from bifocal.evaluation.retrieval import (
-    EvaluationError,
     ndcg_at,
     recall_at,
     recall_mteb_at,

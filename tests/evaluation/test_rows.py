@@ -8,6 +8,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as ImageFeature
 from sklearn.metrics import ndcg_score
 
+from bifocal.errors import EvaluationError
 from bifocal.evaluation.encoders import Encoder, bifocal_encoder
 from bifocal.evaluation.protocols import (
     image_text_retrieval,
@@ -18,7 +19,7 @@ from bifocal.evaluation.protocols import (
     zero_shot,
 )
 from bifocal.evaluation.relevance import right_answers
-from bifocal.evaluation.retrieval import EvaluationError, relevant_ranks, retrieval_metrics, target_ranks
+from bifocal.evaluation.retrieval import relevant_ranks, retrieval_metrics, target_ranks
 from tests.evaluation.test_protocols import named, table
 from tests.modeling.test_images import photo
 

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from bifocal.hub.convert import build, plan_conversion, restore
-from bifocal.hub.layouts import EVA, HEAD, JINA_BERT, JINA_BERT_FLASH, TIMM
 from bifocal.hub.source_config import ConversionError
+from bifocal.hub.weight_layouts import EVA, HEAD, JINA_BERT, JINA_BERT_FLASH, TIMM
 from bifocal.hub.weights import read_weights
 from tests.hub.sources import Eva, FlashBert, JinaBert, JinaClip
 

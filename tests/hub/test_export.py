@@ -26,9 +26,9 @@ from transformers.models.siglip import SiglipImageProcessorPil
 
 from bifocal.files import MARKER, RUN, NotOursError, parts
 from bifocal.hub.card import Card
+from bifocal.hub.card_results import add_results
 from bifocal.hub.export import export_model
-from bifocal.hub.results import add_results
-from bifocal.hub.samples import samples
+from bifocal.hub.sample_images import samples
 from bifocal.modeling import BifocalModel, BifocalProcessor
 from tests.bifocal.commands import error_of
 from tests.conftest import EMPTY, LONG, TEXTS, small_config

@@ -19,7 +19,7 @@ from bifocal.hub.check import CheckError, check_folder
 from bifocal.hub.export import export_model, read_facts
 from bifocal.hub.onnx import OnnxEncoder, OnnxError, measure
 from bifocal.hub.release import Extras, release
-from bifocal.hub.samples import samples
+from bifocal.hub.sample_images import samples
 from bifocal.modeling import BifocalModel
 from tests.conftest import EMPTY, LONG, TEXTS, small_config
 from tests.hub.test_push import run

@@ -6,13 +6,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bifocal.modeling import (
-    BifocalConfig,
-    BifocalModel,
-    BifocalTextForMaskedLM,
-    BifocalTextModel,
-    BifocalVisionModel,
-)
+from bifocal.modeling import BifocalConfig, BifocalModel, BifocalTextForMaskedLM, BifocalTextModel, BifocalVisionModel
 from bifocal.modeling.alibi_bifocal import FLEX_TAKES_A_BIAS
 from tests.conftest import small_config
 

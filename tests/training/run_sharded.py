@@ -11,12 +11,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from bifocal.modeling import BifocalModel, BifocalProcessor
-from bifocal.training.batches import StepBatches
 from bifocal.training.collator import MultiTaskCollator
-from bifocal.training.distributed import World
-from bifocal.training.gradient_cache import cached_step, into_chunks
-from bifocal.training.joint_forward import joint_forward
-from bifocal.training.objective import Objective
+from bifocal.training.engine.distributed import World
+from bifocal.training.engine.gradient_cache import cached_step, into_chunks
+from bifocal.training.engine.joint_forward import joint_forward
+from bifocal.training.joint_batches import StepBatches
+from bifocal.training.losses.multi_task_loss import Objective
 from tests.conftest import small_config
 from tests.training.run_in_processes import tasks
 

@@ -14,11 +14,11 @@ import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 
+from bifocal.data.loading import load_source
+from bifocal.data.source import Source
 from bifocal.modeling import BifocalModel, BifocalProcessor
 from bifocal.training.arguments import BifocalTrainingArguments
 from bifocal.training.checkpoints import last_complete_checkpoint
-from bifocal.training.recipe import Source
-from bifocal.training.sources import load_source
 from bifocal.training.tasks import Task
 from bifocal.training.trainer import MultiTaskTrainer
 from tests.conftest import small_config

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
-from bifocal.training.batches import StepStream
-from bifocal.training.distributed import World
-from bifocal.training.recipe import Source
-from bifocal.training.sources import load_source
+from bifocal.data.loading import load_source
+from bifocal.data.source import Source
+from bifocal.training.engine.distributed import World
+from bifocal.training.joint_batches import StepStream
 from bifocal.training.tasks import Task
 
 

@@ -7,7 +7,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArgumen
 
 from bifocal.modeling import BifocalModel
 from bifocal.training.arguments import UNSUPPORTED, BifocalTrainingArguments
-from bifocal.training.epochs import steps_per_epoch
+from bifocal.training.callbacks.epochs import steps_per_epoch
 from bifocal.training.tasks import Task
 from bifocal.training.trainer import MultiTaskTrainer
 from tests.conftest import small_config

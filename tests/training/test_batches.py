@@ -10,9 +10,9 @@ import pytest
 import torch
 from datasets import Dataset
 
-from bifocal.training.batches import StepBatches
 from bifocal.training.collator import MultiTaskCollator
-from bifocal.training.distributed import World
+from bifocal.training.engine.distributed import World
+from bifocal.training.joint_batches import StepBatches
 from bifocal.training.tasks import Task
 from tests.conftest import TEXTS
 from tests.modeling.test_images import photo, png
@@ -205,8 +205,8 @@ def test_a_row_that_cannot_be_used_is_named(processor):
 
 def test_streams_are_mixed_by_rows_times_weight():
     """Each batch comes from one stream; how often is in proportion, and every stream goes on where it was."""
-    from bifocal.training.batches import StepStream
-    from tests.training.data.test_shards import simulated
+    from bifocal.training.joint_batches import StepStream
+    from tests.data.test_shards import simulated
 
     large = Task("large", "text-pair", simulated([40] * 5), 4, rows=200, shuffle=8)
     small = Task("small", "text-pair", simulated([40] * 5), 4, weight=3.0, rows=200, shuffle=8)

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from bifocal.modeling import BifocalModel
-from bifocal.training.batches import StepBatches
 from bifocal.training.collator import MultiTaskCollator
-from bifocal.training.gradient_cache import cached_step, into_chunks
-from bifocal.training.joint_forward import embed
-from bifocal.training.objective import Objective
+from bifocal.training.engine.gradient_cache import cached_step, into_chunks
+from bifocal.training.engine.joint_forward import embed
+from bifocal.training.joint_batches import StepBatches
+from bifocal.training.losses.multi_task_loss import Objective
 from tests.conftest import small_config
 from tests.training.run_in_processes import tasks
 from tests.training.test_trainer import trainer
@@ -137,7 +137,7 @@ def test_bf16_and_checkpointing_compose(tmp_path, processor):
 
 
 def test_auto_chunk_says_what_it_chose(tmp_path, processor, caplog, monkeypatch):
-    from bifocal.training import chunk_size
+    from bifocal.training.engine import chunk_size
 
     it = trainer(tmp_path, processor, steps=1, auto_chunk=True)
     it.train()

@@ -10,8 +10,8 @@ import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
 
-from bifocal.commands import mine
 from bifocal.files import NotOursError
+from bifocal.training.mine_source import mine_source
 from bifocal.training.mining import MiningError, MiningSettings, mine_across, mine_texts, write_parquet
 from bifocal.training.tasks import Task
 from tests.conftest import SHARED
@@ -194,7 +194,7 @@ def test_files_of_the_users_are_left_alone(model, tmp_path):
     with pytest.raises(NotOursError, match=r"mine.parquet' exists and is not known as a file of Bifocal's"):
         write_parquet(mined, tmp_path / "mine.parquet")
     with pytest.raises(NotOursError, match=r"mine.parquet' exists"):  # before anything is read
-        mine("no such source", tmp_path / "mine.parquet", "no such model", "text-to-text", [], None, {})
+        mine_source("no such source", tmp_path / "mine.parquet", "no such model", "text-to-text", [], None, {})
 
 
 def test_what_cannot_be_mined(model, minilm, tmp_path):

@@ -5,11 +5,12 @@ import json
 import pytest
 from datasets import Dataset
 
+from bifocal.errors import RecipeError
 from bifocal.modeling import BifocalTextForMaskedLM
 from bifocal.training.mlm import train_mlm
-from bifocal.training.recipe import Recipe, RecipeError
+from bifocal.training.recipe import Recipe
 from tests.conftest import TEXTS, small_config
-from tests.training.data.files import lines
+from tests.data.files import lines
 
 
 def recipe(folder, source: dict, **changes) -> Recipe:

@@ -8,7 +8,7 @@ from bifocal.training.arguments import BifocalTrainingArguments
 from bifocal.training.mlm import _model
 from bifocal.training.precision import set_master_dtype
 from bifocal.training.recipe import Recipe
-from bifocal.training.run import load_model
+from bifocal.training.runner import load_model
 from tests.conftest import small_config
 from tests.training.test_trainer import trainer
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bifocal.training.recipe import SHIPPED, RecipeError, find_recipe, load_recipe
+from bifocal.errors import RecipeError
+from bifocal.training.recipe import SHIPPED, find_recipe, load_recipe
 
 GOOD = """\
 name: mine

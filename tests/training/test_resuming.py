@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.training.data.files import add, picture
+from tests.data.files import add, picture
 
 SCRIPT = Path(__file__).with_name("run_until_killed.py")
 ROOT = Path(__file__).parents[2]

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from bifocal.errors import RecipeError
 from bifocal.files import MARKER, RUN, replace_folder
-from bifocal.training.recipe import Recipe, RecipeError
-from bifocal.training.run import open_run
+from bifocal.training.recipe import Recipe
+from bifocal.training.runner import open_run
 
 
 def recipe(folder: Path, steps: int = 3) -> Recipe:

@@ -11,10 +11,11 @@ import torch
 from datasets import Dataset
 from torch.utils.data import Subset
 
-from bifocal.training.batches import Schedule, StepBatches
-from bifocal.training.distributed import World
+from bifocal.errors import TrainingError
+from bifocal.training.engine.distributed import World
+from bifocal.training.joint_batches import Schedule, StepBatches
 from bifocal.training.signature import content_digest
-from bifocal.training.tasks import Task, TrainingError
+from bifocal.training.tasks import Task
 from tests.conftest import TEXTS
 from tests.modeling.test_images import photo
 from tests.training.test_trainer import trainer

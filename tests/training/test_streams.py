@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from bifocal.training.streams import BlockReader
 from bifocal.training.tasks import Task
-from tests.training.data.files import shards
+from tests.data.files import shards
 
 
 def task(rows: int, shards: int) -> Task:

@@ -8,13 +8,14 @@ import torch
 from datasets import Dataset, Features, Image, Value
 from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel, TrainingArguments
 
+from bifocal.errors import TrainingError
 from bifocal.hub.export import export_model
 from bifocal.modeling import BifocalModel
 from bifocal.training.arguments import BifocalTrainingArguments
-from bifocal.training.callbacks import Stopwatch, seconds_of
+from bifocal.training.callbacks.bookkeeping import Stopwatch, seconds_of
 from bifocal.training.checkpoints import last_complete_checkpoint
-from bifocal.training.losses import info_nce, info_nce_plus
-from bifocal.training.tasks import Task, TrainingError
+from bifocal.training.losses.info_nce import info_nce, info_nce_plus
+from bifocal.training.tasks import Task
 from bifocal.training.trainer import MultiTaskTrainer
 from tests.conftest import TEXTS, small_config
 from tests.modeling.test_images import photo

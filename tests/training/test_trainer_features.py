@@ -10,7 +10,7 @@ from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel, Train
 
 from bifocal.hub.export import export_model
 from bifocal.modeling import BifocalModel
-from bifocal.training.joint_forward import temperature_of
+from bifocal.training.engine.joint_forward import temperature_of
 from bifocal.training.tasks import Task
 from tests.conftest import TEXTS, small_config
 from tests.training.run_in_processes import tasks

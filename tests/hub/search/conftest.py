@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bifocal.hub.export import export_model
-from bifocal.hub.samples import samples
+from bifocal.hub.sample_images import samples
 from bifocal.hub.search.index import SearchIndex, weights_of
 from bifocal.hub.search.items import Item
 from bifocal.hub.search.searcher import Searcher

@@ -1,0 +1,58 @@
+"""The `bifocal` command."""
+
+from typing import Annotated
+
+import typer
+
+from bifocal.cli.data import data
+from bifocal.cli.demo import demo
+from bifocal.cli.evaluate import evaluate
+from bifocal.cli.hub import convert, export, push
+from bifocal.cli.search import database, index, remove, search, serve
+from bifocal.cli.train import mine, train
+
+app = typer.Typer(
+    name="bifocal",
+    help=(
+        "One model for image search and text search.\n\n"
+        "Bifocal trains, evaluates and publishes models that embed pictures and texts into one space, in the three "
+        "stages of Jina CLIP (arXiv 2405.20204)."
+    ),
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+app.add_typer(data)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"bifocal {version('bifocal')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Keeps `bifocal COMMAND` the form of every call, however few commands there are."""
+
+
+for command in (demo, train, mine, evaluate, convert, export, push, index, search, remove, database, serve):
+    app.command()(command)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    _print_version(True)
+
+
+def main() -> None:
+    app()

@@ -1,0 +1,343 @@
+"""The main job in small: train on symbols through the three stages, evaluate, export, search and report."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bifocal.data.kinds import COLUMNS
+from bifocal.data.loading import with_columns
+from bifocal.data.skips import require_log, start_log
+from bifocal.data.symbols import SymbolsConfig, build_symbols
+from bifocal.demo.report import Stage
+from bifocal.demo.results import evaluate_symbols, example_searches, searches_as_text, write_demo_report
+from bifocal.errors import BifocalError
+from bifocal.files import (
+    MARKER,
+    RUN,
+    overwrite,
+    record,
+    replace_folder,
+    require_overwritable,
+    require_replaceable,
+    write_json,
+)
+from bifocal.hub.card import Card, TrainedStage
+from bifocal.hub.export import export_model
+from bifocal.modeling import BifocalModel, BifocalProcessor
+from bifocal.training.callbacks.bookkeeping import StageProgress, Stopwatch, seconds_of
+from bifocal.training.checkpoints import clear_run, last_complete_checkpoint, require_clearable
+from bifocal.training.recipe import Recipe, find_recipe, load_recipe
+from bifocal.training.runner import prepare, versions
+from bifocal.training.stage_record import STAGE, stage_facts, write_stage
+from bifocal.training.tokenizer import train_wordpiece
+
+STAGES = {
+    "stage1": "1: names + text pairs",
+    "stage2": "2: long captions + text pairs",
+    "stage3": "3: triplets + long captions",
+}
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """All that the demo's result is a function of, beside the recipes of its stages.
+
+    Args:
+        data: the symbols.
+        overrides: of the recipe of each stage.
+    """
+
+    data: SymbolsConfig
+    vocab_size: int
+    overrides: dict[str, list[str]]
+    seed: int = 0
+
+    def recipe(self, stage: str, out: Path) -> Recipe:
+        """The recipe of a stage (training/recipes/demo) at its place in this run."""
+        start = [] if stage == "stage1" else [f"start_from={out / f'stage{int(stage[-1]) - 1}' / 'model'}"]
+        placed = [
+            f"output_dir={out / stage}",
+            f"processor={out / 'processor'}",
+            f"seed={self.seed}",
+            "train_tokenizer=null",
+        ]
+        return load_recipe(find_recipe(f"demo/{stage}"), [*placed, *start, *self.overrides.get(stage, [])])
+
+
+def full_settings(seed: int) -> DemoSettings:
+    """The demo as users run it: about six minutes on two cores."""
+    return DemoSettings(SymbolsConfig(image_size=32, seed=seed), 4000, {}, seed)
+
+
+def quick_settings(seed: int) -> DemoSettings:
+    """The same path in seconds, for tests: too short to learn much."""
+    small = [
+        "model.projection_dim=64", "model.text_config.hidden_size=64", "model.text_config.num_attention_heads=2",
+        "model.text_config.intermediate_size=128", "model.text_config.num_hidden_layers=1",
+        "model.vision_config.hidden_size=64", "model.vision_config.num_attention_heads=2",
+        "model.vision_config.intermediate_size=170", "model.vision_config.num_hidden_layers=2",
+    ]  # fmt: skip
+
+    def short(text_task: str, steps: int) -> list[str]:
+        return [
+            f"training.max_steps={steps}", "training.warmup_steps=1", "training.logging_steps=1",
+            f"training.save_steps={steps // 3}", "tasks.image-text.batch_size=64", f"tasks.{text_task}.batch_size=16",
+        ]  # fmt: skip
+
+    full = full_settings(seed)
+    return replace(
+        full,
+        data=replace(full.data, limit=400, test_symbols=50, validation_symbols=50),
+        vocab_size=1000,
+        overrides={
+            "stage1": [*small, *short("text-pair", 12)],
+            "stage2": short("text-pair", 6),
+            "stage3": short("text-triplet", 6),
+        },
+    )
+
+
+class DemoError(BifocalError):
+    """What stops the demo, in one sentence for the user."""
+
+
+def run_demo(out: Path, settings: DemoSettings, force: bool = False) -> None:
+    """Train, evaluate, export and report into `out`; go on from the last checkpoint if a run there was killed.
+
+    Raises:
+        DemoError: if `out` holds something else or a run with other settings.
+        NotOursError: if a file of the run was changed, or is not the run's.
+    """
+    if not _open_run(out, settings, force):
+        return
+    started = time.time()
+    _leave_progress_to_the_stages()
+    symbols = build_symbols(settings.data)
+    processor = _processor(out, settings, symbols["train"])
+    stages = []
+    for stage, title in STAGES.items():
+        result = _read_json(out / stage / "result.json")
+        if result is None:
+            result = _train_stage(settings.recipe(stage, out), title, symbols)
+        else:
+            print(f"{title} is done already.")
+        stages.append(result)
+        print(_metrics_line(title, result["metrics"]))
+    model = BifocalModel.from_pretrained(out / "stage3" / "model")
+    model.processor = processor
+    _finish(out, settings, model, processor, symbols["test"], stages, started)
+
+
+def _leave_progress_to_the_stages() -> None:
+    """One bar per stage; the libraries' own, for every small file they write, would tear it apart."""
+    import datasets
+    from transformers.utils import logging
+
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+
+
+def _open_run(out: Path, settings: DemoSettings, force: bool) -> bool:
+    """Claim the folder; False if a finished run is there already."""
+    recipes = {stage: json.loads(settings.recipe(stage, Path()).model_dump_json()) for stage in STAGES}
+    wanted = json.loads(json.dumps({"data": asdict(settings.data), "vocab_size": settings.vocab_size} | recipes))
+    try:
+        found = _read_json(out / "settings.json")
+    except ValueError:  # somebody else's
+        found = {}
+    if out.exists() and not out.is_dir():
+        raise DemoError(f"'{out}' is a file; choose another folder with --out.")
+    if found is None and out.exists() and any(path.name != MARKER for path in out.iterdir()):
+        raise DemoError(f"'{out}' holds other files and no run of the demo; choose another folder with --out.")
+    if found is not None and force:
+        _clear(out)
+    elif found is not None and found != wanted:
+        raise DemoError(
+            f"'{out}' holds a run with other settings; choose another folder with --out, or start anew with --force."
+        )
+    elif (out / "results.json").exists():
+        print(f"This run is finished; see {out / 'report.html'}. To train again, add --force.")
+        return False
+    require_replaceable(out / "model", RUN)  # now, and not after the training
+    for name in ("report.html", "results.json"):
+        require_overwritable(out / name, RUN)
+    if found is None or force:
+        with overwrite(out / "settings.json", RUN) as scratch:
+            scratch.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+    return True
+
+
+def _processor(out: Path, settings: DemoSettings, train: Any) -> BifocalProcessor:
+    """The tokenizer trained on the training texts with the image processor of the pictures' size."""
+    from transformers.models.clip import CLIPImageProcessorPil
+
+    folder = out / "processor"
+    if (folder / "processor_config.json").exists():
+        return BifocalProcessor.from_pretrained(folder)
+    max_length = settings.recipe("stage1", out).max_length
+    texts = list(train["name"])
+    for column in ("long_captions", "descriptions"):
+        texts += [text for wordings in train[column] for text in wordings]
+    tokenizer = train_wordpiece(texts, settings.vocab_size, max_length)
+    side = settings.data.image_size
+    images = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    processor = BifocalProcessor(images, tokenizer)
+    with replace_folder(folder, RUN) as made:
+        processor.save_pretrained(made)
+    return processor
+
+
+def _from(train: Any) -> Callable[..., Any]:
+    """Reads the sources of the demo's recipes from the symbols that are here already."""
+    return lambda source, kind, *_: with_columns(train, source, COLUMNS[kind])
+
+
+def _train_stage(recipe: Recipe, title: str, symbols: Any) -> dict[str, Any]:
+    """Train one stage from its last checkpoint, if there is one, and keep its weights and result."""
+    from transformers.trainer_callback import ProgressCallback
+
+    folder = recipe.folder
+    checkpoint = last_complete_checkpoint(folder)
+    prepared = prepare(recipe, [Stopwatch()], _from(symbols["train"]), dataloader_pin_memory=False)
+    trainer = prepared.trainer
+    model = trainer.model
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(StageProgress(f"Stage {title}"))
+    if checkpoint is not None:
+        print(f"Stage {title} goes on from {checkpoint.name}.")
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    seconds = seconds_of(trainer)
+    evaluation = evaluate_symbols(model, symbols["test"])
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    names = [name for name in logs[0] if name.startswith("loss/")]
+    result = {
+        "name": title,
+        "steps": trainer.args.max_steps,
+        "seconds": seconds,
+        "metrics": evaluation.metrics,
+        "recall": evaluation.recall,
+        "losses": {name.removeprefix("loss/"): [[entry["step"], entry[name]] for entry in logs] for name in names},
+    }
+    with replace_folder(folder / "model", RUN) as made:
+        model.save_pretrained(made)
+    write_stage(folder, stage_facts(prepared, seconds, versions()))
+    write_json(folder / "result.json", result)
+    record(folder, RUN, "result.json", STAGE)
+    return result
+
+
+def _finish(
+    out: Path,
+    settings: DemoSettings,
+    model: BifocalModel,
+    processor: BifocalProcessor,
+    test: Any,
+    stages: list[dict[str, Any]],
+    started: float,
+) -> None:
+    """Export, load back, search and report."""
+    folder = out / "model"
+    last = stages[-1]["metrics"]
+    card = Card(
+        name="bifocal-symbols",
+        description="A small Bifocal model of the symbols in the DejaVu fonts, made by `bifocal demo`.",
+        metrics=last,
+        protocol=f"Measured on {len(test)} symbols that training never saw in any face; R@k is Recall@k.",
+        license="apache-2.0",
+        stages=[TrainedStage(**_read_json(out / stage / STAGE)) for stage in STAGES],
+    )
+    export_model(model, folder, processor, card, kind=RUN)
+    difference = _check_folder(folder, test)
+    evaluation = evaluate_symbols(model, test)
+    galleries = example_searches(evaluation, test, settings.seed)
+    print(searches_as_text(galleries))
+    seconds = sum(stage["seconds"] for stage in stages)
+    figures = {
+        "Recall@5, picture found by name": f"{last['text to picture R@5']:.2f}",
+        "Recall@5, name found by picture": f"{last['picture to text R@5']:.2f}",
+        "Recall@5, description found by name": f"{last['name to description R@5']:.2f}",
+        "minutes of training": f"{seconds / 60:.1f}",
+    }
+    write_demo_report(
+        out / "report.html", [Stage(**stage) for stage in stages], galleries, figures, _described(settings, out, model)
+    )
+    with overwrite(out / "results.json", RUN) as scratch:
+        results = {"stages": stages, "seconds": seconds, "load difference": difference}
+        scratch.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    print(
+        f"\nAutoModel and SentenceTransformer load {folder} and agree to {difference:.1e}.\n"
+        f"Report: {out / 'report.html'}\nThis run took {time.time() - started:.0f} s."
+    )
+
+
+def _check_folder(folder: Path, test: Any) -> float:
+    """Load the exported folder in both ways and return the largest difference between their vectors."""
+    from sentence_transformers import SentenceTransformer
+    from transformers import AutoModel
+
+    names = list(test["name"][:16])
+    pictures = [images[0] for images in test["images"][:16]]
+    model = AutoModel.from_pretrained(folder)
+    sentences = SentenceTransformer(str(folder), device="cpu")
+    return max(
+        float(abs(model.encode_text(names) - sentences.encode(names)).max()),
+        float(abs(model.encode_image(pictures) - sentences.encode(pictures)).max()),
+    )
+
+
+def _described(settings: DemoSettings, out: Path, model: BifocalModel) -> dict[str, str]:
+    import sys
+
+    import torch
+    import transformers
+
+    described = {
+        "parameters": f"{sum(parameter.numel() for parameter in model.parameters()):,}",
+        "towers": f"width {model.config.projection_dim}, {model.config.vision_config.num_hidden_layers} image and "
+        f"{model.config.text_config.num_hidden_layers} text layers",
+        "pictures": f"{model.config.vision_config.image_size} pixels wide and high, patches of "
+        f"{model.config.vision_config.patch_size}",
+    }
+    for stage, title in STAGES.items():
+        recipe = settings.recipe(stage, out)
+        batches = " and ".join(f"{task.batch_size} rows of {task.name}" for task in recipe.tasks)
+        described[f"stage {title}"] = (
+            f"{recipe.training['max_steps']} steps of {batches}, learning rate {recipe.training['learning_rate']:g}"
+        )
+    described["seed"] = str(settings.seed)
+    described["versions"] = (
+        f"Python {sys.version.split()[0]}, torch {torch.__version__}, transformers {transformers.__version__}"
+    )
+    return described
+
+
+def _metrics_line(title: str, metrics: dict[str, float]) -> str:
+    shown = ", ".join(f"{name} {metrics[name]:.3f}" for name in metrics if name.endswith("R@5"))
+    return f"After stage {title}: {shown}"
+
+
+def _clear(out: Path) -> None:
+    """Remove what a run of the demo makes, and nothing else.
+
+    Raises:
+        NotOursError: if any of it was changed or is not the run's; then nothing is removed.
+    """
+    files = ("settings.json", "results.json", "report.html")
+    of_stage, logs = ("result.json", STAGE), ("skipped-loading.jsonl", "skipped.jsonl")
+    require_clearable(out, *files)
+    for stage in STAGES:
+        require_clearable(out / stage, *of_stage)
+        for name in logs:
+            require_log(out / stage / name)
+    for stage in STAGES:
+        clear_run(out / stage, *of_stage)
+        for name in logs:
+            start_log(out / stage / name)
+    clear_run(out, *files)
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None

@@ -1,0 +1,133 @@
+"""The columns that a kind of rows needs of a source, and which may be meant where one is missing."""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from bifocal.data.kinds import KINDS
+from bifocal.data.normalize import NAMES, Normaliser, has_column
+from bifocal.data.readers import PICTURES
+from bifocal.data.source import Source
+from bifocal.errors import DataError
+
+# Beside the names that are found without being told; the likeliest first.
+_SYNONYMS: dict[str, tuple[str, ...]] = {
+    "image": ("img", "picture", "photo", "filename", "file", "image_file", "image_url", "url", "jpg", "png"),
+    "caption": ("title", "description", "alt", "alt_text", "sentence", "sentences", "label", "prompt", "raw", "tags"),
+    "query": ("sentence1", "text1", "title", "premise", "prompt", "instruction", "input", "search", "text"),
+    "positive": ("sentence2", "text2", "answers", "answer_text", "passage", "document", "context", "body", "response",
+                 "abstract", "hypothesis", "output", "target", "pos", "text"),
+    "negatives": ("neg", "negs", "hard_negative", "hard_negatives", "distractor", "distractors"),
+    "text": ("content", "sentence", "document", "body", "passage", "article", "caption", "title", "description"),
+    "label": ("category", "target", "species", "kind", "type", "name", "tag", "y"),
+    "first": ("sentence_a", "sentence_1", "anchor", "query", "question1", "premise", "text_a"),
+    "second": ("sentence_b", "sentence_2", "positive", "answer", "question2", "hypothesis", "text_b"),
+    "score": ("similarity", "similarity_score", "relatedness", "relatedness_score", "rating", "gold"),
+}  # fmt: skip
+_WHAT = {"image": "images", "score": "numbers", "label": "labels"}
+_ID = re.compile(r"(^|_)(id|idx|index|uuid|uid|guid|key|hash|md5|sha\d*)$", re.IGNORECASE)
+_NUMBER = re.compile(r"\s*[-+]?\d+([.,]\d+)*([eE][-+]?\d+)?\s*$")
+_ADDRESS = re.compile(r"\s*[a-z]+://\S+\s*$", re.IGNORECASE)
+_PICTURE = re.compile(rf"\S.*\.({'|'.join(PICTURES)})(\?\S*)?\s*$", re.IGNORECASE)
+
+
+class MissingColumnError(DataError):
+    """A source lacks a column.
+
+    Args:
+        names: of those that it has.
+    """
+
+    def __init__(self, message: str, names: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.names = list(names)
+
+
+def require_columns(names: list[str] | None, source: Source, kind: str, rows: Sequence[Mapping[str, Any]] = ()) -> None:
+    """
+    Args:
+        names: of the columns that a source has; None if they are not known before it is read.
+        rows: some of its rows, by which a column is suggested.
+
+    Raises:
+        MissingColumnError: if it lacks one that is named, or that the kind needs, or has two of one name.
+    """
+    if names is None:
+        return
+    has = ", ".join(names)
+    for ours, theirs in source.columns.items():
+        if theirs not in names and theirs.partition(".")[0] not in names:
+            near = difflib.get_close_matches(theirs, names, n=1)
+            meant = f"; did you mean columns.{ours}: {near[0]}?" if near else f"; correct columns.{ours}."
+            raise MissingColumnError(f"'{source.title}' has no column '{theirs}' (it has {has}){meant}", names)
+    steps = Normaliser(kind, source.columns)
+    found = {ours: steps.column_of(ours, names) for ours in KINDS[kind]}
+    for ours, column in found.items():
+        if ours not in source.columns and column is None and not has_column(ours, names):
+            taken = [one for one in found.values() if one is not None]
+            hint = column_hint(ours, names, rows, taken)
+            raise MissingColumnError(f"'{source.title}' has no column '{ours}' (it has {has}){hint}.", names)
+        if ours not in source.columns and f"{column}.1" in names:
+            raise MissingColumnError(
+                f"'{source.title}' has two columns '{column}' (the second is read as '{column}.1'); say which under "
+                f"columns, such as {ours}: {column}.1.",
+                names,
+            )
+
+
+def column_hint(ours: str, names: Sequence[str], rows: Sequence[Mapping[str, Any]], taken: Iterable[str] = ()) -> str:
+    """Return what to say of a missing column: one that may be meant, or that none looks like it.
+
+    Args:
+        ours: the column that a kind needs.
+        names: of the columns that the source has.
+        rows: some of its rows; without them only the names can be judged.
+        taken: columns that are known to be other ones of ours.
+    """
+    free = [name for name in names if name not in taken]
+    known = [*NAMES[ours], *_SYNONYMS.get(ours, ())]
+
+    def rank(name: str) -> int:
+        plain = name.lower().replace("-", "_").replace(" ", "_")
+        exact = [place for place, one in enumerate(known) if one == plain]
+        within = [len(known) + place for place, one in enumerate(known) if len(one) > 2 and one in plain.split("_")]
+        return min(exact + within, default=10_000)
+
+    fits = {name: _fits(ours, name, [row.get(name) for row in rows]) for name in free}
+    fitting = [name for name in free if fits[name] is True or (fits[name] is None and rank(name) < 10_000)]
+    if not fitting:
+        return f"; none of them looks like {_WHAT.get(ours, 'texts')}"
+    return f"; name the right one under columns, such as {ours}: {min(fitting, key=rank)}"
+
+
+def _fits(ours: str, name: str, values: list[Any]) -> bool | None:
+    """Whether a column may hold what is wanted, by its values; None if there are none."""
+    values = [value[0] if isinstance(value, list) and value else value for value in values]
+    values = [value for value in values if value not in (None, "", [])]
+    if not values:
+        return None
+    test = {"image": _is_image, "score": _is_number, "label": _is_label}.get(ours, _is_text)
+    return (ours == "image" or not _ID.search(name)) and sum(map(test, values)) > len(values) / 2
+
+
+def _is_image(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return {"bytes", "path"} & set(value) != set()
+    return isinstance(value, bytes) or (isinstance(value, str) and bool(_PICTURE.match(value)))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) or (isinstance(value, str) and bool(_NUMBER.match(value)))
+
+
+def _is_label(value: Any) -> bool:
+    return isinstance(value, int) or (isinstance(value, str) and len(value) < 100 and not _PICTURE.match(value))
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value is a text that is no number, address or file of an image."""
+    return (
+        isinstance(value, str) and any(map(str.isalpha, value))
+        and not (_NUMBER.match(value) or _ADDRESS.match(value) or _PICTURE.match(value))
+    )  # fmt: skip

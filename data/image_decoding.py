@@ -1,0 +1,48 @@
+"""Views of data sets whose images stay undecoded."""
+
+import copy
+from typing import Any
+
+
+def disable_image_decoding(dataset: Any) -> Any:
+    """Return a view of a data set whose images come as bytes or paths, in lists, too; nothing is copied.
+
+    The workers decode them with one set of rules, so that a broken image costs its row and not the run.
+    """
+    from datasets import Dataset
+    from datasets.fingerprint import update_fingerprint
+
+    features = dataset.features
+    if features is None or not any(_decodes(feature) for feature in features.values()):
+        return dataset
+    if not isinstance(dataset, Dataset):
+        return dataset.decode(False)
+    # `cast_column` copies every row where the images are in lists; the bytes below are the same either way.
+    view = copy.deepcopy(dataset)
+    for name, feature in features.items():
+        view._info.features[name] = _undecoded(feature)
+    view._fingerprint = update_fingerprint(dataset._fingerprint, disable_image_decoding, {})
+    return view
+
+
+def _decodes(feature: Any) -> bool:
+    from datasets import Image
+
+    if isinstance(feature, Image):
+        return feature.decode
+    inner = feature.values() if isinstance(feature, dict) else [getattr(feature, "feature", None)]
+    return any(one is not None and _decodes(one) for one in inner)
+
+
+def _undecoded(feature: Any) -> Any:
+    from datasets import Image
+
+    if isinstance(feature, Image):
+        return Image(mode=feature.mode, decode=False)
+    if isinstance(feature, dict):
+        return {name: _undecoded(inner) for name, inner in feature.items()}
+    if getattr(feature, "feature", None) is not None:
+        changed = copy.copy(feature)
+        changed.feature = _undecoded(feature.feature)
+        return changed
+    return feature

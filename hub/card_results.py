@@ -1,0 +1,66 @@
+"""Evaluation results in the front matter of a model card: the Hub's `model-index`."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard
+
+from bifocal.errors import BifocalError
+from bifocal.files import amend
+
+# The Hub's names of tasks for our protocols.
+_TASKS = {
+    "image-text retrieval": "feature-extraction",
+    "zero-shot classification": "zero-shot-image-classification",
+    "linear probe": "image-classification",
+    "semantic similarity": "sentence-similarity",
+    "pair classification": "sentence-similarity",
+    "text retrieval": "feature-extraction",
+}
+_METRICS = {"accuracy": "accuracy", "spearman": "spearmanr", "pearson": "pearsonr", "mrr": "mrr"}
+
+
+class CardError(BifocalError):
+    """A model card that results cannot be written into."""
+
+
+def add_results(
+    folder: Path, results: Sequence[tuple[str, str, Mapping[str, float]]], sources: Mapping[str, str] = {}
+) -> int:
+    """Write results into a model's card, in the place of earlier ones on the same data sets.
+
+    Args:
+        folder: of the model, with a README.md.
+        results: (data set, protocol, metrics by name).
+        sources: where each data set comes from, a Hub id or "local".
+
+    Returns:
+        How many figures the card now has.
+
+    Raises:
+        CardError: if there is no card, or it has no front matter, or one that the Hub would not accept.
+    """
+    path = folder / "README.md"
+    if not path.exists():
+        raise CardError(f"'{folder}' has no model card to write results into; export the model first.")
+    try:
+        card = ModelCard.load(path)
+    except ValueError as error:
+        raise CardError(f"The card '{path}' cannot be read: {error}") from error
+    measured = {name for name, _, _ in results}
+    kept = [found for found in card.data.eval_results or [] if found.dataset_name not in measured]
+    for name, kind, metrics in results:
+        task = _TASKS.get(kind, "feature-extraction")
+        kept += [
+            EvalResult(
+                task_type=task, task_name=kind, dataset_name=name, dataset_type=sources.get(name, "local"),
+                metric_type=_METRICS.get(metric, metric.replace("/", "_").replace("@", "_at_")), metric_name=metric,
+                metric_value=round(float(value), 5),
+            )
+            for metric, value in metrics.items()
+        ]  # fmt: skip
+    card.data.eval_results = kept
+    card.data.model_name = card.data.model_name or folder.name
+    with amend(path) as scratch:
+        card.save(scratch)
+    return len(kept)

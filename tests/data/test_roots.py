@@ -1,0 +1,78 @@
+"""Images are read below the roots that a recipe names, and nowhere else."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from bifocal.data.loading import load_source
+from bifocal.data.skips import Skipped
+from bifocal.data.source import Source
+from tests.data.files import faults, good, lines, picture, stream
+
+
+def test_nothing_outside_the_roots_is_read(tmp_path, monkeypatch):
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "a.jpg").write_bytes(picture())
+    secret = tmp_path / "secret.jpg"
+    secret.write_bytes(picture())
+    (root / "link.jpg").symlink_to(secret)
+    (root / "inside.jpg").symlink_to(root / "a.jpg")
+    (tmp_path / "root2").mkdir()
+    (tmp_path / "root2" / "b.jpg").write_bytes(picture())
+    (root / "folder").symlink_to(tmp_path)
+    given = [
+        "a.jpg", "inside.jpg", "../secret.jpg", str(secret), "link.jpg", "folder/secret.jpg", "../root2/b.jpg",
+        "http://127.0.0.1:9/a.jpg", "file:///etc/passwd", "x/../../secret.jpg", "a.jpg\x00.png",
+    ]  # fmt: skip
+    path = lines(root / "metadata.jsonl", [{"file_name": name, "caption": name} for name in given])
+    opened: list[str] = []
+    real = open
+    monkeypatch.setattr("builtins.open", lambda file, *a, **k: opened.append(str(file)) or real(file, *a, **k))
+    found = stream(path)
+    assert [row["caption"] for row in good(found)] == ["a.jpg", "inside.jpg"]
+    causes = list(faults(found).values())
+    assert causes == ["path outside the roots"] * 8 + ["control characters"]
+    assert not any("secret" in name or "root2" in name for name in opened)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("as_struct", [False, True])
+def test_a_data_set_that_is_loaded_names_no_file_elsewhere(tmp_path, streaming, as_struct):
+    """What datasets loads may hold paths, too; they lead nowhere but to what it has loaded."""
+    secret = tmp_path / "secret.jpg"
+    secret.write_bytes(picture())
+    (tmp_path / "repo").mkdir()
+    inside = tmp_path / "repo" / "a.jpg"
+    inside.write_bytes(picture())
+    paths = [str(inside), str(secret), "../secret.jpg", "http://127.0.0.1:9/a.jpg"]
+    rows = [{"image": {"bytes": None, "path": path} if as_struct else path, "caption": "c"} for path in paths]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "repo" / "train.parquet")
+    source = Source(path=str(tmp_path / "repo"), format="hub", streaming=streaming, max_bad=0.9)
+    skipped = Skipped()
+    data = load_source(source, "image-text", 0, skipped, "t")
+    if streaming:
+        assert [json.loads(row["_fault"])[1] if row["_fault"] else "" for row in data] == [
+            "",
+            *["path outside the roots"] * 3,
+        ]
+    else:
+        assert len(data) == 1
+        assert skipped.bad["t"] == {"path outside the roots": 3}
+
+
+def test_paths_in_shares_of_sharegpt4v_stay_in_their_root(tmp_path):
+    (tmp_path / "coco").mkdir()
+    (tmp_path / "coco" / "1.jpg").write_bytes(picture())
+    answer = [{"from": "gpt", "value": "A caption."}]
+    rows = [{"image": name, "conversations": answer} for name in ("coco/../../etc/passwd", "/etc/passwd", "coco/1.jpg")]
+    path = tmp_path / "s.json"
+    path.write_text(json.dumps(rows))
+    found = stream(path, images={"coco": str(tmp_path / "coco")})
+    assert [row["image"] for row in good(found)] == [str(tmp_path / "coco" / "1.jpg")]
+    assert set(faults(found).values()) == {"path outside the roots"}
+
+
+# Counts, the log, the limit

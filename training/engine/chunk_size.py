@@ -1,0 +1,92 @@
+"""`auto_chunk`: how many rows of each tower may be embedded at once."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from bifocal.modeling import BifocalProcessor
+from bifocal.modeling.processing_bifocal import padded_length
+from bifocal.training.engine.joint_forward import embed
+from bifocal.training.tasks import Task
+
+_SHARE = 0.6  # of the free memory; the rest is for gradients, optimiser states and what libraries need
+
+
+def find_chunk_sizes(
+    model: nn.Module, tasks: Iterable[Task], max_length: int, processor: BifocalProcessor, args: Any
+) -> tuple[int, int]:
+    """The largest powers of two whose activations, measured on this model, fit into the free memory.
+
+    What autograd keeps for the backward pass is measured at one and two rows of the longest text and the largest image;
+    it grows with the rows. Nothing is risked: no attempt runs out of memory.
+
+    Returns:
+        Texts and images, each at most the largest batch of its sort.
+    """
+    largest = {"text": 1, "image": 1}
+    for task in tasks:
+        texts_of_row = {"image-text": 1, "text-pair": 2, "text-triplet": 2 + (task.num_negatives or 0)}[task.kind]
+        largest["text"] = max(largest["text"], texts_of_row * task.batch_size)
+        if task.sort == "image":
+            largest["image"] = max(largest["image"], task.batch_size)
+    device = next(model.parameters()).device
+    free = _free_memory(device) - 3 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    per_row = dict(zip(largest, kept_per_row(model, max_length, processor, args), strict=True))
+    sizes = {}
+    for sort, most in largest.items():
+        affordable = max(1, int(_SHARE * free / 2 / max(1, per_row[sort])))
+        # A power of two, or the whole batch.
+        sizes[sort] = most if affordable >= most else 2 ** (affordable.bit_length() - 1)
+    return sizes["text"], sizes["image"]
+
+
+def kept_per_row(model: nn.Module, max_length: int, processor: BifocalProcessor, args: Any) -> tuple[int, int]:
+    """Bytes that autograd keeps for one text of `max_length` tokens and for one image of the processor's size."""
+    pad_to = padded_length(model.config)
+    device = next(model.parameters()).device
+    model.train()
+
+    def text(rows: int) -> int:
+        ids = torch.ones(rows, pad_to or max_length, dtype=torch.long, device=device)
+        mask = {} if pad_to else {"attention_mask": ids}
+        return _kept_for_backward(model, [{"input_ids": ids, **mask}], [], args)
+
+    def image(rows: int) -> int:
+        blank = processor.image_processor([Image.new("RGB", (64, 64))] * rows, return_tensors="pt")
+        return _kept_for_backward(model, [], [{name: value.to(device) for name, value in blank.items()}], args)
+
+    return text(2) - text(1), image(2) - image(1)
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
+def _kept_for_backward(model: nn.Module, texts: list[Any], images: list[Any], args: Any) -> int:
+    """Bytes of distinct tensors, parameters aside, that autograd keeps from one forward pass."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    half = torch.bfloat16 if args.bf16 else torch.float16
+    random_state = torch.get_rng_state()
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast(next(model.parameters()).device.type, dtype=half, enabled=args.bf16 or args.fp16),
+    ):
+        outputs = embed(model, texts, images)
+    del outputs
+    torch.set_rng_state(random_state)
+    return sum(kept.values())

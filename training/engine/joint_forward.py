@@ -1,0 +1,117 @@
+"""One forward pass over everything a step embeds, through whatever a model is wrapped in.
+
+DDP, FSDP and accelerate's mixed precision work through a model's `forward`, called once before a backward pass. So the
+trainer gives a dual encoder a `forward` that also takes a step's inputs and calls the two methods itself.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from bifocal.errors import TrainingError
+from bifocal.training.tasks import Task
+
+Inputs = dict[str, torch.Tensor]
+
+
+def embed(model: nn.Module, texts: Sequence[Inputs], images: Sequence[Inputs]) -> dict[str, torch.Tensor]:
+    """Unit vectors of texts and images, and what the image-text loss needs of the model.
+
+    Args:
+        model: with `get_text_features` and `get_image_features`, as Bifocal and transformers' CLIP and SigLIP have.
+        texts, images: inputs of the two methods, any number of parts.
+
+    Returns:
+        `texts` (all texts, D) and `images` (all images, D), each only if given; `scale`, 1 / tau; `bias`, if learned.
+    """
+    outputs = {}
+    for name, parts, encode in (("texts", texts, "get_text_features"), ("images", images, "get_image_features")):
+        if parts:
+            features = [_pooled(getattr(model, encode)(**part)) for part in parts]
+            outputs[name] = F.normalize(torch.cat(features).float(), dim=-1)
+    outputs |= temperature_of(model)
+    return outputs
+
+
+def logit_scale_bounds(model: Any) -> tuple[float, float] | None:
+    """Smallest and largest ln(1 / tau) of a dual encoder; None if it has no bounds.
+
+    Bifocal's maximum is in its config. CLIP cuts at 100 while it trains; SigLIP, which learns a bias, never does.
+    """
+    largest = getattr(getattr(model, "config", None), "logit_scale_max", None)
+    if largest is None and getattr(model, "logit_bias", None) is not None:
+        return None
+    return 0.0, math.log(100.0) if largest is None else largest
+
+
+@torch.no_grad()
+def clamp_logit_scale(model: Any) -> None:
+    """Bring the parameter itself between its bounds, where the clamp of the forward pass lets a gradient through.
+
+    The bounds are the very numbers of the forward pass, since a last digit beyond them the gradient is zero for ever.
+    """
+    scale, bounds = getattr(model, "logit_scale", None), logit_scale_bounds(model)
+    if scale is not None and scale.requires_grad and bounds is not None:
+        scale.clamp_(*bounds)
+
+
+def temperature_of(model: Any) -> dict[str, torch.Tensor]:
+    """`scale` and `bias` of a dual encoder, each if it has one."""
+    found = {}
+    scale, bounds = getattr(model, "logit_scale", None), logit_scale_bounds(model)
+    if hasattr(model, "get_logit_scale"):
+        found["scale"] = model.get_logit_scale()
+    elif scale is not None:
+        found["scale"] = (scale if bounds is None else scale.clamp(*bounds)).exp().reshape(())
+    bias = getattr(model, "logit_bias", None)
+    if bias is not None:
+        found["bias"] = bias.reshape(())
+    return found
+
+
+def _pooled(output: Any) -> torch.Tensor:
+    return output if isinstance(output, torch.Tensor) else output.pooler_output
+
+
+def require_dual_encoder(model: Any, processor: Any, tasks: Sequence[Task]) -> None:
+    """
+    Raises:
+        TrainingError: if the model cannot embed what the tasks hold, or nothing prepares its inputs.
+    """
+    methods = ["get_text_features", *(["get_image_features"] if any(task.sort == "image" for task in tasks) else [])]
+    missing = next((method for method in methods if not callable(getattr(model, method, None))), None)
+    if missing is not None:
+        raise TrainingError(
+            f"A {type(model).__name__} has no {missing}; MultiTaskTrainer trains dual encoders, such as BifocalModel, "
+            "CLIPModel or SiglipModel."
+        )
+    for part in ("tokenizer", "image_processor"):
+        if getattr(processor, part, None) is None:
+            has = "The model comes without a processor" if processor is None else f"The processor has no {part}"
+            raise TrainingError(f"{has}; pass processor=..., such as CLIPProcessor.from_pretrained(folder).")
+
+
+@contextmanager
+def joint_forward(model: Any) -> Iterator[None]:
+    """Within, `model(step_texts=..., step_images=...)` is `embed`; every other call goes on as before."""
+    before: Callable[..., Any] | None = vars(model).get("forward")
+    original = model.forward
+
+    def forward(*args: Any, step_texts: Any = None, step_images: Any = None, **kwargs: Any) -> Any:
+        if step_texts is None and step_images is None:
+            return original(*args, **kwargs)
+        return embed(model, step_texts or [], step_images or [])
+
+    model.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del model.forward
+        else:
+            model.forward = before

@@ -1,0 +1,178 @@
+"""Which rows each step sees, as a function of the seed and the step, so that a resumed run goes on as before."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch.utils.data
+from torch.utils.data import Dataset, IterableDataset
+
+from bifocal.errors import TrainingError
+from bifocal.training.engine.distributed import World
+from bifocal.training.streams import BlockReader
+from bifocal.training.task_dataset import read_rows
+from bifocal.training.tasks import Task
+
+SORTS = ("image", "text")
+
+
+class Schedule:
+    """Which task of each sort a step draws, and how often it was drawn before.
+
+    Args:
+        tasks: the tasks of the stage.
+        steps: number of batches.
+        seed: of the draws.
+
+    Raises:
+        TrainingError: several tasks of one sort, one of which streams and does not say its rows.
+    """
+
+    def __init__(self, tasks: Sequence[Task], steps: int, seed: int) -> None:
+        self.numbers: dict[str, np.ndarray] = {}
+        self.uses: dict[str, np.ndarray] = {}
+        self.shares: dict[str, float] = {}
+        for order, sort in enumerate(SORTS):
+            members = [number for number, task in enumerate(tasks) if task.sort == sort]
+            if not members:
+                continue
+            sizes = [tasks[number].size for number in members]
+            if len(members) > 1 and None in sizes:
+                name = tasks[members[sizes.index(None)]].name
+                raise TrainingError(
+                    f"Task '{name}' streams beside others of its sort; say how many rows it has (rows=...)."
+                )
+            weights = np.array(
+                [(size or 1) * tasks[number].weight for number, size in zip(members, sizes, strict=True)]
+            )
+            if weights.min() < 0 or not weights.sum() > 0:
+                raise TrainingError("Weights of tasks must not be negative, and one of each sort must be above 0.")
+            share = weights / weights.sum()
+            self.shares |= {tasks[number].name: float(part) for number, part in zip(members, share, strict=True)}
+            drawn = np.array(members)[np.random.default_rng([seed, order]).choice(len(members), steps, p=share)]
+            self.numbers[sort] = drawn
+            uses = np.zeros(steps, dtype=np.int64)
+            for number in members:
+                mine = drawn == number
+                uses[mine] = np.arange(mine.sum())
+            self.uses[sort] = uses
+
+    def at(self, step: int) -> list[tuple[int, int]]:
+        """(number of a task, how often it was drawn before this step), images first."""
+        return [(int(self.numbers[sort][step]), int(self.uses[sort][step])) for sort in self.numbers]
+
+
+class Batches:
+    """What map-style and streamed batches have in common.
+
+    Each map-style task is passed through in a new random order per epoch; rows that do not fill a batch of all
+    processes at the end of an epoch are left for the next one.
+
+    Args:
+        tasks: the tasks of the stage.
+        steps: number of batches, the length of the data set.
+        seed: of all random orders.
+        world: a process takes its part of the joint batch.
+
+    Attributes:
+        decode: reads the images of streams, so that rows with a broken one are skipped before a batch is made.
+    """
+
+    decode: Callable[[Any], Any] | None = None
+
+    def __init__(self, tasks: Sequence[Task], steps: int, seed: int, world: World = World()) -> None:
+        self.tasks = tasks
+        self.steps = steps
+        self.seed = seed
+        self.world = world
+        self.schedule = Schedule(tasks, steps, seed)
+        self._orders: dict[int, tuple[int, np.ndarray]] = {}
+        for task in tasks:
+            if not task.streams and len(task.dataset) < task.batch_size * world.size:
+                batch = f"the {task.batch_size * world.size} of its batches in {world.size} processes"
+                raise TrainingError(
+                    f"The data set of task '{task.name}' has {len(task.dataset)} rows, fewer than "
+                    f"{batch if world.size > 1 else f'its batch of {task.batch_size}'}; give a smaller batch_size or "
+                    "more rows."
+                )
+
+    def rows(self, number: int, use: int) -> np.ndarray:
+        """The row numbers of this process when task `number` is drawn for the `use`-th time."""
+        task = self.tasks[number]
+        joint = task.batch_size * self.world.size
+        epoch, batch = divmod(use, len(task.dataset) // joint)
+        if self._orders.get(number, (-1, None))[0] != epoch:
+            order = np.random.default_rng([self.seed, number, epoch]).permutation(len(task.dataset))
+            self._orders[number] = (epoch, order)
+        start = batch * joint + self.world.rank * task.batch_size
+        return self._orders[number][1][start : start + task.batch_size]
+
+    def drawn(self, step: int) -> list[tuple[Task, list[Any], dict[str, list[Any]]]]:
+        """(task, row numbers, columns of the rows) of the map-style tasks of a step."""
+        parts = []
+        for number, use in self.schedule.at(step):
+            task = self.tasks[number]
+            if not task.streams:
+                rows = self.rows(number, use).tolist()
+                parts.append((task, rows, read_rows(task.dataset, rows)))
+        return parts
+
+
+class StepBatches(Batches, Dataset):
+    """A map-style data set whose item `step` is one batch of each sort of task."""
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> dict[str, Any]:
+        """`{"step": step, "tasks": [(task, row numbers, columns of the rows), ...]}`."""
+        return {"step": step, "tasks": self.drawn(step)}
+
+
+class StepStream(Batches, IterableDataset):
+    """The same in order, for tasks of which some stream.
+
+    Worker w of W makes the steps w, w + W, ...; each reads its own part of every stream. Every item says where its
+    worker's readers stand after it, so that a checkpoint knows exactly what was used and what was only prefetched.
+
+    Args:
+        positions: where the readers of each worker stood at a checkpoint, and `start`, the first step after it. Steps
+            before `start` come as None, at no cost.
+    """
+
+    start = 0
+    positions: dict[int, dict[str, Any]]
+
+    def __init__(self, tasks: Sequence[Task], steps: int, seed: int, world: World = World()) -> None:
+        super().__init__(tasks, steps, seed, world)
+        self.positions = {}
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[Any]:
+        info = torch.utils.data.get_worker_info()
+        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
+        readers = {
+            number: BlockReader(
+                task, self.seed + number, self.world.rank * workers + worker, self.world.size * workers, self.decode
+            )
+            for number, task in enumerate(self.tasks)
+            if task.streams
+        }
+        for number, reader in readers.items():
+            state = self.positions.get(worker, {}).get(self.tasks[number].name)
+            if state is not None:
+                reader.load_state(state)
+        for step in range(worker, self.steps, workers):
+            if step < self.start:
+                yield None
+                continue
+            parts = self.drawn(step)
+            for number, _ in self.schedule.at(step):
+                if number in readers:
+                    rows, columns = readers[number].take(self.tasks[number].batch_size)
+                    parts.append((self.tasks[number], rows, columns))
+            states = {self.tasks[number].name: reader.state() for number, reader in readers.items()}
+            skips = {self.tasks[number].name: reader.report() for number, reader in readers.items()}
+            yield {"step": step, "tasks": parts, "position": (worker, states), "skips": skips}

@@ -1,0 +1,59 @@
+"""Mine hard negatives for a source with a model by its name, into a Parquet file."""
+
+from pathlib import Path
+from typing import Any
+
+from bifocal.errors import model_not_loaded
+from bifocal.files import require_overwritable
+
+
+def mine_source(
+    source: str, out: Path, model: str, direction: str, columns: list[str], cache: Path | None, settings: dict[str, Any]
+) -> str:
+    """Mine hard negatives for a source and write them as Parquet; returns what there is to say."""
+    from bifocal.data.loading import load_source
+    from bifocal.data.source import Source
+    from bifocal.errors import RecipeError
+    from bifocal.training import mining
+
+    require_overwritable(out, mining.MINED)  # now, and not after hours of mining
+    renamed = {}
+    for column in columns:
+        ours, equals, theirs = column.partition("=")
+        if not equals:
+            raise RecipeError(f"'{column}' is no column; write ours=theirs, such as query=question.")
+        renamed[ours] = theirs
+    if direction not in mining.DIRECTIONS:
+        raise mining.MiningError(f"direction must be one of {', '.join(mining.DIRECTIONS)}, but it is '{direction}'.")
+    if out.is_dir():
+        raise mining.MiningError(f"'{out}' is a folder. Give the Parquet file to write.")
+    kind = "text-pair" if direction == "text-to-text" else "image-text"
+    data = load_source(Source(path=source, columns=renamed), kind)
+    chosen = mining.MiningSettings(**settings)
+    if direction == "text-to-text":
+        mined = mining.mine_texts(data, _load_model(model, across=False), chosen, cache)
+    else:
+        cache = cache or out.with_suffix(".cache")
+        mined = mining.mine_across(data, _load_model(model, across=True), direction, cache, chosen)
+    mining.write_parquet(mined, out)
+    return f"{len(mined)} of {len(data)} rows have {chosen.negatives} negatives; they are in {out}."
+
+
+def _load_model(place: str, across: bool) -> Any:
+    """A Bifocal model to mine across modalities, or any sentence-transformers model for texts.
+
+    Raises:
+        MiningError: if there is no such model.
+    """
+    from sentence_transformers import SentenceTransformer
+
+    from bifocal.modeling import BifocalModel
+    from bifocal.progress import no_progress_bars
+    from bifocal.training.mining import MiningError
+
+    try:
+        with no_progress_bars():
+            return BifocalModel.from_pretrained(place) if across else SentenceTransformer(place)
+    except (OSError, ValueError) as error:
+        wanted = "Bifocal model" if across else "sentence-transformers model"
+        raise MiningError(model_not_loaded(place, error, wanted)) from error
