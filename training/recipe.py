@@ -13,8 +13,7 @@ from bifocal.data.schema import Strict, ended, nearest, problem_of, read_yaml, s
 from bifocal.data.source import Source
 from bifocal.errors import RecipeError
 from bifocal.training.arguments import BifocalTrainingArguments
-
-SHIPPED = Path(__file__).parent / "recipes"
+from bifocal.training.shipped_recipes import shipped_recipe
 
 
 class TaskRecipe(Strict):
@@ -122,12 +121,8 @@ def find_recipe(given: str) -> Path:
     Raises:
         RecipeError: neither.
     """
-    for path in (Path(given), SHIPPED / f"{given.removesuffix('.yaml')}.yaml"):
-        if path.is_file():
-            return path
-    shipped = sorted(path.relative_to(SHIPPED).as_posix()[:-5] for path in SHIPPED.rglob("*.yaml"))
-    shipped = [name for name in shipped if not name.startswith("accelerate/")]
-    raise RecipeError(f"There is no recipe '{given}'; give a file or one of {', '.join(shipped)}.")
+    path = Path(given)
+    return path if path.is_file() else shipped_recipe(given.removesuffix(".yaml"))
 
 
 def load_recipe(path: Path, overrides: list[str] | None = None, files: bool = False) -> Recipe:

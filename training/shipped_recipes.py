@@ -2,13 +2,9 @@
 
 from pathlib import Path
 
-from bifocal.errors import BifocalError
+from bifocal.errors import RecipeError
 
 SHIPPED = Path(__file__).parent / "recipes"
-
-
-class UnknownRecipeError(BifocalError):
-    """No recipe has this name."""
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -21,11 +17,11 @@ def shipped_recipe(name: str) -> Path:
     """Return the file of a recipe that comes with Bifocal.
 
     Raises:
-        UnknownRecipeError: if there is none of this name.
+        RecipeError: if there is none of this name.
     """
     recipes = shipped_recipes()
     if name not in recipes:
-        raise UnknownRecipeError(f"There is no recipe '{name}'. Choose one of {', '.join(recipes)}.")
+        raise RecipeError(f"There is no recipe '{name}'; give a file or one of {', '.join(recipes)}.")
     return recipes[name]
 
 
@@ -39,7 +35,7 @@ def copy_recipe(name: str, out: Path) -> None:
     """Copy a recipe to a new file.
 
     Raises:
-        UnknownRecipeError: if there is none of this name.
+        RecipeError: if there is none of this name.
         FileExistsError: if the file exists.
         OSError: if it cannot be written.
     """

@@ -7,7 +7,6 @@ import typer
 
 from bifocal.cli.console import fail, one_sentence, require
 
-
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from bifocal.cli.console import fail, one_sentence
+from bifocal.training.shipped_recipes import copy_recipe, recipe_summary, shipped_recipe, shipped_recipes
 
 recipes = typer.Typer(
     name="recipes", help="List, print or copy the recipes that come with Bifocal.", no_args_is_help=True
@@ -17,8 +18,6 @@ Name = Annotated[str, typer.Argument(help="A recipe that `bifocal recipes list` 
 @recipes.command("list")
 def list_recipes() -> None:
     """Print the recipes that come with Bifocal, and what each is for."""
-    from bifocal.training.shipped_recipes import recipe_summary, shipped_recipes
-
     shipped = shipped_recipes()
     width = max(map(len, shipped))
     for name, path in shipped.items():
@@ -28,8 +27,6 @@ def list_recipes() -> None:
 @recipes.command()
 def show(name: Name) -> None:
     """Print one recipe."""
-    from bifocal.training.shipped_recipes import shipped_recipe
-
     with one_sentence(Path()):
         typer.echo(shipped_recipe(name).read_text(encoding="utf-8"), nl=False)
 
@@ -40,8 +37,6 @@ def copy(
     out: Annotated[Path | None, typer.Argument(help="File to write; NAME.yaml if omitted. It must not exist.")] = None,
 ) -> None:
     """Copy one recipe to a file of your own, to edit and start with `bifocal train FILE`."""
-    from bifocal.training.shipped_recipes import copy_recipe
-
     out = out or Path(f"{name.rpartition('/')[2]}.yaml")
     with one_sentence(out.parent):
         try:

@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import click
 import typer
-import yaml
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
@@ -241,29 +240,20 @@ def training_arguments() -> list[str]:
 
 
 def shipped() -> list[str]:
-    """Return the recipes that come with Bifocal, each with its head comment and its YAML."""
-    from bifocal.training.recipe import SHIPPED
+    """Return the recipes that come with Bifocal, each with its head comment."""
+    from bifocal.training.shipped_recipes import shipped_recipes
 
     lines: list[str] = []
-    for path in sorted(SHIPPED.rglob("*.yaml")):
-        text = path.read_text(encoding="utf-8")
-        if "name" in (yaml.safe_load(text) or {}):
-            lines += [
-                "",
-                f"### {path.relative_to(SHIPPED).with_suffix('').as_posix()}",
-                "",
-                "```yaml",
-                text.rstrip(),
-                "```",
-            ]
+    for name, path in shipped_recipes().items():
+        lines += ["", f"### {name}", "", "```yaml", path.read_text(encoding="utf-8").rstrip(), "```"]
     return lines
 
 
 def recipe_page() -> str:
     """Return the reference of recipes."""
-    from bifocal.evaluation_data import EvaluationTask
+    from bifocal.data.captioning import CaptionRecipe
+    from bifocal.evaluation.task_rows import EvaluationTask
     from bifocal.training.arguments import UNSUPPORTED
-    from bifocal.training.captioning import CaptionRecipe
     from bifocal.training.recipe import Recipe
 
     lines = [

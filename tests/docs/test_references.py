@@ -5,7 +5,8 @@ import references  # docs/site is on the path of the tests
 import typer
 
 from bifocal.cli import app
-from bifocal.training.recipe import SHIPPED, Recipe
+from bifocal.training.recipe import Recipe
+from bifocal.training.shipped_recipes import shipped_recipes
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +56,8 @@ def test_every_training_argument_has_a_meaning():
 
 
 def test_shipped_recipes_say_how_to_start_them(recipes):
-    for path in references.shipped_recipes():
+    for name, path in shipped_recipes().items():
         text = path.read_text(encoding="utf-8")
-        name = path.relative_to(SHIPPED).with_suffix("").as_posix()
         head = "".join(line for line in text.splitlines(keepends=True) if line.startswith("#"))
         assert f"bifocal train {name}" in head, name
         assert f"### {name}\n" in recipes
