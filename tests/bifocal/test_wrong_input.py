@@ -117,8 +117,6 @@ data caption notes out --model ./nope
 data caption notes out --model model
 demo --out file.txt
 demo --out notes
-claims --data nope
-claims --only nope
 """
 
 

@@ -5,7 +5,7 @@ import pytest
 from bifocal.data.corpora import corpora, corpus, explained, listing
 from bifocal.data.loading import load_source
 from bifocal.data.source import Source
-from bifocal.errors import RecipeError
+from bifocal.errors import DataError
 
 
 def test_every_entry_is_complete_and_printed():
@@ -32,7 +32,7 @@ def test_a_recipe_names_one():
 
 
 def test_unknown_ones_and_those_to_fetch():
-    with pytest.raises(RecipeError, match=r"There is no corpus 'all-nil'; did you mean 'all-nli'\?"):
+    with pytest.raises(DataError, match=r"There is no corpus 'all-nil'; did you mean 'all-nli'\?"):
         corpus("all-nil")
-    with pytest.raises(RecipeError, match="'corpus:laion-400m' must be fetched first: img2dataset"):
+    with pytest.raises(DataError, match="'corpus:laion-400m' must be fetched first: img2dataset"):
         load_source(Source(path="corpus:laion-400m"), "image-text")

@@ -12,7 +12,7 @@ from bifocal.data.delimited import read_csv
 from bifocal.data.loading import load_source, open_stream
 from bifocal.data.skips import Fault, Skipped
 from bifocal.data.source import Source, source_of
-from bifocal.errors import RecipeError
+from bifocal.errors import DataError, RecipeError
 from tests.data.files import faults, good
 
 
@@ -243,7 +243,7 @@ def test_odd_but_right(tmp_path):
     assert [row["query"] for row in good(found)] == ["long", "d"]
     assert list(faults(found)) == ["a.csv:2"]
     path.write_text("query,query,positive\na,b,c\n")
-    with pytest.raises(RecipeError, match=r"two columns 'query' \(the second is read as 'query.1'\).*query: query.1"):
+    with pytest.raises(DataError, match=r"two columns 'query' \(the second is read as 'query.1'\).*query: query.1"):
         stream(path)
     assert good(stream(path, columns={"query": "query.1"}))[0]["query"] == "b"
 
@@ -295,7 +295,7 @@ TEXT = "query,positive\nfür,schön\n"
 def test_one_sentence_says_what_was_seen_and_what_to_set(tmp_path, name, content, message, streaming):
     (tmp_path / name).write_bytes(content)
     kind = "image-text" if name.endswith("tar") else "text-pair"
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(DataError, match=message):
         load_source(Source(path=str(tmp_path / name), streaming=streaming), kind)
 
 
@@ -311,12 +311,12 @@ def test_the_settings_do_what_they_say(tmp_path):
     assert good(stream(tmp_path / "a.csv", delimiter="|")) == expected
     (tmp_path / "a.csv").write_text("a;b\nc;d\n")
     assert len(good(stream(tmp_path / "a.csv", delimiter=";", header=["query", "positive"]))) == 2
-    with pytest.raises(RecipeError, match="set delimiter=';'"):
+    with pytest.raises(DataError, match="set delimiter=';'"):
         load_source(Source(path=str(tmp_path / "a.csv"), header=["query", "positive"]), "text-pair")
     (tmp_path / "a.csv").write_bytes(TEXT.encode("cp1252"))
     with pytest.raises(ValueError, match=r"1 not UTF-8\), such as a.csv:2: in query: 'f\\udcfcr'; set encoding"):
         load_source(str(tmp_path / "a.csv"), "text-pair")
-    with pytest.raises(RecipeError, match="not utf-16"):
+    with pytest.raises(DataError, match="not utf-16"):
         stream(tmp_path / "a.csv", encoding="utf-16")
 
 
@@ -347,7 +347,7 @@ def test_settings_that_cannot_be(given, message):
 
 def test_a_setting_that_a_format_does_not_have(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"query": "a", "positive": "b"}\n')
-    with pytest.raises(RecipeError, match="is read as jsonl, but delimiter is for CSV and TSV files; remove it"):
+    with pytest.raises(DataError, match="is read as jsonl, but delimiter is for CSV and TSV files; remove it"):
         stream(tmp_path / "a.jsonl", delimiter=";")
 
 

@@ -10,7 +10,7 @@ from bifocal.data.filters import Cleaning, RowFilter
 from bifocal.data.loading import load_source, open_stream
 from bifocal.data.skips import Fault, Skipped
 from bifocal.data.source import Source, source_of
-from bifocal.errors import RecipeError
+from bifocal.errors import DataError, RecipeError
 from tests.conftest import SHARED
 from tests.data.files import faults, good, lines, picture
 
@@ -72,7 +72,7 @@ def test_nothing_is_filtered_unless_asked(tmp_path):
 def test_what_compares_rows_cannot_stream(tmp_path):
     path = lines(tmp_path / "a.jsonl", [{"query": "a", "positive": "b"}])
     for change in ({"duplicate_texts": True}, {"consistency": {"model": "m"}}):
-        with pytest.raises(RecipeError, match="clean it first with bifocal data clean"):
+        with pytest.raises(DataError, match="clean it first with bifocal data clean"):
             load_source(Source(path=str(path), streaming=True, clean=change), "text-pair")
 
 

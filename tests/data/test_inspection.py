@@ -9,7 +9,7 @@ from bifocal.data.inspection import inspect_source
 from bifocal.data.inspection_page import write_data_page
 from bifocal.data.loading import guess_kind
 from bifocal.data.source import Source
-from bifocal.errors import RecipeError
+from bifocal.errors import DataError
 from tests.browser import LONG_NAME, needs_browser, odd_images, opened
 from tests.data.files import lines, picture, shards
 
@@ -50,7 +50,7 @@ def test_texts_and_kinds(tmp_path):
     assert guess_kind(Source(path=str(lines(tmp_path / "p.jsonl", [{"anchor": "a", "positive": "b"}])))) == "text-pair"
     assert guess_kind(Source(path=str(lines(tmp_path / "t.jsonl", [{"text": "a"}])))) == "text-only"
     with pytest.raises(
-        RecipeError, match=r"Cannot infer the kind of rows of '.*' from its columns \(a\). Name it with --kind"
+        DataError, match=r"Cannot infer the kind of rows of '.*' from its columns \(a\). Name it with --kind"
     ):
         guess_kind(Source(path=str(lines(tmp_path / "x.jsonl", [{"a": "a"}]))))
 

@@ -14,7 +14,7 @@ from bifocal.data.loading import guess_kind, load_source, open_stream
 from bifocal.data.row_names import row_name
 from bifocal.data.skips import Skipped
 from bifocal.data.source import Source
-from bifocal.errors import RecipeError, TrainingError
+from bifocal.errors import DataError
 from tests.data.files import faults, good, lines, picture, shard
 
 
@@ -52,7 +52,7 @@ def test_the_column_that_is_suggested_is_a_plausible_one(tmp_path, row, kind, sa
         Dataset.from_list([row]).to_parquet(path)
     else:
         path = lines(tmp_path / "a.jsonl", [row])
-    with pytest.raises(RecipeError, match=f"{said}\\.$"):
+    with pytest.raises(DataError, match=f"{said}\\.$"):
         open_stream(Source(path=str(path)), kind)
 
 
@@ -76,7 +76,7 @@ def test_the_kind_of_rows_that_cannot_be_told(tmp_path):
         ("nosuch", "no file or folder 'nosuch'"),
         ("root/m.jsonl", "none of the first can be used .m.jsonl:1: path outside the roots: .*images=FOLDER"),
     ):
-        with pytest.raises(RecipeError, match=message):
+        with pytest.raises(DataError, match=message):
             guess_kind(Source(path=path))
     assert guess_kind(Source(path="root/m.jsonl", images="photos")) == "image-text"
     assert guess_kind(Source(path="mine.data", format="csv")) == "text-pair"
@@ -95,7 +95,7 @@ def test_a_folder_of_tables_is_read_here_and_not_by_datasets(tmp_path):
     assert len(good(load_source(Source(path="data", streaming=True), "text-pair"))) == 98
     assert len(load_source(Source(path="data", split="test"), "text-pair")) == 1
     assert guess_kind(Source(path="data")) == "text-pair"
-    with pytest.raises(RecipeError, match=r"'data' has no split 'dev' \(it has train, test\)"):
+    with pytest.raises(DataError, match=r"'data' has no split 'dev' \(it has train, test\)"):
         load_source(Source(path="data", split="dev"), "text-pair")
 
 
@@ -239,5 +239,5 @@ def test_an_error_without_a_message_is_told_by_its_class(monkeypatch):
 
     monkeypatch.setattr("sentence_transformers.SentenceTransformer", fail)
     data = Dataset.from_dict({"query": ["q"], "positive": ["p"]})
-    with pytest.raises(TrainingError, match=r"'odd' is no sentence-transformers model \(OSError\)"):
+    with pytest.raises(DataError, match=r"'odd' is no sentence-transformers model \(OSError\)"):
         consistent(data, Consistency(model="odd"), Skipped(), "t")

@@ -15,7 +15,7 @@ from datasets import Dataset
 from bifocal.data.loading import load_source, open_stream
 from bifocal.data.skips import Skipped
 from bifocal.data.source import Source
-from bifocal.errors import RecipeError
+from bifocal.errors import DataError
 from tests.data.files import faults, good, lines, picture, shard, shards
 
 
@@ -266,20 +266,20 @@ def test_a_data_set_of_the_hub_by_its_folder(tmp_path):
     assert [row["query"] for row in rows[:3]] == ["q", None, "q0"]
     assert json.loads(rows[1]["_fault"])[1] == "no query"
     with pytest.raises(
-        RecipeError, match=r"has no column 'answr' \(it has question, answer\); did you mean columns.positive: answer"
+        DataError, match=r"has no column 'answr' \(it has question, answer\); did you mean columns.positive: answer"
     ):
         load_source(Source(path=str(tmp_path), columns={"positive": "answr"}), "text-pair")
-    with pytest.raises(RecipeError, match=r"has no column 'image'.*; none of them looks like images"):
+    with pytest.raises(DataError, match=r"has no column 'image'.*; none of them looks like images"):
         load_source(Source(path=str(tmp_path)), "image-text")
 
 
 def test_what_is_not_there(tmp_path):
-    with pytest.raises(RecipeError, match=r"There is nothing at '.*none.jsonl'; check the path"):
+    with pytest.raises(DataError, match=r"There is nothing at '.*none.jsonl'; check the path"):
         load(tmp_path / "none.jsonl", "text-pair")
-    with pytest.raises(RecipeError, match=r"There is nothing at '.*\*.tar'"):
+    with pytest.raises(DataError, match=r"There is nothing at '.*\*.tar'"):
         load(tmp_path / "*.tar", "image-text")
     (tmp_path / "a.xyz").write_text("?")
-    with pytest.raises(RecipeError, match=r"a.xyz' is of no format that is known by its name \(tar, jsonl"):
+    with pytest.raises(DataError, match=r"a.xyz' is of no format that is known by its name \(tar, jsonl"):
         load(tmp_path / "a.xyz", "text-pair")
-    with pytest.raises(RecipeError, match="no file or folder 'nobody/nothing', and no data set of this name"):
+    with pytest.raises(DataError, match="no file or folder 'nobody/nothing', and no data set of this name"):
         load("nobody/nothing", "text-pair")
