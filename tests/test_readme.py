@@ -68,8 +68,9 @@ def test_auto_model(folder):
     assert output.argmax(axis=1).tolist() == [0, 1], "the output shown finds each image"
 
 
-def test_trainer(folder, monkeypatch):
+def test_trainer(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     short = BLOCKS[1].replace("max_steps=100,", "max_steps=2,").replace("batch_size=16", "batch_size=4")
     assert short.count("max_steps=2,") == 1
     assert short.count("batch_size=4") == 2, "only the size of the run is changed here"
