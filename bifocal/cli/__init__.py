@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from bifocal.cli.console import Group
 from bifocal.cli.data import data
 from bifocal.cli.demo import demo
 from bifocal.cli.evaluate import evaluate
@@ -14,6 +15,7 @@ from bifocal.cli.train import mine, train
 
 app = typer.Typer(
     name="bifocal",
+    cls=Group,
     help=(
         "One model for image search and text search.\n\n"
         "Bifocal trains, evaluates and publishes models that embed pictures and texts into one space, in the three "
