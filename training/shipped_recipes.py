@@ -35,10 +35,14 @@ def copy_recipe(name: str, out: Path) -> None:
     """Copy a recipe to a new file.
 
     Raises:
-        RecipeError: if there is none of this name.
-        FileExistsError: if the file exists.
-        OSError: if it cannot be written.
+        RecipeError: if there is none of this name, the file exists, or its folder does not.
+        OSError: if the file cannot be written.
     """
     text = shipped_recipe(name).read_text(encoding="utf-8")
-    with out.open("x", encoding="utf-8") as file:
-        file.write(text)
+    try:
+        with out.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise RecipeError(f"'{out}' exists already. Choose another file.") from None
+    except FileNotFoundError:
+        raise RecipeError(f"There is no folder '{out.parent}'. Make it, or choose another file.") from None

@@ -5,12 +5,10 @@ from typing import Annotated
 
 import typer
 
-from bifocal.cli.console import fail, one_sentence
+from bifocal.cli.console import writes_into
 from bifocal.training.shipped_recipes import copy_recipe, recipe_summary, shipped_recipe, shipped_recipes
 
-recipes = typer.Typer(
-    name="recipes", help="List, print or copy the recipes that come with Bifocal.", no_args_is_help=True
-)
+recipes = typer.Typer(name="recipes", help="List, print or copy the recipes of Bifocal.", no_args_is_help=True)
 
 Name = Annotated[str, typer.Argument(help="A recipe that `bifocal recipes list` prints.")]
 
@@ -27,8 +25,7 @@ def list_recipes() -> None:
 @recipes.command()
 def show(name: Name) -> None:
     """Print one recipe."""
-    with one_sentence(Path()):
-        typer.echo(shipped_recipe(name).read_text(encoding="utf-8"), nl=False)
+    typer.echo(shipped_recipe(name).read_text(encoding="utf-8"), nl=False)
 
 
 @recipes.command()
@@ -38,11 +35,6 @@ def copy(
 ) -> None:
     """Copy one recipe to a file of your own, to edit and start with `bifocal train FILE`."""
     out = out or Path(f"{name.rpartition('/')[2]}.yaml")
-    with one_sentence(out.parent):
-        try:
-            copy_recipe(name, out)
-        except FileExistsError:
-            fail(f"'{out}' exists already. Choose another file.")
-        except FileNotFoundError:
-            fail(f"There is no folder '{out.parent}'. Make it, or choose another file.")
+    writes_into(out.parent)
+    copy_recipe(name, out)
     typer.echo(f"The recipe is in {out}. Start it with: bifocal train {out}")
