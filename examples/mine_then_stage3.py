@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     pairs = load_source(options.pairs, "text-pair")
     miner = SentenceTransformer(options.miner or options.model, trust_remote_code=True)
-    triplets = mine_texts(pairs, miner, MiningSettings(num_negatives=options.negatives, range_max=20))
+    triplets = mine_texts(pairs, miner, MiningSettings(negatives=options.negatives, depth=20))
     row = triplets[0]
     print(f"{row['query']} -> {row['positive']}\n  not: {row['negatives'][0]}")
 

@@ -17,7 +17,11 @@ from bifocal.training.shipped_recipes import shipped_recipe
 
 
 class TaskRecipe(Strict):
-    """A `Task` with the source of its rows."""
+    """A `Task` with the source of its rows.
+
+    Args:
+        data: the source of its rows.
+    """
 
     name: str
     kind: Literal["image-text", "text-pair", "text-triplet"]
@@ -49,7 +53,13 @@ class MaskedLanguageModelling(Strict):
 
 
 class StartFrom(Strict):
-    """The stage before, by its recipe's name; or a text tower and an image tower from two folders or Hub ids."""
+    """The stage before, by its recipe's name; or a text tower and an image tower from two folders or Hub ids.
+
+    Args:
+        stage: name of the recipe whose finished model this one starts from.
+        text: folder or Hub id of a text tower.
+        image: folder or Hub id of an image tower.
+    """
 
     stage: str | None = None
     text: str | None = None
@@ -57,7 +67,14 @@ class StartFrom(Strict):
 
 
 class Lora(Strict):
-    """Low-rank adapters (peft) in place of full training."""
+    """Low-rank adapters (peft) in place of full training.
+
+    Args:
+        r: rank of the adapters.
+        alpha: adapters are scaled by alpha / r.
+        dropout: probability that an input of an adapter is dropped.
+        target_modules: names of the linear layers that get an adapter.
+    """
 
     r: Annotated[int, Field(ge=1)] = 16
     alpha: Annotated[int, Field(ge=1)] = 32

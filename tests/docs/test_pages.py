@@ -1,5 +1,6 @@
 """What the pages say is so: their code runs, their commands, recipes and links exist."""
 
+import dataclasses
 import re
 import shutil
 from pathlib import Path
@@ -8,17 +9,21 @@ import pytest
 import torch
 import typer
 import yaml
+from references import commands as all_commands
 
 import bifocal
 from bifocal.cli import app
 from bifocal.evaluation.task_rows import EvaluationTask
 from bifocal.hub.export import export_model
 from bifocal.modeling import BifocalModel
+from bifocal.training.arguments import BifocalTrainingArguments
 from bifocal.training.recipe import TaskRecipe, find_recipe, load_recipe
 from tests.conftest import small_config
 from tests.docs.pages import PAGES, README, ROOT, blocks, commands
 
 GENERATED = {"docs/reference/commands.md", "docs/reference/recipes.md", "docs/contributing.md", "docs/changelog.md"}
+ROOMS = ("bifocal", "modeling", "data", "training", "evaluation", "hub", "benchmarks")
+ELSEWHERE = {"--accum-freq", "add_adapter", "mine_hard_negatives"}  # of other libraries
 PYTHON = [
     pytest.param(block, id=f"{page.stem}-{number}")
     for page in PAGES
@@ -92,6 +97,20 @@ def test_files_that_pages_name_exist():
         text = page.read_text(encoding="utf-8")
         for name in re.findall(r"`(?:python )?((?:benchmarks|examples|tests|docs|training)/[\w/.-]+)", text):
             assert (ROOT / name).exists(), f"{page.name}: {name}"
+
+
+def test_names_in_the_text_exist():
+    """A key, option or function that a page names in its text is one of ours, or of the libraries that it speaks of."""
+    sources = [path for room in ROOMS for kind in ("*.py", "*.yaml") for path in (ROOT / room).rglob(kind)]
+    words = set(re.findall(r"\w+", "".join(path.read_text(encoding="utf-8") for path in sources)))
+    options = {name for _, command in all_commands() for parameter in command.params for name in parameter.opts}
+    arguments = {field.name for field in dataclasses.fields(BifocalTrainingArguments)}
+    for page in PAGES:
+        text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+        for code in re.findall(r"`([^`\n]+)`", text):
+            assert set(re.findall(r"\b[a-z]+(?:_[a-z0-9]+)+\b", code)) <= words | ELSEWHERE, f"{page.name}: {code}"
+            assert set(re.findall(r"^--[a-z-]+", code)) <= options | ELSEWHERE, f"{page.name}: {code}"
+            assert set(re.findall(r"\btraining\.(\w+)", code)) <= arguments, f"{page.name}: {code}"
 
 
 def test_every_page_is_in_the_navigation():
