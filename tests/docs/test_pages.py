@@ -23,7 +23,12 @@ from tests.docs.pages import PAGES, README, ROOT, blocks, commands
 
 GENERATED = {"docs/reference/commands.md", "docs/reference/recipes.md", "docs/contributing.md", "docs/changelog.md"}
 ROOMS = ("bifocal", "modeling", "data", "training", "evaluation", "hub", "benchmarks")
-ELSEWHERE = {"--accum-freq", "add_adapter", "mine_hard_negatives"}  # of other libraries
+ELSEWHERE = {
+    "--accum-freq",
+    "--data",
+    "add_adapter",
+    "mine_hard_negatives",
+}  # of other libraries and of benchmarks.claims
 PYTHON = [
     pytest.param(block, id=f"{page.stem}-{number}")
     for page in PAGES
