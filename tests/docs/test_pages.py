@@ -10,6 +10,7 @@ import torch
 import typer
 import yaml
 from references import commands as all_commands
+from references import option_names
 
 import bifocal
 from bifocal.cli import app
@@ -28,7 +29,7 @@ ELSEWHERE = {
     "--data",
     "add_adapter",
     "mine_hard_negatives",
-}  # of other libraries and of benchmarks.claims
+}  # of other libraries, of the claims
 PYTHON = [
     pytest.param(block, id=f"{page.stem}-{number}")
     for page in PAGES
@@ -109,7 +110,9 @@ def test_names_in_the_text_exist():
     sources = [path for room in ROOMS for kind in ("*.py", "*.yaml") for path in (ROOT / room).rglob(kind)]
     words = set(re.findall(r"\w+", "".join(path.read_text(encoding="utf-8") for path in sources)))
     words |= {path.stem for path in (ROOT / "tests").rglob("*.py")}
-    options = {name for _, command in all_commands() for parameter in command.params for name in parameter.opts}
+    options = {
+        name for _, command in all_commands() for parameter in command.params for name in option_names(parameter)
+    }
     arguments = {field.name for field in dataclasses.fields(BifocalTrainingArguments)}
     for page in PAGES:
         text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
