@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 INSTALLED := $(VENV)/.linked
 FLOOR := $(CURDIR)/build/floor
 
-.PHONY: demo test test-quick test-floor lint format clean
+.PHONY: demo test test-quick test-floor lint format docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/bifocal demo
@@ -31,6 +31,14 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# Offline, and any broken link, anchor or docstring is an error. Needs Python 3.11.
+docs: $(INSTALLED) $(VENV)/.docs
+	$(BIN)/python docs/site/build.py
+
+$(VENV)/.docs: pyproject.toml constraints.txt $(VENV)/.installed
+	$(PIP) install --constraint constraints.txt --editable '.[docs]'
+	touch $@
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
