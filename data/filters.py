@@ -79,7 +79,7 @@ class Cleaning(BaseModel):
 
 
 class RowFilter:
-    """Applies the filters of a `Cleaning`, except consistency, row by row. Duplicates take 16 bytes of memory per row."""
+    """Applies the filters of a `Cleaning`, except consistency, row by row; duplicates take 16 bytes per row."""
 
     def __init__(self, cleaning: Cleaning) -> None:
         self.cleaning = cleaning

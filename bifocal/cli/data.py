@@ -71,7 +71,12 @@ def inspect(
 
 
 @data.command()
-def clean(source: SourceArgument, out: Path, overrides: Overrides = None, kind: Kind = None) -> None:
+def clean(
+    source: SourceArgument,
+    out: Annotated[Path, typer.Argument(help="Folder of Parquet files to write.")],
+    overrides: Overrides = None,
+    kind: Kind = None,
+) -> None:
     """Write the rows of a source that pass its filters as Parquet files, which can be streamed."""
     require("datasets", "pydantic")
     from bifocal.data.clean_copy import write_clean
@@ -108,7 +113,8 @@ def caption(
     before = f", {counts.existing:,} existed before" if counts.existing else ""
     skipped = f", {counts.skipped:,} skipped (see {out / 'skipped.jsonl'})" if counts.skipped else ""
     typer.echo(
-        f"{counts.captioned:,} captions are in {out}{before}{skipped}; in a recipe: path: {out}/*.parquet, image_root: /."
+        f"{counts.captioned:,} captions are in {out}{before}{skipped}; in a recipe: "
+        f"path: {out}/*.parquet, image_root: /."
     )
 
 
