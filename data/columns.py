@@ -1,4 +1,4 @@
-"""The columns that a kind of rows needs of a source, and which may be meant where one is missing."""
+"""The columns that a kind of rows needs, and which may be meant if one is missing."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +10,7 @@ from bifocal.data.readers import IMAGE_SUFFIXES
 from bifocal.data.source import Source
 from bifocal.errors import DataError, closest_name
 
-# Beside the names that are found without being told; the likeliest first.
+# Suggestions besides the names that are found without a mapping; the likeliest first.
 _SYNONYMS: dict[str, tuple[str, ...]] = {
     "image": ("img", "picture", "photo", "filename", "file", "image_file", "image_url", "url", "jpg", "png"),
     "caption": ("title", "description", "alt", "alt_text", "sentence", "sentences", "label", "prompt", "raw", "tags"),
@@ -32,10 +32,10 @@ _IMAGE_FILE = re.compile(rf"\S.*\.({'|'.join(IMAGE_SUFFIXES)})(\?\S*)?\s*$", re.
 
 
 class MissingColumnError(DataError):
-    """A source lacks a column.
+    """A column is missing in a source.
 
     Args:
-        names: of those that it has.
+        names: names of the columns that it has.
     """
 
     def __init__(self, message: str, names: Sequence[str] = ()) -> None:
@@ -44,13 +44,14 @@ class MissingColumnError(DataError):
 
 
 def require_columns(names: list[str] | None, source: Source, kind: str, rows: Sequence[Mapping[str, Any]] = ()) -> None:
-    """
+    """Require that a source has the columns that its mapping names and the kind needs.
+
     Args:
-        names: of the columns that a source has; None if they are not known before it is read.
-        rows: some of its rows, by which a column is suggested.
+        names: names of the source's columns; None if they are only known when it is read.
+        rows: some of its rows, used to suggest a column.
 
     Raises:
-        MissingColumnError: if it lacks one that is named, or that the kind needs, or has two of one name.
+        MissingColumnError: if a column is missing, or there are two of one name.
     """
     if names is None:
         return
@@ -76,13 +77,13 @@ def require_columns(names: list[str] | None, source: Source, kind: str, rows: Se
 
 
 def column_hint(ours: str, names: Sequence[str], rows: Sequence[Mapping[str, Any]], taken: Iterable[str] = ()) -> str:
-    """Return what to say of a missing column: one that may be meant, or that none looks like it.
+    """Return the end of a sentence on a missing column: one that may be meant, or that none looks like it.
 
     Args:
         ours: the column that a kind needs.
-        names: of the columns that the source has.
-        rows: some of its rows; without them only the names can be judged.
-        taken: columns that are known to be other ones of ours.
+        names: names of the source's columns.
+        rows: some of its rows; without them only the names are judged.
+        taken: columns that are already read as another column.
     """
     free = [name for name in names if name not in taken]
     known = [*NAMES[ours], *_SYNONYMS.get(ours, ())]
@@ -101,7 +102,7 @@ def column_hint(ours: str, names: Sequence[str], rows: Sequence[Mapping[str, Any
 
 
 def _fits(ours: str, name: str, values: list[Any]) -> bool | None:
-    """Whether a column may hold what is wanted, by its values; None if there are none."""
+    """Return whether a column may hold what is wanted, by its values; None without values."""
     values = [value[0] if isinstance(value, list) and value else value for value in values]
     values = [value for value in values if value not in (None, "", [])]
     if not values:
@@ -125,7 +126,7 @@ def _is_label(value: Any) -> bool:
 
 
 def _is_text(value: Any) -> bool:
-    """Whether a value is a text that is no number, address or file of an image."""
+    """Return whether a value is text, but not a number, an address or the path of an image."""
     return (
         isinstance(value, str) and any(map(str.isalpha, value))
         and not (_NUMBER.match(value) or _ADDRESS.match(value) or _IMAGE_FILE.match(value))

@@ -1,4 +1,4 @@
-"""From what a row holds of an image to pixel values; JPEGs decoded at reduced scale where the target is small."""
+"""Turn the image of a row into pixel values; JPEGs are decoded at reduced scale if the target is small."""
 
 import io
 import os
@@ -32,11 +32,11 @@ class ImageReader:
     """Decodes, resizes, crops and normalises as an image processor of transformers does.
 
     Args:
-        processor: of any family. Only `CLIPImageProcessor` with its usual steps has the faster way below.
-        exact: decode images whole and hand them to the processor, as evaluation does. Otherwise JPEGs are decoded at
+        processor: an image processor of any family. Only `CLIPImageProcessor` with its usual steps takes the fast way.
+        exact: decode at full scale and hand images to the processor, as evaluation does. Otherwise JPEGs are decoded at
             reduced scale: mean pixel differences are below 1 % of the range (0.1 % for images too small to be
             reduced), at a fraction of the time.
-        crop: resize and crop when decoding, not later; for images that nothing is done to in between.
+        crop: resize and crop when decoding; for images that are not augmented in between.
     """
 
     def __init__(self, processor: Any, exact: bool = False, crop: bool = True) -> None:
@@ -54,12 +54,12 @@ class ImageReader:
         self._table: Any = None if self.exact else _table(processor)
 
     def decode(self, value: Any) -> Any:
-        """An upright RGB image of whatever `load_image` reads or an undecoded `datasets.Image`; of a list each.
+        """Return an upright RGB image of whatever `load_image` reads or an undecoded `datasets.Image`, one by one.
 
-        What was decoded before is returned as it is.
+        A decoded image is returned unchanged.
 
         Raises:
-            RowError: if there is none, or it cannot be read, and why.
+            RowError: if there is no image, or it cannot be read.
         """
         if isinstance(value, RowError):
             raise value
@@ -84,11 +84,11 @@ class ImageReader:
         return Cropped(self._cropped(image)) if self.crop else image
 
     def pixels(self, images: list[Any]) -> torch.Tensor:
-        """(images, 3, height, width) normalised float32, of what `decode` returns."""
+        """Return normalised float32 of shape (images, 3, height, width), from what `decode` returns."""
         return self.inputs(images)["pixel_values"]
 
     def inputs(self, images: list[Any]) -> dict[str, torch.Tensor]:
-        """What an image tower takes of what `decode` returns: pixel values, and what else the processor makes."""
+        """Return the image tower's inputs from what `decode` returns: pixel values and further outputs."""
         if self.exact:
             return self._processed(images)
         found = np.empty((len(images), 3, self.side, self.side), dtype=np.float32)
@@ -105,7 +105,7 @@ class ImageReader:
         return dict(self.processor(images, return_tensors="pt", **resize))
 
     def _reduced(self, value: Any) -> Any:
-        """A JPEG at the smallest scale that serves; None where the general way is to be taken."""
+        """Return a JPEG at the smallest sufficient scale; None for what `load_image` has to read."""
         if isinstance(value, str) and (value.startswith("data:") or "://" in value):
             return None
         if not isinstance(value, bytes | str):
@@ -136,7 +136,7 @@ class ImageReader:
         return self._resized(image, *image.size)
 
     def _resized(self, image: Image.Image, width: float, height: float) -> np.ndarray:
-        """The processor's resize of the shorter side and its centre crop, as (3, height, width) bytes.
+        """Return an image resized and centre-cropped as the processor does, as (3, height, width) bytes.
 
         Args:
             width, height: of the image without what reduction has added at its right and lower edges.
@@ -163,7 +163,7 @@ class ImageReader:
 
 
 def _is_nested(value: list[Any]) -> bool:
-    """Whether a list is an array, as `datasets` gives one back, and not several images."""
+    """Return whether a list is one image as nested lists, as `datasets` returns it, and not several images."""
     return bool(value) and isinstance(value[0], list) and bool(value[0]) and isinstance(value[0][0], list | int | float)
 
 
@@ -176,7 +176,7 @@ def _array(value: list[Any]) -> np.ndarray:
 
 
 def _stored(value: dict[str, Any]) -> Any:
-    """What an undecoded `datasets.Image` holds; an address within an archive or a hub is read as `datasets` does."""
+    """Return what an undecoded `datasets.Image` holds; addresses in archives or hubs are read by `datasets`."""
     content, path = value.get("bytes"), value.get("path")
     if content is None and isinstance(path, str) and "://" in path and not path.startswith(("http://", "https://")):
         import datasets
@@ -189,16 +189,16 @@ def _stored(value: dict[str, Any]) -> Any:
 
 
 def _table(processor: Any) -> np.ndarray:
-    """(3, 256) what each value of each channel becomes: asked of the processor, so that it is the same to the bit."""
+    """Return (3, 256) normalised values of each byte and channel, computed by the processor and so equal to the bit."""
     values = np.repeat(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), 3, axis=2)
     found = processor(Image.fromarray(values), do_resize=False, do_center_crop=False, return_tensors="np")
     return np.ascontiguousarray(np.asarray(found["pixel_values"][0]).reshape(3, 256))
 
 
 def image_row_error(error: BaseException) -> RowError:
-    """The fault of a row whose image could not be read."""
-    said = _ADDRESS.sub("the bytes", str(error).removesuffix("; replace or remove it."))
-    return RowError(_cause(error), said[:300])
+    """Return the error of a row whose image could not be read."""
+    message = _ADDRESS.sub("the bytes", str(error).removesuffix("; replace or remove it."))
+    return RowError(_cause(error), message[:300])
 
 
 def _cause(error: BaseException) -> str:

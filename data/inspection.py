@@ -1,4 +1,4 @@
-"""What a source holds, in figures: rows, lengths, sizes, duplicates, what is left out and why, and a sample."""
+"""Inspect a source: rows, lengths, sizes, duplicates, skipped rows and their causes, and a sample."""
 
 import base64
 import hashlib
@@ -18,23 +18,24 @@ from bifocal.data.source import Source
 from bifocal.modeling import load_image
 
 _SAMPLE = 24
-_NAMED = 5  # rows named for each cause
+_NAMED = 5  # example rows per cause
 _THUMBNAIL = 112  # pixels
 
 
 @dataclass
 class Inspection:
-    """
+    """What a source holds, in numbers.
+
     Args:
-        title, kind: of the source.
-        rows, good: looked at, and usable.
-        complete: whether these are all.
-        skipped: for each cause how many, whether a filter dropped them, and some of them: (name, detail).
+        title, kind: title and kind of the source.
+        rows, good: numbers of inspected and of usable rows.
+        complete: whether these are all rows of the source.
+        skipped: for each cause the number of rows, whether a filter removed them, and examples (name, detail).
         lengths: characters of every text, by column.
         sizes: width and height of every image.
-        megabytes: of the images' files.
+        megabytes: size of all image files.
         counts: captions of each image, or negatives of each row.
-        duplicates: rows whose image, or whose texts, came before; they are counted, whether dropped or not.
+        duplicates: numbers of rows with an image, or with texts, of an earlier row, filtered or not.
         sample: rows drawn at random, each with `name`, `texts` (column, text) and perhaps `thumbnail`, a data URI.
     """
 
@@ -52,28 +53,28 @@ class Inspection:
     sample: list[dict[str, Any]] = field(default_factory=list)
 
 
-def inspect_source(source: Source, kind: str, most: int | None = 10_000, seed: int = 0) -> Inspection:
-    """Look at a source's first rows, images decoded.
+def inspect_source(source: Source, kind: str, max_rows: int | None = 10_000, seed: int = 0) -> Inspection:
+    """Inspect the first rows of a source, with images decoded.
 
     Args:
-        most: rows to look at; None means all.
-        seed: of the sample.
+        max_rows: number of rows to inspect; None means all.
+        seed: seed of the sample.
 
     Raises:
-        DataError: there is no such source.
+        DataError: if the source cannot be read.
     """
-    found = Inspection(source.title, kind)
+    inspection = Inspection(source.title, kind)
     draws = random.Random(seed)
     row_errors: dict[tuple[str, bool], list[tuple[str, str]]] = {}
     causes: Counter[tuple[str, bool]] = Counter()
     seen: dict[str, set[bytes]] = {"images": set(), "texts": set()}
     sample: list[tuple[str, dict[str, Any]]] = []
     rows = iter_rows(source, kind)
-    for name, row in islice(rows, most):
-        found.rows += 1
+    for name, row in islice(rows, max_rows):
+        inspection.rows += 1
         if not isinstance(row, RowError):
             try:
-                _measure(found, row, seen)
+                _measure(inspection, row, seen)
             except RowError as row_error:
                 row = row_error
         if isinstance(row, RowError):
@@ -82,48 +83,49 @@ def inspect_source(source: Source, kind: str, most: int | None = 10_000, seed: i
             if len(row_errors.setdefault(key, [])) < _NAMED:
                 row_errors[key].append((name, row.detail))
             continue
-        found.good += 1
-        place = len(sample) if len(sample) < _SAMPLE else draws.randrange(found.good)
-        if place < _SAMPLE:
-            sample[place : place + 1] = [(name, row)]
-    found.complete = next(rows, None) is None
-    found.skipped = [
+        inspection.good += 1
+        slot = len(sample) if len(sample) < _SAMPLE else draws.randrange(inspection.good)
+        if slot < _SAMPLE:
+            sample[slot : slot + 1] = [(name, row)]
+    inspection.complete = next(rows, None) is None
+    inspection.skipped = [
         {"cause": cause, "filtered": filtered, "count": count, "rows": row_errors[cause, filtered]}
         for (cause, filtered), count in causes.most_common()
     ]
-    found.sample = [_shown(name, row) for name, row in sample]
-    return found
+    inspection.sample = [_shown(name, row) for name, row in sample]
+    return inspection
 
 
-def _measure(found: Inspection, row: dict[str, Any], seen: dict[str, set[bytes]]) -> None:
-    """
+def _measure(inspection: Inspection, row: dict[str, Any], seen: dict[str, set[bytes]]) -> None:
+    """Add a row to the numbers.
+
     Raises:
-        RowError: the image cannot be read.
+        RowError: if the image cannot be read.
     """
     texts = {column: value for column, value in row.items() if column not in ("image", "image_id")}
     if "image" in row:
         data = read_image_bytes(row["image"])
         require_readable(data)
-        found.sizes.append(image_size(data))
-        found.megabytes += len(data) / 1e6
-        _repeated(found, seen, "images", data)
+        inspection.sizes.append(image_size(data))
+        inspection.megabytes += len(data) / 1e6
+        _repeated(inspection, seen, "images", data)
         if "caption" in row:
-            found.counts.append(len(row["caption"]) if isinstance(row["caption"], list) else 1)
+            inspection.counts.append(len(row["caption"]) if isinstance(row["caption"], list) else 1)
     if "negatives" in row:
-        found.counts.append(len(row["negatives"]))
+        inspection.counts.append(len(row["negatives"]))
     for column, value in texts.items():
         if isinstance(value, float):  # a score
             continue
-        lengths = found.lengths.setdefault(column, [])
+        lengths = inspection.lengths.setdefault(column, [])
         lengths.extend(len(text) for text in (value if isinstance(value, list) else [value]))
     written = [comparable_text(value) for value in texts.values() if not isinstance(value, float)]
     if written and "label" not in row:
-        _repeated(found, seen, "texts", "\0".join(written).encode())
+        _repeated(inspection, seen, "texts", "\0".join(written).encode())
 
 
-def _repeated(found: Inspection, seen: dict[str, set[bytes]], what: str, value: bytes) -> None:
+def _repeated(inspection: Inspection, seen: dict[str, set[bytes]], what: str, value: bytes) -> None:
     key = hashlib.blake2b(value, digest_size=16).digest()
-    found.duplicates[what] = found.duplicates.get(what, 0) + (key in seen[what])
+    inspection.duplicates[what] = inspection.duplicates.get(what, 0) + (key in seen[what])
     seen[what].add(key)
 
 

@@ -1,4 +1,4 @@
-"""One self-contained HTML page about a source of training data."""
+"""A self-contained HTML page about a source."""
 
 import statistics
 from collections import Counter
@@ -13,13 +13,13 @@ PAGE = "page about data"
 
 
 def write_data_page(inspection: Mapping[str, Any], path: Path) -> None:
-    """Render the page. It needs no other file and asks for nothing over the network.
+    """Write the page. It needs no other file and no network.
 
     Args:
         inspection: the fields of `bifocal.data.inspection.Inspection`.
 
     Raises:
-        NotOursError: if a file is there that is no such page, or that was changed since it was written.
+        NotOursError: if the path has another file, or a page that was changed since it was written.
         OSError: if the page cannot be written.
     """
     bad = sum(cause["count"] for cause in inspection["skipped"] if not cause["filtered"])
@@ -44,7 +44,7 @@ def _figures(data: Mapping[str, Any], bad: int, filtered: int) -> dict[str, str]
     if filtered:
         counts["filtered out"] = filtered
     counts |= {f"repeated {what}": count for what, count in data["duplicates"].items()}
-    figures = {"rows looked at" + ("" if data["complete"] else ", of more"): f"{rows:,}"}
+    figures = {"rows inspected" + ("" if data["complete"] else ", of more"): f"{rows:,}"}
     for name, count in counts.items():
         share = f", {count / rows:.1%}" if rows and count else ""
         figures[name + share.replace(", 0.0%", ", under 0.1%")] = f"{count:,}"

@@ -1,4 +1,4 @@
-"""Samples in tar shards: members that share a name up to its first dot (webdataset; LAION's jpg, txt and json)."""
+"""Read tar shards (webdataset): members that share a name up to its first dot are a sample."""
 
 import json
 import os
@@ -15,10 +15,10 @@ _LARGEST = 256 * 2**20  # bytes of a member
 
 
 def read_tar(path: str, start: Any = None) -> Iterator[Row]:
-    """The samples of a shard. A position is the place of the next sample's first header, in bytes.
+    """Yield the samples of a shard; a position is the byte of the next sample's first header.
 
-    A sample's columns are the endings of its members: images as bytes under `image`, texts as strings, and the fields
-    of its JSON under `json`. Links, and names that lead out of the shard (`../`), are faults; nothing is ever written.
+    A sample's columns are the suffixes of its members: images as bytes under `image`, texts as strings, and the fields
+    of its JSON under `json`. Links, and names that lead out of the shard (`../`), make a bad row; nothing is written.
     """
     with open_file(path) as file:
         file.seek(start or 0)
@@ -28,7 +28,7 @@ def read_tar(path: str, start: Any = None) -> Iterator[Row]:
         try:
             tar: Any = tarfile.TarFile(fileobj=file)
             while (member := tar.next()) is not None:
-                tar.members = []  # or it would remember every member of the shard
+                tar.members = []  # or it would keep every member of the shard in memory
                 if member.isdir():
                     continue
                 this, ending = _split(member.name)
@@ -42,7 +42,7 @@ def read_tar(path: str, start: Any = None) -> Iterator[Row]:
                     row_error = found
             _require_end(file, tar.offset)
         except (tarfile.TarError, OSError, EOFError) as error:
-            # The sample at hand may lack members: it is lost with what follows.
+            # The current sample may lack members: it is lost with the rest.
             yield Row(None, f"{file_name(path)}/{key or 0}", file_error(error))
             return
         if key is not None:
@@ -87,7 +87,7 @@ def _add(sample: dict[str, Any], ending: str, member: tarfile.TarInfo, tar: tarf
 
 
 def _require_end(file: BinaryIO, offset: int) -> None:
-    """tarfile ends in silence at a header it cannot read, and where a shard was cut between two members."""
+    """Require the end of the archive; tarfile stops silently at a broken header and at a cut between two members."""
     file.seek(offset)
     block = file.read(tarfile.BLOCKSIZE)
     if block.count(b"\0") == tarfile.BLOCKSIZE:

@@ -1,4 +1,4 @@
-"""JSON and JSON Lines row by row, and what all text files share: encodings, byte order marks, names of rows."""
+"""Read JSON and JSON Lines row by row; encodings, byte order marks and row names for all text files."""
 
 import codecs
 import io
@@ -14,7 +14,7 @@ from bifocal.errors import first_line
 
 LONGEST_LINE = 64 * 2**20  # bytes; a longer line is one bad row
 _CHUNK = 2**18  # characters read at once
-_HEAD = 4096  # bytes looked at to tell UTF-16 and UTF-32 from UTF-8
+_HEAD = 4096  # bytes read to tell UTF-16 and UTF-32 from UTF-8
 _BOMS = {  # the longer marks first: that of UTF-32 begins with that of UTF-16
     codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
@@ -29,9 +29,9 @@ class Row(NamedTuple):
     """A row of a file.
 
     Args:
-        position: where to begin for the rows after this one; plain JSON.
-        name: of the row, for logs: the file's name and what finds the row in it.
-        value: its columns, or why it has none.
+        position: where to resume after this row, in plain JSON types.
+        name: name for logs: the file's name and the row's place in it.
+        value: its columns, or why it cannot be read.
     """
 
     position: Any
@@ -53,11 +53,12 @@ class FileError(RowError):
 
 
 def file_name(path: str) -> str:
+    """Return the last part of a path."""
     return path.rstrip("/").rpartition("/")[2]
 
 
 def file_error(error: Exception) -> RowError:
-    """Return the fault of a file that cannot be read, or not further."""
+    """Return the error of a file that cannot be read, or not to its end."""
     if isinstance(error, FileNotFoundError):
         return RowError("missing file", first_line(error)[:300], file_lost=True)
     return RowError("file breaks off", first_line(error)[:300], file_lost=True)
@@ -79,6 +80,7 @@ def numbered(rows: Iterable[Row], start: Any) -> Iterator[Row]:
 
 
 def is_utf8(encoding: str | None) -> bool:
+    """Return whether an encoding is UTF-8, with or without a byte order mark."""
     return encoding is None or codecs.lookup(encoding).name in ("utf-8", "utf-8-sig")
 
 
@@ -99,7 +101,8 @@ def open_text(path: str, encoding: str | None) -> io.TextIOWrapper:
 
 
 def _require_utf8(file: BinaryIO) -> None:
-    """
+    """Require that a file is not in UTF-16 or UTF-32.
+
     Raises:
         FileError: if the file begins with the byte order mark of another encoding, or with many zero bytes.
     """
@@ -111,18 +114,19 @@ def _require_utf8(file: BinaryIO) -> None:
                 "not UTF-8", f"it begins with the byte order mark of {encoding.upper()}; set encoding={encoding}"
             )
     zeros = [head[first::4].count(0) for first in range(4)]
-    if 4 * sum(zeros) >= len(head) > 0:  # in UTF-8 a zero byte is rare
+    if 4 * sum(zeros) >= len(head) > 0:  # zero bytes are rare in UTF-8
         width = 32 if 3 * sum(zeros) >= 2 * len(head) else 16
         encoding = f"utf-{width}-{'be' if zeros[0] > zeros[3] else 'le'}"
         raise FileError("not UTF-8", f"it begins with zero bytes as {encoding} has them; set encoding={encoding}")
 
 
 def wrong_encoding(encoding: str | None, error: UnicodeError) -> FileError:
+    """Return the error of a file that is not in the encoding that its source sets."""
     return FileError(f"not {encoding}", f"{first_line(error)[:300]}; set another encoding, or none for UTF-8")
 
 
 def read_json_lines(path: str, start: Any = None, encoding: str | None = None) -> Iterator[Row]:
-    """JSONL, plain or gzipped; a position is [bytes, lines]. A file that holds an array is read as one.
+    """Yield the rows of a JSONL file, plain or gzipped; a position is [bytes, lines]. An array is read, too.
 
     Raises:
         FileError: if the file is in another encoding, or holds one object over several lines.
@@ -131,7 +135,7 @@ def read_json_lines(path: str, start: Any = None, encoding: str | None = None) -
 
 
 def read_json(path: str, start: Any = None, encoding: str | None = None) -> Iterator[Row]:
-    """A JSON file: an array of objects, read piece by piece, or lines. A position in an array is a number of rows.
+    """Yield the rows of a JSON file: an array of objects, or lines. A position in an array is a number of rows.
 
     Raises:
         FileError: as `read_json_lines`.
@@ -145,7 +149,7 @@ def _read_json(path: str, start: Any, encoding: str | None, arrays: tuple[str, .
             head = text.read(_HEAD).lstrip()
     except UnicodeError as error:
         raise wrong_encoding(encoding, error) from error
-    except EOFError:  # of gzip; said when the lines are read
+    except EOFError:  # of gzip; reported when the lines are read
         head = ""
     if "".join(head.split())[:2].startswith(arrays):
         yield from _read_array(path, start, encoding)
@@ -166,7 +170,7 @@ def _read_json(path: str, start: Any, encoding: str | None, arrays: tuple[str, .
                     yield Row((position, number), f"{file_name(path)}:{number}", row_error)
                 elif line.strip():
                     yield Row((position, number), f"{file_name(path)}:{number}", _parsed(line))
-        except (OSError, EOFError) as error:  # gzip says EOFError where it was cut
+        except (OSError, EOFError) as error:  # gzip raises EOFError if the file was cut
             yield Row(None, f"{file_name(path)}:{number + 1}", file_error(error))
 
 
@@ -179,7 +183,7 @@ def _skip(file: Any, position: int, seekable: bool) -> None:
 
 
 class _Recoded(io.RawIOBase):
-    """A text file in another encoding as bytes in UTF-8."""
+    """A text file in another encoding, as bytes in UTF-8."""
 
     def __init__(self, file: BinaryIO, encoding: str) -> None:
         self.text = io.TextIOWrapper(file, encoding, errors=_LONE, newline="")
@@ -197,7 +201,7 @@ class _Recoded(io.RawIOBase):
 
 
 def _lines(file: Any) -> Iterator[tuple[bytes | None, int]]:
-    """Lines and their lengths in bytes, also where they end in carriage returns; None in place of one too long."""
+    """Yield lines with their lengths in bytes; None for a line that is too long. A carriage return ends a line, too."""
     while line := file.readline(LONGEST_LINE):
         if len(line) < LONGEST_LINE or line.endswith(b"\n"):
             # Within a line of JSON there is no carriage return, so it can only be the end of one.
@@ -217,7 +221,7 @@ def _parsed(line: bytes) -> dict[str, Any] | RowError:
         return RowError("not UTF-8", f"{str(error)[:200]}; {OTHER_ENCODING}")
     except (ValueError, RecursionError) as error:
         return RowError("broken JSON", str(error)[:200])
-    return value if isinstance(value, dict) else RowError("broken JSON", f"a {type(value).__name__} and no object")
+    return value if isinstance(value, dict) else RowError("broken JSON", f"a {type(value).__name__}, not an object")
 
 
 def _read_array(path: str, start: Any, encoding: str | None) -> Iterator[Row]:
@@ -228,17 +232,17 @@ def _read_array(path: str, start: Any, encoding: str | None) -> Iterator[Row]:
                 number += 1
                 if number <= (start or 0):
                     continue
-                found = value if isinstance(value, dict) else RowError("broken JSON", "an entry that is no object")
-                yield Row(number, f"{file_name(path)}:{number}", found)
+                entry = value if isinstance(value, dict) else RowError("broken JSON", "an entry that is not an object")
+                yield Row(number, f"{file_name(path)}:{number}", entry)
         except (ValueError, RecursionError, OSError, EOFError) as error:
-            said = (
+            problem = (
                 ValueError(f"in entry {number + 1}: {error.msg}") if isinstance(error, json.JSONDecodeError) else error
             )
-            yield Row(None, f"{file_name(path)}:{number + 1}", file_error(said))
+            yield Row(None, f"{file_name(path)}:{number + 1}", file_error(problem))
 
 
 class _Array:
-    """The entries of a JSON array, of which only a piece is held. (ijson, made for this, ends at the first NaN.)"""
+    """Iterates over the entries of a JSON array with only a piece in memory (ijson would stop at the first NaN)."""
 
     def __init__(self, text: Any) -> None:
         self.text = text
@@ -261,13 +265,13 @@ class _Array:
             raise ValueError(f"there is more after the end of the array: {rest!r}")
 
     def _more(self) -> bool:
-        """Read on; twice as much each time, so that a long entry is not parsed too often."""
+        """Read more, twice as much each time, so that a long entry is not parsed too often."""
         piece = self.text.read(max(_CHUNK, len(self.held) - self.at))
         self.held, self.at = self.held[self.at :] + piece, 0
         return bool(piece)
 
     def _sign(self) -> str:
-        """Take the next character that is no space; an empty string at the end."""
+        """Take the next character that is not a space; an empty string at the end."""
         while True:
             match = _BLANK.match(self.held, self.at)
             self.at = match.end() if match else self.at
@@ -278,9 +282,10 @@ class _Array:
                 return ""
 
     def _entry(self) -> Any:
-        """
+        """Take the next entry.
+
         Raises:
-            ValueError: if the entry is no JSON, or does not end.
+            ValueError: if the entry is not valid JSON, or does not end.
         """
         if self._sign():
             self.at -= 1

@@ -35,7 +35,7 @@ def test_figures(folder):
     assert found.lengths == {"caption": [3, 25, 999]}
     assert found.sizes == [(64, 48)] * 3
     assert len(found.sample) == 3
-    part = inspect_source(Source(path=str(folder)), "image-text", most=2)
+    part = inspect_source(Source(path=str(folder)), "image-text", max_rows=2)
     assert (part.rows, part.complete) == (2, False)
 
 
@@ -59,7 +59,7 @@ def test_the_symbols_too():
     found = inspect_source(
         Source(path="symbols", split="test", column_mapping={"images": "image", "name": "caption"}),
         "image-text",
-        most=20,
+        max_rows=20,
     )
     assert (found.good, found.complete) == (20, False)
 

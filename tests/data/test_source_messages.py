@@ -189,10 +189,10 @@ def test_cells_that_hold_no_path(tmp_path):
     said = {int(name.rpartition(":")[2]): str(row) for name, row in stream.rows() if not isinstance(row, dict)}
     assert said[1] == said[2] == "no image: the cell is empty"
     assert said[3] == "no image: it is neither bytes nor a path, but of type int"
-    assert said[4].startswith("no image: a text of 5,000 characters is no path")
+    assert said[4].startswith("no image: a text of 5,000 characters is not a path")
     assert "set image_root to the folder that holds the images" in said[5]
     assert "download the images" in said[6]
-    assert "no base64" in said[9]
+    assert "not base64" in said[9]
     assert max(map(len, said.values())) < 400
 
 
