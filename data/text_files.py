@@ -95,8 +95,12 @@ def open_text(path: str, encoding: str | None) -> io.TextIOWrapper:
         OSError: if the file cannot be read.
     """
     file = open_file(path)
-    if is_utf8(encoding):
-        _require_utf8(file)
+    try:
+        if is_utf8(encoding):
+            _require_utf8(file)
+    except BaseException:
+        file.close()
+        raise
     return io.TextIOWrapper(file, "utf-8-sig" if is_utf8(encoding) else encoding, errors=_LONE, newline="")
 
 

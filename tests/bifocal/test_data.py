@@ -55,7 +55,7 @@ def test_inspect_and_clean(here):
         (["inspect", "empty.csv"], "'empty.csv' is empty (0 bytes) and has no rows."),
         (["inspect", "s.csv"], "has a semicolon where a comma was expected; set delimiter=';'."),
         (["inspect", "s.csv", "delimiter=;;"], "'delimiter=;;': the delimiter must be one character, such as ';'"),
-        (["inspect", "a.jsonl", "clean.min_sid=3"], "'clean.min_sid=3': unknown key 'min_sid'; did you mean"),
+        (["inspect", "a.jsonl", "clean.min_image_siz=3"], "unknown key 'min_image_siz'; did you mean"),
         (["inspect", "a.jsonl", "--kind", "images"], "'images' is not a kind of rows. Use one of image-text"),
         (["inspect", "a.jsonl", "--kind", "image-text"], "'a.jsonl' has no column 'image' (it has query, positive)"),
         (["inspect", "x.jsonl"], "Cannot infer the kind of rows of 'x.jsonl' from its columns (a). Name it with"),

@@ -13,7 +13,7 @@ def test_every_entry_is_complete_and_printed():
     assert len(table) == len(corpora()) + 1 > 10
     for name, found in corpora().items():
         assert all((found.licence, found.num_rows, found.verified))
-        assert found.id or found.download, "it comes from somewhere"
+        assert found.dataset_id or found.download, "it comes from somewhere"
         assert any(line.startswith(name) for line in table)
         text = explained(name)
         assert found.licence in text

@@ -77,7 +77,7 @@ def test_nothing_is_filtered_unless_asked(tmp_path):
 def test_what_compares_rows_cannot_stream(tmp_path):
     path = lines(tmp_path / "a.jsonl", [{"query": "a", "positive": "b"}])
     for change in ({"deduplicate_texts": True}, {"consistency": {"model": "m"}}):
-        with pytest.raises(DataError, match="clean it first with bifocal data clean"):
+        with pytest.raises(DataError, match="Run `bifocal data clean` first"):
             load_source(Source(path=str(path), streaming=True, clean=change), "text-pair")
 
 
@@ -115,7 +115,10 @@ def test_consistency_on_real_captions(tmp_path, minilm):
     """Pairs of captions of one photo, and among them pairs of two photos: most of these go, few of the others."""
     if not SHARED.exists():
         pytest.skip("the shared data are not here")
-    photos = [json.loads(line)["captions"] for line in (SHARED / "captions/flickr30k-val.jsonl").open()][:300]
+    photos = [
+        json.loads(line)["captions"]
+        for line in (SHARED / "captions/flickr30k-val.jsonl").read_text(encoding="utf-8").splitlines()
+    ][:300]
     rows = [{"query": c[0], "positive": photos[n - 40][1] if n % 10 == 0 else c[1]} for n, c in enumerate(photos)]
     path = lines(tmp_path / "a.jsonl", rows)
     skipped = SkipLog()

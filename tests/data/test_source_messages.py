@@ -46,7 +46,7 @@ def cache(tmp_path, monkeypatch):
         (
             {"query": "a", "positive": "b", "hard_negatives": ["c"]},
             "text-triplet",
-            "column_mapping.hard_negatives=nega",
+            "column_mapping.hard_negatives=negatives",
         ),
         ({"img": "a/b.JPG", "title": "a b"}, "image-text", "such as column_mapping.img=image"),
         ({"photo": {"bytes": b"x", "path": None}, "title": "a b"}, "image-text", "such as column_mapping.photo=image"),

@@ -194,7 +194,7 @@ def test_a_beir_folder(tmp_path):
         {"query": "last letter?", "positive": "Omega the last letter"}, {"query": "what shines?", "positive": "a star"},
     ]  # fmt: skip
     assert list(row_errors(found).values()) == ["judgement of a missing text"]
-    with pytest.raises(ValueError, match=r"1 missing file.*Mend"):
+    with pytest.raises(ValueError, match=r"1 missing file.*Correct or remove"):
         load(tmp_path, "text-pair", split="test")
     assert len(load(tmp_path, "text-pair", max_bad_fraction=0.5)) == 2
     (tmp_path / "qrels" / "train.tsv").write_text("1\td1\t1\n2\td2\t1\n2\td2\tmuch\n")
