@@ -15,7 +15,7 @@ from bifocal.data.loading import METADATA, guess_kind
 from bifocal.data.paths import Fence, expand, is_remote
 from bifocal.data.skips import Fault
 from bifocal.data.source import Source
-from bifocal.errors import RecipeError
+from bifocal.errors import DataError
 from bifocal.hub.search.index import SearchIndex
 from bifocal.hub.search.items import Item
 from bifocal.hub.search.mirror import Origin
@@ -29,29 +29,29 @@ def kind_of(source: Source, kind: str | None) -> str:
     """Return the kind of rows to read, inferred from files and columns if not given.
 
     Raises:
-        RecipeError: if the kind is not one that is indexed, there is nothing to read, or it cannot be inferred.
+        DataError: if the kind is not one that is indexed, there is nothing to read, or it cannot be inferred.
     """
     if kind is not None and kind not in KINDS:
-        raise RecipeError(f"'{kind}' is no kind that can be indexed; it must be one of {', '.join(KINDS)}.")
+        raise DataError(f"'{kind}' is no kind that can be indexed; it must be one of {', '.join(KINDS)}.")
     folder = _folder(source)
     if isinstance(source.path, str) and folder is None:
         _require_rows(source.path, kind)
     if folder is not None and not any(os.scandir(folder)):
-        raise RecipeError(f"The folder '{source.title}' is empty; nothing can be indexed.")
+        raise DataError(f"The folder '{source.title}' is empty; nothing can be indexed.")
     if kind is not None:
         return kind
     if _image_files(source) is not None:
         return "image-only"
     try:
         found = guess_kind(source)
-    except RecipeError:
+    except DataError:
         if folder is None:
             raise
         files = find_images(folder)
         if files.names:
             return "image-only"
         there = by_suffix(files.others) or f"{files.hidden} hidden files or folders"
-        raise RecipeError(
+        raise DataError(
             f"The folder '{source.title}' holds no images and no table of them ({there}). If datasets can load it, "
             "name the kind of its rows with --kind."
         ) from None
@@ -78,17 +78,17 @@ def _folder(source: Source) -> str | None:
 def _require_rows(path: str, kind: str | None) -> None:
     """
     Raises:
-        RecipeError: if a path that means a file has no file, or an empty one.
+        DataError: if a path that means a file has no file, or an empty one.
     """
     file = os.path.expanduser(path)
     if os.path.isfile(file):
         if os.path.getsize(file) == 0:
-            raise RecipeError(f"The file '{path}' is empty; nothing can be indexed.")
+            raise DataError(f"The file '{path}' is empty; nothing can be indexed.")
     elif not is_remote(path) and not any(sign in path for sign in "*?[{:") and path != "symbols":
         if not _HUB_ID.fullmatch(path) or path.startswith(".") or os.path.splitext(path)[1]:
-            raise RecipeError(f"There is nothing at '{path}'; check the path.")
+            raise DataError(f"There is nothing at '{path}'; check the path.")
         if kind is None:
-            raise RecipeError(
+            raise DataError(
                 f"There is no file or folder '{path}'. If it is a data set of the Hub, name the kind of its rows with "
                 "--kind."
             )
@@ -208,7 +208,7 @@ class Reading:
             self.origin.unread.add(printable(name))
         self.origin.complete &= found.complete
         if self.source.columns and self.table is None:
-            raise RecipeError(
+            raise DataError(
                 f"'{self.source.title}' has images and no table, so it has no columns; leave out columns."
             )
         keep = RowFilter(self.source.clean) if self.source.clean is not None else None
