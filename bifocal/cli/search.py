@@ -1,4 +1,4 @@
-"""The commands `index`, `search`, `remove`, `database` and `serve`."""
+"""The commands `index`, `search`, `remove`, `export-lancedb` and `serve`."""
 
 import json
 from pathlib import Path
@@ -125,29 +125,33 @@ def search(
     precision: Annotated[str | None, typer.Option(help="float32 or int8; the most exact if omitted.")] = None,
     weight: Annotated[float, typer.Option(min=0, max=1, help="Of the text, beside a picture.")] = 0.5,
     model: Model = None,
-    database: Annotated[str | None, typer.Option(help="Search this LanceDB database in place of the index.")] = None,
+    lancedb: Annotated[
+        str | None, typer.Option(help="Search this LanceDB database, written by export-lancedb, instead.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the hits as JSON.")] = False,
 ) -> None:
     """Print what is nearest to a text, a picture or both."""
-    require(*_NEEDS, *(["lancedb"] if database else []))
+    require(*_NEEDS, *(["lancedb"] if lancedb else []))
     from bifocal.hub.search.index import SearchIndex
     from bifocal.hub.search.items import KINDS
     from bifocal.hub.search.searcher import Searcher
 
+    if lancedb is not None and (dim is not None or precision is not None):
+        raise BifocalError("--dim and --precision choose one of the folder's indexes; omit them with --lancedb.")
     kinds = KINDS if only is None else (only,)
     searcher = Searcher(SearchIndex(index), model)
     vector = searcher.vector(text, image, weight)
-    if database is not None:
-        from bifocal.hub.search.lance import search_lance
+    if lancedb is not None:
+        from bifocal.hub.search.lance import search_lancedb
 
-        found = search_lance(database, vector, searcher.index.weights, hits, kinds)
+        found = search_lancedb(lancedb, vector, searcher.index.weights, hits, kinds)
     else:
         form = None if dim is None and precision is None else (dim or searcher.index.dimensions, precision or "float32")
         found = searcher.index.search(vector, hits, kinds, form)
     if not found:
         what = "texts" if only == "text" else "images" if only == "image" else "items"
         raise BifocalError(
-            f"'{database or index}' has no {what}; add some with bifocal index, or search without --only."
+            f"'{lancedb or index}' has no {what}; add some with bifocal index, or search without --only."
         )
     if as_json:
         typer.echo(json.dumps([hit.plain() for hit in found], indent=2, ensure_ascii=False))
@@ -178,18 +182,18 @@ def remove(
     typer.echo(f"{count:,} deleted; {index} has {len(opened):,} left.")
 
 
-def database(
+def export_lancedb(
     index: Index,
     uri: Annotated[str, typer.Argument(help="A folder, or an address that LanceDB knows (s3://, gs://, db://).")],
 ) -> None:
-    """Copy an index into a LanceDB database; again, and only what changed is changed there."""
+    """Write an index's items to a LanceDB database; run it again to bring the database up to date."""
     require(*_NEEDS, "lancedb")
     from bifocal.hub.search.index import SearchIndex
-    from bifocal.hub.search.lance import copy_to_lance
+    from bifocal.hub.search.lance import export_to_lancedb
 
     writes_into(Path(uri) if "://" not in uri else Path())
-    count = copy_to_lance(SearchIndex(index), uri)
-    typer.echo(f"{count:,} rows are at {uri}.")
+    count = export_to_lancedb(SearchIndex(index), uri)
+    typer.echo(f"{count:,} rows are in {uri}.")
 
 
 def serve(

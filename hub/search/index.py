@@ -324,8 +324,8 @@ class SearchIndex:
         for kind in kinds:
             rows = self._nearest(opened, query, k if exact else _CANDIDATES * k, kind, dim, precision)
             scores = opened.vectors(rows) @ query
-            mean, deviation = opened.usual(kind, query) if len(kinds) > 1 else (0.0, 1.0)
-            hits += [(float((score - mean) / deviation), float(score), int(row)) for score, row in zip(scores, rows)]
+            ranked_by = opened.calibration.ranking_scores(scores, kind, query) if len(kinds) > 1 else scores
+            hits += zip(ranked_by.tolist(), scores.tolist(), rows.tolist(), strict=True)
         hits = sorted(hits, key=lambda hit: (-hit[0], hit[2]))[:k]
         return [opened.hit(row, score, standing) for standing, score, row in hits]
 

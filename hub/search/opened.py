@@ -12,10 +12,8 @@ from typing import Any
 import numpy as np
 
 from bifocal.hub.search.items import KINDS, Hit, unit
+from bifocal.hub.search.ranking import Calibration, sample_rows
 from bifocal.hub.search.table import Snapshot, Table, require_unit
-
-_SAMPLE = 1024  # items of a kind by which scores are made comparable
-_FEW = 8  # items of a kind below which its mean and deviation say nothing
 
 
 class Opened:
@@ -39,13 +37,7 @@ class Opened:
         self.masks = {kind: np.packbits(self.kinds == kind, bitorder="little") for kind in KINDS}
         self.numbers = {kind: int((self.kinds == kind).sum()) for kind in KINDS}
         self.faiss = {form: _faiss(folder, snapshot, *form) for form in forms} if self.keys else {}
-        generator = np.random.default_rng(0)
-        self.samples: dict[str, np.ndarray] = {}
-        for kind in KINDS:
-            rows = np.flatnonzero(self.kinds == kind)
-            if len(rows) >= _FEW:
-                chosen = generator.choice(rows, min(_SAMPLE, len(rows)), replace=False)
-                self.samples[kind] = self.vectors(np.sort(chosen))
+        self.calibration = Calibration({kind: self.vectors(rows) for kind, rows in sample_rows(self.kinds).items()})
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:
         """(rows, dimensions), the vectors of some rows."""
@@ -56,13 +48,6 @@ class Opened:
         for place, row in enumerate(rows):
             require_unit(found[place : place + 1], self.parts[int(np.searchsorted(self.first, row, "right")) - 1])
         return found
-
-    def usual(self, kind: str, query: np.ndarray) -> tuple[float, float]:
-        """Mean and deviation of a query's scores with a kind; 0 and 1 where a kind has too few items to tell."""
-        if len(self.samples) < len(KINDS):
-            return 0.0, 1.0
-        scores = self.samples[kind] @ query
-        return float(scores.mean()), max(float(scores.std()), 1e-6)
 
     def hit(self, row: int, score: float, standing: float) -> Hit:
         picture = self.arrow.column("image")[row].as_py()

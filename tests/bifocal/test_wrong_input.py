@@ -95,7 +95,7 @@ search nope cat
 search empty cat
 search file.txt cat
 remove nope name
-database nope out
+export-lancedb nope out
 serve nope
 serve file.txt
 data show nope

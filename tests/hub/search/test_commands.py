@@ -1,4 +1,4 @@
-"""`bifocal index`, `search`, `remove`, `database` and `serve --space`, as a user runs them."""
+"""`bifocal index`, `search`, `remove`, `export-lancedb` and `serve --space`, as a user runs them."""
 
 import json
 import re
@@ -85,11 +85,11 @@ def test_added_to_and_deleted_from(reader, indexed):
 
 
 def test_copied_to_a_database(reader, indexed):
-    done = invoke(reader, "database", "runs/index", "runs/lance")
+    done = invoke(reader, "export-lancedb", "runs/index", "runs/lance")
     assert done.exit_code == 0, done.stderr[-3000:]
-    assert re.fullmatch(r"\d+ rows are at runs/lance\.\n", done.stdout)
+    assert re.fullmatch(r"\d+ rows are in runs/lance\.\n", done.stdout)
     here = invoke(reader, "search", "runs/index", "black star", "--only", "text").stdout
-    there = invoke(reader, "search", "runs/index", "black star", "--only", "text", "--database", "runs/lance").stdout
+    there = invoke(reader, "search", "runs/index", "black star", "--only", "text", "--lancedb", "runs/lance").stdout
     assert here == there != ""
 
 
@@ -115,7 +115,7 @@ def test_written_as_a_space(reader, indexed):
         (["search", "runs/index", "x", "--only", "video"], "'video' is nothing to search for"),
         (["remove", "runs/index", "gone"], "Nothing in 'runs/index' is called 'gone'"),
         (["serve", "pictures"], "'pictures' is no index"),
-        (["search", "runs/index", "x", "--database", "runs/none"], "There is no table 'items' at 'runs/none'"),
+        (["search", "runs/index", "x", "--lancedb", "runs/none"], "There is no table 'items' at 'runs/none'"),
     ],
 )
 def test_bad_input_gets_one_sentence(reader, indexed, command, message):

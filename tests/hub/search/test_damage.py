@@ -98,7 +98,7 @@ def test_every_command_says_so(folder):
     part(folder).write_bytes(b"no arrow")
     (folder.parent / "texts.jsonl").write_text('{"text": "one"}\n')
     for command in (
-        ["search", "index", "a star"], ["remove", "index", "*"], ["database", "index", "lance"],
+        ["search", "index", "a star"], ["remove", "index", "*"], ["export-lancedb", "index", "lance"],
         ["serve", "index"], ["serve", "index", "--space", "space"], ["index", "texts.jsonl", "index"],
     ):  # fmt: skip
         assert "part-000001.arrow' is damaged: its end is missing. Delete this" in error_of(folder.parent, *command)

@@ -244,7 +244,7 @@ def test_nothing_tells_of_this_machine(desk, saved):
         model = ("--model", str(home / "model"))
         done = invoke(desk, "index", str(home / source), str(home / "index"), *model, *options)
         assert done.exit_code == 0, done.stderr
-    for command in (["database", "lance"], ["serve", "--space", "space"]):
+    for command in (["export-lancedb", "lance"], ["serve", "--space", "space"]):
         done = invoke(desk, command[0], str(home / "index"), *command[1:])
         assert done.exit_code == 0, done.stderr
     names = [name for found, _ in rows(home).values() for name in found]
