@@ -1,4 +1,4 @@
-"""What several tests of the commands start from."""
+"""Fixtures for tests of the commands."""
 
 from pathlib import Path
 
@@ -7,6 +7,6 @@ import pytest
 
 @pytest.fixture
 def desk(tmp_path, saved) -> Path:
-    """A working directory beside a model."""
+    """A working directory with a link to a small model."""
     (tmp_path / "model").symlink_to(saved)
     return tmp_path
