@@ -53,8 +53,9 @@ def make_index(folder: Path, given: argparse.Namespace) -> Path:
 
     from bifocal.hub.export import export_model
     from bifocal.hub.sample_images import samples
-    from bifocal.hub.search.index import SearchIndex, weights_of
+    from bifocal.hub.search.index import SearchIndex
     from bifocal.hub.search.items import Item
+    from bifocal.hub.search.models import weights_hash
     from bifocal.hub.search.searcher import Searcher
     from bifocal.modeling import BifocalConfig, BifocalModel, BifocalProcessor
     from bifocal.training.tokenizer import train_wordpiece
@@ -67,7 +68,7 @@ def make_index(folder: Path, given: argparse.Namespace) -> Path:
     tokenizer = train_wordpiece([f"{a} {b}" for a in TOPICS for b in PLACES], 300, 512)
     images = CLIPImageProcessorPil(size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224})
     place = export_model(model, folder / "model", BifocalProcessor(images, tokenizer))
-    index = SearchIndex.create(folder / "index", str(place), weights_of(place), given.width)
+    index = SearchIndex.create(folder / "index", str(place), weights_hash(place), given.width)
     import io
 
     items = [Item(f"text {n}", f"{TOPICS[n % 7]} {PLACES[n % 6]} {n}") for n in range(given.rows - 64)]
@@ -93,7 +94,7 @@ def measure(address: str, given: argparse.Namespace) -> dict[str, float]:
         query = f"{TOPICS[number % 7]} {PLACES[number % 5]}"
         # As a browser asks. The client of gradio spends ten times the server's time on a search.
         server = http.client.HTTPConnection(address.removeprefix("http://"), timeout=120)
-        asked = json.dumps({"data": [query, None, "In one ranking", 12, 0.5]})
+        asked = json.dumps({"data": [query, None, "One ranking", 12, 0.5]})
         server.request("POST", route, asked, {"Content-Type": "application/json"})
         event = json.loads(server.getresponse().read())["event_id"]
         server.request("GET", f"{route}/{event}")

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from bifocal.errors import first_line
 from bifocal.hub.search.index import SearchIndex
-from bifocal.hub.search.items import KINDS, Hit, SearchError, known_kinds, unit
+from bifocal.hub.search.items import KINDS, Hit, SearchError, check_kinds, normalize
 from bifocal.hub.search.ranking import Calibration, sample_rows
 
 _ITEMS = "items"
@@ -57,7 +58,7 @@ def export_to_lancedb(index: SearchIndex, uri: str) -> int:
         for rows, vectors in zip(snapshot.tables, snapshot.vectors(), strict=True):
             if not len(rows):
                 continue
-            names = [[place["name"] for place in places] for places in rows.column("places").to_pylist()]
+            names = [[one["name"] for one in occurrences] for occurrences in rows.column("occurrences").to_pylist()]
             columns = {name: rows.column(name) for name in ("key", "kind", "name", "text")}
             columns = {name: column.cast(text).combine_chunks() for name, column in columns.items()}
             columns |= {
@@ -94,14 +95,14 @@ def search_lancedb(uri: str, vector: np.ndarray, weights: str, k: int = 10, kind
 
     Args:
         vector: (dimensions,) of the query.
-        weights: hash of the weights of the model that made the query, see `weights_of`.
+        weights: hash of the weights of the model that made the query, see `weights_hash`.
         kinds: kinds to search for.
 
     Raises:
         SearchError: if there is no such table, or it is of another model.
     """
-    kinds = known_kinds(kinds)
-    query = unit(np.asarray(vector, np.float32))
+    kinds = check_kinds(kinds)
+    query = normalize(np.asarray(vector, np.float32))
     hits: list[Hit] = []
     with _errors_as_search_errors(uri):
         database = _connect(uri)
@@ -122,7 +123,7 @@ def search_lancedb(uri: str, vector: np.ndarray, weights: str, k: int = 10, kind
                 Hit(row["name"], kind, row["text"], float(score), float(by), row["thumbnail"], tuple(row["names"]))
                 for row, score, by in zip(rows.to_pylist(), scores, ranking_scores, strict=True)
             ]
-    return sorted(hits, key=lambda hit: -hit.standing)[:k]
+    return sorted(hits, key=lambda hit: -hit.ranking_score)[:k]
 
 
 def _calibration(table: Any) -> Calibration:
@@ -154,7 +155,7 @@ def _errors_as_search_errors(uri: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        reason = first_line(error)[:200]
         raise SearchError(
             f"The database at '{uri}' cannot be used ({reason}). Check address and permissions."
         ) from error

@@ -1,20 +1,23 @@
 """A small index of real pictures and texts, made by a seeded model."""
 
 import io
+import sys
 
 import pytest
 import torch
 
 from bifocal.hub.export import export_model
 from bifocal.hub.sample_images import samples
-from bifocal.hub.search.index import SearchIndex, weights_of
+from bifocal.hub.search.index import SearchIndex
 from bifocal.hub.search.items import Item
+from bifocal.hub.search.models import weights_hash
 from bifocal.hub.search.searcher import Searcher
 from bifocal.modeling import BifocalModel
 from tests.conftest import small_config
+from tests.hub.search.serving import EVIL, Server, free_port
 
 
-def made_items() -> list[Item]:
+def sample_items() -> list[Item]:
     items = []
     for number, (text, picture) in enumerate(samples()):
         buffer = io.BytesIO()
@@ -36,7 +39,7 @@ def new(model_folder, tmp_path):
 
     def make(dims=(), precisions=("float32",), name="index") -> Searcher:
         index = SearchIndex.create(
-            tmp_path / name, str(model_folder), weights_of(model_folder), 40, dims, precisions
+            tmp_path / name, str(model_folder), weights_hash(model_folder), 40, dims, precisions
         )  # fmt: skip
         return Searcher(index)
 
@@ -46,5 +49,17 @@ def new(model_folder, tmp_path):
 @pytest.fixture
 def searcher(new) -> Searcher:
     made = new()
-    made.add(made_items())
+    made.add(sample_items())
     return made
+
+
+@pytest.fixture(scope="session")
+def served(model_folder, tmp_path_factory):
+    """The page of an index, served by `bifocal serve`."""
+    folder = tmp_path_factory.mktemp("page")
+    index = SearchIndex.create(folder / "index", str(model_folder), weights_hash(model_folder), 40)
+    Searcher(index).add([*sample_items(), Item("evil", EVIL)])
+    port = free_port()
+    command = [sys.executable, "-m", "bifocal", "serve", str(index.folder), "--port", str(port), "--title", "Shapes"]
+    with Server(command, port, folder) as server:
+        yield server

@@ -45,9 +45,9 @@ def reader(processor, tmp_path_factory) -> Path:
 def indexed(reader) -> Path:
     index, search, serve = commands()
     assert (index[0], search[0], serve[0]) == ("index", "search", "serve")
-    done = invoke(reader, *index, "--dims", "40", "--dims", "16", "--precision", "float32", "--precision", "int8")
+    done = invoke(reader, *index, "--dim", "40", "--dim", "16", "--precision", "float32", "--precision", "int8")
     assert done.exit_code == 0, done.stderr[-3000:]
-    assert "24 new, 0 known before; runs/index has 12 pictures and 12 texts." in done.stdout
+    assert "24 new, 0 known before; runs/index has 12 images and 12 texts." in done.stdout
     return reader / "runs" / "index"
 
 
@@ -73,11 +73,11 @@ def test_searched(reader, indexed):
 def test_added_to_and_deleted_from(reader, indexed):
     more = invoke(reader, "index", "loose", "runs/index")
     assert more.exit_code == 0, more.stderr[-3000:]
-    assert "1 new, 0 known before, 1 left out; runs/index has 13 pictures and 12 texts." in more.stdout
-    assert "Left out: " in more.stderr
+    assert "1 new, 0 known before, 1 skipped; runs/index has 13 images and 12 texts." in more.stdout
+    assert "Skipped: " in more.stderr
     assert "two.jpg" in more.stderr
     texts = invoke(reader, "index", "texts.jsonl", "runs/index")
-    assert "5 new, 0 known before; runs/index has 13 pictures and 17 texts." in texts.stdout
+    assert "5 new, 0 known before; runs/index has 13 images and 17 texts." in texts.stdout
     again = invoke(reader, "index", "texts.jsonl", "runs/index")
     assert "0 new, 5 known before" in again.stdout
     gone = invoke(reader, "remove", "runs/index", "*one.jpg", "*texts.jsonl*")
@@ -102,17 +102,17 @@ def test_written_as_a_space(reader, indexed):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["index", "pictures", "runs/new"], "Name the model that embeds, a Bifocal folder or Hub id, with --model."),
-        (["index", "nothing.jsonl", "runs/index"], "There is nothing at 'nothing.jsonl'; check the path."),
+        (["index", "pictures", "runs/new"], "Pass --model with a Bifocal folder or Hub id."),
+        (["index", "nothing.jsonl", "runs/index"], "'nothing.jsonl' does not exist. Check the path."),
         (["index", "pictures", "pictures", "--model", "runs/demo/model"], "holds other files and no index"),
-        (["index", "pictures", "runs/index", "--kind", "video"], "'video' is no kind that can be indexed"),
-        (["index", "pictures", "runs/index", "--dims", "41"], "dims must be from 1 to 40"),
+        (["index", "pictures", "runs/index", "--kind", "video"], "'video' cannot be indexed"),
+        (["index", "pictures", "runs/index", "--dim", "41"], "choose --dim from 1 to 40"),
         (["index", "pictures", "runs/new", "--model", "pictures"], "There is no Bifocal model at 'pictures'"),
-        (["search", "runs/index"], "Give a text, a picture or both."),
-        (["search", "pictures", "x"], "'pictures' is no index; make one with bifocal index."),
-        (["search", "runs/index", "--image", "gone.png"], "The picture cannot be used: it does not exist."),
-        (["search", "runs/index", "x", "--dim", "7"], "has no index of 7 dimensions in float32; it has"),
-        (["search", "runs/index", "x", "--only", "video"], "'video' is nothing to search for"),
+        (["search", "runs/index"], "Enter a text, an image or both."),
+        (["search", "pictures", "x"], "'pictures' is no index. Make one with bifocal index."),
+        (["search", "runs/index", "--image", "gone.png"], "The image cannot be used: it does not exist."),
+        (["search", "runs/index", "x", "--dim", "7"], "cannot be searched by 7 dimensions in float32, only by"),
+        (["search", "runs/index", "x", "--only", "video"], "'video' cannot be searched for"),
         (["remove", "runs/index", "gone"], "Nothing in 'runs/index' is called 'gone'"),
         (["serve", "pictures"], "'pictures' is no index"),
         (["search", "runs/index", "x", "--lancedb", "runs/none"], "There is no table 'items' at 'runs/none'"),

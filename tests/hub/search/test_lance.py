@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from bifocal.hub.search import lance
-from bifocal.hub.search.items import SearchError, unit
+from bifocal.hub.search.items import SearchError, normalize
 from bifocal.hub.search.lance import export_to_lancedb, search_lancedb
-from bifocal.hub.search.table import Place
+from bifocal.hub.search.table import Occurrence
 from tests.bifocal.commands import error_of, invoke
 
 
@@ -20,7 +20,7 @@ def test_a_database_gives_the_same_hits(searcher, tmp_path, kinds):
     expected = searcher.index.search(vector, 20, kinds)
     hits = search_lancedb(uri, vector, searcher.index.weights, 20, kinds)
     assert [hit.names for hit in hits] == [hit.names for hit in expected]
-    for name in ("score", "standing"):
+    for name in ("score", "ranking_score"):
         assert [getattr(hit, name) for hit in hits] == pytest.approx([getattr(hit, name) for hit in expected], abs=1e-5)
     assert [hit.thumbnail for hit in hits] == [hit.thumbnail for hit in expected]
 
@@ -37,17 +37,17 @@ def test_the_command_ranks_a_database_as_the_index(searcher, tmp_path):
     assert len(hits) == 15
     for hit, other in zip(hits, expected, strict=True):
         assert hit == {**other, "score": pytest.approx(other["score"], abs=1e-5),
-                       "standing": pytest.approx(other["standing"], abs=1e-5)}  # fmt: skip
+                       "ranking_score": pytest.approx(other["ranking_score"], abs=1e-5)}  # fmt: skip
     refused = error_of(tmp_path, *query, "--lancedb", "lance", "--dim", "16")
-    assert "--dim and --precision choose one of the folder's indexes" in refused
+    assert "--dim and --precision choose a variant of the index" in refused
 
 
 def test_an_approximate_search_gives_exact_scores(new, tmp_path, monkeypatch):
     index = new().index
-    vectors = unit(np.random.default_rng(0).normal(size=(600, 40)).astype(np.float32))
+    vectors = normalize(np.random.default_rng(0).normal(size=(600, 40)).astype(np.float32))
     index.table.append(
         [{"key": f"{row:04x}", "kind": ("image", "text")[row % 2], "text": f"text {row}", "image": None,
-          "places": [Place(-1, f"{row}", "")], "embedding": vector} for row, vector in enumerate(vectors)]
+          "occurrences": [Occurrence(-1, f"{row}", "")], "embedding": vector} for row, vector in enumerate(vectors)]
     )  # fmt: skip
     monkeypatch.setattr(lance, "_MIN_ROWS_FOR_ANN", 500)
     uri = str(tmp_path / "lance")
