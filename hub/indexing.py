@@ -113,7 +113,7 @@ def infer_kind(source: Source, kind: str | None = None) -> str:
     folder = _folder(source)
     if isinstance(source.path, str) and folder is None:
         _require_rows(source.path, kind)
-    if folder is not None and not any(os.scandir(folder)):
+    if folder is not None and not os.listdir(folder):
         raise DataError(f"The folder '{source.title}' is empty. Nothing can be indexed.")
     if kind is not None:
         return kind

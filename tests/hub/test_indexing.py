@@ -64,7 +64,7 @@ def test_images_by_pattern_and_filters(desk):
     assert "0 new, 1 known" in index(desk, "photos/b.png", out="some")
     assert "1 new, 0 known before, 1 skipped" in index(desk, "photos", "clean.min_side=24", "clean.max_ratio=2.2")
     assert "image b.png" in rows(desk)
-    said = error_of(desk, "index", "photos", "index", "columns.image=picture")
+    said = error_of(desk, "index", "photos", "index", "columns.image=photo")
     assert "'photos' has images and no table, so it has no columns" in said
 
 

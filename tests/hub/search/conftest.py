@@ -1,7 +1,6 @@
-"""A small index of real pictures and texts, made by a seeded model."""
+"""A small index of real images and texts, made by a seeded model."""
 
 import io
-import sys
 
 import pytest
 import torch
@@ -15,13 +14,14 @@ from bifocal.hub.search.searcher import Searcher
 from bifocal.modeling import BifocalModel
 from tests.conftest import small_config
 from tests.hub.search.serving import EVIL, Server, free_port
+from tests.processes import Process
 
 
 def sample_items() -> list[Item]:
     items = []
-    for number, (text, picture) in enumerate(samples()):
+    for number, (text, image) in enumerate(samples()):
         buffer = io.BytesIO()
-        picture.save(buffer, "PNG")
+        image.save(buffer, "PNG")
         items.append(Item(f"drawings/{number}.png", text, buffer.getvalue()))
         items.append(Item(f"texts.jsonl:{number}", f"{text} on paper"))
     return items
@@ -60,6 +60,6 @@ def served(model_folder, tmp_path_factory):
     index = SearchIndex.create(folder / "index", str(model_folder), weights_hash(model_folder), 40)
     Searcher(index).add([*sample_items(), Item("evil", EVIL)])
     port = free_port()
-    command = [sys.executable, "-m", "bifocal", "serve", str(index.folder), "--port", str(port), "--title", "Shapes"]
-    with Server(command, port, folder) as server:
+    command = ("-m", "bifocal", "serve", index.folder, "--port", str(port), "--title", "Shapes")
+    with Server(Process(*command, cwd=folder, GRADIO_TEMP_DIR=str(folder / "uploads")), port, folder) as server:
         yield server

@@ -1,11 +1,11 @@
 """A command that serves a page, as a process of its own."""
 
-import os
 import socket
-import subprocess
 import time
 import urllib.request
 from pathlib import Path
+
+from tests.processes import Process
 
 ROOT = Path(__file__).parents[3]
 # A text of an index that must not act as HTML or JavaScript.
@@ -19,28 +19,24 @@ def free_port() -> int:
 
 
 class Server:
-    """A command that serves, waited for and ended."""
+    """A process that serves a page, from the moment that it answers until it is stopped."""
 
-    def __init__(self, command: list[str], port: int, folder: Path, **environment: str) -> None:
+    def __init__(self, process: Process, port: int, folder: Path) -> None:
+        self.process = process
         self.folder = folder
         self.address = f"http://127.0.0.1:{port}"
-        self.log = (folder / "server.log").open("w+")
-        variables = {**os.environ, "PYTHONPATH": str(ROOT), "GRADIO_TEMP_DIR": str(folder / "uploads"), **environment}
-        self.process = subprocess.Popen(command, env=variables, cwd=folder, stdout=self.log, stderr=self.log)
 
     def __enter__(self) -> "Server":
-        for _ in range(240):
+        for _ in range(1200):
             try:
                 urllib.request.urlopen(self.address, timeout=5).close()
                 return self
             except OSError:
-                if self.process.poll() is not None:
+                if not self.process.running:
                     break
-                time.sleep(0.5)
-        self.log.seek(0)
-        raise AssertionError(f"The server did not start: {self.log.read()[-2000:]}")
+                time.sleep(0.1)
+        raise AssertionError(f"The server did not start: {self.process.stderr[-2000:]}")
 
     def __exit__(self, *_: object) -> None:
         self.process.terminate()
-        self.process.wait(timeout=30)
-        self.log.close()
+        self.process.finish(30)

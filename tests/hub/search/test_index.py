@@ -1,11 +1,7 @@
 """The index: hits against brute force, nothing twice, nothing lost when it is killed, nothing left when deleted."""
 
-import os
-import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,8 +20,7 @@ from bifocal.modeling import BifocalModel
 from tests.conftest import small_config
 from tests.hub.search.conftest import sample_items
 from tests.modeling.test_images import photo
-
-ROOT = Path(__file__).parents[3]
+from tests.processes import run
 
 
 def brute_force(searcher: Searcher, vector: np.ndarray, kind: str) -> list[tuple[str, float]]:
@@ -80,12 +75,12 @@ def test_one_ranking_makes_kinds_comparable(searcher):
 
 
 def test_both_is_between_the_two(searcher):
-    picture = {item.name: item.image for item in sample_items()}["drawings/9.png"]
-    text, image = searcher.vector("a black cross"), searcher.vector(image=picture)
-    both = searcher.vector("a black cross", picture, 0.25)
+    query_image = {item.name: item.image for item in sample_items()}["drawings/9.png"]
+    text, image = searcher.vector("a black cross"), searcher.vector(image=query_image)
+    both = searcher.vector("a black cross", query_image, 0.25)
     wanted = 0.25 * text + 0.75 * image
     assert np.allclose(both, wanted / np.linalg.norm(wanted), atol=1e-6)
-    assert np.allclose(searcher.vector("a black cross", picture, 1.0), text, atol=1e-6)
+    assert np.allclose(searcher.vector("a black cross", query_image, 1.0), text, atol=1e-6)
     with pytest.raises(SearchError, match="Enter a text, an image or both"):
         searcher.vector("  ")
 
@@ -97,16 +92,16 @@ def test_nothing_is_embedded_twice(new):
     renamed = [Item(f"elsewhere/{number}", item.text, item.image) for number, item in enumerate(sample_items())]
     encoded = []
     searcher.model.encode_text = lambda texts, **_: encoded.append(texts)
-    searcher.model.encode_image = lambda pictures, **_: encoded.append(pictures)
+    searcher.model.encode_image = lambda images, **_: encoded.append(images)
     again = searcher.add([*renamed, *renamed])
     assert (again.new, again.known, again.duplicates, encoded) == (0, 128, 128, [])
 
 
-def test_broken_pictures_are_named_and_the_rest_is_kept(new, tmp_path):
+def test_broken_images_are_named_and_the_rest_is_kept(new, tmp_path):
     good = photo(300, 200)
     good.save(tmp_path / "good.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "good.jpg").read_bytes()[:-300])
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     bomb = Image.new("1", (9000, 9000))
     bomb.save(tmp_path / "large.png")
     names = ("good.jpg", "cut.jpg", "text.png", "large.png", "gone.png")
@@ -205,12 +200,9 @@ def test_killed_runs_resume(new):
     searcher = new()
     whole = new(name="whole")
     whole.add(sample_items())
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for parts in (3, 2):
-        done = subprocess.run(
-            [sys.executable, "-c", KILLED, str(searcher.index.folder), str(parts)], env=environment, check=False
-        )
-        assert done.returncode == -9
+        done = run("-c", KILLED, searcher.index.folder, str(parts))
+        assert done.returncode == -9, done.stderr[-2000:]
     index = SearchIndex(searcher.index.folder)
     assert len(index) == 60, "two parts of the first run and one of the second"
     added = Searcher(index).add(sample_items())

@@ -57,10 +57,10 @@ def test_clicked_through(page, tmp_path):
     expect(results.locator(".bf-hit")).to_have_count(24)
     expect(results.locator(".bf-image img")).to_have_count(12)
 
-    # By picture: the uploaded one itself comes first, whatever the text was.
+    # By image: the uploaded one itself comes first, whatever the text was.
     page.click("#bf-clear")
     expect(text).to_have_value("")
-    (tmp_path / "query.png").write_bytes(dict(_pictures())["drawings/10.png"])
+    (tmp_path / "query.png").write_bytes(dict(_image_files())["drawings/10.png"])
     page.get_by_label("Images only").check()
     page.set_input_files("#bf-query-image input[type=file]", tmp_path / "query.png")
     expect(results.locator(".bf-hit small").first).to_have_text("10.png")
@@ -98,11 +98,11 @@ def test_broken_and_large_uploads_and_what_is_not_html(page, tmp_path):
     from playwright.sync_api import expect
 
     results = page.locator("#bf-results")
-    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"no picture")
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"no image")
     page.set_input_files("#bf-query-image input[type=file]", tmp_path / "broken.png")
     expect(results.get_by_role("alert")).to_contain_text("The image cannot be used: it cannot be read as an image")
     page.click("#bf-clear")
-    expect(results).to_contain_text("Nothing searched yet.")  # or it would take the next picture with it
+    expect(results).to_contain_text("Nothing searched yet.")  # or it would take the next image with it
     (tmp_path / "large.png").write_bytes(b"\x89PNG" + os.urandom(MAX_UPLOAD_SIZE + 1))
     page.set_input_files("#bf-query-image input[type=file]", tmp_path / "large.png")
     expect(page.get_by_text("exceed the maximum allowed size of 10").first).to_be_visible(timeout=30_000)
@@ -114,7 +114,7 @@ def test_broken_and_large_uploads_and_what_is_not_html(page, tmp_path):
     expect(results.locator(".bf-hit p", has_text="onerror")).to_have_text(EVIL)
 
 
-def _pictures() -> list[tuple[str, bytes]]:
+def _image_files() -> list[tuple[str, bytes]]:
     return [(item.name, item.image) for item in sample_items() if isinstance(item.image, bytes)]
 
 

@@ -30,7 +30,7 @@ def test_fifty_at_once(served):
 
 @pytest.fixture(scope="module")
 def secret(served) -> Path:
-    """A picture in the folder that the server was started in."""
+    """A image in the folder that the server was started in."""
     path = served.folder / "secret.png"
     photo(50, 50).save(path)
     return path
@@ -57,7 +57,7 @@ def test_a_server_searches_by_uploads_only(served, secret):
     meta = {"meta": {"_type": "gradio.FileData"}}
     assert "bf-hit" in search(served.address, {"path": uploaded, **meta})
     shown = urllib.request.urlopen(f"{served.address}/gradio_api/file={uploaded}", timeout=20).read()
-    assert shown == secret.read_bytes(), "a visitor sees the picture that was just uploaded"
+    assert shown == secret.read_bytes(), "a visitor sees the image that was just uploaded"
     planted = Path(uploaded).with_name("link.png")
     planted.symlink_to(secret)
     with listener() as (address, asked):
@@ -108,7 +108,7 @@ def listener():
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/picture.png", asked
+    yield f"http://127.0.0.1:{server.server_port}/image.png", asked
     server.shutdown()
     server.server_close()
 
@@ -120,9 +120,9 @@ def upload(address: str, content: bytes) -> list[str]:
     return json.load(urllib.request.urlopen(request, timeout=20))
 
 
-def search(address: str, picture: object, text: object = "", count: object = 3, weight: object = 0.5) -> str:
+def search(address: str, image: object, text: object = "", count: object = 3, weight: object = 0.5) -> str:
     """What the page's route answers: the results' HTML, or what it says of an error."""
-    body = json.dumps({"data": [text, picture, "One ranking", count, weight]}).encode()
+    body = json.dumps({"data": [text, image, "One ranking", count, weight]}).encode()
     request = urllib.request.Request(
         f"{address}/gradio_api/call/search", body, {"Content-Type": "application/json"}
     )  # fmt: skip

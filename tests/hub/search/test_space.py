@@ -1,9 +1,6 @@
 """A Space: it runs by itself, replaces nothing of the user's, and is pushed as a Space."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,12 +8,17 @@ import pytest
 from bifocal.files import MARKER, NotOursError
 from bifocal.hub.push import look
 from bifocal.hub.space import write_space
-from tests.hub.search.serving import ROOT, Server, free_port
+from tests.hub.search.serving import Server, free_port
 from tests.hub_stand_in import TOKEN, hub
 from tests.modeling.test_images import photo
+from tests.processes import Process, run
 
 FROM_THE_SPACE = """
-import runpy, sys, bifocal
+import runpy, sys
+from importlib.machinery import PathFinder
+sys.path.insert(0, sys.argv[1])
+sys.meta_path.sort(key=lambda finder: finder is not PathFinder)  # before an editable installation's own
+import bifocal
 assert bifocal.__file__.startswith(sys.argv[1])
 runpy.run_path(sys.argv[1] + "/app.py")
 """
@@ -28,9 +30,8 @@ def test_a_space_runs_on_its_own(searcher, tmp_path):
     told = [path.name for path in space.rglob("*") if path.is_file()]
     assert {"app.py", "README.md", "requirements.txt", "page.css", "model.safetensors"} <= set(told)
     port = free_port()
-    command = [sys.executable, "-c", FROM_THE_SPACE, str(space)]
-    environment = {"PYTHONPATH": str(space), "GRADIO_SERVER_PORT": str(port)}
-    with Server(command, port, tmp_path, **environment) as server:
+    settings = dict(GRADIO_SERVER_PORT=str(port), GRADIO_TEMP_DIR=str(tmp_path / "uploads"))
+    with Server(Process("-c", FROM_THE_SPACE, space, cwd=tmp_path, **settings), port, tmp_path) as server:
         from gradio_client import Client
 
         found = Client(server.address, verbose=False).predict(
@@ -61,18 +62,8 @@ def test_a_space_runs_on_its_own(searcher, tmp_path):
 def test_a_space_is_pushed_as_one(searcher, tmp_path):
     space = write_space(searcher.index, tmp_path / "space", 'A "search": all\n---')
     assert look(space).space, "whatever is in the title"
-    with hub() as (address, state):
-        variables = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
-        variables |= {
-            "PYTHONPATH": str(ROOT),
-            "HF_ENDPOINT": address,
-            "HF_TOKEN": TOKEN,
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HOME": str(tmp_path),
-        }
-        done = subprocess.run(
-            [sys.executable, "-c", PUSH, str(space)], env=variables, capture_output=True, text=True, check=False
-        )
+    with hub() as (_, state):
+        done = run("-c", PUSH, space, hub=True, HF_TOKEN=TOKEN)
         assert done.returncode == 0, done.stderr[-2000:]
         assert "spaces/org/stars" in state.repos
         assert "app.py" in state.repos["spaces/org/stars"].files
