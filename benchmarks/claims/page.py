@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.claims.claims import Claim
 from benchmarks.claims.rules import Outcomes, Verdict, summary
 from bifocal.files import replace_file
-from bifocal.pages import COLOURS, blank, render, svg
+from bifocal.pages import COLOURS, new_figure, render, svg
 
 
 @dataclass
@@ -53,7 +53,7 @@ def write_claims_page(tried: Sequence[Tried], described: str, versions: Mapping[
 
 def _bars(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> Any:
     """A group of bars for each metric, one for each arm and phase, with the deviation over the seeds."""
-    figure, axes = blank()
+    figure, axes = new_figure()
     width = 0.8 / len(rows)
     for number, row in enumerate(rows):
         places = [place + number * width - 0.4 + width / 2 for place, m in enumerate(metrics) if m in row["metrics"]]

@@ -160,7 +160,7 @@ def test_bad_rows_of_texts(model):
     found = pair_classification(encoder, "t", first, second, [1, 0, 0, None, 1])
     assert (found.sizes["pairs"], found.skipped) == (2, {"no first": 2, "no label": 1})
     found = text_retrieval(encoder, "t", {"1": "a", "2": None, "3": "b"}, {"x": "a", "y": ""}, {"1": "x", "3": ["y"]})
-    assert (found.sizes["queries"], found.sizes["queries without right passages"]) == (1, 1)
+    assert (found.sizes["queries"], found.sizes["queries without relevant passages"]) == (1, 1)
     assert [skip.row for skip in found.skips] == ["query 2", "passage y"]
 
 
@@ -178,7 +178,7 @@ def test_a_string_is_one_caption_and_a_name_one_label():
     ("call", "message"),
     [
         (lambda e, i: image_text_retrieval(e, "t", i, "ab"), "The captions of 't' are a single str; give a list"),
-        (lambda e, i: image_text_retrieval(e, "t", i, ["a"]), "'t' has 2 images and 1 captions; give equally many"),
+        (lambda e, i: image_text_retrieval(e, "t", i, ["a"]), "'t' has 2 images and 1 captions; give one of each"),
         (lambda e, i: image_text_retrieval(e, "t", "ab", ["a", "b"]), "The images of 't' are a single str"),
         (lambda e, i: image_text_retrieval(e, "t", i[0], ["a", "b"]), "The images of 't' are a single Image"),
         (lambda e, i: zero_shot(e, "t", i, [0, 1]), "are numbers without names; give classes"),
