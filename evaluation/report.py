@@ -170,19 +170,20 @@ def _section(results: Mapping[str, Sequence[Result]], number: int) -> dict[str, 
     """Return the section of a task."""
     of_task = {model: of_model[number] for model, of_model in results.items()}
     measured = {model: result for model, result in of_task.items() if result.metrics}
+    section: dict[str, Any] = dict.fromkeys(
+        ("models", "metrics", "plots", "notes", "skips", "gaps", "precisions", "failures"), ()
+    )
+    first = next(iter((measured or of_task).values()))
+    section |= {"task": first.task, "kind": find_protocol(first.kind).title}
     if not measured:
-        first = next(iter(of_task.values()))
-        kind = f"{find_protocol(first.kind).title}: not measured, since no model here embeds images"
-        return {"task": first.task, "kind": kind, "models": [], "metrics": [], "plots": [], "notes": []}
-    first = next(iter(measured.values()))
+        return section | {"notes": ["Not measured, since none of these models embeds images"]}
     names = list(dict.fromkeys(name for result in measured.values() for name in result.metrics))
-    metrics = [
-        (_metric_title(name), [f"{r.metrics[name]:.4f}" if name in r.metrics else "" for r in measured.values()])
-        for name in names
-    ]
-    section: dict[str, Any] = {
-        "task": first.task, "kind": find_protocol(first.kind).title, "models": list(measured), "metrics": metrics,
-        "plots": [], "notes": row_remarks(first), "skips": first.skips[:_SHOWN_SKIPS],
+    section |= {
+        "models": list(measured), "notes": row_remarks(first), "skips": first.skips[:_SHOWN_SKIPS],
+        "metrics": [
+            (_metric_title(name), [f"{r.metrics[name]:.4f}" if name in r.metrics else "" for r in measured.values()])
+            for name in names
+        ],
     }  # fmt: skip
     if "owner" in first.arrays:
         gap = gap_of(first)
