@@ -56,7 +56,7 @@ class Encoder:
         """Return (number, dimensions) unit vectors of images.
 
         Args:
-            images: whatever `load_image` reads.
+            images: images in any form that `load_image` reads.
 
         Raises:
             EvaluationError: if the model embeds no images, or some embeddings are not finite.

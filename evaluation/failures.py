@@ -22,7 +22,7 @@ def worst_searches(
     """Return the searches of each direction whose right answer has the highest rank, at most one per image.
 
     Args:
-        images: whatever `load_image` reads.
+        images: images in any form that `load_image` reads.
         texts: the captions of all images.
         owner: (texts,) number of the image of each text.
         image_vectors, text_vectors: (images, dimensions) and (texts, dimensions) unit vectors.

@@ -78,7 +78,7 @@ def image_text_retrieval(
     Args:
         encoder: the model.
         name: name of the data set.
-        images: whatever `load_image` reads, or a column of a `datasets.Dataset`.
+        images: images in any form that `load_image` reads, or a column of a `datasets.Dataset`.
         captions: one or several per image. COCO and Flickr30k are usually reported on Karpathy's test splits of 5,000
             and 1,000 images with five captions each.
         ks: the k of Recall@k and nDCG@k. A k above the number of items is not measured.
@@ -140,7 +140,7 @@ def zero_shot(
     Args:
         encoder: the model.
         name: name of the data set.
-        images: whatever `load_image` reads.
+        images: images in any form that `load_image` reads.
         labels: numbers of classes, or their names. Rows without a label (None, or -1 as in unlabelled splits of the
             Hub) are skipped.
         classes: names by number. If None, those of a `ClassLabel` column, or the distinct labels.

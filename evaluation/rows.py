@@ -60,7 +60,7 @@ class Rows:
     Args:
         task: name of the data set, for messages.
         names: name of each row; numbers if None.
-        warn: whether to log a warning about skipped rows. If None, only unnamed rows are: who names the rows logs them.
+        warn: whether to log a warning about skipped rows; if None, only if the rows have no names.
         columns: values of each column, all of the same length.
 
     Attributes:

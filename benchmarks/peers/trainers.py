@@ -171,10 +171,10 @@ def main() -> None:
         print(json.dumps({"samples_per_second": per_second, "mib": memory("VmHWM") / 2**20}))
         return
     sizes = {name: getattr(options, name) for name in ("batch", "chunk", "width", "layers", "steps")}
-    options = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
-    options += ["--gradcache", options.gradcache] if options.gradcache else []
+    arguments = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+    arguments += ["--gradcache", options.gradcache] if options.gradcache else []
     ways = [way for way in WAYS if way != "gradcache" or options.gradcache]
-    runs = run_in_turn(__file__, ways, options.rounds, options)
+    runs = run_in_turn(__file__, ways, options.rounds, arguments)
     line: dict[str, Any] = {"benchmark": "peers/trainers", **sizes, "rounds": options.rounds}
     for way in ways:
         line[way] = {key: spread([run[key] for run in runs[way]]) for key in ("samples_per_second", "mib")}
