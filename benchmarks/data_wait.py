@@ -46,6 +46,7 @@ def main() -> None:
     options = parser.parse_args()
 
     from transformers.models.clip import CLIPImageProcessorPil
+    from transformers.trainer_callback import PrinterCallback
 
     from bifocal.data.loading import load_source
     from bifocal.data.source import Source
@@ -74,6 +75,7 @@ def main() -> None:
         model = BifocalModel(BifocalConfig(text_config=text, **settings))
         tasks = [Task("shards", "image-text", data, batch)]
         trainer = MultiTaskTrainer(model, args, tasks, BifocalProcessor(images, tokenizer), recipe.max_length)
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
         logs = [entry for entry in trainer.state.log_history if "data_wait" in entry][2:]
         line = {

@@ -24,7 +24,7 @@ class Protocol(NamedTuple):
         return self.row_kind.startswith("image-")
 
 
-PROTOCOLS: dict[ProtocolName, Protocol] = {
+PROTOCOLS: dict[str, Protocol] = {
     "image-text-retrieval": Protocol("image-text retrieval", "image-text", "feature-extraction"),
     "zero-shot": Protocol("zero-shot classification", "image-label", "zero-shot-image-classification"),
     "linear-probe": Protocol("linear probe", "image-label", "image-classification"),
@@ -36,5 +36,4 @@ PROTOCOLS: dict[ProtocolName, Protocol] = {
 
 def find_protocol(name: str) -> Protocol:
     """Return the protocol of a name; for one from elsewhere, such as mteb's "MTEB STS", the name is its title."""
-    known: dict[str, Protocol] = {**PROTOCOLS}
-    return known.get(name) or Protocol(name, "", "feature-extraction")
+    return PROTOCOLS.get(name) or Protocol(name, "", "feature-extraction")

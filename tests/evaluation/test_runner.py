@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import get_args
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from transformers.models.clip import CLIPImageProcessorPil
 from typer.testing import CliRunner
 
 from bifocal.cli import app
+from bifocal.data.evaluation_protocols import PROTOCOLS, ProtocolName
+from bifocal.data.kinds import KINDS
 from bifocal.data.skips import BadRowsError, Skipped
 from bifocal.evaluation.encoders import load_encoder
 from bifocal.evaluation.suites import EvaluationTask
@@ -81,6 +84,11 @@ def done(here, monkeypatch, tmp_path):
     found = run(here, monkeypatch, "ours", "clip", "--suite", "suite.yaml", "--out", str(tmp_path / "out"), "--json")
     assert found.exit_code == 0, (found.stderr, found.exception)
     return json.loads(found.stdout), tmp_path / "out"
+
+
+def test_every_protocol_has_one_definition():
+    assert get_args(ProtocolName) == tuple(PROTOCOLS)
+    assert {protocol.row_kind for protocol in PROTOCOLS.values()} <= set(KINDS)
 
 
 def test_every_protocol_for_two_families(done, here, monkeypatch):
