@@ -5,7 +5,7 @@ from typing import Any
 
 from bifocal.data.skips import Fault
 from bifocal.errors import EvaluationError
-from bifocal.evaluation.rows import Rows, several
+from bifocal.evaluation.rows import Rows, as_sequence
 
 
 def class_names(task: str, labels: Any, classes: Sequence[str] | None) -> list[str]:
@@ -29,7 +29,7 @@ def class_names(task: str, labels: Any, classes: Sequence[str] | None) -> list[s
                 f"The labels of '{task}' are numbers without names; give classes, such as dataset.features"
                 "['label'].names."
             )
-    names = [str(one) for one in several(task, "classes", classes)]
+    names = [str(one) for one in as_sequence(task, "classes", classes)]
     numbers = [one for one in names if one.strip().lstrip("+-").isdigit()]
     if numbers:
         raise EvaluationError(

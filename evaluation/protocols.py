@@ -14,7 +14,7 @@ from bifocal.evaluation.failures import worst_searches
 from bifocal.evaluation.labels import class_names, class_numbers, is_unlabelled
 from bifocal.evaluation.relevance import caption_answers, content_ids, right_answers, shared_rows
 from bifocal.evaluation.retrieval import recall_at, relevant_ranks, retrieval_metrics
-from bifocal.evaluation.rows import Rows, Selection, several
+from bifocal.evaluation.rows import Rows, Selection, as_sequence
 
 # Prompts of a class; the mean of their embeddings is the embedding of the class (arXiv 2103.00020, section 3.1.4).
 TEMPLATES = (
@@ -153,7 +153,7 @@ def zero_shot(
     """
     rows = Rows(name, names, images=images, labels=labels)
     classes = class_names(name, labels, classes)
-    sentences = several(name, "templates", templates)
+    sentences = as_sequence(name, "templates", templates)
     if not len(sentences) or not all(isinstance(one, str) and "{}" in one for one in sentences):
         raise EvaluationError(f"Each template of '{name}' needs {{}} where the name of a class goes.")
     if len(set(classes)) < 2:

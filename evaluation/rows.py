@@ -20,7 +20,7 @@ logger = logging.get_logger(__name__)
 _NAMED = 3  # skipped rows that a warning names
 
 
-def several(task: str, what: str, values: Any) -> Any:
+def as_sequence(task: str, what: str, values: Any) -> Any:
     """Return the values of a column as a sequence.
 
     Args:
@@ -73,7 +73,7 @@ class Rows:
     def __init__(self, task: str, names: Sequence[str] | None = None, warn: bool | None = None, **columns: Any) -> None:
         self.task, self.names = task, names
         self.warn = names is None if warn is None else warn
-        self.columns = {what: several(task, what, values) for what, values in columns.items()}
+        self.columns = {what: as_sequence(task, what, values) for what, values in columns.items()}
         lengths = {what: len(values) for what, values in self.columns.items()}
         if len(set(lengths.values())) > 1:
             counts = " and ".join(f"{count:,} {what}" for what, count in lengths.items())

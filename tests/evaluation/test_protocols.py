@@ -39,10 +39,10 @@ def table(vectors: dict[str, list[float]]) -> Encoder:
 
 def named(name: str):
     """A unique image with a name."""
-    picture = photo(16, 16)
-    picture.putpixel((0, 0), tuple(zlib.crc32(name.encode()).to_bytes(4, "big")[:3]))
-    picture.info["name"] = name
-    return picture
+    image = photo(16, 16)
+    image.putpixel((0, 0), tuple(zlib.crc32(name.encode()).to_bytes(4, "big")[:3]))
+    image.info["name"] = name
+    return image
 
 
 def test_image_text_retrieval_by_hand():
