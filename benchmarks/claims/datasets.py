@@ -116,8 +116,8 @@ class ClaimData:
                 "could not be loaded from --data or the Hub. They show less than real photos would."
             )
         return (
-            "Data: 15,000 photos of CIFAR-10, human captions of 20,000 photos (Flickr30k) and STS Benchmark; symbols "
-            "where stated."
+            f"Data: {len(self.images.train):,} photos of CIFAR-10, human captions of {len(self.captions.train):,} "
+            "photos (Flickr30k) and STS Benchmark; symbols where stated."
         )
 
     @cached_property

@@ -74,6 +74,6 @@ def _bars(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> Any:
         axes.bar(positions, means, width * 0.92, yerr=spreads, label=label, color=COLOURS[number % len(COLOURS)],
                  hatch="" if number < len(COLOURS) else "//", error_kw={"linewidth": 1})  # fmt: skip
     axes.set_xticks(range(len(metrics)), [fill(metric, 72 // len(metrics)) for metric in metrics], fontsize=8)
-    axes.set_ylim(bottom=0)
+    axes.axhline(0, color="black", linewidth=0.8)  # correlations may be negative
     figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside lower center", ncols=2)
     return figure

@@ -91,7 +91,10 @@ def test_a_small_run(first_run, data):
     (folder / "seconds.json").unlink()
     assert run_claims(out, data, ["multi-task"], 0.1, [0], again.append)[0].outcomes == claim_results[0].outcomes
     assert [line.partition(": ")[2] for line in again] == ["both, seed 0"] * 2
-    assert " at least " in " ".join((out / "claims.html").read_text().split())
+    page = " ".join((out / "claims.html").read_text().split())
+    assert " at least " in page
+    assert "300 photos of CIFAR-10, human captions of 200 photos" in page
+    assert " 0.25 % of the full number of steps" in page
     assert not (folder / "joint" / "model").exists(), "models are removed at the end"
 
 
