@@ -14,7 +14,7 @@ from references import option_names
 
 import bifocal
 from bifocal.cli import app
-from bifocal.evaluation.task_rows import EvaluationTask
+from bifocal.evaluation.suites import EvaluationTask
 from bifocal.hub.export import export_model
 from bifocal.modeling import BifocalModel
 from bifocal.training.arguments import BifocalTrainingArguments
