@@ -24,7 +24,7 @@ from transformers.models.clip import CLIPImageProcessorPil
 from bifocal.data.captioning import caption_recipe, caption_source
 from bifocal.data.loading import load_source
 from bifocal.data.source import Source
-from bifocal.errors import DataError
+from bifocal.errors import RecipeError
 from tests.data.files import good, picture
 from tests.processes import run
 
@@ -191,5 +191,5 @@ def test_what_cannot_be_done(blip, tmp_path):
     with pytest.raises(ValueError, match="is not an image-text model that transformers can load"):
         caption_source(Source(path=str(tmp_path / "empty")), tmp_path / "out", settings(tmp_path / "empty"))
     (tmp_path / "r.yaml").write_text("prompt: hello\nmax_tokens: 3\n")
-    with pytest.raises(DataError, match=r"unknown key 'max_tokens'; did you mean 'max_new_tokens'\?"):
+    with pytest.raises(RecipeError, match=r"unknown key 'max_tokens'; did you mean 'max_new_tokens'\?"):
         caption_recipe("m", tmp_path / "r.yaml")
