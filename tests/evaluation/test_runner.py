@@ -32,11 +32,11 @@ tasks:
   - {name: photos, kind: image-text-retrieval, data: {path: photos}, ks: [1, 5]}
   - {name: kinds, kind: zero-shot, data: {path: labels.jsonl}, classes: {"0": black star, "1": omega}}
   - {name: probe, kind: linear-probe, data: {path: labels.jsonl}, train: {path: labels.jsonl}}
-  - {name: scores, kind: sts, data: {path: scores.csv, header: [sentence1, sentence2, score]}}
+  - {name: scores, kind: sts, data: {path: scores.csv, column_names: [sentence1, sentence2, score]}}
   - name: same
     kind: pair-classification
     threshold: 3
-    data: {path: scores.csv, header: [sentence1, sentence2, score]}
+    data: {path: scores.csv, column_names: [sentence1, sentence2, score]}
   - {name: pairs, kind: text-retrieval, data: {path: pairs.jsonl}}
   - {name: beir, kind: text-retrieval, data: {path: beir, split: test}}
 """
@@ -257,7 +257,7 @@ def test_bad_input_gets_one_sentence(here, monkeypatch, tmp_path, command, messa
     for name, task in (
         ("empty", "{name: t, kind: image-text-retrieval, data: {path: captions, format: jsonl}}"),
         ("kind", "{name: t, kind: retrieval, data: {path: photos}}"),
-        ("bad", "{name: t, kind: sts, data: {path: bad.csv, header: [sentence1, sentence2, score]}}"),
+        ("bad", "{name: t, kind: sts, data: {path: bad.csv, column_names: [sentence1, sentence2, score]}}"),
         ("nobody", "{name: t, kind: sts, data: {path: nobody.jsonl}}"),
         ("ints", "{name: t, kind: zero-shot, data: {path: labels.jsonl}}"),
         ("wrong", "{name: t, kind: zero-shot, data: {path: labels.jsonl}, classes: {cat: tabby}}"),
