@@ -49,14 +49,13 @@ def main() -> None:
 
 
 def make_index(folder: Path, given: argparse.Namespace) -> Path:
-    from transformers.models.clip import CLIPImageProcessorPil
-
     from bifocal.hub.export import export_model
     from bifocal.hub.sample_images import samples
     from bifocal.hub.search.index import SearchIndex, weights_of
     from bifocal.hub.search.items import Item
     from bifocal.hub.search.searcher import Searcher
     from bifocal.modeling import BifocalConfig, BifocalModel, BifocalProcessor
+    from bifocal.modeling.processing_bifocal import image_processor_of_size
     from bifocal.training.tokenizer import train_wordpiece
 
     torch.manual_seed(0)
@@ -65,7 +64,7 @@ def make_index(folder: Path, given: argparse.Namespace) -> Path:
     vision = {**tower, "intermediate_size": 8 * given.width // 3, "image_size": 224, "patch_size": 16}
     model = BifocalModel(BifocalConfig(text_config=text, vision_config=vision, projection_dim=given.width))
     tokenizer = train_wordpiece([f"{a} {b}" for a in TOPICS for b in PLACES], 300, 512)
-    images = CLIPImageProcessorPil(size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224})
+    images = image_processor_of_size(224)
     place = export_model(model, folder / "model", BifocalProcessor(images, tokenizer))
     index = SearchIndex.create(folder / "index", str(place), weights_of(place), given.width)
     import io

@@ -182,8 +182,7 @@ class Material:
         return BifocalProcessor.from_pretrained(place)
 
     def _make_processor(self, place: Path) -> None:
-        from transformers.models.clip import CLIPImageProcessorPil
-
+        from bifocal.modeling.processing_bifocal import image_processor_of_size
         from bifocal.training.tokenizer import train_wordpiece
 
         texts = [text for texts in self.captions.train for text in texts]
@@ -191,7 +190,7 @@ class Material:
             texts += [text for texts_ in self.symbols["train"][column] for text in texts_]
         texts += sorted(set(self.pictures.train["caption"]))
         tokenizer = train_wordpiece(texts, WORDS, LENGTH)
-        images = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+        images = image_processor_of_size(SIDE)
         with replace_folder(place, RUN) as made:
             BifocalProcessor(images, tokenizer).save_pretrained(made)
 
@@ -222,7 +221,7 @@ class Material:
             "positive": [texts[1] for texts in self.captions.train],
         })  # fmt: skip
         # The nearest may be the same scene in other words, and so no negatives.
-        settings = MiningSettings(negatives=7, skip=2, depth=30)
+        settings = MiningSettings(num_negatives=7, range_min=2, range_max=30)
         write_parquet(mine_texts(pairs, miner(), settings, self.out / "mining"), place)
 
     @cached_property
