@@ -8,6 +8,7 @@ from pathlib import Path
 
 from bifocal.data.skips import require_log, start_log
 from bifocal.files import RUN, NotOursError, remove_folder, require_overwritable, require_removable
+from bifocal.training.engine.distributed import on_main_process
 
 LOADING_LOG = "skipped-loading.jsonl"  # rows skipped while the data is loaded
 _LOGS = (LOADING_LOG, "skipped.jsonl")

@@ -198,7 +198,7 @@ def test_files_of_the_users_are_left_alone(model, tmp_path):
         cache = tmp_path / f"{name}{len(content)}"
         cache.mkdir()
         (cache / name).write_text(content)
-        with pytest.raises(MiningError, match=f"{name}' is not a file of a mining run.*; choose another cache folder"):
+        with pytest.raises(MiningError, match=f"{name}' is not a file of a mining run.* Choose another cache folder"):
             mine_across(pictures(), model, "text-to-image", cache, settings)
         assert [(path.name, path.read_text()) for path in cache.iterdir()] == [(name, content)]
     write_parquet(mined, tmp_path / "mined.parquet")
