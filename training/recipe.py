@@ -13,12 +13,15 @@ from bifocal.data.schema import Strict, ended, nearest, problem_of, read_yaml, s
 from bifocal.data.source import Source
 from bifocal.errors import RecipeError
 from bifocal.training.arguments import BifocalTrainingArguments
-
-SHIPPED = Path(__file__).parent / "recipes"
+from bifocal.training.shipped_recipes import shipped_recipe
 
 
 class TaskRecipe(Strict):
-    """A `Task` with the source of its rows."""
+    """A `Task` with the source of its rows.
+
+    Args:
+        data: the source of its rows.
+    """
 
     name: str
     kind: Literal["image-text", "text-pair", "text-triplet"]
@@ -136,12 +139,8 @@ def find_recipe(name: str) -> Path:
     Raises:
         RecipeError: if there is no such file or recipe.
     """
-    for path in (Path(name), SHIPPED / f"{name.removesuffix('.yaml')}.yaml"):
-        if path.is_file():
-            return path
-    shipped = sorted(path.relative_to(SHIPPED).as_posix()[:-5] for path in SHIPPED.rglob("*.yaml"))
-    shipped = [name for name in shipped if not name.startswith("accelerate/")]
-    raise RecipeError(f"There is no recipe '{name}'; give a file or one of {', '.join(shipped)}.")
+    path = Path(name)
+    return path if path.is_file() else shipped_recipe(name.removesuffix(".yaml"))
 
 
 def load_recipe(path: Path, overrides: list[str] | None = None, files: bool = False) -> Recipe:

@@ -9,7 +9,8 @@ from bifocal.cli.data import data
 from bifocal.cli.demo import demo
 from bifocal.cli.evaluate import evaluate
 from bifocal.cli.hub import convert, export, push
-from bifocal.cli.search import database, index, remove, search, serve
+from bifocal.cli.recipes import recipes
+from bifocal.cli.search import export_lancedb, index, remove, search, serve
 from bifocal.cli.train import mine, train
 
 app = typer.Typer(
@@ -27,6 +28,7 @@ app = typer.Typer(
 
 
 app.add_typer(data)
+app.add_typer(recipes)
 
 
 def _print_version(wanted: bool) -> None:
@@ -46,7 +48,7 @@ def _main(
     """Keeps `bifocal COMMAND` the form of every call, however few commands there are."""
 
 
-for command in (demo, train, mine, evaluate, convert, export, push, index, search, remove, database, serve):
+for command in (demo, train, mine, evaluate, convert, export, push, index, search, remove, export_lancedb, serve):
     app.command()(command)
 
 
