@@ -24,6 +24,7 @@ from bifocal.modeling import (
     BifocalVisionConfig,
     BifocalVisionModel,
 )
+from bifocal.modeling.processing_bifocal import image_processor_of_size
 
 # Tensors of a source that are no part of the towers we take, by pattern, with the reason.
 _OTHERS = {
@@ -285,7 +286,6 @@ def _image_processor(folder: str, config: Any) -> Any:
     Raises:
         ConversionError: if the source prepares images in another way.
     """
-    from transformers.models.clip import CLIPImageProcessorPil
     from transformers.utils import cached_file
 
     path = cached_file(
@@ -310,4 +310,4 @@ def _image_processor(folder: str, config: Any) -> Any:
         except KeyError:
             raise ConversionError(f"The source's interpolation '{resample}' is not one that Pillow has.") from None
     side = getattr(getattr(config, "vision_config", config), "image_size", 224)
-    return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}, **options)
+    return image_processor_of_size(side, **options)

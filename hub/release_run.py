@@ -137,7 +137,7 @@ def _recipes(run: Path) -> dict[str, Any]:
         if recipe["name"] in recipes:
             break
         recipes[recipe["name"]] = recipe
-        start = recipe.get("start_from")
+        start = recipe.get("init_from")
         stage = start.get("stage") if isinstance(start, dict) else None
         before = Path("runs") / stage if stage else Path(start).parent if isinstance(start, str) else None
         place = before

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
+from transformers.models.clip import CLIPImageProcessorPil
 from transformers.processing_utils import ProcessorMixin
 
 from .image_bifocal import list_images, load_images
@@ -75,6 +76,16 @@ class BifocalProcessor(ProcessorMixin):
             processor = copy.copy(self)
             processor.tokenizer = private_tokenizer(self.tokenizer)
         return super(BifocalProcessor, processor).__call__(images=images, text=text, **kwargs)
+
+
+def image_processor_of_size(size: int, **options: Any) -> CLIPImageProcessorPil:
+    """Return CLIP's image processor for square images of one size: it resizes the shorter side, then crops the centre.
+
+    Args:
+        size: width and height in pixels.
+        options: other settings of `CLIPImageProcessorPil`, such as `image_mean`.
+    """
+    return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size}, **options)
 
 
 def private_tokenizer(tokenizer: Any) -> Any:
