@@ -23,7 +23,7 @@ WAYS = ("plain", "auto", "tiled", "cached 256")
 
 
 def loss_of(way: str) -> Callable[..., torch.Tensor]:
-    """The loss (sum of both directions) as a function of two sides and the temperature."""
+    """The loss (sum of both directions) as a function of two tile_slices and the temperature."""
     if way == "plain":  # as CLIP's trainers write it
 
         def plain(a: torch.Tensor, b: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
@@ -44,9 +44,9 @@ def loss_of(way: str) -> Callable[..., torch.Tensor]:
         )  # fmt: skip
         # The very loop of their cached step, which takes gradients with respect to the embeddings as it goes.
         return lambda a, b, tau: theirs.calculate_loss([[a], [b]], with_backward=True)
-    from bifocal.training.losses.info_nce import info_nce
+    from bifocal.training.losses import info_nce
 
-    return lambda a, b, tau: info_nce(a, b, tau, form=way)
+    return lambda a, b, tau: info_nce(a, b, tau, impl=way)
 
 
 def measured(way: str, rows: int, dimensions: int, repeats: int) -> dict[str, float]:

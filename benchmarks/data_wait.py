@@ -69,7 +69,8 @@ def main() -> None:
         batch = next(task.batch_size for task in recipe.tasks if task.kind == "image-text")
         args = BifocalTrainingArguments(
             output_dir=f"{scratch}/run", max_steps=given.steps, logging_steps=5, report_to="none", use_cpu=True,
-            dataloader_num_workers=given.workers, save_strategy="no", disable_tqdm=True, exact_images=given.exact,
+            dataloader_num_workers=given.workers, save_strategy="no", disable_tqdm=True,
+            exact_image_decoding=given.exact,
         )  # fmt: skip
         model = BifocalModel(BifocalConfig(text_config=text, **settings))
         tasks = [Task("shards", "image-text", data, batch)]
@@ -81,7 +82,7 @@ def main() -> None:
             "each": [round(entry["data_wait"], 3) for entry in logs], "batch": batch, "image_size": side,
             "workers": given.workers, "exact": given.exact,
             "samples_per_second": round(statistics.mean(entry["samples_per_second"] for entry in logs), 1),
-            "skipped": trainer.meters.skipped.bad,
+            "skipped": trainer.training_metrics.skipped.bad,
         }  # fmt: skip
     print(json.dumps(line))
 

@@ -29,9 +29,9 @@ from bifocal.files import (
 from bifocal.modeling import BifocalConfig, BifocalModel, BifocalProcessor, BifocalTextModel, BifocalVisionModel
 from bifocal.progress import no_progress_bars
 from bifocal.training.arguments import BifocalTrainingArguments
-from bifocal.training.callbacks.bookkeeping import Stopwatch, seconds_of
+from bifocal.training.callbacks.stopwatch import Stopwatch, training_seconds
 from bifocal.training.checkpoints import checkpoints, clear_run, last_complete_checkpoint
-from bifocal.training.engine.distributed import World
+from bifocal.training.engine.distributed import ProcessGroupInfo
 from bifocal.training.precision import DTYPES
 from bifocal.training.recipe import Recipe, StartFrom
 from bifocal.training.stage_record import stage_facts, write_stage
@@ -124,7 +124,7 @@ def require_device(recipe: Recipe) -> None:
 
 def fresh_log(recipe: Recipe) -> Path | None:
     """Where rows that are left out while loading are named; anew each time, since all are read again."""
-    if not recipe.folder.exists() or World.current().rank:
+    if not recipe.folder.exists() or ProcessGroupInfo.current().rank:
         return None
     return start_log(recipe.folder / "skipped-loading.jsonl")
 
@@ -135,7 +135,7 @@ def _tasks(recipe: Recipe, given: Sequence[Any], load: Callable[..., Any], skipp
         options = item.model_dump(exclude={"data"})
         try:
             data = load(item.data, item.kind, recipe.seed, skipped, item.name)
-            tasks.append(Task(dataset=data, max_bad=item.data.max_bad, **options))
+            tasks.append(Task(dataset=data, max_bad_fraction=item.data.max_bad, **options))
         except ValueError as error:
             raise RecipeError(f"Recipe '{recipe.name}', task '{item.name}': {error}") from error
     return tasks
@@ -160,7 +160,7 @@ def load_processor(recipe: Recipe, tasks: Sequence[Task]) -> BifocalProcessor:
         side = recipe.image_size
         processor.image_processor.size = {"shortest_edge": side}
         processor.image_processor.crop_size = {"height": side, "width": side}
-    if not kept.exists() and World.current().rank == 0 and recipe.folder.exists():
+    if not kept.exists() and ProcessGroupInfo.current().rank == 0 and recipe.folder.exists():
         with replace_folder(kept, RUN) as made:
             processor.save_pretrained(made)
     return processor
@@ -333,7 +333,7 @@ def _resolved(path: Path) -> dict[str, Any]:
 
 def _open_together(recipe: Recipe, force: bool) -> bool:
     """`open_run` by the first process, with what came of it for all."""
-    world = World.current()
+    world = ProcessGroupInfo.current()
     result: list[Any] = [None]
     if world.rank == 0:
         try:
@@ -387,7 +387,7 @@ def run_recipe(recipe: Recipe, save: Callable[[Any, BifocalProcessor, Path], Any
     prepared = prepare(recipe, [Stopwatch()], arguments=arguments)
     checkpoint = last_complete_checkpoint(recipe.folder)
     trainer = prepared.trainer
-    if checkpoint is not None and World.current().is_main:
+    if checkpoint is not None and ProcessGroupInfo.current().is_main:
         print(f"'{recipe.name}' resumes from {checkpoint.name}.")
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -399,7 +399,7 @@ def run_recipe(recipe: Recipe, save: Callable[[Any, BifocalProcessor, Path], Any
         trainer.evaluate()
     folder = recipe.folder / "model"
     if trainer.is_world_process_zero():
-        write_stage(recipe.folder, stage_facts(prepared, seconds_of(trainer), versions()))
+        write_stage(recipe.folder, stage_facts(prepared, training_seconds(trainer), versions()))
         with no_progress_bars():
             save(model, prepared.processor, folder)
     trainer.accelerator.wait_for_everyone()

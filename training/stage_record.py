@@ -10,7 +10,7 @@ import torch
 
 from bifocal.data.source import Source
 from bifocal.files import write_json
-from bifocal.training.engine.distributed import World
+from bifocal.training.engine.distributed import ProcessGroupInfo
 from bifocal.training.recipe import Recipe, StartFrom
 
 STAGE = "stage.json"
@@ -27,8 +27,8 @@ def stage_facts(prepared: Any, seconds: float, versions: dict[str, str]) -> dict
         seconds: of training.
     """
     recipe, trainer = prepared.recipe, prepared.trainer
-    args, shares = trainer.args, trainer.step_batches.schedule.shares
-    world = World.current().size
+    args, shares = trainer.args, trainer.joint_batches.schedule.shares
+    world = ProcessGroupInfo.current().size
     sources = {task.name: task.data for task in recipe.tasks}
     tasks = [
         {

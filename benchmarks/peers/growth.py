@@ -58,7 +58,7 @@ def by_length(given: argparse.Namespace) -> dict[int, float]:
 
 def by_batch(given: argparse.Namespace) -> dict[int, float]:
     """The contrastive loss of so many pairs, forward and backward, towers aside: what grows with the square."""
-    from bifocal.training.losses.info_nce import info_nce
+    from bifocal.training.losses import info_nce
 
     points = {}
     batch = 64

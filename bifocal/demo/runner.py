@@ -27,7 +27,8 @@ from bifocal.files import (
 from bifocal.hub.card import Card, TrainedStage
 from bifocal.hub.export import export_model
 from bifocal.modeling import BifocalModel, BifocalProcessor
-from bifocal.training.callbacks.bookkeeping import StageProgress, Stopwatch, seconds_of
+from bifocal.training.callbacks.progress import StageProgress
+from bifocal.training.callbacks.stopwatch import Stopwatch, training_seconds
 from bifocal.training.checkpoints import clear_run, last_complete_checkpoint, require_clearable
 from bifocal.training.recipe import Recipe, find_recipe, load_recipe
 from bifocal.training.runner import prepare, versions
@@ -209,7 +210,7 @@ def _train_stage(recipe: Recipe, title: str, symbols: Any) -> dict[str, Any]:
     if checkpoint is not None:
         print(f"Stage {title} goes on from {checkpoint.name}.")
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    seconds = seconds_of(trainer)
+    seconds = training_seconds(trainer)
     evaluation = evaluate_symbols(model, symbols["test"])
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     names = [name for name in logs[0] if name.startswith("loss/")]

@@ -52,7 +52,7 @@ def test_every_argument_is_known():
         ({"label_smoothing_factor": 0.1}, "set label_smoothing of each task"),
         ({"train_sampling_strategy": "group_by_length"}, "sorted by length within each batch"),
         ({"ignore_data_skip": True}, "skipped without being loaded"),
-        ({"auto_find_batch_size": True}, "set auto_chunk=True"),
+        ({"auto_find_batch_size": True}, "set auto_find_chunk_size=True"),
         ({"include_num_input_tokens_seen": "all"}, "the log has tokens_per_second"),
         ({"bf16_full_eval": True}, "in the dtype of the weights"),
         ({"include_for_metrics": ["inputs"]}, "use an EvaluationCallback"),
