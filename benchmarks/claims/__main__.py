@@ -5,12 +5,13 @@ from typing import Annotated
 
 import typer
 
-from bifocal.cli.console import fail, one_sentence, require
+from bifocal.cli.console import Command, require, writes_into
+from bifocal.errors import BifocalError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-@app.command()
+@app.command(cls=Command)
 def claims(
     only: Annotated[list[str] | None, typer.Option(help="Name of a claim; several times. All if none.")] = None,
     budget: Annotated[
@@ -36,10 +37,11 @@ def claims(
     from benchmarks.claims.runner import available_cores, try_claims
     from bifocal.progress import no_progress_bars
 
-    with no_progress_bars(), one_sentence(out, "free space and start again; it goes on from there"):
+    writes_into(out, "free space and run the command again; it resumes")
+    with no_progress_bars():
         tried = try_claims(out, data, only or (), budget, range(seeds), typer.echo, workers or available_cores())
     if not tried:
-        fail("Nothing has been tried.")
+        raise BifocalError("Nothing has been tried.")
     for one in tried:
         typer.echo(f"{'shown    ' if one.verdict.shown else 'not shown'}  {one.claim.title}")
     typer.echo(f"See {out / 'claims.html'}.")

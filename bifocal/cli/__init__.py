@@ -4,15 +4,18 @@ from typing import Annotated
 
 import typer
 
+from bifocal.cli.console import Group
 from bifocal.cli.data import data
 from bifocal.cli.demo import demo
 from bifocal.cli.evaluate import evaluate
 from bifocal.cli.hub import convert, export, push
+from bifocal.cli.recipes import recipes
 from bifocal.cli.search import database, index, remove, search, serve
 from bifocal.cli.train import mine, train
 
 app = typer.Typer(
     name="bifocal",
+    cls=Group,
     help=(
         "One model for image search and text search.\n\n"
         "Bifocal trains, evaluates and publishes models that embed pictures and texts into one space, in the three "
@@ -25,6 +28,7 @@ app = typer.Typer(
 
 
 app.add_typer(data)
+app.add_typer(recipes)
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,14 +1,17 @@
-"""What all commands share: stop with a sentence, and know which errors deserve one."""
+"""What all commands share: which extras they need, and one sentence in place of a stack trace for errors of the user's.
+
+A command raises a `BifocalError` for what its user can do something about, and says with `writes_into` where it writes.
+"""
 
 import errno
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from bifocal.errors import BifocalError
 
@@ -16,17 +19,75 @@ from bifocal.errors import BifocalError
 _UNWRITABLE = (
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR,
 )  # fmt: skip
+_OUTPUT: ContextVar[tuple[Path, str] | None] = ContextVar("folder that the command writes into, and remedy")
 
 
 def require(*modules: str) -> None:
-    """Stop now, and not after the training, if an extra is not installed."""
+    """Check that the packages a command needs are installed, before it does any work.
+
+    Raises:
+        BifocalError: if some are missing.
+    """
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
-        fail(f"This command needs {', '.join(missing)}, not installed here; pip install 'bifocal[all]' brings them.")
+        raise BifocalError(
+            f"This command needs {', '.join(missing)}, not installed here; pip install 'bifocal[all]' brings them."
+        )
 
 
-def cannot_write(error: Exception, folder: Path) -> bool:
-    """Whether an error means that the disk is full or may not be written.
+def writes_into(folder: Path, remedy: str = "free space or choose another folder") -> None:
+    """Set where the command writes: from now on, an error that means "cannot write" ends it with one sentence.
+
+    Args:
+        folder: that the command writes into.
+        remedy: what the user can do if that fails.
+    """
+    _OUTPUT.set((folder, remedy))
+
+
+class _ErrorsInOneSentence:
+    """Ends a command with one sentence and exit code 1 on errors that a user can do something about."""
+
+    def invoke(self, context: Any) -> Any:
+        before = _OUTPUT.set(None)
+        try:
+            return super().invoke(context)  # type: ignore[misc]  # of the classes below
+        except (typer.Exit, typer.Abort):
+            raise
+        except Exception as error:
+            message = _sentence(error, _OUTPUT.get())
+            if message is None:
+                raise
+            # A name that is no UTF-8 could not be printed.
+            typer.echo(f"Error: {message}".encode("utf-8", "backslashreplace").decode(), err=True)
+            raise typer.Exit(1) from None
+        finally:
+            _OUTPUT.reset(before)
+
+
+class Command(_ErrorsInOneSentence, TyperCommand):
+    """A command that stands alone."""
+
+
+class Group(_ErrorsInOneSentence, TyperGroup):
+    """The command with all its subcommands."""
+
+
+def _sentence(error: Exception, output: tuple[Path, str] | None) -> str | None:
+    """Return what to print for an error; None if it deserves a stack trace."""
+    if isinstance(error, (BifocalError, FloatingPointError)):
+        lines = str(error).strip().splitlines()
+        if any(line.startswith("Traceback") or "Original Traceback" in line for line in lines):
+            return lines[-1].rpartition("Error: ")[2]  # from a data worker, with that worker's stack trace before it
+        return " ".join(lines)
+    if output is not None and _cannot_write(error, output[0]):
+        folder, remedy = output
+        return f"Cannot write to {folder} ({error}); {remedy}."
+    return None
+
+
+def _cannot_write(error: Exception, folder: Path) -> bool:
+    """Return whether an error means that the disk is full or may not be written.
 
     Not every library says so with an OSError: safetensors has an error of its own and torch a RuntimeError.
     """
@@ -34,34 +95,3 @@ def cannot_write(error: Exception, folder: Path) -> bool:
         return error.errno in _UNWRITABLE
     existing = next(path for path in [folder, *folder.absolute().parents] if path.exists())
     return "No space left" in str(error) or shutil.disk_usage(existing).free < 2**20
-
-
-def sentence(error: Exception) -> str:
-    """What an error says; one that comes from a data worker brings that worker's traceback before it."""
-    return str(error).strip().splitlines()[-1].rpartition("Error: ")[2]
-
-
-def fail(message: str) -> NoReturn:
-    # A name that is no UTF-8 could not be printed.
-    typer.echo(f"Error: {message}".encode("utf-8", "backslashreplace").decode(), err=True)
-    raise typer.Exit(1)
-
-
-@contextmanager
-def one_sentence(folder: Path, remedy: str = "free space or choose another place") -> Iterator[None]:
-    """Errors that a user can do something about end the command with one sentence; others stay as they are.
-
-    Args:
-        folder: what is written into.
-        remedy: what to do where that fails.
-    """
-    try:
-        yield
-    except typer.Exit:
-        raise
-    except (BifocalError, FloatingPointError) as error:
-        fail(sentence(error))
-    except Exception as error:
-        if not cannot_write(error, folder):
-            raise
-        fail(f"Cannot write to {folder} ({error}); {remedy}.")

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from bifocal.cli.console import fail, one_sentence, require
+from bifocal.cli.console import require, writes_into
+from bifocal.errors import BifocalError
 
 data = typer.Typer(name="data", help="Look at training data, clean it, caption pictures.", no_args_is_help=True)
 
@@ -38,8 +39,7 @@ def show(name: Annotated[str, typer.Argument(help="One that `bifocal data list` 
     require("pydantic", "yaml")
     from bifocal.data.corpora import explained
 
-    with one_sentence(Path()):
-        typer.echo(explained(name))
+    typer.echo(explained(name))
 
 
 @data.command()
@@ -59,17 +59,22 @@ def inspect(
     from bifocal.files import require_overwritable
 
     if out.is_dir():
-        fail(f"'{out}' is a folder. Give the HTML file to write with --out.")
-    with one_sentence(out.parent):
-        require_overwritable(out, PAGE)
-        given = source_of(source, overrides)
-        found = inspect_source(given, _kind(kind) or guess_kind(given), rows or None)
-        write_data_page(asdict(found), out)
+        raise BifocalError(f"'{out}' is a folder. Give the HTML file to write with --out.")
+    writes_into(out.parent)
+    require_overwritable(out, PAGE)
+    given = source_of(source, overrides)
+    found = inspect_source(given, _kind(kind) or guess_kind(given), rows or None)
+    write_data_page(asdict(found), out)
     typer.echo(f"{found.good:,} of {found.rows:,} rows can be used; see {out}.")
 
 
 @data.command()
-def clean(source: SourceArgument, out: Path, overrides: Overrides = None, kind: Kind = None) -> None:
+def clean(
+    source: SourceArgument,
+    out: Annotated[Path, typer.Argument(help="Folder of Parquet files to write.")],
+    overrides: Overrides = None,
+    kind: Kind = None,
+) -> None:
     """Write the rows of a source that pass its filters into a folder of Parquet files, which may be streamed."""
     require("datasets", "pydantic")
     from bifocal.data.clean_copy import write_clean
@@ -77,10 +82,10 @@ def clean(source: SourceArgument, out: Path, overrides: Overrides = None, kind: 
     from bifocal.data.skips import Skipped, summary
     from bifocal.data.source import source_of
 
+    writes_into(out)
     skipped = Skipped(out / "skipped.jsonl")
-    with one_sentence(out):
-        given = source_of(source, overrides)
-        rows = write_clean(given, _kind(kind) or guess_kind(given), out, skipped)
+    given = source_of(source, overrides)
+    rows = write_clean(given, _kind(kind) or guess_kind(given), out, skipped)
     left_out: Counter[str] = Counter()
     for counts in [*skipped.bad.values(), *skipped.dropped.values()]:
         left_out += counts
@@ -103,8 +108,8 @@ def caption(
     from bifocal.data.captioning import caption_recipe, caption_source
     from bifocal.data.source import source_of
 
-    with one_sentence(out, "free space and start again; it goes on from there"):
-        made = caption_source(source_of(source, overrides), out, caption_recipe(model, recipe))
+    writes_into(out, "free space and run the command again; it resumes")
+    made = caption_source(source_of(source, overrides), out, caption_recipe(model, recipe))
     before = f", {made.before:,} were there before" if made.before else ""
     skipped = f", {made.skipped:,} left out (see {out / 'skipped.jsonl'})" if made.skipped else ""
     typer.echo(f"{made.made:,} captions are in {out}{before}{skipped}; in a recipe: path: {out}/*.parquet, images: /.")
@@ -114,5 +119,5 @@ def _kind(given: str | None) -> str | None:
     from bifocal.data.kinds import KINDS
 
     if given is not None and given not in KINDS:
-        fail(f"'{given}' is no kind of rows; it must be one of {', '.join(KINDS)}.")
+        raise BifocalError(f"'{given}' is no kind of rows; it must be one of {', '.join(KINDS)}.")
     return given

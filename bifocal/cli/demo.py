@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from bifocal.cli.console import cannot_write, fail, require
+from bifocal.cli.console import require, writes_into
 
 
 def demo(
@@ -18,14 +18,7 @@ def demo(
 ) -> None:
     """Train a small model through the three stages, search with it and write a report."""
     require("accelerate", "datasets", "fontTools", "jinja2", "matplotlib", "sentence_transformers")
-    from bifocal.demo.runner import DemoError, full_settings, quick_settings, run_demo
-    from bifocal.files import NotOursError
+    from bifocal.demo.runner import full_settings, quick_settings, run_demo
 
-    try:
-        run_demo(out, quick_settings(seed) if quick else full_settings(seed), force)
-    except (DemoError, NotOursError) as error:
-        fail(str(error))
-    except Exception as error:
-        if not cannot_write(error, out):
-            raise
-        fail(f"Cannot write to {out} ({error}); free space or choose another --out. The run goes on from there.")
+    writes_into(out, "free space and run the command again to resume, or choose another --out")
+    run_demo(out, quick_settings(seed) if quick else full_settings(seed), force)

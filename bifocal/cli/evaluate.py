@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from bifocal.cli.console import fail, one_sentence, require
+from bifocal.cli.console import require, writes_into
+from bifocal.errors import BifocalError
 
 
 def evaluate(
@@ -37,21 +38,21 @@ def evaluate(
     from bifocal.files import overwrite, require_overwritable
     from bifocal.hub.card_results import add_results
 
-    with one_sentence(out, "free space or choose another --out; it goes on from there"):
-        recipe = None if suite is None and mteb else load_evaluation_recipe(suite or "symbols")
-        if out.exists() and not out.is_dir():
-            fail(f"'{out}' is a file, and the results need a folder; choose another with --out.")
-        for name in ("results.json", "report.html"):
-            require_overwritable(out / name, EVALUATION)
-        results = measure(models, recipe, out, only or (), mteb or ())
-        numbers = summary(results)
-        with overwrite(out / "results.json", EVALUATION) as scratch:
-            scratch.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
-        if card:
-            for folder, of_model in results.items():
-                metrics = [(one.task, one.kind, one.metrics) for one in of_model if one.metrics]
-                add_results(Path(folder), metrics, sources_on_hub(recipe))
-        write_evaluation_page(results, out / "report.html", f"Evaluation: {recipe.name if recipe else 'MTEB'}")
+    writes_into(out, "free space and run the command again to resume, or choose another --out")
+    recipe = None if suite is None and mteb else load_evaluation_recipe(suite or "symbols")
+    if out.exists() and not out.is_dir():
+        raise BifocalError(f"'{out}' is a file, and the results need a folder; choose another with --out.")
+    for name in ("results.json", "report.html"):
+        require_overwritable(out / name, EVALUATION)
+    results = measure(models, recipe, out, only or (), mteb or ())
+    numbers = summary(results)
+    with overwrite(out / "results.json", EVALUATION) as scratch:
+        scratch.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+    if card:
+        for folder, of_model in results.items():
+            metrics = [(one.task, one.kind, one.metrics) for one in of_model if one.metrics]
+            add_results(Path(folder), metrics, sources_on_hub(recipe))
+    write_evaluation_page(results, out / "report.html", f"Evaluation: {recipe.name if recipe else 'MTEB'}")
     if as_json:
         typer.echo(json.dumps(numbers, indent=2))
         return

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from bifocal.cli.console import fail, one_sentence, require
+from bifocal.cli.console import require, writes_into
+from bifocal.errors import BifocalError
 
 
 def convert(
@@ -27,20 +28,16 @@ def convert(
     require("sentence_transformers")
     from bifocal.files import MODEL, require_replaceable
     from bifocal.hub import convert as conversion
-    from bifocal.hub.source_config import ConversionError
     from bifocal.hub.weights import read_weights
 
-    try:
-        tensors, config = read_weights(source, allow_pickle)
-        plan = conversion.plan_conversion(tensors, config, image_size)
-        if dry_run:
-            typer.echo(plan.text())
-            return
-        with one_sentence(out):
-            require_replaceable(out, MODEL)
-            lacks = conversion.save_converted(conversion.build(plan), source, out)
-    except ConversionError as error:
-        fail(str(error))
+    tensors, config = read_weights(source, allow_pickle)
+    plan = conversion.plan_conversion(tensors, config, image_size)
+    if dry_run:
+        typer.echo(plan.text())
+        return
+    writes_into(out)
+    require_replaceable(out, MODEL)
+    lacks = conversion.save_converted(conversion.build(plan), source, out)
     typer.echo(f"The model is in {out}" + (f"; it lacks {', '.join(lacks)}." if lacks else "."))
 
 
@@ -69,32 +66,27 @@ def export(
     """Write one folder with everything: weights, code, ONNX, card, recipes, results, licence, examples."""
     require("jinja2", "sentence_transformers", *(["onnx", "onnxruntime", "onnxscript"] if onnx and out else []))
     if out is None and not check:
-        fail("Name a folder to export to, or add --check to look at one that is exported.")
+        raise BifocalError("Name a folder to export to, or add --check to look at one that is exported.")
     if out is not None:
         from bifocal.files import parts
         from bifocal.hub.export import left_out
-        from bifocal.hub.onnx import OnnxError
         from bifocal.hub.release_run import release_run
 
         before = parts(out)
-        try:
-            with one_sentence(out):
-                release_run(run, out, name, description, license, results, examples, onnx, shard)
-        except OnnxError as error:
-            fail(str(error))
+        writes_into(out)
+        release_run(run, out, name, description, license, results, examples, onnx, shard)
         typer.echo(f"The model is in {out}.")
         if gone := left_out(before, out):
             typer.echo(f"It leaves out {gone}, which the earlier export had.")
     if check:
-        from bifocal.hub.check import CheckError, check_folder
+        from bifocal.hub.check import check_folder
 
-        try:
-            found = check_folder(out or run, trust_remote_code)
-        except CheckError as error:
-            fail(str(error))
+        found = check_folder(out or run, trust_remote_code)
         typer.echo(found.text())
         if found.problems:
-            fail(f"'{out or run}' should not be published as it is ({len(found.problems)} problems above).")
+            raise BifocalError(
+                f"'{out or run}' should not be published as it is ({len(found.problems)} problems above)."
+            )
         typer.echo(f"'{out or run}' is ready: bifocal push {out or run} {name or 'organisation/name'}")
 
 
@@ -114,12 +106,9 @@ def push(
     def may_overwrite(name: str) -> bool:
         return yes or (sys.stdin.isatty() and typer.confirm(f"'{name}' has files already. Replace them?"))
 
-    try:
-        upload = publishing.look(folder)
-        typer.echo(upload.text())
-        if upload.called not in (None, repository):
-            typer.echo(f"Note: its card loads '{upload.called}'; export with --name {repository} to change that.")
-        url = publishing.push(folder, repository, private, revision, pr, may_overwrite)
-    except publishing.PushError as error:
-        fail(str(error))
+    upload = publishing.look(folder)
+    typer.echo(upload.text())
+    if upload.called not in (None, repository):
+        typer.echo(f"Note: its card loads '{upload.called}'; export with --name {repository} to change that.")
+    url = publishing.push(folder, repository, private, revision, pr, may_overwrite)
     typer.echo(f"Published: {url}")

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bifocal.cli.console import fail, one_sentence, require
+from bifocal.cli.console import require, writes_into
 from bifocal.cli.data import Overrides
+from bifocal.errors import BifocalError
 
 if TYPE_CHECKING:
     from bifocal.hub.search.index import SearchIndex
@@ -51,32 +52,28 @@ def index(
     from bifocal.data.source import source_of
     from bifocal.hub.indexing import Reading, kind_of
     from bifocal.hub.search.index import SearchIndex, weights_of
-    from bifocal.hub.search.items import SearchError
     from bifocal.hub.search.searcher import Searcher, load_model
 
+    writes_into(out, "free space and run the command again; it resumes")
+    given = source_of(source, overrides)
+    rows = kind_of(given, kind)
+    there = SearchIndex(out) if (out / "index.json").exists() else None
+    place = model or (there.model if there is not None else None)
+    if place is None:
+        raise BifocalError("Name the model that embeds, a Bifocal folder or Hub id, with --model.")
+    dimensions = load_model(place).config.projection_dim
+    made = SearchIndex.create(out, place, weights_of(place), dimensions, dims or [], precision or ["float32"])
+    reading = Reading(given, rows, captions or False, (out,))
+    if captions is None:
+        reading.remember(made)
     try:
-        with one_sentence(out, "free space and start again; it goes on from there"):
-            given = source_of(source, overrides)
-            rows = kind_of(given, kind)
-            there = SearchIndex(out) if (out / "index.json").exists() else None
-            place = model or (there.model if there is not None else None)
-            if place is None:
-                fail("Name the model that embeds, a Bifocal folder or Hub id, with --model.")
-            dimensions = load_model(place).config.projection_dim
-            made = SearchIndex.create(out, place, weights_of(place), dimensions, dims or [], precision or ["float32"])
-            reading = Reading(given, rows, captions or False, (out,))
-            if captions is None:
-                reading.remember(made)
-            try:
-                with tqdm(desc="Looking at items", unit="", leave=False) as bar:
-                    done = Searcher(made, place).add(
-                        reading.items(), batch_size, lambda number: bar.update(number - bar.n), reading.origin, prune
-                    )
-            finally:
-                if there is None:
-                    made.discard_if_empty()
-    except SearchError as error:
-        fail(str(error))
+        with tqdm(desc="Looking at items", unit="", leave=False) as bar:
+            done = Searcher(made, place).add(
+                reading.items(), batch_size, lambda number: bar.update(number - bar.n), reading.origin, prune
+            )
+    finally:
+        if there is None:
+            made.discard_if_empty()
     source, shown = printable(source), printable(str(out))
     faults = reading.faults + done.failed
     for name, reason in faults[:5]:
@@ -86,7 +83,7 @@ def index(
     for passed in reading.left_out():
         typer.echo(f"Left out: {passed}.", err=True)
     if not done.count + done.known + done.duplicates:
-        fail(f"Nothing in '{source}' could be indexed.")
+        raise BifocalError(f"Nothing in '{source}' could be indexed.")
     typer.echo(_added(done, len(faults), reading.unnamed, made, shown))
     if done.restored:
         typer.echo(
@@ -134,29 +131,24 @@ def search(
     """Print what is nearest to a text, a picture or both."""
     require(*_NEEDS, *(["lancedb"] if database else []))
     from bifocal.hub.search.index import SearchIndex
-    from bifocal.hub.search.items import KINDS, SearchError
+    from bifocal.hub.search.items import KINDS
     from bifocal.hub.search.searcher import Searcher
 
     kinds = KINDS if only is None else (only,)
-    try:
-        searcher = Searcher(SearchIndex(index), model)
-        vector = searcher.vector(text, image, weight)
-        if database is not None:
-            from bifocal.hub.search.lance import search_lance
+    searcher = Searcher(SearchIndex(index), model)
+    vector = searcher.vector(text, image, weight)
+    if database is not None:
+        from bifocal.hub.search.lance import search_lance
 
-            found = search_lance(database, vector, searcher.index.weights, hits, kinds)
-        else:
-            form = (
-                None
-                if dim is None and precision is None
-                else (dim or searcher.index.dimensions, precision or "float32")
-            )
-            found = searcher.index.search(vector, hits, kinds, form)
-    except SearchError as error:
-        fail(str(error))
+        found = search_lance(database, vector, searcher.index.weights, hits, kinds)
+    else:
+        form = None if dim is None and precision is None else (dim or searcher.index.dimensions, precision or "float32")
+        found = searcher.index.search(vector, hits, kinds, form)
     if not found:
         what = "texts" if only == "text" else "images" if only == "image" else "items"
-        fail(f"'{database or index}' has no {what}; add some with bifocal index, or search without --only.")
+        raise BifocalError(
+            f"'{database or index}' has no {what}; add some with bifocal index, or search without --only."
+        )
     if as_json:
         typer.echo(json.dumps([hit.plain() for hit in found], indent=2, ensure_ascii=False))
         return
@@ -176,17 +168,13 @@ def remove(
 ) -> None:
     """Delete items from an index, also from its files. Content that has other names stays under those."""
     if not names and source is None:
-        fail("Name what to delete: names as the hits have them, or a --source.")
+        raise BifocalError("Name what to delete: names as the hits have them, or a --source.")
     require(*_NEEDS)
     from bifocal.hub.search.index import SearchIndex
-    from bifocal.hub.search.items import SearchError
 
-    try:
-        with one_sentence(index):
-            opened = SearchIndex(index)
-            count = opened.remove(names or [], source)
-    except SearchError as error:
-        fail(str(error))
+    writes_into(index)
+    opened = SearchIndex(index)
+    count = opened.remove(names or [], source)
     typer.echo(f"{count:,} deleted; {index} has {len(opened):,} left.")
 
 
@@ -197,14 +185,10 @@ def database(
     """Copy an index into a LanceDB database; again, and only what changed is changed there."""
     require(*_NEEDS, "lancedb")
     from bifocal.hub.search.index import SearchIndex
-    from bifocal.hub.search.items import SearchError
     from bifocal.hub.search.lance import copy_to_lance
 
-    try:
-        with one_sentence(Path(uri) if "://" not in uri else Path()):
-            count = copy_to_lance(SearchIndex(index), uri)
-    except SearchError as error:
-        fail(str(error))
+    writes_into(Path(uri) if "://" not in uri else Path())
+    count = copy_to_lance(SearchIndex(index), uri)
     typer.echo(f"{count:,} rows are at {uri}.")
 
 
@@ -221,24 +205,18 @@ def serve(
     """Serve a search page over an index, or write it as a Space."""
     require(*_NEEDS, "gradio")
     from bifocal.hub.search.index import SearchIndex
-    from bifocal.hub.search.items import SearchError
 
-    try:
-        opened = SearchIndex(index)
-        if space is not None:
-            from bifocal.hub.space import write_space
+    opened = SearchIndex(index)
+    if space is not None:
+        from bifocal.hub.space import write_space
 
-            with one_sentence(space):
-                write_space(opened, space, title, model)
-            typer.echo(f"The Space is in {space}: bifocal push {space} organisation/name")
-            return
-        from bifocal.hub.search.page import build, launch
-        from bifocal.hub.search.searcher import Searcher
+        writes_into(space)
+        write_space(opened, space, title, model)
+        typer.echo(f"The Space is in {space}: bifocal push {space} organisation/name")
+        return
+    from bifocal.hub.search.page import build, launch
+    from bifocal.hub.search.searcher import Searcher
 
-        page = build(Searcher(opened, model), title)
-        typer.echo(f"Serving {index} at http://{host}:{port} (Ctrl+C ends it).")
-        launch(page, host, port)
-    except SearchError as error:
-        fail(str(error))
-    except OSError as error:
-        fail(f"Cannot listen on {host}:{port} ({error}); choose another --port.")
+    page = build(Searcher(opened, model), title)
+    typer.echo(f"Serving {index} at http://{host}:{port} (Ctrl+C ends it).")
+    launch(page, host, port)

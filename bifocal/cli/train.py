@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bifocal.cli.console import one_sentence, require
+from bifocal.cli.console import require, writes_into
 
 if TYPE_CHECKING:
     from bifocal.training.recipe import Recipe
@@ -25,12 +25,11 @@ def train(
     from bifocal.training.plan import plan
     from bifocal.training.recipe import find_recipe, load_recipe
 
-    with one_sentence(Path()):
-        loaded = load_recipe(find_recipe(recipe), overrides, files=True)
-    with one_sentence(loaded.folder, "free space or set another output_dir; the run goes on from there"):
-        message = plan(loaded) if dry_run else _train(loaded, force)
-        if message:
-            typer.echo(message)
+    loaded = load_recipe(find_recipe(recipe), overrides, files=True)
+    writes_into(loaded.folder, "free space and run the command again to resume, or set another output_dir")
+    message = plan(loaded) if dry_run else _train(loaded, force)
+    if message:
+        typer.echo(message)
 
 
 def _train(recipe: "Recipe", force: bool) -> str:
@@ -82,5 +81,5 @@ def mine(
     from bifocal.training.mine_source import mine_source
 
     settings = dict(negatives=negatives, skip=skip, depth=depth, margin=margin, batch_size=batch_size)
-    with one_sentence(out.parent):
-        typer.echo(mine_source(source, out, model, direction, column or [], cache, settings))
+    writes_into(out.parent)
+    typer.echo(mine_source(source, out, model, direction, column or [], cache, settings))

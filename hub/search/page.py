@@ -231,12 +231,18 @@ def launch(page: gradio.Blocks, host: str | None = None, port: int | None = None
     """Serve the page; returns its address, when it is stopped or, without `wait`, at once.
 
     Fonts are those of the visitor's machine: gradio's own themes load theirs from another host.
+
+    Raises:
+        SearchError: if the port is taken.
     """
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    _, address, _ = page.launch(
-        server_name=host, server_port=port, prevent_thread_lock=not wait, quiet=True, show_error=False, share=False,
-        max_file_size=LARGEST_UPLOAD, footer_links=[], theme=theme, css_paths=STYLE, ssr_mode=False,
-        enable_monitoring=False, pwa=False, mcp_server=False,
-        app_kwargs={"middleware": [Middleware(OwnFilesOnly, page=page)]},
-    )  # fmt: skip
+    try:
+        _, address, _ = page.launch(
+            server_name=host, server_port=port, prevent_thread_lock=not wait, quiet=True, show_error=False, share=False,
+            max_file_size=LARGEST_UPLOAD, footer_links=[], theme=theme, css_paths=STYLE, ssr_mode=False,
+            enable_monitoring=False, pwa=False, mcp_server=False,
+            app_kwargs={"middleware": [Middleware(OwnFilesOnly, page=page)]},
+        )  # fmt: skip
+    except OSError as error:
+        raise SearchError(f"Cannot listen on {host}:{port} ({error}); choose another port.") from error
     return address
