@@ -79,7 +79,7 @@ def test_neftune_and_compilation_do_something(tmp_path, processor):
 
 
 def test_the_length_of_an_epoch():
-    one, two = pairs(batch_size=5), pairs("b", batch_size=10, weight=3.0)  # 20 rows each: 4 batches and 2
+    one, two = pairs(batch_size=5), pairs("b", batch_size=10, sampling_weight=3.0)  # 20 rows each: 4 batches and 2
     assert steps_per_epoch([one], 1, 1) == 4
     assert steps_per_epoch([one], 2, 1) == 2
     assert steps_per_epoch([one, two], 1, 1) == 6, "all batches of the texts, whatever their weights"
@@ -87,7 +87,7 @@ def test_the_length_of_an_epoch():
     assert steps_per_epoch([pictures(), one, two], 1, 1) == 6, "one batch of pictures is passed through six times"
     assert steps_per_epoch([pictures(), two], 4, 1) == 1
     assert steps_per_epoch([pairs(stream=True)], 1, 1) is None
-    assert steps_per_epoch([pairs(stream=True, rows=80)], 1, 1) == 20
+    assert steps_per_epoch([pairs(stream=True, num_rows=80)], 1, 1) == 20
 
 
 class Events(TrainerCallback):

@@ -45,8 +45,8 @@ def made(processor, tmp_path_factory):
         ({"data_seed": 7}, None, "seed was 42 and is now 7"),
         ({"gradient_accumulation_steps": 2}, None, "gradient_accumulation_steps was 1 and is now 2"),
         ({}, [pairs(batch_size=5), pairs("b")], "batch_size of task 'a' was 4 and is now 5"),
-        ({}, [pairs(), pairs("b", weight=2.0)], "weight of task 'b' was 1.0 and is now 2.0"),
-        ({}, [pairs(), pairs("b", ROWS[:-1])], "rows of task 'b' was 20 and is now 19"),
+        ({}, [pairs(), pairs("b", sampling_weight=2.0)], "sampling_weight of task 'b' was 1.0 and is now 2.0"),
+        ({}, [pairs(), pairs("b", ROWS[:-1])], "num_rows of task 'b' was 20 and is now 19"),
         ({}, [pairs(), pairs("b", ROWS[::-1])], "the data set of task 'b' has other rows than before"),
         ({}, [pairs()], "the tasks were a, b and are now a"),
         ({}, [pairs(), pairs("b"), pairs("c")], "the tasks were a, b and are now a, b, c"),
@@ -96,7 +96,7 @@ def test_what_does_not_move_rows_may_change(made, processor, tmp_path):
 
 
 def test_more_steps_draw_the_same_first_ones():
-    tasks = [pairs(weight=0.3), pairs("b"), pairs("c", weight=2.0)]
+    tasks = [pairs(sampling_weight=0.3), pairs("b"), pairs("c", sampling_weight=2.0)]
     short, long = (Schedule(tasks, steps, 3) for steps in (50, 5000))
     for sort in short.numbers:
         assert np.array_equal(short.numbers[sort], long.numbers[sort][:50])

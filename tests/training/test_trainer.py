@@ -153,7 +153,9 @@ def test_wrong_set_ups(tmp_path, processor):
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
     model = BifocalModel(small_config())
     stream = Task("stream", "image-text", pictures().dataset.to_iterable_dataset(), 4)
-    with pytest.raises(ValueError, match="no length, since task 'stream' streams; set max_steps, or rows of the task"):
+    with pytest.raises(
+        ValueError, match="no length, since task 'stream' streams; set max_steps, or num_rows of the task"
+    ):
         MultiTaskTrainer(model, arguments, [stream], processor, 32)
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", max_steps=1)
     pairs = texts("text-pair")
