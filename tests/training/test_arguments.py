@@ -118,8 +118,8 @@ def test_epochs_as_transformers_users_know_them(tmp_path, processor):
         events = Events()
         it.add_callback(events)
         it.seen_rows = []
-        add = it.meters.add
-        it.meters.add = lambda *given: (it.seen_rows.extend(given[2]["tasks"]["a"].rows), add(*given))
+        add = it.training_metrics.add
+        it.training_metrics.add = lambda *given: (it.seen_rows.extend(given[2]["tasks"]["a"].rows), add(*given))
         it.train(resume_from_checkpoint=resume)
         return it, events.seen
 

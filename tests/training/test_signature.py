@@ -89,8 +89,8 @@ def test_what_does_not_move_rows_may_change(made, processor, tmp_path):
     tasks = [replace(pairs(), loss_weight=2.0, temperature=0.1), pairs("b")]
     options = dict(logging_steps=1, learning_rate=1e-4, max_grad_norm=0.5, dataloader_num_workers=1)
     it = trainer(tmp_path, processor, steps=6, tasks=tasks, **options)
-    add = it.meters.add
-    it.meters.add = lambda loss, results, inputs: (seen.append(inputs["step"]), add(loss, results, inputs))
+    add = it.training_metrics.add
+    it.training_metrics.add = lambda loss, results, inputs: (seen.append(inputs["step"]), add(loss, results, inputs))
     it.train(resume_from_checkpoint=str(made / "map" / "checkpoint-2"))
     assert seen == [2, 3, 4, 5]
 
