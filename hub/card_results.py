@@ -5,18 +5,10 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard
 
+from bifocal.data.evaluation_protocols import find_protocol
 from bifocal.errors import BifocalError
 from bifocal.files import amend
 
-# The Hub's names of tasks for our protocols.
-_TASKS = {
-    "image-text retrieval": "feature-extraction",
-    "zero-shot classification": "zero-shot-image-classification",
-    "linear probe": "image-classification",
-    "semantic similarity": "sentence-similarity",
-    "pair classification": "sentence-similarity",
-    "text retrieval": "feature-extraction",
-}
 _METRICS = {"accuracy": "accuracy", "spearman": "spearmanr", "pearson": "pearsonr", "mrr": "mrr"}
 
 
@@ -31,7 +23,7 @@ def add_results(
 
     Args:
         folder: of the model, with a README.md.
-        results: (data set, protocol, metrics by name).
+        results: (data set, protocol, metrics by name). Protocols are named as in `data.evaluation_protocols`.
         sources: where each data set comes from, a Hub id or "local".
 
     Returns:
@@ -50,10 +42,11 @@ def add_results(
     measured = {name for name, _, _ in results}
     kept = [found for found in card.data.eval_results or [] if found.dataset_name not in measured]
     for name, kind, metrics in results:
-        task = _TASKS.get(kind, "feature-extraction")
+        protocol = find_protocol(kind)
         kept += [
             EvalResult(
-                task_type=task, task_name=kind, dataset_name=name, dataset_type=sources.get(name, "local"),
+                task_type=protocol.hub_task, task_name=protocol.title, dataset_name=name,
+                dataset_type=sources.get(name, "local"),
                 metric_type=_METRICS.get(metric, metric.replace("/", "_").replace("@", "_at_")), metric_name=metric,
                 metric_value=round(float(value), 5),
             )

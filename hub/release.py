@@ -29,7 +29,7 @@ class Extras:
 
     Args:
         recipes: resolved, by stage.
-        results: (data set, protocol, metrics by name), for the card's `model-index`.
+        results: (data set, protocol, metrics by name; see `add_results`), for the card's `model-index`.
         evaluation: the same with all that was measured, for `evaluation.json`.
         draw: makes plots into a folder and returns what each file there shows.
         measured_on: texts, the pictures they describe and what they are; the samples when None.

@@ -184,9 +184,9 @@ def _pairs(path: str) -> tuple[list[str], list[Any], str]:
 
 def _draw(card: Card, folder: Path) -> dict[str, str]:
     """The losses of all stages, one after the other."""
-    from bifocal.pages import COLOURS, blank
+    from bifocal.pages import COLOURS, new_figure
 
-    figure, axes = blank()
+    figure, axes = new_figure()
     colours: dict[str, str] = {}
     before = 0
     for stage in card.stages:

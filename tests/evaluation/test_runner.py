@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import get_args
 
 import pytest
 import torch
@@ -11,9 +12,12 @@ from transformers.models.clip import CLIPImageProcessorPil
 from typer.testing import CliRunner
 
 from bifocal.cli import app
-from bifocal.data.skips import BadRowsError, Skipped
+from bifocal.data.evaluation_protocols import PROTOCOLS, ProtocolName
+from bifocal.data.kinds import KINDS
+from bifocal.data.skips import BadRowsError, SkipLog
 from bifocal.evaluation.encoders import load_encoder
-from bifocal.evaluation.task_rows import EvaluationTask, read_task
+from bifocal.evaluation.suites import EvaluationTask
+from bifocal.evaluation.task_rows import read_task
 from bifocal.hub.export import export_model
 from bifocal.modeling import BifocalModel
 from tests.bifocal.commands import error_of, invoke
@@ -28,11 +32,11 @@ tasks:
   - {name: photos, kind: image-text-retrieval, data: {path: photos}, ks: [1, 5]}
   - {name: kinds, kind: zero-shot, data: {path: labels.jsonl}, classes: {"0": black star, "1": omega}}
   - {name: probe, kind: linear-probe, data: {path: labels.jsonl}, train: {path: labels.jsonl}}
-  - {name: scores, kind: sts, data: {path: scores.csv, header: [sentence1, sentence2, score]}}
+  - {name: scores, kind: sts, data: {path: scores.csv, column_names: [sentence1, sentence2, score]}}
   - name: same
     kind: pair-classification
     threshold: 3
-    data: {path: scores.csv, header: [sentence1, sentence2, score]}
+    data: {path: scores.csv, column_names: [sentence1, sentence2, score]}
   - {name: pairs, kind: text-retrieval, data: {path: pairs.jsonl}}
   - {name: beir, kind: text-retrieval, data: {path: beir, split: test}}
 """
@@ -82,6 +86,11 @@ def done(here, monkeypatch, tmp_path):
     return json.loads(found.stdout), tmp_path / "out"
 
 
+def test_every_protocol_has_one_definition():
+    assert get_args(ProtocolName) == tuple(PROTOCOLS)
+    assert {protocol.row_kind for protocol in PROTOCOLS.values()} <= set(KINDS)
+
+
 def test_every_protocol_for_two_families(done, here, monkeypatch):
     numbers, out = done
     assert list(numbers) == ["ours", "clip"]
@@ -96,7 +105,7 @@ def test_every_protocol_for_two_families(done, here, monkeypatch):
     assert list(photos["recall_by_dimension"]) == ["8", "16", "32", "40"]
     assert "mixed/text_wrong_kind" in photos["gap"]
     assert numbers["ours"]["beir"]["sizes"]["passages"] == 9, "the whole corpus"
-    assert numbers["clip"]["photos"]["speed"]["pictures_per_second"] > 0
+    assert numbers["clip"]["photos"]["speed"]["images_per_second"] > 0
     assert json.loads((out / "results.json").read_text()) == numbers
     # Again: all is read from the folder, no model is loaded.
     monkeypatch.setattr("bifocal.evaluation.runner.load_encoder", lambda *_: pytest.fail("loaded again"))
@@ -111,7 +120,7 @@ def test_a_text_model_stands_beside_where_it_can(here, monkeypatch, tmp_path):
                 "--only", "scores")  # fmt: skip
     assert found.exit_code == 0, (found.stderr, found.exception)
     first, second, last = found.stdout.splitlines()
-    assert first.count("0.") == 1, "no picture for the text model"
+    assert first.count("0.") == 1, "no image task for the text model"
     assert second.startswith("scores (spearman): ours ")
     assert last == f"See {tmp_path / 'report.html'}."
 
@@ -148,7 +157,7 @@ def test_the_page_in_a_browser(done):
     with opened(done[1] / "report.html") as page:
         assert page.locator("h1").inner_text() == "Evaluation: local"
         text = page.locator("body").inner_text()
-        for said in ("Side by side", "Where ours fails most", "Not measured here", "jina-clip-v1", "62.39", "binary"):
+        for said in ("Side by side", "Worst searches of ours", "not measured here", "jina-clip-v1", "62.39", "binary"):
             assert said in text
         assert page.locator("img").count() > 9
 
@@ -162,7 +171,8 @@ def test_models_are_measured_on_the_same_good_rows(here, tmp_path):
     rows = [{"image": f"{n}.jpg", "caption": f"star {n}"} for n in images]
     lines(tmp_path / "rows.jsonl", [*rows, {"image": "5.jpg", "caption": None}, {"image": "none.jpg", "caption": "a"}])
     (tmp_path / "suite.yaml").write_text(
-        "name: bad rows\ntasks: [{name: rows, kind: image-text-retrieval, data: {path: rows.jsonl, max_bad: 0.5}}]\n"
+        "name: bad rows\ntasks: [{name: rows, kind: image-text-retrieval, "
+        "data: {path: rows.jsonl, max_bad_fraction: 0.5}}]\n"
     )
 
     def measured(*models: str):
@@ -191,7 +201,7 @@ def test_models_are_measured_on_the_same_good_rows(here, tmp_path):
     said, numbers = measured("ours", "clip")
     assert [numbers[str(here / model)]["rows"]["sizes"]["images"] for model in ("ours", "clip")] == [11, 11]
     lines(tmp_path / "rows.jsonl", [{"image": "none.jpg", "caption": "a"}] * 3 + rows[:2])
-    assert "60.0% of 5 rows are bad, more than max_bad=0.5" in error_of(
+    assert "60.0% of 5 rows are bad, more than max_bad_fraction=0.5" in error_of(
         tmp_path, "evaluate", str(here / "ours"), "--suite", "suite.yaml", "--out", "out"
     )
 
@@ -202,14 +212,14 @@ def test_bad_lines_of_a_beir_folder(here, tmp_path):
         file.write('{"title": "nameless", "text": "x"}\n{"_id": "d99", "te\n')
     with (tmp_path / "beir" / "qrels" / "test.tsv").open("a") as file:
         file.write("q1\td77\t1\nq2\td4\thigh\nq2\td5\t0\n")
-    data = {"path": str(tmp_path / "beir"), "split": "test", "max_bad": 0.5}
-    rows = read_task(EvaluationTask(name="b", kind="text-retrieval", data=data), tmp_path, Skipped()).rows
+    data = {"path": str(tmp_path / "beir"), "split": "test", "max_bad_fraction": 0.5}
+    rows = read_task(EvaluationTask(name="b", kind="text-retrieval", data=data), tmp_path, SkipLog()).rows
     assert rows.columns["relevant"] == {"q0": ["d1", "d2"], "q1": ["d3"]}
     assert len(rows.skips) == 4
     assert {"no _id", "judgement of a missing text", "broken judgement"} < {skip.cause for skip in rows.skips}
-    strict = EvaluationTask(name="b", kind="text-retrieval", data={**data, "max_bad": 0.0})
+    strict = EvaluationTask(name="b", kind="text-retrieval", data={**data, "max_bad_fraction": 0.0})
     with pytest.raises(BadRowsError, match="are bad, more than"):
-        read_task(strict, tmp_path, Skipped())
+        read_task(strict, tmp_path, SkipLog())
 
 
 @pytest.mark.parametrize(
@@ -233,7 +243,7 @@ def test_bad_lines_of_a_beir_folder(here, tmp_path):
         (["ours", "--mteb", "SciFac"], "mteb has no task 'SciFac'; did you mean 'SciFact'?"),
         (["ours", "--suite", "empty.yaml"], "'captions' has no column 'image'"),
         (["ours", "--suite", "kind.yaml"], "'kind' is 'retrieval', but: input should be"),
-        (["ours", "--suite", "bad.yaml"], "of 2 rows are bad, more than max_bad=0.01 allows (1 no score)"),
+        (["ours", "--suite", "bad.yaml"], "of 2 rows are bad, more than max_bad_fraction=0.01 allows (1 no score)"),
         (["ours", "--suite", "split.yaml"], "'beir' has no judgements of the split 'dev' (there are test)"),
     ],
 )  # fmt: skip
@@ -247,7 +257,7 @@ def test_bad_input_gets_one_sentence(here, monkeypatch, tmp_path, command, messa
     for name, task in (
         ("empty", "{name: t, kind: image-text-retrieval, data: {path: captions, format: jsonl}}"),
         ("kind", "{name: t, kind: retrieval, data: {path: photos}}"),
-        ("bad", "{name: t, kind: sts, data: {path: bad.csv, header: [sentence1, sentence2, score]}}"),
+        ("bad", "{name: t, kind: sts, data: {path: bad.csv, column_names: [sentence1, sentence2, score]}}"),
         ("nobody", "{name: t, kind: sts, data: {path: nobody.jsonl}}"),
         ("ints", "{name: t, kind: zero-shot, data: {path: labels.jsonl}}"),
         ("wrong", "{name: t, kind: zero-shot, data: {path: labels.jsonl}, classes: {cat: tabby}}"),

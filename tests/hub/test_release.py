@@ -55,7 +55,7 @@ def folder(model, tmp_path_factory) -> Path:
     card = Card(NAME, "A model for tests.", {"recall@5": 0.71}, "On nothing.", "apache-2.0", [STAGE])
     extras = Extras(
         recipes={"first": RECIPE}, draw=draw, licence="Apache",
-        results=[("org/pictures", "image-text retrieval", {"recall@5": 0.71})], evaluation={"x": 1},
+        results=[("org/pictures", "image-text-retrieval", {"recall@5": 0.71})], evaluation={"x": 1},
     )  # fmt: skip
     return release(model, tmp_path_factory.mktemp("release") / "out", card, extras)
 
