@@ -60,7 +60,7 @@ def tuned(reader) -> Path:
     done = run(reader, *train[:-1], *SHORT)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "The model is in runs/finetune/model." in done.stdout
-    assert done.stderr.count("auto_chunk embeds") == 1
+    assert done.stderr.count("auto_find_chunk_size embeds") == 1
     assert done.stderr.count("Half precision is off") == 1
     assert not re.search("(Writing|Loading).*?%", done.stderr), "no bars for files of a moment"
     return reader / "runs" / "finetune"
@@ -267,7 +267,12 @@ def test_bad_input_gets_one_sentence(reader, change, message):
 
 def test_two_processes_by_torchrun(reader):
     """As `accelerate launch -m bifocal train` starts them: the losses of one process with the whole batch."""
-    common = [*commands()[0][:-1], "training.max_steps=3", "training.logging_steps=1", "training.auto_chunk=false"]
+    common = [
+        *commands()[0][:-1],
+        "training.max_steps=3",
+        "training.logging_steps=1",
+        "training.auto_find_chunk_size=false",
+    ]
 
     def losses(output: str) -> list[float]:
         return [float(value) for value in re.findall(r"'loss': '([\d.]+)'", output)]
