@@ -52,7 +52,7 @@ def make_index(folder: Path, given: argparse.Namespace) -> Path:
     from transformers.models.clip import CLIPImageProcessorPil
 
     from bifocal.hub.export import export_model
-    from bifocal.hub.sample_images import samples
+    from bifocal.hub.sample_images import sample_pairs
     from bifocal.hub.search.index import SearchIndex, weights_of
     from bifocal.hub.search.items import Item
     from bifocal.hub.search.searcher import Searcher
@@ -71,7 +71,7 @@ def make_index(folder: Path, given: argparse.Namespace) -> Path:
     import io
 
     items = [Item(f"text {n}", f"{TOPICS[n % 7]} {PLACES[n % 6]} {n}") for n in range(given.rows - 64)]
-    for text_, picture in samples():
+    for text_, picture in sample_pairs():
         buffer = io.BytesIO()
         picture.save(buffer, "PNG")
         items.append(Item(text_, text_, buffer.getvalue()))

@@ -8,7 +8,7 @@ from huggingface_hub import EvalResult, ModelCard
 from bifocal.errors import BifocalError
 from bifocal.files import amend
 
-# The Hub's names of tasks for our protocols.
+# The Hub's names for our protocols.
 _TASKS = {
     "image-text retrieval": "feature-extraction",
     "zero-shot classification": "zero-shot-image-classification",
@@ -21,37 +21,34 @@ _METRICS = {"accuracy": "accuracy", "spearman": "spearmanr", "pearson": "pearson
 
 
 class CardError(BifocalError):
-    """A model card that results cannot be written into."""
+    """A model card that results cannot be added to."""
 
 
 def add_results(
     folder: Path, results: Sequence[tuple[str, str, Mapping[str, float]]], sources: Mapping[str, str] = {}
 ) -> int:
-    """Write results into a model's card, in the place of earlier ones on the same data sets.
+    """Write results into a model's card, replace earlier ones on the same data sets, and return the number of figures.
 
     Args:
-        folder: of the model, with a README.md.
-        results: (data set, protocol, metrics by name).
-        sources: where each data set comes from, a Hub id or "local".
-
-    Returns:
-        How many figures the card now has.
+        folder: folder of the model, with a README.md.
+        results: (data set, protocol, metrics by name) for each data set.
+        sources: Hub id of each data set by its name; "local" for others.
 
     Raises:
-        CardError: if there is no card, or it has no front matter, or one that the Hub would not accept.
+        CardError: if there is no card, or its front matter is missing or not valid.
     """
     path = folder / "README.md"
     if not path.exists():
-        raise CardError(f"'{folder}' has no model card to write results into; export the model first.")
+        raise CardError(f"'{folder}' has no model card to write results into. Export the model first.")
     try:
         card = ModelCard.load(path)
     except ValueError as error:
         raise CardError(f"The card '{path}' cannot be read: {error}") from error
     measured = {name for name, _, _ in results}
-    kept = [found for found in card.data.eval_results or [] if found.dataset_name not in measured]
+    merged = [result for result in card.data.eval_results or [] if result.dataset_name not in measured]
     for name, kind, metrics in results:
         task = _TASKS.get(kind, "feature-extraction")
-        kept += [
+        merged += [
             EvalResult(
                 task_type=task, task_name=kind, dataset_name=name, dataset_type=sources.get(name, "local"),
                 metric_type=_METRICS.get(metric, metric.replace("/", "_").replace("@", "_at_")), metric_name=metric,
@@ -59,8 +56,8 @@ def add_results(
             )
             for metric, value in metrics.items()
         ]  # fmt: skip
-    card.data.eval_results = kept
+    card.data.eval_results = merged
     card.data.model_name = card.data.model_name or folder.name
     with amend(path) as scratch:
         card.save(scratch)
-    return len(kept)
+    return len(merged)

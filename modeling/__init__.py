@@ -17,7 +17,7 @@ from .image_bifocal import load_image
 from .modeling_bifocal import BifocalModel, BifocalOutput
 from .modeling_bifocal_text import BifocalTextForMaskedLM, BifocalTextModel
 from .modeling_bifocal_vision import BifocalVisionModel
-from .processing_bifocal import BifocalProcessor
+from .processing_bifocal import BifocalProcessor, image_processor_for
 
 for _config, _model in (
     (BifocalConfig, BifocalModel),
@@ -26,7 +26,7 @@ for _config, _model in (
 ):
     AutoConfig.register(_config.model_type, _config)
     AutoModel.register(_config, _model)
-    # What is registered "for auto class" is saved with its code and named in `auto_map`.
+    # Classes registered "for auto class" are saved with their code and named in `auto_map`.
     _config.register_for_auto_class()
     _model.register_for_auto_class("AutoModel")
 AutoModelForMaskedLM.register(BifocalTextConfig, BifocalTextForMaskedLM)
@@ -45,5 +45,6 @@ __all__ = [
     "BifocalTextModel",
     "BifocalVisionConfig",
     "BifocalVisionModel",
+    "image_processor_for",
     "load_image",
 ]

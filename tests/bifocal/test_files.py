@@ -325,7 +325,7 @@ REVIEWED = {
         record=1,  # the lock that it holds
     ),
     "hub/sentence_files.py": Counter(save_sentence_files=1),  # in a folder that is being made
-    "hub/release.py": Counter(release=1),  # in a folder that is being made
+    "hub/release.py": Counter(write_release=1),  # in a folder that is being made
     # By names of our own in an index's folder, under its lock.
     "hub/search/index.py": Counter(create=1, discard_if_empty=4, _tidy=1),  # of an index without rows; scratch files
     "hub/search/opened.py": Counter(_keep=3),  # FAISS indexes of earlier states

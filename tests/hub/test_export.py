@@ -28,7 +28,7 @@ from bifocal.files import MARKER, RUN, NotOursError, parts
 from bifocal.hub.card import Card
 from bifocal.hub.card_results import add_results
 from bifocal.hub.export import export_model
-from bifocal.hub.sample_images import samples
+from bifocal.hub.sample_images import sample_pairs
 from bifocal.modeling import BifocalModel, BifocalProcessor
 from tests.bifocal.commands import error_of
 from tests.conftest import EMPTY, LONG, TEXTS, small_config
@@ -131,7 +131,7 @@ def test_a_card_without_figures(model, tmp_path):
     card = ModelCard.load(folder / "README.md")
     assert "# plain" in card.text
     assert "into one space of 40 dimensions" in card.text
-    assert "Of a text longer than 64 tokens, only the beginning is embedded." in card.text
+    assert "Texts longer than 64 tokens are truncated." in card.text
     assert "Figures" not in card.text
     assert card.data.license is None
 
@@ -158,9 +158,9 @@ def test_what_an_export_no_longer_has_is_said(folder, processor, caplog):
     shutil.rmtree(folder)
     model = BifocalModel(small_config())
     model.processor = processor
-    from bifocal.hub.release import Extras, release
+    from bifocal.hub.release import ReleaseContents, write_release
 
-    release(model, folder, CARD, Extras(onnx=False, licence="Apache", evaluation={"x": 1}))
+    write_release(model, folder, CARD, ReleaseContents(onnx=False, license_text="Apache", evaluation={"x": 1}))
     before = parts(folder)
     with caplog.at_level("WARNING"):
         export_model(model, folder, card=CARD)
@@ -171,8 +171,8 @@ def test_what_an_export_no_longer_has_is_said(folder, processor, caplog):
 
 @pytest.mark.parametrize("size", ["banana", "2", "0GB", "-1GB", "2 GiB", "nanMB", 0, -3])
 def test_a_size_that_is_none_is_refused_before_anything(model, tmp_path, size):
-    with pytest.raises(ValueError, match=r"is no size of a file; write a number with KB, MB, GB or TB"):
-        export_model(model, tmp_path / "new", shard=size)
+    with pytest.raises(ValueError, match=r"is not a file size. Write a number with KB, MB, GB or TB"):
+        export_model(model, tmp_path / "new", max_shard_size=size)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -236,8 +236,8 @@ def test_another_familys_card_is_true_for_it(family, masked, processor, tmp_path
     assert len(blocks) == (1 if family is siglip and masked else 2)
     assert (folder / "modules.json").exists() == (len(blocks) == 2)
     monkeypatch.chdir(tmp_path)
-    for (_, picture), name in zip(samples(), ("first.png", "second.png")):
-        picture.save(name)
+    for (_, image), name in zip(sample_pairs(), ("first.png", "second.png")):
+        image.save(name)
     found = []
     for block in blocks:
         space: dict = {}
@@ -247,9 +247,9 @@ def test_another_familys_card_is_true_for_it(family, masked, processor, tmp_path
         np.testing.assert_allclose(other, found[0], atol=1e-5)
     assert type(AutoModel.from_pretrained(folder)) is type(model)
     said = error_of(tmp_path, "export", "other", "release", "--no-onnx")
-    assert f"'other' holds a {model.config.model_type} model; this command writes Bifocal models" in said
+    assert f"'other' holds a {model.config.model_type} model. This command exports Bifocal models" in said
     if family is clip:
-        sharded = export_model(model, tmp_path / "shards", own, shard="20KB")
+        sharded = export_model(model, tmp_path / "shards", own, max_shard_size="20KB")
         assert not (sharded / "model.safetensors").exists()
         vectors = SentenceTransformer(str(sharded), device="cpu").encode(["a red circle"])
         assert vectors.shape == (1, 16)

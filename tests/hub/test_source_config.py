@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 
-from bifocal.hub.convert import build, plan_conversion
+from bifocal.hub.convert import build_model, plan_conversion
 from bifocal.hub.source_config import ConversionError
 from tests.hub.sources import Eva, FlashBert
 from tests.hub.test_convert import IDS, PIXELS, TEXT, source, text_of
 
 # What a configuration may say of an image tower, and what comes of it.
-GRID = 4  # of the sources, whose pictures have 32 pixels and patches of 8
+GRID = 4  # of the sources, whose images have 32 pixels and patches of 8
 
 
 @torch.no_grad()
@@ -26,7 +26,7 @@ def test_stored_tables_settle_heads_and_reference(reference, dtype, heads):
     plan = plan_conversion(state)
     assert (plan.config.rope_reference_grid, plan.config.num_attention_heads) == (reference, heads)
     theirs.load_state_dict(state)
-    torch.testing.assert_close(build(plan)(PIXELS).pooler_output, theirs(PIXELS), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(build_model(plan)(PIXELS).pooler_output, theirs(PIXELS), atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -35,10 +35,10 @@ def test_an_image_tower_out_of_a_joint_checkpoint():
     theirs, _ = source("jina-clip-v1")
     state = {name: value for name, value in theirs.state_dict().items() if name.startswith("vision_model.")}
     for config in ({}, {"text_config": TEXT, "vision_config": {"head_width": 32, "pt_hw_seq_len": GRID}}):
-        found = build(plan_conversion(state, config))(PIXELS).pooler_output
+        found = build_model(plan_conversion(state, config))(PIXELS).pooler_output
         torch.testing.assert_close(found, theirs.vision_model(PIXELS), atol=1e-5, rtol=1e-5)
     text = {name: value for name, value in theirs.state_dict().items() if name.startswith("text_model.")}
-    ours = build(plan_conversion(text, {"text_config": {"hf_model_config_kwargs": TEXT}}))
+    ours = build_model(plan_conversion(text, {"text_config": {"hf_model_config_kwargs": TEXT}}))
     torch.testing.assert_close(text_of(ours, IDS), theirs.text_model.transformer(IDS), atol=1e-5, rtol=1e-5)
 
 
@@ -49,15 +49,19 @@ def test_the_configuration_settles_what_no_table_does():
         theirs = Eva(timm=True, heads=4, reference=reference).eval()
         plan = plan_conversion(theirs.state_dict(), {"head_width": 16, "width": 64, "layers": 2, **said})
         assert (plan.config.rope_reference_grid, plan.config.num_attention_heads) == (reference, 4)
-        torch.testing.assert_close(build(plan)(PIXELS).pooler_output, theirs(PIXELS), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(build_model(plan)(PIXELS).pooler_output, theirs(PIXELS), atol=1e-5, rtol=1e-5)
     bert, config = source("JinaBERT")
     for module in bert.modules():
         if isinstance(module, torch.nn.LayerNorm):
             module.eps = 0.5
-    ours = build(plan_conversion(bert.state_dict(), {**config, "layer_norm_eps": 0.5, "hidden_dropout_prob": 0.25}))
+    ours = build_model(
+        plan_conversion(bert.state_dict(), {**config, "layer_norm_eps": 0.5, "hidden_dropout_prob": 0.25})
+    )
     torch.testing.assert_close(text_of(ours, IDS), bert(IDS), atol=1e-5, rtol=1e-5)
     assert ours.config.hidden_dropout_prob == 0.25
-    relu = build(plan_conversion(bert.state_dict(), {**config, "layer_norm_eps": 0.5, "feed_forward_type": "reglu"}))
+    relu = build_model(
+        plan_conversion(bert.state_dict(), {**config, "layer_norm_eps": 0.5, "feed_forward_type": "reglu"})
+    )
     assert relu.config.hidden_act == "relu"
 
 
@@ -173,7 +177,7 @@ def test_images_are_prepared_as_the_source_says(processor, tmp_path):
 
     theirs, config = source("jina-clip-v1")
     theirs.text_model.transformer = FlashBert("gated_layers", words=len(processor.tokenizer))
-    made = build(plan_conversion(theirs.state_dict(), config))
+    made = build_model(plan_conversion(theirs.state_dict(), config))
     processor.tokenizer.save_pretrained(tmp_path / "source")
     told = tmp_path / "source" / "preprocessor_config.json"
     told.write_text(json.dumps({"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.5, 0.5], "interpolation": "bilinear"}))

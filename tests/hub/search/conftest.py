@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bifocal.hub.export import export_model
-from bifocal.hub.sample_images import samples
+from bifocal.hub.sample_images import sample_pairs
 from bifocal.hub.search.index import SearchIndex, weights_of
 from bifocal.hub.search.items import Item
 from bifocal.hub.search.searcher import Searcher
@@ -16,7 +16,7 @@ from tests.conftest import small_config
 
 def made_items() -> list[Item]:
     items = []
-    for number, (text, picture) in enumerate(samples()):
+    for number, (text, picture) in enumerate(sample_pairs()):
         buffer = io.BytesIO()
         picture.save(buffer, "PNG")
         items.append(Item(f"drawings/{number}.png", text, buffer.getvalue()))
