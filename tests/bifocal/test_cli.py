@@ -58,7 +58,7 @@ def test_a_missing_extra_is_named_at_once(monkeypatch):
     result = CliRunner().invoke(app, ["demo", "--out", "never-made"])
     assert result.exit_code == 1
     assert result.stderr == (
-        "Error: This command needs datasets, jinja2, not installed here; pip install 'bifocal[all]' brings them.\n"
+        "Error: This command needs datasets, jinja2. Install what is missing with pip install 'bifocal[all]'.\n"
     )
 
 

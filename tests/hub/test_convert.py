@@ -40,10 +40,10 @@ def source(name: str):
 
 def text_of(model, ids):
     mask = torch.ones_like(ids)
-    found = (
+    output = (
         model(input_ids=ids, attention_mask=mask) if not hasattr(model, "text_model") else model.text_model(ids, mask)
     )
-    return found.pooler_output
+    return output.pooler_output
 
 
 @torch.no_grad()
@@ -57,8 +57,8 @@ def test_outputs_are_those_of_the_source(name):
         torch.testing.assert_close(text_of(ours, IDS), theirs.text_model.transformer(IDS), atol=1e-5, rtol=1e-5)
         unit = torch.nn.functional.normalize
         image = theirs.vision_model.head(theirs.vision_model(PIXELS))
-        found = ours.get_image_features(PIXELS).pooler_output
-        torch.testing.assert_close(unit(found), unit(image), atol=1e-5, rtol=1e-5)
+        vectors = ours.get_image_features(PIXELS).pooler_output
+        torch.testing.assert_close(unit(vectors), unit(image), atol=1e-5, rtol=1e-5)
         assert ours.logit_scale.item() == pytest.approx(theirs.logit_scale.item())
         assert not ours.config.text_projection
     elif "JinaBERT" in name or "flash" in name:
@@ -183,9 +183,9 @@ def test_kinds_of_sources(tmp_path):
     (tmp_path / "folder").mkdir()
     save_file(state, tmp_path / "folder" / "model.safetensors")
     (tmp_path / "folder" / "config.json").write_text(json.dumps({**config, "hidden_size": 64}))
-    tensors, found = read_weights(str(tmp_path / "folder"))
+    tensors, config = read_weights(str(tmp_path / "folder"))
     assert set(tensors) == set(state)
-    assert found["num_attention_heads"] == 4
+    assert config["num_attention_heads"] == 4
     assert set(read_weights(str(tmp_path / "folder" / "model.safetensors"))[0]) == set(state)
     torch.save({"state_dict": state}, tmp_path / "model.pt")
     with pytest.raises(ConversionError, match=r"is a pickle, which can run code .* Pass --allow-pickle"):
@@ -278,5 +278,5 @@ def test_converted_by_its_id_on_the_hub(processor, tmp_path):
     ids = processor.tokenizer("black star", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         expected = torch.nn.functional.normalize(theirs.eval().text_model.transformer(ids), dim=-1)[0]
-    found = BifocalModel.from_pretrained(tmp_path / "out").encode_text("black star", convert_to="torch")
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    vectors = BifocalModel.from_pretrained(tmp_path / "out").encode_text("black star", convert_to="torch")
+    torch.testing.assert_close(vectors, expected, atol=1e-5, rtol=1e-5)

@@ -71,12 +71,12 @@ def test_one_limit_for_all_who_read_the_folder(processor, tmp_path, tokenizer_li
     from tokenizers import Tokenizer
 
     limit = min(tokenizer_limit, tower_limit)
-    given = copy.deepcopy(processor)
-    given.tokenizer.model_max_length = tokenizer_limit
-    given.tokenizer(TEXTS, truncation=True, max_length=7, padding="max_length")  # leaves its mark in the tokenizer
+    original = copy.deepcopy(processor)
+    original.tokenizer.model_max_length = tokenizer_limit
+    original.tokenizer(TEXTS, truncation=True, max_length=7, padding="max_length")  # leaves its mark in the tokenizer
     model = BifocalModel(small_config(text_config={"max_position_embeddings": tower_limit})).eval()
-    folder = export_model(model, tmp_path / "model", given)
-    assert given.tokenizer.model_max_length == tokenizer_limit, "what was given is left alone"
+    folder = export_model(model, tmp_path / "model", original)
+    assert original.tokenizer.model_max_length == tokenizer_limit, "the processor of the caller does not change"
 
     loaded = BifocalModel.from_pretrained(folder)
     wanted = loaded.encode_text(LONG)
@@ -165,8 +165,8 @@ def test_what_an_export_no_longer_has_is_said(folder, processor, caplog):
     with caplog.at_level("WARNING"):
         export_model(model, folder, card=CARD)
     assert before - parts(folder) == {"examples/", "LICENSE", "evaluation.json"}
-    said = "no longer has LICENSE, evaluation.json, examples/, which the earlier export had."
-    assert any(record.getMessage().endswith(said) for record in caplog.records)
+    warning = "no longer has LICENSE, evaluation.json, examples/, which the earlier export had."
+    assert any(record.getMessage().endswith(warning) for record in caplog.records)
 
 
 @pytest.mark.parametrize("size", ["banana", "2", "0GB", "-1GB", "2 GiB", "nanMB", 0, -3])
@@ -238,16 +238,16 @@ def test_another_familys_card_is_true_for_it(family, masked, processor, tmp_path
     monkeypatch.chdir(tmp_path)
     for (_, image), name in zip(sample_pairs(), ("first.png", "second.png")):
         image.save(name)
-    found = []
+    similarities = []
     for block in blocks:
         space: dict = {}
         exec(block, space)
-        found.append(np.asarray(space["similarity"]))
-    for other in found[1:]:
-        np.testing.assert_allclose(other, found[0], atol=1e-5)
+        similarities.append(np.asarray(space["similarity"]))
+    for other in similarities[1:]:
+        np.testing.assert_allclose(other, similarities[0], atol=1e-5)
     assert type(AutoModel.from_pretrained(folder)) is type(model)
-    said = error_of(tmp_path, "export", "other", "release", "--no-onnx")
-    assert f"'other' holds a {model.config.model_type} model. This command exports Bifocal models" in said
+    error = error_of(tmp_path, "export", "other", "release", "--no-onnx")
+    assert f"'other' holds a {model.config.model_type} model. This command exports Bifocal models" in error
     if family is clip:
         sharded = export_model(model, tmp_path / "shards", own, max_shard_size="20KB")
         assert not (sharded / "model.safetensors").exists()

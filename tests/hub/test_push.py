@@ -92,7 +92,7 @@ def test_what_exists_is_not_overwritten_unasked(exported, tmp_path):
         assert proposed.stdout.strip().endswith("/org/stars/discussions/1")
 
 
-def test_a_connection_that_is_cut_goes_on(exported, tmp_path):
+def test_a_connection_that_is_cut_is_resumed(exported, tmp_path):
     copy = tmp_path / "model"
     shutil.copytree(exported, copy)
     (copy / "more.txt").write_text("x" * 50_000)

@@ -84,8 +84,8 @@ def test_onnx_at_other_shapes_than_it_was_made_with(folder, model, count, length
         ("vision_model", {"pixel_values": pixels}, wanted.image_embeds),
     ):
         session = onnxruntime.InferenceSession(str(folder / "onnx" / f"{name}.onnx"))
-        (found,) = session.run(None, {key: value.numpy() for key, value in inputs.items()})
-        assert np.abs(found - vectors.numpy()).max() < 1e-5
+        (encoded,) = session.run(None, {key: value.numpy() for key, value in inputs.items()})
+        assert np.abs(encoded - vectors.numpy()).max() < 1e-5
 
 
 @pytest.mark.parametrize("suffix", ["", "_int8"])
@@ -174,16 +174,16 @@ def test_the_cards_code_runs_from_the_hub(folder, tmp_path):
         assert "Note:" not in done.stdout
         assert all(block.count(TWO_TEXTS) == 1 for block in blocks)
         # As they stand, then with other texts.
-        code = [f"{block}\nfound.append(torch.as_tensor(similarity))" for block in blocks]
+        code = [f"{block}\nsimilarities.append(torch.as_tensor(similarity))" for block in blocks]
         others = [encoded(block) for block in blocks]
         check = """
 print(json.dumps({
-    "shape": list(found[0].shape),
-    "similarities": max(float((a - b).abs().max()) for a in found for b in found),
+    "shape": list(similarities[0].shape),
+    "similarities": max(float((a - b).abs().max()) for a in similarities for b in similarities),
     "rows": [len(one) for one in edges],
     "texts": max(float(abs(a[:len(b)] - b[:len(a)]).max()) for a in edges for b in edges),
 }))"""
-        lines = ["import json, torch", "found, edges = [], []", *code, *others, check]
+        lines = ["import json, torch", "similarities, edges = [], []", *code, *others, check]
         ran = run(address, tmp_path / "home", "\n".join(lines), code=True)
         assert ran.returncode == 0, ran.stderr[-3000:]
         facts = json.loads(ran.stdout.splitlines()[-1])

@@ -395,7 +395,7 @@ def test_a_space_runs_on_its_own(searcher, tmp_path):
 
 def test_a_space_is_pushed_as_one(searcher, tmp_path):
     space = write_space(searcher.index, tmp_path / "space", 'A "search": all\n---')
-    assert validate_folder(space).space, "whatever is in the title"
+    assert validate_folder(space).is_space, "whatever is in the title"
     with hub() as (address, state):
         variables = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
         variables |= {
