@@ -30,9 +30,7 @@ def require(*modules: str) -> None:
     """
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
-        raise BifocalError(
-            f"This command needs {', '.join(missing)}. Install what is missing with pip install 'bifocal[all]'."
-        )
+        raise BifocalError(f"This command needs {', '.join(missing)}. Run pip install 'bifocal[all]'.")
 
 
 def writes_into(folder: Path, remedy: str = "free space or choose another folder") -> None:
