@@ -6,13 +6,17 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 INSTALLED := $(VENV)/.linked
 FLOOR := $(CURDIR)/build/floor
 
-.PHONY: demo test test-floor lint format clean
+.PHONY: demo test test-quick test-floor lint format docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/bifocal demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Without the tests that start processes.
+test-quick: $(INSTALLED)
+	BIFOCAL_TESTS=quick $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # Saving and loading with the oldest transformers and huggingface_hub that pyproject.toml allows.
 test-floor: $(FLOOR)/.installed
@@ -27,6 +31,14 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# Offline, and any broken link, anchor or docstring is an error. Needs Python 3.11.
+docs: $(INSTALLED) $(VENV)/.docs
+	$(BIN)/python docs/site/build.py
+
+$(VENV)/.docs: pyproject.toml constraints.txt $(VENV)/.installed
+	$(PIP) install --constraint constraints.txt --editable '.[docs]'
+	touch $@
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,5 +1,6 @@
 """From a path, a pattern or an address to files, and the fence: nothing outside the given roots is read."""
 
+import contextlib
 import glob
 import gzip
 import os
@@ -73,20 +74,22 @@ def open_file(path: str) -> BinaryIO:
 
 def _fetch(address: str) -> Any:
     """A whole file from a web server: it is read from end to end, and not every server sends parts."""
-    file = tempfile.SpooledTemporaryFile(_SPOOLED)  # noqa: SIM115  # closed by who asked for it
-    request = urllib.request.Request(address, headers={"User-Agent": "bifocal"})
-    try:
-        with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:
-            shutil.copyfileobj(answer, file, 2**20)
-            promised = answer.headers.get("Content-Length")
-    except urllib.error.HTTPError as error:
-        if error.code in (404, 410):
-            raise FileNotFoundError(f"'{address}' is not there ({error.code})") from error
-        raise
-    if promised is not None and file.tell() < int(promised):  # urllib takes a cut connection for an end
-        raise ConnectionError(f"'{address}' broke off after {file.tell():,} of {int(promised):,} bytes")
-    file.seek(0)
-    return file
+    with contextlib.ExitStack() as unless_whole:
+        file = unless_whole.enter_context(tempfile.SpooledTemporaryFile(_SPOOLED))
+        request = urllib.request.Request(address, headers={"User-Agent": "bifocal"})
+        try:
+            with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:
+                shutil.copyfileobj(answer, file, 2**20)
+                promised = answer.headers.get("Content-Length")
+        except urllib.error.HTTPError as error:
+            if error.code in (404, 410):
+                raise FileNotFoundError(f"'{address}' is not there ({error.code})") from error
+            raise
+        if promised is not None and file.tell() < int(promised):  # urllib takes a cut connection for an end
+            raise ConnectionError(f"'{address}' broke off after {file.tell():,} of {int(promised):,} bytes")
+        file.seek(0)
+        unless_whole.pop_all()  # whoever asked for the file closes it
+        return file
 
 
 class Fence:

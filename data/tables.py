@@ -38,7 +38,10 @@ def materialise(stream: ShardStream, source: Source, skipped: Skipped, name: str
     from datasets import Features, List
 
     settings = source.model_dump(mode="json", exclude={"streaming", "max_bad"})
-    about = [_VERSION, settings, stream.kind, mark or [_stamp(shard) for shard in stream.shards]]
+    # Relative paths mean other files in another working directory, also if these have the same sizes and times.
+    roots = source.images.values() if isinstance(source.images, dict) else filter(None, [source.images])
+    absolute = [os.path.abspath(os.path.expanduser(root)) for root in roots]
+    about = [_VERSION, settings, stream.kind, mark or [_stamp(shard) for shard in stream.shards], absolute]
     fingerprint = hashlib.blake2b(json.dumps(about).encode(), digest_size=12).hexdigest()
     features = _features(stream, source)
     lists = {column for column, feature in features.items() if isinstance(feature, List)}
@@ -240,6 +243,7 @@ def _stamp(shard: str) -> list[Any]:
             filesystem, inner = fsspec.url_to_fs(shard)
             info = filesystem.info(inner)
             return [shard, info.get("size"), str(info.get("ETag") or info.get("last_commit") or info.get("mtime"))]
+        shard = os.path.abspath(os.path.expanduser(shard))
         if os.path.isdir(shard):  # a folder that is read as one: what it holds, for it does not change with its files
             inside = sorted(path for path in Path(shard).rglob("*") if path.is_file())
             return [shard, [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in inside]]

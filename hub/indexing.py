@@ -36,7 +36,7 @@ def kind_of(source: Source, kind: str | None) -> str:
     folder = _folder(source)
     if isinstance(source.path, str) and folder is None:
         _require_rows(source.path, kind)
-    if folder is not None and not any(os.scandir(folder)):
+    if folder is not None and not os.listdir(folder):
         raise RecipeError(f"The folder '{source.title}' is empty; nothing can be indexed.")
     if kind is not None:
         return kind

@@ -11,7 +11,6 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -65,7 +64,8 @@ def load_image(source: ImageSource, name: str | None = None) -> Image.Image:
     if 0 in image.size:
         raise ValueError(f"{name} has no pixels ({image.width} x {image.height}); replace or remove it.")
     try:
-        with _READING[id(image) // 64 % len(_READING)] if image is source else nullcontext():
+        # An image opened here is closed here: Pillow keeps the file of an animation open.
+        with _READING[id(image) // 64 % len(_READING)] if image is source else image:
             return _to_rgb(image)
     except Exception as error:  # Pillow raises many kinds here, SyntaxError and struct.error among them
         raise ValueError(f"{name} is a broken image ({error}); replace or remove it.") from error

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlparse
 
+from tests.processes import HUB_ADDRESS, forget_hub
+
 TOKEN = "hf_test"
 _LARGE = 10_000  # bytes from which a file goes by LFS
 
@@ -237,13 +239,19 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 @contextmanager
 def hub(folder: Path | None = None, repo: str = "") -> Iterator[tuple[str, State]]:
-    """The address of a Hub, with a data set made of a folder if one is given, and its state."""
+    """The address of a Hub, with a data set made of a folder if one is given, and its state.
+
+    Processes of `tests.processes` that are given `hub=True` reach it, and know nothing of one before it.
+    """
+    forget_hub()
     state = State()
     if folder is not None:
         files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         state.repos[f"datasets/{repo}"] = Repo(files)
     handler = type("Handler", (_Handler,), {"state": state})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}", state
-        server.shutdown()
+    with http.server.ThreadingHTTPServer(HUB_ADDRESS, handler) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{HUB_ADDRESS[1]}", state
+        finally:
+            server.shutdown()

@@ -1,7 +1,7 @@
 """The code of the README, run as it stands there, and on texts of any length."""
 
-import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,79 +13,82 @@ from huggingface_hub import ModelCard
 
 from bifocal.hub.export import export_model
 from bifocal.modeling import BifocalModel
-from tests.conftest import EMPTY, LONG, TEXTS, small_config
-from tests.modeling.test_images import photo
+from tests.conftest import EMPTY, LONG, small_config
+from tests.docs.pages import README, ROOT, blocks
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-DOCS = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))
-BLOCKS = re.findall(r"```python\n(.*?)```", README + DOCS, re.DOTALL)
+TEXT = README.read_text(encoding="utf-8")
+BLOCKS = blocks(README, "python")
 EDGES = ["black star", LONG, "Greek small letter omega", EMPTY]
 
 
 @pytest.fixture(scope="module")
 def folder(processor, tmp_path_factory) -> Path:
-    """A working directory with what the README takes for granted: the demo's model, pictures, pairs."""
+    """A working directory with what the README takes for granted: the demo's model and the data of the examples."""
     root = tmp_path_factory.mktemp("reader")
     torch.manual_seed(0)
     export_model(BifocalModel(small_config()), root / "runs" / "demo" / "model", processor)
-    (root / "pictures").mkdir()
-    with (root / "pictures" / "metadata.jsonl").open("w") as file:
-        for number, name in enumerate(("star", "omega", "third", "fourth")):
-            photo(40 + number, 32).save(root / "pictures" / f"{name}.png")
-            file.write(json.dumps({"file_name": f"{name}.png", "caption": TEXTS[number]}) + "\n")
-    pairs = [json.dumps({"query": text, "positive": f"{text} again"}) for text in TEXTS]
-    (root / "pairs.jsonl").write_text("\n".join(pairs) + "\n")
+    shutil.copytree(ROOT / "examples" / "data", root / "examples" / "data")
     return root
 
 
-def test_there_are_three_ways():
+def test_it_is_short_and_shows_the_three_ways():
+    assert len(TEXT.splitlines()) <= 150
     assert len(BLOCKS) == 3
     assert all(name in block for name, block in zip(("AutoModel", "MultiTaskTrainer", "SentenceTransformer"), BLOCKS))
 
 
-def run(code: str, folder: Path) -> str:
+def run_alone(code: str, folder: Path) -> str:
+    """Run code in a process that has not imported Bifocal, and return what it prints."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def compare_on_edges(block: str, listed: str, name: str, edges: list[str], folder: Path) -> str:
-    """Run a block as it stands, then on texts of any length, and compare with `encode_text` and `encode_image`."""
+def on_edges(block: str, listed: str, name: str, edges: list[str]) -> str:
+    """A block as it stands, then on texts of any length; both kinds of vectors are kept in a file."""
     assert block.count(listed) == 1
     other = block.replace(listed, repr(edges))
-    code = f"{block}\n{other}\nimport numpy as np\nnp.savez('found.npz', texts={name}, pictures=pictures)"
-    printed = run(code, folder)
-    found = np.load(folder / "found.npz")
+    return f"{block}\n{other}\nimport numpy as np\nnp.savez('vectors.npz', texts={name}, images=images)"
+
+
+def compare(edges: list[str], folder: Path) -> None:
+    """Compare the vectors in the file with those of `encode_text` and `encode_image`."""
+    vectors = np.load(folder / "vectors.npz")
     model = BifocalModel.from_pretrained(folder / "runs" / "demo" / "model")
-    np.testing.assert_allclose(found["texts"], model.encode_text(edges), atol=1e-5)
-    pictures = [folder / "pictures" / f"{name}.png" for name in ("star", "omega")]
-    np.testing.assert_allclose(found["pictures"], model.encode_image(pictures), atol=1e-5)
-    return printed
+    np.testing.assert_allclose(vectors["texts"], model.encode_text(edges), atol=1e-5)
+    images = [folder / "examples" / "data" / "images" / f"{name}.png" for name in ("star", "omega")]
+    np.testing.assert_allclose(vectors["images"], model.encode_image(images), atol=1e-5)
 
 
 def test_auto_model(folder):
-    assert "[[" in compare_on_edges(BLOCKS[0], '["black star", "greek small letter omega"]', "texts", EDGES, folder)
+    code = on_edges(BLOCKS[0], '["black star", "greek small letter omega"]', "texts", EDGES)
+    assert "[[" in run_alone(f"{code}\nimport sys\nassert 'bifocal' not in sys.modules", folder)
+    compare(EDGES, folder)
+    output = np.array(re.findall(r"-?\d\.\d+", blocks(README, "text")[0]), dtype=float).reshape(2, 2)
+    assert output.argmax(axis=1).tolist() == [0, 1], "the output shown finds each image"
 
 
-def test_trainer(folder):
-    short = BLOCKS[1].replace("max_steps=1000", "max_steps=2").replace("batch_size=64", "batch_size=4")
-    assert short.count("=2,") == 1
+def test_trainer(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    short = BLOCKS[1].replace("max_steps=100,", "max_steps=2,").replace("batch_size=16", "batch_size=4")
+    assert short.count("max_steps=2,") == 1
     assert short.count("batch_size=4") == 2, "only the size of the run is changed here"
-    run(short, folder)
+    exec(compile(short, "README.md", "exec"), {"__name__": "readme"})
     model = BifocalModel.from_pretrained(folder / "runs" / "mine" / "model")
     assert model.encode_text("black star").shape == (40,)
     assert ModelCard.load(folder / "runs" / "mine" / "model" / "README.md").data.to_dict()["library_name"]
 
 
-def test_sentence_transformer(folder):
-    assert "tensor(" in compare_on_edges(BLOCKS[2], '["black star", "a filled star"]', "queries", EDGES, folder)
+def test_sentence_transformer(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    code = on_edges(BLOCKS[2], '["black star", "a filled star"]', "queries", EDGES)
+    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+    assert "tensor(" in capsys.readouterr().out
+    compare(EDGES, folder)
 
 
-def test_links_and_commands_exist():
-    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
-        assert (ROOT / target).exists(), target
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert set(re.findall(r"^make (\w+)", README, re.MULTILINE)) <= targets
-    for name in re.findall(r"^\| `(\w+)/` \|", README, re.MULTILINE):
-        assert (ROOT / name).is_dir(), name
+def test_rooms_exist():
+    for names in re.findall(r"^\| ((?:`\w+/`(?:, )?)+) \|", TEXT, re.MULTILINE):
+        for name in re.findall(r"`(\w+)/`", names):
+            assert (ROOT / name).is_dir(), name

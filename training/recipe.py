@@ -13,12 +13,15 @@ from bifocal.data.schema import Strict, ended, nearest, problem_of, read_yaml, s
 from bifocal.data.source import Source
 from bifocal.errors import RecipeError
 from bifocal.training.arguments import BifocalTrainingArguments
-
-SHIPPED = Path(__file__).parent / "recipes"
+from bifocal.training.shipped_recipes import shipped_recipe
 
 
 class TaskRecipe(Strict):
-    """A `Task` with the source of its rows."""
+    """A `Task` with the source of its rows.
+
+    Args:
+        data: the source of its rows.
+    """
 
     name: str
     kind: Literal["image-text", "text-pair", "text-triplet"]
@@ -50,7 +53,13 @@ class MaskedLanguageModelling(Strict):
 
 
 class StartFrom(Strict):
-    """The stage before, by its recipe's name; or a text tower and an image tower from two folders or Hub ids."""
+    """The stage before, by its recipe's name; or a text tower and an image tower from two folders or Hub ids.
+
+    Args:
+        stage: name of the recipe whose finished model this one starts from.
+        text: folder or Hub id of a text tower.
+        image: folder or Hub id of an image tower.
+    """
 
     stage: str | None = None
     text: str | None = None
@@ -58,7 +67,14 @@ class StartFrom(Strict):
 
 
 class Lora(Strict):
-    """Low-rank adapters (peft) in place of full training."""
+    """Low-rank adapters (peft) in place of full training.
+
+    Args:
+        r: rank of the adapters.
+        alpha: adapters are scaled by alpha / r.
+        dropout: probability that an input of an adapter is dropped.
+        target_modules: names of the linear layers that get an adapter.
+    """
 
     r: Annotated[int, Field(ge=1)] = 16
     alpha: Annotated[int, Field(ge=1)] = 32
@@ -122,12 +138,8 @@ def find_recipe(given: str) -> Path:
     Raises:
         RecipeError: neither.
     """
-    for path in (Path(given), SHIPPED / f"{given.removesuffix('.yaml')}.yaml"):
-        if path.is_file():
-            return path
-    shipped = sorted(path.relative_to(SHIPPED).as_posix()[:-5] for path in SHIPPED.rglob("*.yaml"))
-    shipped = [name for name in shipped if not name.startswith("accelerate/")]
-    raise RecipeError(f"There is no recipe '{given}'; give a file or one of {', '.join(shipped)}.")
+    path = Path(given)
+    return path if path.is_file() else shipped_recipe(given.removesuffix(".yaml"))
 
 
 def load_recipe(path: Path, overrides: list[str] | None = None, files: bool = False) -> Recipe:

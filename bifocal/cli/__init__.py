@@ -9,6 +9,7 @@ from bifocal.cli.data import data
 from bifocal.cli.demo import demo
 from bifocal.cli.evaluate import evaluate
 from bifocal.cli.hub import convert, export, push
+from bifocal.cli.recipes import recipes
 from bifocal.cli.search import database, index, remove, search, serve
 from bifocal.cli.train import mine, train
 
@@ -27,6 +28,7 @@ app = typer.Typer(
 
 
 app.add_typer(data)
+app.add_typer(recipes)
 
 
 def _print_version(wanted: bool) -> None:

@@ -69,7 +69,12 @@ def inspect(
 
 
 @data.command()
-def clean(source: SourceArgument, out: Path, overrides: Overrides = None, kind: Kind = None) -> None:
+def clean(
+    source: SourceArgument,
+    out: Annotated[Path, typer.Argument(help="Folder of Parquet files to write.")],
+    overrides: Overrides = None,
+    kind: Kind = None,
+) -> None:
     """Write the rows of a source that pass its filters into a folder of Parquet files, which may be streamed."""
     require("datasets", "pydantic")
     from bifocal.data.clean_copy import write_clean

@@ -152,7 +152,7 @@ def test_data_from_the_hub(tmp_path):
     photos = table(20, 0).to_pylist()
     named = [{"img": {"bytes": row["image"], "path": None}, "label": row["label"]} for row in photos]
     scored = [{"sentence1": "a dog", "sentence2": "a cat", "score": 0.5}] * 3
-    with hub() as (address, state):
+    with hub() as (_, state):
         state.repos["datasets/org/photos"] = Repo(
             {
                 f"data/{split}-00000-of-00001.parquet": parquet(pa.Table.from_pylist(named))
@@ -169,7 +169,7 @@ import json, pathlib
 from benchmarks.claims.sources import fetch
 print(json.dumps(str(fetch(pathlib.Path({str(tmp_path / "data")!r}), pathlib.Path({str(tmp_path / "recipe.yaml")!r})))))
 """
-        python(script, address, tmp_path / "home")
+        python(script)
     material = Material(tmp_path / "data", tmp_path)
     assert len(material.pictures.train) == 9
     assert material.pictures.train[0]["caption"] in ("a photo of a dog", "a photo of a ship")

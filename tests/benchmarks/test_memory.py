@@ -1,20 +1,18 @@
 """The memory of a long text: two layers of base size, since a layer's memory is given back before the next one."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.processes import run
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "long_text_memory.py"
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from /proc, which is Linux's")
 def test_8192_tokens_stay_below_two_gib():
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--one", "blocks", "--layers", "2"], capture_output=True, text=True, check=False
-    )
+    done = run(SCRIPT, "--one", "blocks", "--layers", "2")
     assert done.returncode == 0, done.stderr
     measured = json.loads(done.stdout.splitlines()[-1])
     # A whole bias alone would be 12 x 8,192 x 8,192 x 4 bytes = 3 GiB.
@@ -24,19 +22,16 @@ def test_8192_tokens_stay_below_two_gib():
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from /proc, which is Linux's")
 def test_the_tiled_loss_holds_no_matrix():
     """At 4,096 rows the matrix alone is 64 MiB; the plain form holds several."""
-    script = str(SCRIPT.with_name("contrastive_loss.py"))
+    script = SCRIPT.with_name("contrastive_loss.py")
     found = {}
     for way in ("plain", "tiled"):
-        command = [sys.executable, script, "--one", way, "4096", "1", "--dimensions", "64"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = run(script, "--one", way, "4096", "1", "--dimensions", "64")
         assert done.returncode == 0, done.stderr
         found[way] = json.loads(done.stdout.splitlines()[-1])["mib"]
     assert found["tiled"] < 64 < 128 < found["plain"]
 
 
 def test_the_benchmark_of_the_gradient_cache_runs():
-    script = str(SCRIPT.with_name("gradient_cache.py"))
-    command = [sys.executable, script, "--width", "64", "--layers", "1", "--one", "8", "4", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run(SCRIPT.with_name("gradient_cache.py"), "--width", "64", "--layers", "1", "--one", "8", "4", "1")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["mib"] > 0

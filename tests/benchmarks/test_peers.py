@@ -2,18 +2,18 @@
 
 import importlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.processes import run
 
 PEERS = Path(__file__).parents[2] / "benchmarks" / "peers"
 
 
 def test_encoding_runs():
     small = ["--texts", "6", "--images", "3", "--width", "64", "--layers", "1", "--rounds", "2"]
-    done = subprocess.run([sys.executable, str(PEERS / "encoding.py"), *small], capture_output=True, text=True)
+    done = run(PEERS / "encoding.py", *small)
     assert done.returncode == 0, done.stderr
     line = json.loads(done.stdout.splitlines()[-1])
     assert line["benchmark"] == "peers/encoding"

@@ -15,6 +15,7 @@ import pytest
 from bifocal.demo.runner import STAGES, _open_run, quick_settings
 from bifocal.files import MARKER, NotOursError
 from bifocal.modeling import BifocalModel
+from tests.processes import Process
 
 
 @pytest.fixture(scope="module")
@@ -22,25 +23,29 @@ def cache(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-def command(cache: Path, *arguments: str) -> subprocess.Popen:
-    environment = {**os.environ, "BIFOCAL_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "bifocal", "demo", "--quick", *arguments], env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=cache,
-    )  # fmt: skip
+def variables(cache: Path) -> dict[str, str]:
+    return {"BIFOCAL_CACHE": str(cache), "COLUMNS": "120", "OMP_NUM_THREADS": "1"}
 
 
-def finish(process: subprocess.Popen) -> tuple[int, str, str]:
-    output, errors = process.communicate(timeout=300)
-    return process.returncode, output, errors
+def command(cache: Path, *arguments: str) -> Process:
+    return Process("-m", "bifocal", "demo", "--quick", *arguments, cwd=cache, **variables(cache))
+
+
+def finish(process: Process) -> tuple[int, str, str]:
+    done = process.finish()
+    return done.returncode, done.stdout, done.stderr
 
 
 @pytest.fixture(scope="module")
 def run(cache) -> Path:
+    """A whole run; only this one starts Python as a user does."""
     out = cache / "whole"
-    code, output, errors = finish(command(cache, "--out", str(out)))
-    assert code == 0, errors
-    (cache / "output.txt").write_text(output)
+    done = subprocess.run(
+        [sys.executable, "-m", "bifocal", "demo", "--quick", "--out", str(out)], env={**os.environ, **variables(cache)},
+        capture_output=True, text=True, cwd=cache, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (cache / "output.txt").write_text(done.stdout)
     return out
 
 
@@ -75,11 +80,10 @@ def test_killed_and_started_again_it_ends_the_same(run, cache, moment):
     out = cache / moment.replace("/", "-")
     process = command(cache, "--out", str(out))
     deadline = time.monotonic() + 200
-    while not (out / moment).exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL, "the run ended before it was killed"
+    while not (out / moment).exists() and process.running and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.kill()
+    assert process.finish().returncode == -signal.SIGKILL, "the run ended before it was killed"
     code, output, errors = finish(command(cache, "--out", str(out)))
     assert code == 0, errors
     assert "goes on from checkpoint" in output or "is done already" in output

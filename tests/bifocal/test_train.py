@@ -15,6 +15,7 @@ from transformers import AutoModel
 
 from bifocal.hub.export import export_model
 from bifocal.modeling import BifocalModel, BifocalTextForMaskedLM, BifocalTextModel
+from tests import processes
 from tests.bifocal.commands import error_of, invoke
 from tests.conftest import TEXTS, small_config
 from tests.modeling.test_images import photo
@@ -26,11 +27,7 @@ SECTION = README.partition("## Fine-tune on your own data")[2].partition("\n## "
 
 
 def run(folder: Path, *command: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2", "COLUMNS": "200"}
-    return subprocess.run(
-        [sys.executable, "-m", "bifocal", *command], cwd=folder, capture_output=True, text=True, env=environment,
-        timeout=300, check=False,
-    )  # fmt: skip
+    return processes.run("-m", "bifocal", *command, cwd=folder, COLUMNS="200")
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +86,7 @@ def test_the_run_says_what_made_it(tuned, reader):
     assert "other values of training.max_steps" in other.stderr
 
 
-def test_the_run_is_exported_whole(reader, tuned):
+def test_the_run_is_exported_whole(quick_check, reader, tuned):
     """The README's command, and what a user adds to it: results, and pictures to measure int8 on."""
     suite = "name: mine\ntasks:\n  - {name: photos, kind: image-text-retrieval, data: {path: pictures}}\n"
     (reader / "mine.yaml").write_text(suite)
@@ -115,7 +112,7 @@ def test_the_run_is_exported_whole(reader, tuned):
     assert "max_steps: 4" in (release / "recipes" / "finetune.yaml").read_text()
     assert "Apache License" in (release / "LICENSE").read_text()
 
-    assert "differs" in run(reader, "export", "runs/release", "--check").stdout, "alone, it looks at what is there"
+    assert "differs" in invoke(reader, "export", "runs/release", "--check").stdout, "alone, it looks at what is there"
     fewer = invoke(reader, "export", "runs/finetune", "runs/release", "--no-onnx")
     assert fewer.stdout.splitlines() == [
         "The model is in runs/release.",

@@ -52,7 +52,8 @@ def shards(folder: Path, counts: list[int]) -> str:
 def lines(path: Path, rows: list) -> Path:
     """JSONL, gzipped where the name says so."""
     text = "".join(json.dumps(row) + "\n" for row in rows)
-    (gzip.open if path.suffix == ".gz" else open)(path, "wt", encoding="utf-8").write(text)
+    with (gzip.open if path.suffix == ".gz" else open)(path, "wt", encoding="utf-8") as file:
+        file.write(text)
     return path
 
 

@@ -192,7 +192,8 @@ class _Cut(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.mark.parametrize(("cuts", "rows"), [(2, 5), (99, 0)])
-def test_a_connection_that_is_cut(tmp_path, cuts, rows):
+def test_a_connection_that_is_cut(tmp_path, monkeypatch, cuts, rows):
+    monkeypatch.setattr("bifocal.data.shards._PAUSE", 0.01)
     content = shard(tmp_path / "a.tar", 0, 5).read_bytes()
     handler = type("Handler", (_Cut,), {"content": content, "cuts": cuts})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:

@@ -1,9 +1,6 @@
 """Captions by small captioners with random weights: every picture once, with its origin, also after a kill."""
 
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -29,8 +26,8 @@ from bifocal.data.loading import load_source
 from bifocal.data.source import Source
 from bifocal.errors import DataError
 from tests.data.files import good, picture
+from tests.processes import run
 
-ROOT = Path(__file__).parents[2]
 SIDE = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
 TINY = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48)
 
@@ -156,19 +153,11 @@ c._write = write
 recipe = c.caption_recipe({str(blip)!r}).model_copy(update=dict(max_new_tokens=4))
 print(c.caption_source(Source(path={str(folder)!r}), Path({str(tmp_path / "out")!r}), recipe))
 """
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-
-    def run(at: int) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [sys.executable, "-c", script], env={**environment, "AT": str(at)}, capture_output=True, text=True,
-            timeout=200, check=False,
-        )  # fmt: skip
-
-    assert run(3).returncode == -signal.SIGKILL
+    assert run("-c", script, AT="3").returncode == -signal.SIGKILL
     parts = sorted((tmp_path / "out").glob("part-*.parquet"))
     first = [path.read_bytes() for path in parts]
     assert len(parts) == 2
-    done = run(-1)
+    done = run("-c", script, AT="-1")
     assert done.returncode == 0, done.stderr[-2000:]
     assert "made=5, before=4" in done.stdout
     assert [path.read_bytes() for path in parts] == first

@@ -1,10 +1,6 @@
 """Data sets of the Hub and files on it, through the real huggingface_hub and datasets, from a server in its place."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,17 +13,12 @@ from bifocal.training.streams import BlockReader
 from bifocal.training.tasks import Task
 from tests.data.files import shards
 from tests.hub_stand_in import hub
+from tests.processes import run
 
-ROOT = Path(__file__).parents[2]
 
-
-def python(script: str, address: str, home: Path) -> list:
+def python(script: str) -> list:
     """What a script prints, a JSON value a line, run where the Hub is elsewhere."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    environment |= {"HF_ENDPOINT": address, "HF_HOME": str(home), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=200, check=False
-    )
+    done = run("-c", script, hub=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -42,8 +33,8 @@ for path in ("hf://datasets/org/laion/*.tar", "hf://datasets/org/laion/{00000..0
     rows = open_stream(Source(path=path, streaming=True), "image-text").rows()
     print(json.dumps([row.cause if isinstance(row, Exception) else row["caption"] for _, row in rows]))
 """
-    with hub(tmp_path / "repo", "org/laion") as (address, state):
-        by_glob, by_braces = python(script, address, tmp_path / "home")
+    with hub(tmp_path / "repo", "org/laion") as (_, state):
+        by_glob, by_braces = python(script)
     assert by_glob == [f"caption {n}" for n in range(5)]
     assert by_braces == [*by_glob, "missing file"]
     assert any("resolve/main/00001.tar" in line for line in state.asked)
@@ -68,8 +59,8 @@ print(json.dumps([len(data), data[0], skipped.bad]))
 stream = load_source(Source(path="corpus:all-nli", streaming=True), "text-pair")
 print(json.dumps([row["query"] for row in stream][:5]))
 """
-    with hub(tmp_path / "repo", "sentence-transformers/all-nli") as (address, _):
-        whole, streamed = python(script, address, tmp_path / "home")
+    with hub(tmp_path / "repo", "sentence-transformers/all-nli"):
+        whole, streamed = python(script)
     assert whole == [199, {"query": "q 0", "positive": "p 0"}, {"nli": {"no positive": 1}}]
     assert streamed == ["q 0", "q 1", "q 2", None, "q 4"]
 

@@ -1,6 +1,7 @@
 """Pictures decoded at reduced scale look like those decoded whole."""
 
 import io
+from functools import cache
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ def clip() -> CLIPImageProcessorPil:
     return CLIPImageProcessorPil(size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224})
 
 
-def photo(width: int, height: int, mode: str = "RGB", form: str = "JPEG", **options) -> bytes:
+@cache
+def pixels(width: int, height: int) -> np.ndarray:
     """Noise at all scales, falling with the frequency as in photos, and edges."""
     draw = np.random.default_rng(width)
     across, down = np.fft.rfftfreq(width)[None], np.fft.fftfreq(height)[:, None]
@@ -27,9 +29,13 @@ def photo(width: int, height: int, mode: str = "RGB", form: str = "JPEG", **opti
         spectrum = np.fft.rfft2(draw.standard_normal((height, width))) / radius
         plane = np.fft.irfft2(spectrum, s=(height, width))
         planes.append(128 + 45 * (plane - plane.mean()) / plane.std())
-    pixels = np.stack(planes, axis=-1)
-    pixels[height // 4 : height // 2, width // 3 : width // 2] = (250, 20, 60)
-    image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).convert(mode)
+    image = np.stack(planes, axis=-1)
+    image[height // 4 : height // 2, width // 3 : width // 2] = (250, 20, 60)
+    return image.clip(0, 255).astype(np.uint8)
+
+
+def photo(width: int, height: int, mode: str = "RGB", form: str = "JPEG", **options) -> bytes:
+    image = Image.fromarray(pixels(width, height)).convert(mode)
     buffer = io.BytesIO()
     image.save(buffer, form, **options)
     return buffer.getvalue()

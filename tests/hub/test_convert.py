@@ -264,12 +264,12 @@ def test_converted_by_its_id_on_the_hub(processor, tmp_path):
     (folder / "config.json").write_text(json.dumps({**BOTH, "auto_map": {"AutoModel": "modeling_evil.Model"}}))
     (folder / "modeling_evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
     (folder / "pytorch_model.bin").write_bytes(b"a pickle")
-    with hub() as (address, state):
+    with hub() as (_, state):
         state.repos["models/org/clip"] = Repo({path.name: path.read_bytes() for path in folder.iterdir()})
-        done = run(address, tmp_path / "home", "convert", "org/clip", str(tmp_path / "out"))
+        done = run("convert", "org/clip", str(tmp_path / "out"))
         assert done.returncode == 0, done.stderr[-3000:]
         assert not any("modeling_evil.py" in asked or "pytorch_model.bin" in asked for asked in state.asked)
-        gone = run(address, tmp_path / "home", "convert", "org/none", str(tmp_path / "none"))
+        gone = run("convert", "org/none", str(tmp_path / "none"))
         assert gone.returncode == 1
         assert "'org/none' is neither a local path nor available on the Hub" in gone.stderr
     assert not (tmp_path / "ran").exists()

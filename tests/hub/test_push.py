@@ -1,11 +1,9 @@
 """Publishing through the real huggingface_hub to a server in the place of the Hub, and loading from there."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
@@ -14,10 +12,10 @@ from bifocal.files import MARKER
 from bifocal.hub.export import export_model
 from bifocal.hub.push import PushError, validate_folder
 from bifocal.modeling import BifocalModel
+from tests import processes
 from tests.conftest import small_config
 from tests.hub_stand_in import TOKEN, hub
-
-ROOT = Path(__file__).parents[2]
+from tests.processes import forget_hub
 
 
 @pytest.fixture(scope="module")
@@ -28,23 +26,13 @@ def exported(processor, tmp_path_factory) -> Path:
     return folder
 
 
-def run(address: str, home: Path, *command: str, token: str = TOKEN, code: bool = False) -> subprocess.CompletedProcess:
-    """A command, or Python code, in a fresh process where the Hub is elsewhere."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    environment |= {"HF_ENDPOINT": address, "HF_HOME": str(home), "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1"}
-    environment |= {"PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    # huggingface_hub waits longer and longer between its attempts; here it need not.
-    main = "import sys, time; time.sleep = lambda seconds: None; from bifocal.cli import main; main()"
-    start = ["-c", *command] if code else ["-c", main, *command]
-    return subprocess.run(
-        [sys.executable, *start],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-        cwd=home.parent,
-    )
+# huggingface_hub waits longer and longer between its attempts; here it need not.
+COMMAND = "import sys, time; time.sleep = lambda seconds: None; from bifocal.cli import main; main()"
+
+
+def run(*command: str, token: str = TOKEN) -> CompletedProcess:
+    """A command where the Hub is elsewhere."""
+    return processes.run("-c", COMMAND, *command, hub=True, HF_TOKEN=token)
 
 
 LOAD = """
@@ -59,7 +47,7 @@ print(json.dumps([float(abs(a - b).max()), len(b)]))
 
 def test_pushed_and_loaded_by_name(exported, tmp_path):
     with hub() as (address, state):
-        done = run(address, tmp_path / "home", "push", str(exported), "org/stars", "--private", "--yes")
+        done = run("push", str(exported), "org/stars", "--private", "--yes")
         assert done.returncode == 0, done.stderr[-3000:]
         assert "model.safetensors" in done.stdout, "it says what it uploads"
         assert done.stdout.strip().splitlines()[-1].startswith(f"Published: {address}/org/stars/commit/")
@@ -71,7 +59,7 @@ def test_pushed_and_loaded_by_name(exported, tmp_path):
         assert MARKER in {path.name for path in exported.iterdir()}
         assert MARKER not in repo.files
         assert MARKER not in done.stdout
-        loaded = run(address, tmp_path / "other", LOAD, code=True)
+        loaded = processes.run("-c", LOAD, hub=True)
         assert loaded.returncode == 0, loaded.stderr[-3000:]
         difference, size = json.loads(loaded.stdout.splitlines()[-1])
         assert difference < 1e-6
@@ -79,15 +67,15 @@ def test_pushed_and_loaded_by_name(exported, tmp_path):
 
 
 def test_what_exists_is_not_overwritten_unasked(exported, tmp_path):
-    with hub() as (address, state):
-        assert run(address, tmp_path / "home", "push", str(exported), "org/stars", "--yes").returncode == 0
+    with hub() as (_, state):
+        assert run("push", str(exported), "org/stars", "--yes").returncode == 0
         before = state.repos["models/org/stars"].commits
-        refused = run(address, tmp_path / "home", "push", str(exported), "org/stars")
+        refused = run("push", str(exported), "org/stars")
         assert refused.returncode == 1
         assert "'org/stars' has" in refused.stderr
         assert "or overwrite them with --yes" in refused.stderr
         assert state.repos["models/org/stars"].commits == before
-        proposed = run(address, tmp_path / "home", "push", str(exported), "org/stars", "--create-pr")
+        proposed = run("push", str(exported), "org/stars", "--create-pr")
         assert proposed.returncode == 0, proposed.stderr[-2000:]
         assert proposed.stdout.strip().endswith("/org/stars/discussions/1")
 
@@ -96,31 +84,31 @@ def test_a_connection_that_is_cut_is_resumed(exported, tmp_path):
     copy = tmp_path / "model"
     shutil.copytree(exported, copy)
     (copy / "more.txt").write_text("x" * 50_000)
-    with hub() as (address, state):
+    with hub() as (_, state):
         state.cut_after = 1
-        cut = run(address, tmp_path / "home", "push", str(copy), "org/stars", "--yes")
+        cut = run("push", str(copy), "org/stars", "--yes")
         assert cut.returncode == 1
         last = cut.stderr.strip().splitlines()[-1]
         assert last.startswith("Error: "), cut.stderr[-2000:]
         assert "Push again; files that arrived are not sent again" in last
         arrived = list(state.sent)
         state.cut_after = None
-        done = run(address, tmp_path / "home", "push", str(copy), "org/stars", "--yes")
+        done = run("push", str(copy), "org/stars", "--yes")
         assert done.returncode == 0, done.stderr[-2000:]
         assert len(state.sent) == len(set(state.sent)) > len(arrived), "nothing arrived twice"
 
 
 def test_a_branch_is_made(exported, tmp_path):
-    with hub() as (address, state):
-        done = run(address, tmp_path / "home", "push", str(exported), "org/stars", "--revision", "stage 2", "--yes")
+    with hub() as (_, state):
+        done = run("push", str(exported), "org/stars", "--revision", "stage 2", "--yes")
         assert done.returncode == 0, done.stderr[-2000:]
         assert "POST /api/models/org/stars/branch/stage 2" in state.asked
         assert "POST /api/models/org/stars/commit/stage 2" in state.asked
 
 
 def test_another_name_than_the_cards_is_noted(exported, tmp_path):
-    with hub() as (address, _):
-        done = run(address, tmp_path / "home", "push", str(exported), "org/stars", "--yes")
+    with hub():
+        done = run("push", str(exported), "org/stars", "--yes")
         assert "Note: its card loads 'model'. To change that, export with --repo-id org/stars." in done.stdout
 
 
@@ -128,25 +116,26 @@ def test_a_full_disk_here(exported, small_disk, tmp_path):
     """What is published is read and not copied, so a full disk is no obstacle; exporting to one is."""
     with (small_disk / "filled").open("wb") as file:
         file.write(bytes(290_000))
-    with hub() as (address, state):
-        done = run(address, small_disk / "home", "push", str(exported), "org/stars", "--yes")
+    with hub() as (_, state):
+        forget_hub(small_disk / "home")
+        done = run("push", str(exported), "org/stars", "--yes")
         assert done.returncode == 0, done.stderr[-2000:]
         assert "model.safetensors" in state.repos["models/org/stars"].files
-        full = run(address, tmp_path / "home", "export", str(exported), str(small_disk / "out"), "--no-onnx")
+        full = run("export", str(exported), str(small_disk / "out"), "--no-onnx")
         assert full.returncode == 1
         assert full.stderr.strip().splitlines()[-1].startswith(f"Error: Cannot write to {small_disk / 'out'} (")
         assert [path.name for path in small_disk.iterdir() if path.name not in ("filled", "home")] == []
 
 
 def test_a_wrong_token_and_no_hub(exported, tmp_path):
-    with hub() as (address, _):
-        wrong = run(address, tmp_path / "home", "push", str(exported), "org/stars", "--yes", token="hf_wrong")
+    with hub():
+        wrong = run("push", str(exported), "org/stars", "--yes", token="hf_wrong")
         assert wrong.returncode == 1
         assert "You may not write to 'org/stars' (401). Log in with a token that may" in wrong.stderr
         assert "hf_wrong" not in wrong.stderr
-        named = run(address, tmp_path / "home", "push", str(exported), "a/b/c", "--yes")
+        named = run("push", str(exported), "a/b/c", "--yes")
         assert "'a/b/c' is not the name of a repository. Write organisation/name." in named.stderr
-    gone = run(address, tmp_path / "home", "push", str(exported), "org/stars", "--yes")
+    gone = run("push", str(exported), "org/stars", "--yes")
     assert gone.returncode == 1
     assert "The connection to the Hub was lost" in gone.stderr
 

@@ -22,6 +22,7 @@ from bifocal.hub.push import PushError
 from bifocal.hub.release import ReleaseContents, write_release
 from bifocal.hub.sample_images import sample_pairs
 from bifocal.modeling import BifocalModel
+from tests import processes
 from tests.conftest import EMPTY, LONG, TEXTS, small_config
 from tests.hub.test_push import run
 from tests.hub_stand_in import hub
@@ -168,8 +169,8 @@ def test_the_cards_code_runs_from_the_hub(folder, tmp_path):
     assert len(blocks) == 3
     for number, name in enumerate(("first", "second")):
         list(sample_pairs())[number][1].save(tmp_path / f"{name}.png")
-    with hub() as (address, _):
-        done = run(address, tmp_path / "home", "push", str(folder), NAME, "--yes")
+    with hub():
+        done = run("push", str(folder), NAME, "--yes")
         assert done.returncode == 0, done.stderr[-2000:]
         assert "Note:" not in done.stdout
         assert all(block.count(TWO_TEXTS) == 1 for block in blocks)
@@ -184,7 +185,7 @@ print(json.dumps({
     "texts": max(float(abs(a[:len(b)] - b[:len(a)]).max()) for a in edges for b in edges),
 }))"""
         lines = ["import json, torch", "similarities, edges = [], []", *code, *others, check]
-        ran = run(address, tmp_path / "home", "\n".join(lines), code=True)
+        ran = processes.run("-c", "\n".join(lines), cwd=tmp_path, hub=True)
         assert ran.returncode == 0, ran.stderr[-3000:]
         facts = json.loads(ran.stdout.splitlines()[-1])
         assert facts["shape"] == [2, 2]
@@ -204,7 +205,7 @@ def test_the_check_compares_all_ways_of_loading(folder):
     assert result.lowest_int8 > 0.95
 
 
-def test_the_check_sees_other_weights_a_local_path_and_a_lost_limit(folder, processor, tmp_path):
+def test_the_check_sees_other_weights_a_local_path_and_a_lost_limit(quick_check, folder, processor, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     torch.manual_seed(5)

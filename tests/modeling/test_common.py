@@ -156,13 +156,13 @@ def test_training_steps_lower_the_loss(inputs):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_changes_no_gradient(inputs, reentrant):
+def test_activation_checkpointing_changes_no_gradient(inputs, reentrant):
     gradients = {}
     for checkpointing in (False, True):
         model = build(text_config={"hidden_dropout_prob": 0.1}, vision_config={"patch_dropout": 0.3}).train()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-            assert model.is_gradient_checkpointing
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            assert model.is_activation_checkpointing
             model.enable_input_require_grads()
         torch.manual_seed(5)
         model(**inputs, return_loss=True).loss.backward()

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from bifocal.modeling import (
     BifocalVisionModel,
 )
 from tests.conftest import TEXTS, small_config
+from tests.processes import run
 
 TEXT = "modeling_bifocal_text"
 ARGUMENTS = {
@@ -64,8 +64,8 @@ for arguments in [{arguments}]:
 
 
 def run_python(code: str, folder: Path) -> str:
-    """Run in a fresh process whose working directory holds nothing to import from."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, check=False)
+    """Run in a process that has not imported Bifocal; its working directory holds nothing to import from."""
+    done = run("-c", code, cwd=folder)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -33,7 +33,7 @@ def texts(batch: int) -> Task:
 
 def stages(batch: int) -> dict[str, tuple[list[Task], dict]]:
     """Tasks and arguments of each."""
-    checkpointed = dict(gradient_checkpointing=True)
+    checkpointed = dict(activation_checkpointing=True)
     mixed = [images("learned", batch), images("fixed", batch, temperature=0.1)]
     return {
         "texts": ([texts(batch)], checkpointed),

@@ -34,8 +34,8 @@ class Kill(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def main() -> None:
-    out, step, way, workers = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+def main(out: Path, step: int, way: str, workers: int) -> None:
+    out.mkdir(exist_ok=True)
     parts = tasks(4, "text-triplet")
     more = [f"query {n} star" for n in range(40)], [f"box {n} omega" for n in range(40)]
     pairs = Dataset.from_dict({"query": more[0], "positive": more[1]})
@@ -69,4 +69,4 @@ def _named(log: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4]))

@@ -44,7 +44,7 @@ def test_same_gradients_as_a_direct_step(processor, text_rows, image_rows, check
     chunks = into_chunks(inputs["texts"], inputs["images"], text_rows, image_rows, both_last=checkpointing)
     direct, cached = dropping_model(), dropping_model()
     if checkpointing:
-        cached.gradient_checkpointing_enable()
+        cached.activation_checkpointing_enable()
 
     torch.manual_seed(7)
     parts = [embed(direct, *chunk) for chunk in chunks]
@@ -126,7 +126,7 @@ def _new() -> BifocalModel:
 def test_bf16_and_checkpointing_compose(tmp_path, processor):
     it = trainer(
         tmp_path, processor, steps=20, model=dropping_model(), text_chunk_size=2, image_chunk_size=2, bf16=True,
-        gradient_checkpointing=True, learning_rate=2e-3,
+        activation_checkpointing=True, learning_rate=2e-3,
     )  # fmt: skip
     seen = []
     it.model.text_model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))

@@ -1,30 +1,23 @@
 """Two real processes give what one gives with a batch of twice the size."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
 
+from tests.processes import run_ranks
 from tests.training import run_in_processes, run_sharded, run_stages
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def two(processor, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+def two(processor, tmp_path_factory) -> tuple[Path, list[CompletedProcess]]:
     """What two processes do, in one start for all tests; one process runs here."""
     folder = tmp_path_factory.mktemp("processes")
     processor.save_pretrained(folder / "processor")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", run_stages.__file__]
-    done = subprocess.run(
-        [*command, str(folder)], capture_output=True, text=True, env=environment, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder, done
+    ranks = run_ranks(2, run_stages.__file__, folder)
+    assert [rank.returncode for rank in ranks] == [0, 0], "".join(rank.stderr[-3000:] for rank in ranks)
+    return folder, ranks
 
 
 def assert_close(two: dict[str, torch.Tensor], one: dict[str, torch.Tensor], case: str) -> None:
@@ -47,13 +40,14 @@ def test_two_processes_equal_one(case, two):
 
 def test_stages_that_leave_parameters_unused(processor, two, tmp_path):
     """Texts alone, fixed temperatures, adapters, with checkpointed activations; averages; messages are given once."""
-    folder, done = two
+    folder, ranks = two
+    stdout, stderr = ("".join(getattr(rank, name) for rank in ranks) for name in ("stdout", "stderr"))
     both = torch.load(folder / "stages.pt")
     assert both.pop("rows") == pytest.approx(4 * 2 * (4 + 4), rel=0.02), "of both tasks, batches and processes"
     for message in ("The model came in bfloat16", "auto_chunk embeds"):
-        assert done.stderr.count(message) == 1, message
-    assert done.stdout.count("train_runtime") == len(both) + len(run_in_processes.CASES)
-    assert "find_unused_parameters=True" not in done.stderr
+        assert stderr.count(message) == 1, message
+    assert stdout.count("train_runtime") == len(both) + len(run_in_processes.CASES)
+    assert "find_unused_parameters=True" not in stderr
     for name, weights in both.items():
         assert_close(weights, run_stages.run(name, tmp_path, 4, processor).model.state_dict(), name)
 

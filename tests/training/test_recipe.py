@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from bifocal.errors import RecipeError
-from bifocal.training.recipe import SHIPPED, find_recipe, load_recipe
+from bifocal.training.recipe import find_recipe, load_recipe
+from bifocal.training.shipped_recipes import SHIPPED
 
 GOOD = """\
 name: mine

@@ -1,9 +1,6 @@
 """Readers of streams: every row once, split without overlap, and found again where they stood."""
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -13,6 +10,7 @@ from datasets import Dataset
 from bifocal.training.streams import BlockReader
 from bifocal.training.tasks import Task
 from tests.data.files import shards
+from tests.processes import run_ranks
 
 
 def task(rows: int, shards: int) -> Task:
@@ -77,15 +75,10 @@ def test_two_real_processes_with_two_workers_share_the_files(tmp_path, files):
     """Twelve files for four readers, and fewer files than readers: in an epoch every row comes once."""
     pattern = shards(tmp_path / "shards", files)
     rows = sum(files)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     script = Path(__file__).with_name("stream_in_processes.py")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     steps = rows // 5 // 2  # of a process, in batches of 5
-    done = subprocess.run(
-        [*command, str(script), pattern, str(tmp_path), str(steps)], env=environment, capture_output=True, text=True,
-        timeout=200, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in run_ranks(2, script, pattern, tmp_path, str(steps)):
+        assert rank.returncode == 0, rank.stderr[-3000:]
     seen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert len(seen[0]) == len(seen[1]) == rows // 2
     if files != [40, 80]:  # there two readers have 20 rows and two have 40: the former begin a second epoch

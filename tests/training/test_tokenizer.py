@@ -1,12 +1,11 @@
 """The trained WordPiece tokenizer: BERT's rules, and the same in every process."""
 
 import json
-import subprocess
-import sys
 
 from transformers import BertTokenizer
 
 from bifocal.training.tokenizer import train_wordpiece
+from tests.processes import run
 
 TEXTS = [
     "Latin small letter a with acute",
@@ -42,8 +41,5 @@ import json
 from bifocal.training.tokenizer import train_wordpiece
 print(json.dumps(train_wordpiece({TEXTS!r}, 90, max_length=8).get_vocab(), sort_keys=True))
 """
-    vocabularies = [
-        json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-        for _ in range(2)
-    ]
-    assert vocabularies[0] == vocabularies[1] == train_wordpiece(TEXTS, 90, max_length=8).get_vocab()
+    vocabularies = [json.loads(run("-c", code).stdout) for _ in range(3)]
+    assert vocabularies == [train_wordpiece(TEXTS, 90, max_length=8).get_vocab()] * 3

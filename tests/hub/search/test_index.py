@@ -1,11 +1,7 @@
 """The index: hits against brute force, nothing twice, nothing lost when it is killed, nothing left when deleted."""
 
-import os
-import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,8 +18,7 @@ from bifocal.modeling import BifocalModel
 from tests.conftest import small_config
 from tests.hub.search.conftest import made_items
 from tests.modeling.test_images import photo
-
-ROOT = Path(__file__).parents[3]
+from tests.processes import run
 
 
 def brute_force(searcher: Searcher, vector: np.ndarray, kind: str) -> list[tuple[str, float]]:
@@ -203,12 +198,9 @@ def test_killed_runs_go_on(new):
     searcher = new()
     whole = new(name="whole")
     whole.add(made_items())
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for parts in (3, 2):
-        done = subprocess.run(
-            [sys.executable, "-c", KILLED, str(searcher.index.folder), str(parts)], env=environment, check=False
-        )
-        assert done.returncode == -9
+        done = run("-c", KILLED, searcher.index.folder, str(parts))
+        assert done.returncode == -9, done.stderr[-2000:]
     index = SearchIndex(searcher.index.folder)
     assert len(index) == 60, "two parts of the first run and one of the second"
     added = Searcher(index).add(made_items())

@@ -5,8 +5,6 @@ import json
 import os
 import re
 import socket
-import subprocess
-import sys
 import threading
 import time
 import urllib.request
@@ -28,10 +26,15 @@ from tests.browser import CHROMIUM, needs_browser
 from tests.hub.search.conftest import made_items
 from tests.hub_stand_in import TOKEN, hub
 from tests.modeling.test_images import photo
+from tests.processes import Process, run
 
 ROOT = Path(__file__).parents[3]
 FROM_THE_SPACE = """
-import runpy, sys, bifocal
+import runpy, sys
+from importlib.machinery import PathFinder
+sys.path.insert(0, sys.argv[1])
+sys.meta_path.sort(key=lambda finder: finder is not PathFinder)  # before an editable installation's own
+import bifocal
 assert bifocal.__file__.startswith(sys.argv[1])
 runpy.run_path(sys.argv[1] + "/app.py")
 """
@@ -46,31 +49,27 @@ def free_port() -> int:
 
 
 class Server:
-    """A command that serves, waited for and ended."""
+    """A process that serves, waited for and ended."""
 
-    def __init__(self, command: list[str], port: int, folder: Path, **environment: str) -> None:
+    def __init__(self, process: Process, port: int, folder: Path) -> None:
+        self.process = process
         self.folder = folder
         self.address = f"http://127.0.0.1:{port}"
-        self.log = (folder / "server.log").open("w+")
-        variables = {**os.environ, "PYTHONPATH": str(ROOT), "GRADIO_TEMP_DIR": str(folder / "uploads"), **environment}
-        self.process = subprocess.Popen(command, env=variables, cwd=folder, stdout=self.log, stderr=self.log)
 
     def __enter__(self) -> "Server":
-        for _ in range(240):
+        for _ in range(1200):
             try:
                 urllib.request.urlopen(self.address, timeout=5).close()
                 return self
             except OSError:
-                if self.process.poll() is not None:
+                if not self.process.running:
                     break
-                time.sleep(0.5)
-        self.log.seek(0)
-        raise AssertionError(f"The server did not start: {self.log.read()[-2000:]}")
+                time.sleep(0.1)
+        raise AssertionError(f"The server did not start: {self.process.stderr[-2000:]}")
 
     def __exit__(self, *_: object) -> None:
         self.process.terminate()
-        self.process.wait(timeout=30)
-        self.log.close()
+        self.process.finish(30)
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +81,8 @@ def served(model_folder, tmp_path_factory):
     index = SearchIndex.create(folder / "index", str(model_folder), weights_of(model_folder), 40)
     Searcher(index).add([*made_items(), Item("evil", EVIL)])
     port = free_port()
-    command = [sys.executable, "-m", "bifocal", "serve", str(index.folder), "--port", str(port), "--title", "Shapes"]
-    with Server(command, port, folder) as server:
+    command = ("-m", "bifocal", "serve", index.folder, "--port", str(port), "--title", "Shapes")
+    with Server(Process(*command, cwd=folder, GRADIO_TEMP_DIR=str(folder / "uploads")), port, folder) as server:
         yield server
 
 
@@ -363,9 +362,8 @@ def test_a_space_runs_on_its_own(searcher, tmp_path):
     told = [path.name for path in space.rglob("*") if path.is_file()]
     assert {"app.py", "README.md", "requirements.txt", "page.css", "model.safetensors"} <= set(told)
     port = free_port()
-    command = [sys.executable, "-c", FROM_THE_SPACE, str(space)]
-    environment = {"PYTHONPATH": str(space), "GRADIO_SERVER_PORT": str(port)}
-    with Server(command, port, tmp_path, **environment) as server:
+    settings = dict(GRADIO_SERVER_PORT=str(port), GRADIO_TEMP_DIR=str(tmp_path / "uploads"))
+    with Server(Process("-c", FROM_THE_SPACE, space, cwd=tmp_path, **settings), port, tmp_path) as server:
         from gradio_client import Client
 
         found = Client(server.address, verbose=False).predict(
@@ -396,18 +394,8 @@ def test_a_space_runs_on_its_own(searcher, tmp_path):
 def test_a_space_is_pushed_as_one(searcher, tmp_path):
     space = write_space(searcher.index, tmp_path / "space", 'A "search": all\n---')
     assert validate_folder(space).is_space, "whatever is in the title"
-    with hub() as (address, state):
-        variables = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
-        variables |= {
-            "PYTHONPATH": str(ROOT),
-            "HF_ENDPOINT": address,
-            "HF_TOKEN": TOKEN,
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HOME": str(tmp_path),
-        }
-        done = subprocess.run(
-            [sys.executable, "-c", PUSH, str(space)], env=variables, capture_output=True, text=True, check=False
-        )
+    with hub() as (_, state):
+        done = run("-c", PUSH, space, hub=True, HF_TOKEN=TOKEN)
         assert done.returncode == 0, done.stderr[-2000:]
         assert "spaces/org/stars" in state.repos
         assert "app.py" in state.repos["spaces/org/stars"].files
