@@ -1,10 +1,10 @@
-"""The share of its time that the trainer waits for data: the demo's model on streamed tar shards of JPEG photos.
+"""Share of the training time spent waiting for data: the demo's model on streamed tar shards of JPEG photos.
 
-Prints one JSON line. Two data workers read shards that are made here (500 x 375, JPEG at quality 90, four pictures
-under many names), skip the rows that are broken, decode and tokenise; the trainer measures how long it waits for them,
-as it does in every run (`data_wait` in its log). The first steps, in which the workers start, are left out.
+Run: python benchmarks/data_wait.py [--steps 60] [--workers 2] [--exact]
 
-    python benchmarks/data_wait.py [--steps 60] [--workers 2] [--exact]
+Prints one JSON line. Two data workers read generated shards (500 x 375, JPEG at quality 90, four images under many
+names), skip broken rows, decode and tokenise. The trainer measures how long it waits for them, as in every run
+(`data_wait` in its log). The first steps, in which the workers start, do not count.
 """
 
 import argparse
@@ -42,10 +42,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--exact", action="store_true", help="decode pictures whole")
-    given = parser.parse_args()
+    parser.add_argument("--exact", action="store_true", help="decode images at full size")
+    options = parser.parse_args()
 
     from transformers.models.clip import CLIPImageProcessorPil
+    from transformers.trainer_callback import PrinterCallback
 
     from bifocal.data.loading import load_source
     from bifocal.data.source import Source
@@ -68,18 +69,19 @@ def main() -> None:
         data = load_source(Source(path=f"{scratch}/*.tar", streaming=True), "image-text")
         batch = next(task.batch_size for task in recipe.tasks if task.kind == "image-text")
         args = BifocalTrainingArguments(
-            output_dir=f"{scratch}/run", max_steps=given.steps, logging_steps=5, report_to="none", use_cpu=True,
-            dataloader_num_workers=given.workers, save_strategy="no", disable_tqdm=True, exact_images=given.exact,
+            output_dir=f"{scratch}/run", max_steps=options.steps, logging_steps=5, report_to="none", use_cpu=True,
+            dataloader_num_workers=options.workers, save_strategy="no", disable_tqdm=True, exact_images=options.exact,
         )  # fmt: skip
         model = BifocalModel(BifocalConfig(text_config=text, **settings))
         tasks = [Task("shards", "image-text", data, batch)]
         trainer = MultiTaskTrainer(model, args, tasks, BifocalProcessor(images, tokenizer), recipe.max_length)
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
         logs = [entry for entry in trainer.state.log_history if "data_wait" in entry][2:]
         line = {
             "benchmark": "data_wait", "data_wait": round(statistics.mean(entry["data_wait"] for entry in logs), 4),
             "each": [round(entry["data_wait"], 3) for entry in logs], "batch": batch, "image_size": side,
-            "workers": given.workers, "exact": given.exact,
+            "workers": options.workers, "exact": options.exact,
             "samples_per_second": round(statistics.mean(entry["samples_per_second"] for entry in logs), 1),
             "skipped": trainer.meters.skipped.bad,
         }  # fmt: skip

@@ -1,10 +1,10 @@
-"""The same on a user's card: throughput, memory and the largest batch, in float32 and bfloat16, compiled or not.
+"""Throughput, memory and largest batch on your GPU, in float32 and bfloat16, compiled or not.
 
-Prints a table, and a JSON line with --json. Each row is measured after a warm-up, the clock stopped when the device is
-done. What a device or an installed release cannot do is said in its row and not left out. On a machine without a GPU,
-`--device cpu --small` shows that it runs; its figures mean nothing.
+Run: python benchmarks/gpu.py [--device cuda] [--batch 256] [--small] [--json]
 
-    python benchmarks/gpu.py [--device cuda] [--batch 256] [--small] [--json]
+Prints a table, and a JSON line with --json. Each row is measured after a warm-up, until the device has finished. A row
+that a device or an installed version cannot run shows the error. Without a GPU, `--device cpu --small` tests the
+script; its figures mean nothing.
 """
 
 import argparse
@@ -28,40 +28,40 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--small", action="store_true", help="towers of two layers")
     parser.add_argument("--json", action="store_true")
-    given = parser.parse_args()
-    device = torch.device(given.device)
+    options = parser.parse_args()
+    device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("There is no CUDA device here; --device cpu --small shows that the script runs.")
-    width, layers, side = (64, 2, 32) if given.small else (768, 12, 224)
+        raise SystemExit("There is no CUDA device here; --device cpu --small tests the script.")
+    width, layers, side = (64, 2, 32) if options.small else (768, 12, 224)
     rows: list[dict[str, Any]] = []
     for what, dtype, implementation, compiled in (
         ("encode text, 512 tokens", torch.float32, "sdpa", False),
         ("encode text, 512 tokens", torch.bfloat16, "sdpa", False),
         ("encode text, 512 tokens", torch.bfloat16, "sdpa", True),
         ("encode text, 512 tokens", torch.bfloat16, "flex_attention", True),
-        ("encode pictures", torch.float32, "sdpa", False),
-        ("encode pictures", torch.bfloat16, "sdpa", False),
-        ("encode pictures", torch.bfloat16, "sdpa", True),
+        ("encode images", torch.float32, "sdpa", False),
+        ("encode images", torch.bfloat16, "sdpa", False),
+        ("encode images", torch.bfloat16, "sdpa", True),
         ("train, plain", torch.bfloat16, "sdpa", False),
         ("train, gradient cache", torch.bfloat16, "sdpa", False),
     ):
         row = {
             "what": what, "dtype": str(dtype).removeprefix("torch."), "attention": implementation,
-            "compiled": compiled, "batch": given.batch,
+            "compiled": compiled, "batch": options.batch,
         }  # fmt: skip
         try:
-            row |= _measured(what, dtype, implementation, compiled, device, given.batch, (width, layers, side))
-        except Exception as error:  # whatever a device cannot do is a result
+            row |= _measure(what, dtype, implementation, compiled, device, options.batch, (width, layers, side))
+        except Exception as error:  # what a device cannot do is a result
             row["failed"] = (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
         rows.append(row)
-        _forget(device)
-    rows.append(_largest(device, (width, layers, side), 1024 if given.small else 65536))
+        _empty_cache(device)
+    rows.append(_largest(device, (width, layers, side), 1024 if options.small else 65536))
     _print(rows, device)
-    if given.json:
+    if options.json:
         print(json.dumps({"benchmark": "gpu", "device": _name(device), "torch": torch.__version__, "rows": rows}))
 
 
-def _measured(
+def _measure(
     what: str, dtype: torch.dtype, implementation: str, compiled: bool, device: torch.device, batch: int,
     size: tuple[int, int, int],
 ) -> dict[str, float]:  # fmt: skip
@@ -84,7 +84,7 @@ def _measured(
 
     for _ in range(3):
         call()
-    _forget(device, peak=True)
+    _empty_cache(device, peak=True)
     started, repeats = time.perf_counter(), 5
     for _ in range(repeats):
         call()
@@ -128,7 +128,7 @@ def _step(
 
 def _largest(device: torch.device, size: tuple[int, int, int], limit: int) -> dict[str, Any]:
     """The largest batch, doubled until memory is out, that the gradient cache trains."""
-    batch, found, seconds = 256, 0, 0.0
+    batch, largest, seconds = 256, 0, 0.0
     failed = ""
     while batch <= limit:
         try:
@@ -139,17 +139,17 @@ def _largest(device: torch.device, size: tuple[int, int, int], limit: int) -> di
             started = time.perf_counter()
             call()
             _wait(device)
-            found, seconds = batch, time.perf_counter() - started
+            largest, seconds = batch, time.perf_counter() - started
         except (torch.OutOfMemoryError, RuntimeError) as error:
             failed = str(error).splitlines()[0][:100]
             break
         finally:
             model = ids = pixels = call = None  # type: ignore[assignment]
-            _forget(device)
+            _empty_cache(device)
         batch *= 2
     return {
         "what": "largest batch, gradient cache", "dtype": "bfloat16", "attention": "sdpa", "compiled": False,
-        "batch": found, "per_second": round(found / seconds, 1) if seconds else 0.0, "peak_mib": _peak(device),
+        "batch": largest, "per_second": round(largest / seconds, 1) if seconds else 0.0, "peak_mib": _peak(device),
         "stopped by": failed or f"the limit of {limit:,}",
     }  # fmt: skip
 
@@ -159,7 +159,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _forget(device: torch.device, peak: bool = False) -> None:
+def _empty_cache(device: torch.device, peak: bool = False) -> None:
     if device.type == "cuda":
         if not peak:
             torch.cuda.empty_cache()
@@ -177,7 +177,7 @@ def _name(device: torch.device) -> str:
 
 def _print(rows: list[dict[str, Any]], device: torch.device) -> None:
     print(f"{_name(device)}, torch {torch.__version__}\n")
-    print(f"{'':<32}{'dtype':<10}{'attention':<16}{'compiled':<10}{'batch':>7}{'a second':>12}{'peak MiB':>10}")
+    print(f"{'':<32}{'dtype':<10}{'attention':<16}{'compiled':<10}{'batch':>7}{'per second':>12}{'peak MiB':>10}")
     for row in rows:
         shown = (
             f"  failed: {row['failed']}"

@@ -1,9 +1,9 @@
 """Memory and time of the gradient cache: a batch of 1,024 in chunks of 32 against a plain step of 32.
 
-Prints one JSON line. Peak memory is that of a process of its own, weights and inputs included, read from /proc (Linux
-only); time per sample is compared where both fit, at 64 samples.
+Run: python benchmarks/gradient_cache.py [--batch 1024] [--chunk 32] [--width 384] [--layers 6]
 
-    python benchmarks/gradient_cache.py [--batch 1024] [--chunk 32] [--width 384] [--layers 6]
+Prints one JSON line. Peak memory is that of a separate process with weights and inputs, read from /proc (Linux only).
+Time per sample is compared at 64 samples, where both fit.
 """
 
 import argparse
@@ -20,7 +20,7 @@ MIB = 2**20
 TOKENS = 64
 
 
-def measured(batch: int, chunk: int | None, width: int, layers: int, repeats: int) -> dict[str, float]:
+def measure(batch: int, chunk: int | None, width: int, layers: int, repeats: int) -> dict[str, float]:
     from bifocal.modeling import BifocalConfig, BifocalModel
     from bifocal.training.engine.gradient_cache import cached_step, into_chunks
     from bifocal.training.engine.joint_forward import embed
@@ -70,32 +70,32 @@ def main() -> None:
     for name, default in (("batch", 1024), ("chunk", 32), ("width", 384), ("layers", 6), ("both", 64)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--one", nargs=3, type=int, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.one:
-        batch, chunk, repeats = given.one
-        print(json.dumps(measured(batch, chunk or None, given.width, given.layers, repeats)))
+    options = parser.parse_args()
+    if options.one:
+        batch, chunk, repeats = options.one
+        print(json.dumps(measure(batch, chunk or None, options.width, options.layers, repeats)))
         return
 
     def run(batch: int, chunk: int, repeats: int) -> dict[str, float]:
-        size = ["--width", str(given.width), "--layers", str(given.layers)]
-        done = subprocess.run(
+        size = ["--width", str(options.width), "--layers", str(options.layers)]
+        process = subprocess.run(
             [sys.executable, __file__, *size, "--one", str(batch), str(chunk), str(repeats)],
             stdout=subprocess.PIPE, check=True,
         )  # fmt: skip
-        return json.loads(done.stdout.splitlines()[-1])
+        return json.loads(process.stdout.splitlines()[-1])
 
-    plain_small = run(given.chunk, 0, 2)
-    cached_large = run(given.batch, given.chunk, 1)
+    plain_small = run(options.chunk, 0, 2)
+    cached_large = run(options.batch, options.chunk, 1)
     ratios, line = [], {}
     for _ in range(3):  # in turn
-        plain, cached = run(given.both, 0, 2), run(given.both, given.chunk, 2)
+        plain, cached = run(options.both, 0, 2), run(options.both, options.chunk, 2)
         ratios.append(cached["seconds"] / plain["seconds"])
     line = {
-        "benchmark": "gradient_cache", "batch": given.batch, "chunk": given.chunk, "width": given.width,
-        "layers": given.layers, "plain_mib": round(plain_small["mib"]), "cached_mib": round(cached_large["mib"]),
+        "benchmark": "gradient_cache", "batch": options.batch, "chunk": options.chunk, "width": options.width,
+        "layers": options.layers, "plain_mib": round(plain_small["mib"]), "cached_mib": round(cached_large["mib"]),
         "inputs_mib": round(cached_large["inputs_mib"]),
         "memory_ratio": round(cached_large["mib"] / plain_small["mib"], 3),
-        "compared_at": given.both, "time_ratio": round(sorted(ratios)[1], 3),
+        "compared_at": options.both, "time_ratio": round(sorted(ratios)[1], 3),
         "time_ratios": [round(ratio, 3) for ratio in ratios],
     }  # fmt: skip
     print(json.dumps(line))

@@ -1,10 +1,10 @@
-"""Decode and resize one JPEG: at reduced scale, against handing the whole picture to CLIP's processor.
+"""Decoding and resizing a JPEG at reduced scale, against CLIP's processor on the whole image.
 
-Prints one JSON line for each size: the ratio of times on one core, both measured in turn, and the mean difference of
-the pixels as a share of their range. The pictures are made here: noise that falls with the frequency as it does in
-photos, slightly blurred as a lens does, in JPEG at quality 90.
+Run: python benchmarks/image_decoding.py [--rounds 7]
 
-    python benchmarks/image_decoding.py [--rounds 7]
+Prints one JSON line per size: the ratio of times on one core, both measured in turn, and the mean difference of the
+pixels as a share of their range. The images are generated: noise with the frequency spectrum of photos, slightly
+blurred, in JPEG at quality 90.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def photo(width: int, height: int) -> bytes:
     radius = np.maximum(np.hypot(np.fft.rfftfreq(width)[None], np.fft.fftfreq(height)[:, None]), 1 / width)
     light = np.fft.irfft2(np.fft.rfft2(draw.standard_normal((height, width))) / radius, s=(height, width))
     planes = []
-    for _ in range(3):  # colours differ less than the light does
+    for _ in range(3):  # colour varies less than brightness
         own = np.fft.irfft2(np.fft.rfft2(draw.standard_normal((height, width))) / radius, s=(height, width))
         plane = light / light.std() + 0.3 * own / own.std()
         planes.append(128 + 45 * plane)
@@ -66,7 +66,7 @@ def main() -> None:
         line = {
             "benchmark": "image_decoding", "size": size, "kilobytes": len(content) // 1024,
             "ratio": round(statistics.median(ratios), 2), "ratios": [round(ratio, 2) for ratio in ratios],
-            "milliseconds": {name: round(1000 * min(found), 2) for name, found in times.items()},
+            "milliseconds": {name: round(1000 * min(each), 2) for name, each in times.items()},
             "mean_difference": float(f"{difference.abs().mean():.1e}"),
         }  # fmt: skip
         print(json.dumps(line))

@@ -1,9 +1,9 @@
 """Memory of encoding one text of 8,192 tokens at base size on the CPU, above the weights.
 
-Prints one JSON line: the peak with the ALiBi bias made block by block, the peak with the whole bias (heads x length x
-length) as a plain implementation makes it, and their ratio. Linux only: the peak is read from /proc.
+Run: python benchmarks/long_text_memory.py [--tokens 8192] [--layers 12]
 
-    python benchmarks/long_text_memory.py [--tokens 8192] [--layers 12]
+Prints one JSON line: the peak with the ALiBi bias computed in blocks, the peak with the whole bias (heads x length x
+length), and their ratio. Linux only: the peak is read from /proc.
 """
 
 import argparse
@@ -18,7 +18,7 @@ MIB = 2**20
 
 
 def peak_above_weights(tokens: int, layers: int, whole: bool) -> dict[str, float]:
-    """Bytes that one forward pass adds at its peak to what the process held before it, and its seconds."""
+    """Return the bytes that a forward pass adds at its peak to those of the process, and its seconds."""
     import torch
 
     from bifocal.modeling import BifocalTextConfig, BifocalTextModel, alibi_bifocal
@@ -30,7 +30,7 @@ def peak_above_weights(tokens: int, layers: int, whole: bool) -> dict[str, float
     ids = torch.randint(1000, 30000, (1, tokens))
     mask = torch.ones_like(ids)
     with torch.no_grad():
-        tower(ids[:, :64], mask[:, :64])  # whatever the first pass sets up once
+        tower(ids[:, :64], mask[:, :64])  # one-time set-up
         before = memory("VmRSS")
         restart_peak()
         started = time.monotonic()
@@ -45,23 +45,23 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--one", choices=["blocks", "whole"], help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.one:
-        print(json.dumps(peak_above_weights(given.tokens, given.layers, given.one == "whole")))
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(peak_above_weights(options.tokens, options.layers, options.one == "whole")))
         return
     measured = {}
-    for way in ("blocks", "whole"):  # a process each, so that neither inherits the other's memory
-        done = subprocess.run(
-            [sys.executable, __file__, "--one", way, "--tokens", str(given.tokens), "--layers", str(given.layers)],
+    for way in ("blocks", "whole"):  # separate processes, so that neither inherits the other's memory
+        process = subprocess.run(
+            [sys.executable, __file__, "--one", way, "--tokens", str(options.tokens), "--layers", str(options.layers)],
             stdout=subprocess.PIPE, check=True,
         )  # fmt: skip
-        measured[way] = json.loads(done.stdout.splitlines()[-1])
+        measured[way] = json.loads(process.stdout.splitlines()[-1])
     print(
         json.dumps(
             {
                 "benchmark": "long_text_memory",
-                "tokens": given.tokens,
-                "layers": given.layers,
+                "tokens": options.tokens,
+                "layers": options.layers,
                 "blocks_mib": round(measured["blocks"]["bytes"] / MIB),
                 "whole_mib": round(measured["whole"]["bytes"] / MIB),
                 "memory_ratio": round(measured["blocks"]["bytes"] / measured["whole"]["bytes"], 3),

@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 def memory(field: str) -> int:
-    """Bytes: "VmRSS" is what the process holds, "VmHWM" the most it has held since its start or `restart_peak`."""
+    """Return the bytes of the process: "VmRSS" now, "VmHWM" at the peak since its start or `restart_peak`."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
@@ -12,5 +12,5 @@ def memory(field: str) -> int:
 
 
 def restart_peak() -> None:
-    """Count the peak from here."""
+    """Measure the peak from now on."""
     Path("/proc/self/clear_refs").write_text("5")

@@ -1,4 +1,4 @@
-"""HTML pages and plots: what the reports of all rooms share."""
+"""HTML pages and plots: what all reports share."""
 
 import base64
 import io
@@ -9,12 +9,12 @@ COLOURS = ("#2f6db3", "#c2571a", "#3c8d4f", "#7a4fa3", "#8a6d1f", "#6b6b6b")
 
 
 def render(templates: Path, name: str, **values: Any) -> str:
-    """Return a page that needs no other file and requests nothing over the network.
+    """Return an HTML page that needs no other file and requests nothing over the network.
 
     Args:
-        templates: folder of the template; `style.css.j2` comes from here.
-        name: of the template.
-        values: what it shows; one that it needs and does not get is an error.
+        templates: folder of the template. It may include `style.css.j2`, which is in the folder beside this module.
+        name: file name of the template.
+        values: variables of the template. A missing one is an error.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -25,9 +25,9 @@ def render(templates: Path, name: str, **values: Any) -> str:
     return environment.get_template(name).render(**values)
 
 
-def blank() -> tuple[Any, Any]:
-    """A figure and its axes."""
-    from matplotlib.figure import Figure  # not pyplot: no display, no global state
+def new_figure() -> tuple[Any, Any]:
+    """Return an empty figure and its axes."""
+    from matplotlib.figure import Figure  # not pyplot, which needs a display and has global state
 
     figure = Figure(figsize=(6.2, 3.6), layout="constrained")
     axes = figure.subplots()
@@ -36,7 +36,7 @@ def blank() -> tuple[Any, Any]:
 
 
 def svg(figure: Any) -> str:
-    """A figure as a data URI."""
+    """Return a figure as a data URI of an SVG image."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bifocal.files import overwrite
-from bifocal.pages import COLOURS, blank, render, svg
+from bifocal.pages import COLOURS, new_figure, render, svg
 
 PAGE = "page about data"
 
@@ -63,7 +63,7 @@ def _plots(data: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _lengths(lengths: Mapping[str, Sequence[int]]) -> dict[str, str]:
-    figure, axes = blank()
+    figure, axes = new_figure()
     longest = max(max(values) for values in lengths.values() if values)
     shortest = min(min(values) for values in lengths.values() if values)
     # Bins of equal width on the logarithmic axis: lengths of texts spread over orders of magnitude.
@@ -85,7 +85,7 @@ def _lengths(lengths: Mapping[str, Sequence[int]]) -> dict[str, str]:
 
 
 def _sizes(sizes: Sequence[tuple[int, int]]) -> dict[str, str]:
-    figure, axes = blank()
+    figure, axes = new_figure()
     many = Counter(sizes)  # many pictures of one size are one larger point
     area = [min(400, 9 * count**0.7) for count in many.values()]
     axes.scatter([w for w, _ in many], [h for _, h in many], s=area, alpha=0.4, color=COLOURS[0], linewidths=0)
@@ -101,7 +101,7 @@ def _sizes(sizes: Sequence[tuple[int, int]]) -> dict[str, str]:
 
 
 def _counts(counts: Sequence[int], what: str) -> dict[str, str]:
-    figure, axes = blank()
+    figure, axes = new_figure()
     numbers = range(min(counts), max(counts) + 1)
     axes.bar(numbers, [counts.count(number) for number in numbers], color=COLOURS[0])
     axes.set_xlabel(f"{what} of a row")

@@ -16,19 +16,19 @@ Evaluator = Callable[[Encoder], Result]
 
 
 class EvaluationCallback(TrainerCallback):
-    """Runs evaluators every so many steps and at the end of training, and logs what they find.
+    """Callback that runs evaluators every few steps and at the end of training, and logs their metrics.
 
     Metrics are logged as `eval_{task}_{metric}`, so that `metric_for_best_model="eval_flickr_mean_recall"` works with
     `load_best_model_at_end` and `EarlyStoppingCallback`. Rows that cannot be used are skipped, named in a warning and
-    counted as `eval_{task}_skipped_rows`; those that share a text or an image are right answers of each other, counted
-    as `eval_{task}_shared_rows`. With `ema_decay` the averaged weights are measured. The random state, the model's mode
-    and its gradients are left as they were: a run with evaluation ends with the same weights as one without.
+    counted as `eval_{task}_skipped_rows`. Rows that share a text or an image are right answers of each other, and
+    counted as `eval_{task}_shared_rows`. With `ema_decay` the averaged weights are measured. The random state, the
+    model's mode and its gradients stay unchanged: a run with evaluation ends with the same weights as one without.
 
     Args:
-        evaluators: each takes an `Encoder` and returns a `Result`, such as
+        evaluators: functions that take an `Encoder` and return a `Result`, such as
             `lambda e: image_text_retrieval(e, "flickr", images, captions)`.
-        every: steps between two evaluations; None evaluates whenever the trainer does, and at the end.
-        batch_size: of embedding.
+        every: steps between two evaluations. None evaluates whenever the trainer does, and at the end.
+        batch_size: texts or images per forward pass.
     """
 
     adds_metrics = True  # `MultiTaskTrainer` calls it before callbacks that read metrics
@@ -45,9 +45,12 @@ class EvaluationCallback(TrainerCallback):
         self._last = -1
 
     def attach(self, trainer: Any) -> None:
-        """Log through a trainer, and so to whatever it reports to, and measure the weights that it evaluates.
+        """Log through a trainer and everything it reports to, and measure the weights that it evaluates.
 
         `MultiTaskTrainer` calls this.
+
+        Args:
+            trainer: a `MultiTaskTrainer`.
 
         Raises:
             EvaluationError: if the trainer's model cannot be evaluated.
@@ -58,7 +61,7 @@ class EvaluationCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if self.every and state.global_step % self.every == 0:
-            self._logged(state, model)
+            self._evaluate_and_log(state, model)
 
     def on_evaluate(
         self,
@@ -69,26 +72,26 @@ class EvaluationCallback(TrainerCallback):
         model: Any = None,
         **kwargs: Any,
     ) -> None:
-        found = self._run(state, model)
+        measured = self._evaluate(state, model)
         if metrics is not None:
-            metrics.update(found)  # what `metric_for_best_model` is looked up in
+            metrics.update(measured)  # `metric_for_best_model` is looked up here
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if self._last != state.global_step:
-            self._logged(state, model)
+            self._evaluate_and_log(state, model)
 
-    def _logged(self, state: Any, model: Any) -> None:
-        metrics = dict(self._run(state, model))
+    def _evaluate_and_log(self, state: Any, model: Any) -> None:
+        metrics = dict(self._evaluate(state, model))
         if self.log is not None:
             self.log(metrics)
         else:
             state.log_history.append({**metrics, "step": state.global_step})
 
-    def _run(self, state: Any, model: Any) -> Mapping[str, float]:
+    def _evaluate(self, state: Any, model: Any) -> Mapping[str, float]:
         model = getattr(model, "module", model)
         self._last = state.global_step
         metrics: dict[str, float] = {}
-        with self.weights(), _undisturbed(model):
+        with self.weights(), _RestoreState(model):
             encoder = encoder_of(model, self.processor, "training", self.batch_size)
             for evaluator in self.evaluators:
                 result = evaluator(encoder)
@@ -98,8 +101,8 @@ class EvaluationCallback(TrainerCallback):
         return metrics
 
 
-class _undisturbed:  # noqa: N801  # reads as a statement
-    """Leaves random states and the model's mode as they were."""
+class _RestoreState:
+    """Context that puts the model into evaluation mode, and restores its mode and all random states at the end."""
 
     def __init__(self, model: Any) -> None:
         self.model = model

@@ -1,4 +1,4 @@
-"""What is left of a search when vectors are shortened (Matryoshka, arXiv 2205.13147) or kept as bytes or bits."""
+"""Recall with shortened vectors (Matryoshka, arXiv 2205.13147), and with vectors quantised to bytes or bits."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,11 @@ from bifocal.evaluation.retrieval import recall_at, relevant_ranks
 
 
 def shortened(vectors: np.ndarray, dimensions: int) -> np.ndarray:
-    """The first dimensions of unit vectors, made unit again."""
+    """Return the first dimensions of unit vectors, normalised again.
+
+    Raises:
+        EvaluationError: if the vectors do not have so many dimensions.
+    """
     if not 1 <= dimensions <= vectors.shape[1]:
         raise EvaluationError(f"{dimensions} dimensions cannot be taken of {vectors.shape[1]}.")
     cut = vectors[:, :dimensions]
@@ -23,7 +27,15 @@ def by_dimension(
     dimensions: Sequence[int] = (),
     k: int = 5,
 ) -> dict[int, float]:
-    """Recall@k for each number of dimensions; a power of two from 8 on and the whole when none are given."""
+    """Return Recall@k by number of dimensions.
+
+    Args:
+        queries: (Q, D) unit vectors.
+        items: (N, D) unit vectors.
+        relevant: numbers of the right items of each query.
+        dimensions: numbers of dimensions to measure; the powers of two from 8 on and D if empty.
+        k: the k of Recall@k.
+    """
     whole = queries.shape[1]
     chosen = list(dimensions) or [*(2**n for n in range(3, 20) if 2**n < whole), whole]
     return {
@@ -35,20 +47,27 @@ def by_dimension(
 def by_precision(
     queries: np.ndarray, items: np.ndarray, relevant: Sequence[Sequence[int]], k: int = 5
 ) -> dict[str, dict[str, float]]:
-    """Recall@k and bytes of a vector, by precision of the items: sentence-transformers' quantisation.
+    """Return Recall@k and the bytes of a vector by precision of the items, with sentence-transformers' quantisation.
 
-    Queries stay in float32 against bytes, as its `semantic_search` has it; against bits they are bits as well, and the
-    number of equal bits is the similarity.
+    Items in int8 are searched by float32 queries, as in its `semantic_search`. Binary items are searched by binary
+    queries, and the similarity is the number of equal bits.
+
+    Args:
+        queries: (Q, D) unit vectors.
+        items: (N, D) unit vectors.
+        relevant: numbers of the right items of each query.
+        k: the k of Recall@k.
     """
     from sentence_transformers.util.quantization import quantize_embeddings
 
     dimensions = queries.shape[1]
     recall = recall_at(relevant_ranks(queries, items, relevant, 1), k)
-    found = {"float32": {"recall": recall, "bytes": 4.0 * dimensions}}
+    measured = {"float32": {"recall": recall, "bytes": 4.0 * dimensions}}
     small = np.asarray(quantize_embeddings(items, precision="int8", calibration_embeddings=items))
     low, high = items.min(0), items.max(0)
     restored = ((small.astype(np.float32) + 128.0) / 255.0 * (high - low) + low).astype(np.float32)
-    found["int8"] = {"recall": recall_at(relevant_ranks(queries, restored, relevant, 1), k), "bytes": float(dimensions)}
+    recall = recall_at(relevant_ranks(queries, restored, relevant, 1), k)
+    measured["int8"] = {"recall": recall, "bytes": float(dimensions)}
     if dimensions % 8 == 0:
         bits = [
             np.unpackbits(np.asarray(quantize_embeddings(v, precision="ubinary")), axis=1).astype(np.float32) * 2.0
@@ -56,5 +75,5 @@ def by_precision(
             for v in (queries, items)
         ]
         recall = recall_at(relevant_ranks(bits[0], bits[1], relevant, 1), k)
-        found["binary"] = {"recall": recall, "bytes": dimensions / 8}
-    return found
+        measured["binary"] = {"recall": recall, "bytes": dimensions / 8}
+    return measured

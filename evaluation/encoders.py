@@ -1,4 +1,4 @@
-"""Any model that embeds texts, pictures or both, behind one face: Bifocal, sentence-transformers, CLIP and SigLIP."""
+"""Any model behind one interface: Bifocal, sentence-transformers, CLIP and SigLIP."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from transformers import AutoConfig, AutoModel, AutoProcessor
+from transformers.utils.hub import cached_file
 
 from bifocal.errors import EvaluationError, first_line, looks_like_path
 from bifocal.modeling import BifocalModel, load_image
@@ -15,15 +18,16 @@ from bifocal.modeling.processing_bifocal import padded_length
 
 @dataclass
 class Encoder:
-    """A model as evaluation sees it.
+    """A model that embeds texts, images or both.
 
     Args:
-        name: for tables.
+        name: name of the model, for tables.
         family: "Bifocal", "sentence-transformers" or "transformers".
-        text, image: from a list to (number, dimensions) unit vectors in float32; None for what the model cannot embed.
-        parameters: how many it has.
+        text, image: functions from a list to (number, dimensions) unit vectors in float32; None if the model cannot
+            embed texts or images.
+        parameters: number of parameters.
         batch_size: texts or images per forward pass.
-        done: texts and images embedded so far, and the seconds it took, by "texts" and "pictures".
+        work: number of inputs embedded so far, and the seconds that took, by "texts" and "images".
     """
 
     name: str
@@ -32,91 +36,92 @@ class Encoder:
     image: Callable[[list[Any]], np.ndarray] | None
     parameters: int
     batch_size: int = 64
-    done: dict[str, tuple[int, float]] = field(default_factory=dict)
+    work: dict[str, tuple[int, float]] = field(default_factory=dict)
 
     def speed(self) -> dict[str, float]:
-        """Texts and pictures embedded per second since the last call."""
-        rates = {f"{what}_per_second": count / max(seconds, 1e-9) for what, (count, seconds) in self.done.items()}
-        self.done = {}
+        """Return the texts and images embedded per second since the last call."""
+        rates = {f"{what}_per_second": count / max(seconds, 1e-9) for what, (count, seconds) in self.work.items()}
+        self.work = {}
         return rates
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
-        """
+        """Return (number, dimensions) unit vectors of texts.
+
         Raises:
-            EvaluationError: the model embeds no texts, or some embeddings are not finite.
+            EvaluationError: if the model embeds no texts, or some embeddings are not finite.
         """
-        return self._embedded("texts", self.text, texts)
+        return self._embed("texts", self.text, texts)
 
     def images(self, images: Sequence[Any]) -> np.ndarray:
-        """
+        """Return (number, dimensions) unit vectors of images.
+
         Args:
-            images: whatever `load_image` reads.
+            images: images in any form that `load_image` reads.
 
         Raises:
-            EvaluationError: the model embeds no pictures, or some embeddings are not finite.
+            EvaluationError: if the model embeds no images, or some embeddings are not finite.
         """
-        return self._embedded("pictures", self.image, images)
+        return self._embed("images", self.image, images)
 
-    def _embedded(
-        self, what: str, encode: Callable[[list[Any]], np.ndarray] | None, given: Sequence[Any]
-    ) -> np.ndarray:
-        if isinstance(given, str | bytes):
-            raise EvaluationError(f"The {what} to embed are a single {type(given).__name__}; give a list.")
-        items = list(given)
+    def _embed(self, what: str, encode: Callable[[list[Any]], np.ndarray] | None, inputs: Sequence[Any]) -> np.ndarray:
+        if isinstance(inputs, str | bytes):
+            raise EvaluationError(f"The {what} to embed are a single {type(inputs).__name__}; give a list.")
+        items = list(inputs)
         if encode is None:
-            raise EvaluationError(f"'{self.name}' embeds no {what}; leave it out of what needs them.")
+            raise EvaluationError(f"'{self.name}' embeds no {what}; evaluate it on other tasks.")
         started = time.monotonic()
         vectors = np.asarray(encode(items), dtype=np.float32)
-        count, seconds = self.done.get(what, (0, 0.0))
-        self.done[what] = (count + len(items), seconds + time.monotonic() - started)
+        count, seconds = self.work.get(what, (0, 0.0))
+        self.work[what] = (count + len(items), seconds + time.monotonic() - started)
         finite = np.isfinite(vectors).all(axis=1)
         if not finite.all():
             raise EvaluationError(
                 f"'{self.name}' gives embeddings that are not finite for {(~finite).sum()} of {len(items)} {what}, "
-                f"first number {int(np.argmin(finite))}; look at its weights, and at the dtype it is loaded in."
+                f"first number {int(np.argmin(finite))}; check its weights and the dtype it is loaded in."
             )
         return vectors
 
 
 def require_model(path: str) -> None:
-    """Check that there is a model, before any data is read.
+    """Check that a model exists, before any data is read.
+
+    Args:
+        path: local folder or Hub id.
 
     Raises:
-        EvaluationError: if the path is neither a folder with a model nor the id of one on the Hub.
+        EvaluationError: if the path is neither a folder with a model nor the id of a model on the Hub.
     """
-    place = Path(path).expanduser()
-    if place.is_file():
+    folder = Path(path).expanduser()
+    if folder.is_file():
         raise EvaluationError(f"'{path}' is a file; give the folder of a model.")
-    if place.is_dir():
-        if any((place / name).is_file() for name in ("config.json", "modules.json")):
+    if folder.is_dir():
+        if any((folder / name).is_file() for name in ("config.json", "modules.json")):
             return
-        within = next((n for n in ("model", "final") if (place / n / "config.json").is_file()), None)
-        hint = f"; did you mean '{Path(path) / within}'?" if within else "."
+        inner = next((name for name in ("model", "final") if (folder / name / "config.json").is_file()), None)
+        hint = f"; did you mean '{Path(path) / inner}'?" if inner else "."
         raise EvaluationError(f"'{path}' holds no model: there is neither config.json nor modules.json in it{hint}")
     if looks_like_path(path):
         raise EvaluationError(f"There is no model at '{path}'; check the path.")
     try:
-        there = _has(path, "config.json") or _has(path, "modules.json")
+        exists = _has(path, "config.json") or _has(path, "modules.json")
         reason = "it has neither config.json nor modules.json"
-    except Exception as error:  # no such repository, no connection, a name that none can have
-        there, reason = False, first_line(error)
-    if not there:
+    except Exception as error:  # no such repository, no connection, an invalid name
+        exists, reason = False, first_line(error)
+    if not exists:
         raise EvaluationError(f"There is no model folder '{path}' here, and no such model on the Hub ({reason}).")
 
 
 def load_encoder(path: str, batch_size: int = 64, device: str | None = None) -> Encoder:
-    """A model by its folder or Hub id.
+    """Load a model of any family.
 
     Args:
-        batch_size: texts or pictures embedded at once.
-        device: "cpu", "cuda", ...; chosen by what is there when None.
+        path: local folder or Hub id.
+        batch_size: texts or images per forward pass.
+        device: "cpu", "cuda", ... If None, a GPU where there is one.
 
     Raises:
-        EvaluationError: there is none, or it is no model of these families.
+        EvaluationError: if there is no such model, or it belongs to none of the families.
     """
-    import torch
-    from transformers import AutoConfig
-
     require_model(path)
     path = str(Path(path).expanduser()) if path.startswith("~") else path
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -129,12 +134,18 @@ def load_encoder(path: str, batch_size: int = 64, device: str | None = None) -> 
         return _dual_encoder(path, batch_size, device)
     except EvaluationError:
         raise
-    except Exception as error:  # of configuration, weights, tokenizer: each library has its own
+    except Exception as error:  # configuration, weights, tokenizer: each library has its own errors
         raise EvaluationError(f"The model '{path}' cannot be loaded ({first_line(error)}).") from error
 
 
 def bifocal_encoder(model: BifocalModel, name: str, batch_size: int = 64) -> Encoder:
-    """A Bifocal model at hand."""
+    """Return an encoder of a loaded Bifocal model.
+
+    Args:
+        model: the model.
+        name: name of the model, for tables.
+        batch_size: texts or images per forward pass.
+    """
 
     def text(texts: list[str]) -> np.ndarray:
         return np.asarray(model.encode_text(texts, batch_size=batch_size, show_progress=False))
@@ -146,10 +157,13 @@ def bifocal_encoder(model: BifocalModel, name: str, batch_size: int = 64) -> Enc
 
 
 def encoder_of(model: Any, processor: Any, name: str, batch_size: int = 64) -> Encoder:
-    """Return an encoder of a loaded model: ours, or one of transformers with both towers.
+    """Return an encoder of a loaded model: a Bifocal model, or one of transformers with both towers.
 
     Args:
-        processor: for a model that has none of its own.
+        model: the model.
+        processor: processor of a transformers model.
+        name: name of the model, for tables.
+        batch_size: texts or images per forward pass.
 
     Raises:
         EvaluationError: if the model does not embed texts and images into one space, or has no processor.
@@ -167,7 +181,10 @@ def encoder_of(model: Any, processor: Any, name: str, batch_size: int = 64) -> E
 
 
 def sentence_transformer(path: str, batch_size: int = 64, device: str | None = None) -> Encoder | None:
-    """A model through sentence-transformers, whatever its family; None where it has not the files for that."""
+    """Load a model of any family through sentence-transformers; None if it has no sentence-transformers files.
+
+    Args: see `load_encoder`.
+    """
     return _sentence_transformer(path, batch_size, device) if _has(path, "modules.json") else None
 
 
@@ -187,44 +204,43 @@ def _sentence_transformer(path: str, batch_size: int, device: str | None) -> Enc
     def image(images: list[Any]) -> np.ndarray:
         return encode([load_image(one) for one in images])
 
-    sees = bool({"image"} & set(getattr(model, "modalities", []) or []))
+    embeds_images = "image" in (getattr(model, "modalities", None) or [])
     count = sum(p.numel() for p in model.parameters())
-    return Encoder(_name(path), "sentence-transformers", encode, image if sees else None, count, batch_size)
+    return Encoder(_name(path), "sentence-transformers", encode, image if embeds_images else None, count, batch_size)
 
 
 def _dual_encoder(path: str, batch_size: int, device: str) -> Encoder:
-    """A model of transformers with `get_text_features` and `get_image_features`: CLIP, SigLIP, ALIGN, ..."""
-    from transformers import AutoModel, AutoProcessor
-
+    """Load a model of transformers with `get_text_features` and `get_image_features`: CLIP, SigLIP, ALIGN, ..."""
     model = AutoModel.from_pretrained(path).to(device).eval()
     if not hasattr(model, "get_text_features") or not hasattr(model, "get_image_features"):
         raise EvaluationError(
-            f"'{path}' is a {type(model).__name__}, which embeds no texts and pictures into one space; give a Bifocal, "
-            "sentence-transformers, CLIP or SigLIP model."
+            f"'{path}' is a {type(model).__name__}, which does not embed texts and images into one space; give a "
+            "Bifocal, sentence-transformers, CLIP or SigLIP model."
         )
     processor = AutoProcessor.from_pretrained(path)
     return dual_encoder(model, processor, _name(path), batch_size)
 
 
 def dual_encoder(model: Any, processor: Any, name: str, batch_size: int = 64) -> Encoder:
-    """Return an encoder of a loaded model with `get_text_features` and `get_image_features`, and its processor."""
-    import torch
+    """Return an encoder of a loaded model with `get_text_features` and `get_image_features`.
 
+    Args: see `encoder_of`.
+    """
     full_length = padded_length(model.config)
     padding = {"padding": True} if full_length is None else {"padding": "max_length", "max_length": full_length}
 
     def batches(items: list[Any], embed: Callable[[list[Any]], Any]) -> np.ndarray:
-        found = []
+        parts = []
         with torch.inference_mode():
             for start in range(0, len(items), batch_size):
                 vectors = embed(items[start : start + batch_size])
                 vectors = getattr(vectors, "pooler_output", vectors)
-                found.append(torch.nn.functional.normalize(vectors.float(), dim=-1).cpu().numpy())
-        return np.concatenate(found)
+                parts.append(torch.nn.functional.normalize(vectors.float(), dim=-1).cpu().numpy())
+        return np.concatenate(parts)
 
     def text(texts: list[str]) -> np.ndarray:
-        def embed(some: list[str]) -> Any:
-            inputs = processor(text=some, truncation=True, return_tensors="pt", **padding).to(model.device)
+        def embed(batch: list[str]) -> Any:
+            inputs = processor(text=batch, truncation=True, return_tensors="pt", **padding).to(model.device)
             if full_length is not None:
                 inputs.pop("attention_mask", None)
             return model.get_text_features(**inputs)
@@ -232,9 +248,9 @@ def dual_encoder(model: Any, processor: Any, name: str, batch_size: int = 64) ->
         return batches(texts, embed)
 
     def image(images: list[Any]) -> np.ndarray:
-        def embed(some: list[Any]) -> Any:
-            pictures = [load_image(one) for one in some]
-            return model.get_image_features(**processor(images=pictures, return_tensors="pt").to(model.device))
+        def embed(batch: list[Any]) -> Any:
+            loaded = [load_image(one) for one in batch]
+            return model.get_image_features(**processor(images=loaded, return_tensors="pt").to(model.device))
 
         return batches(images, embed)
 
@@ -242,8 +258,6 @@ def dual_encoder(model: Any, processor: Any, name: str, batch_size: int = 64) ->
 
 
 def _is_bifocal(path: str) -> bool:
-    from transformers import AutoConfig
-
     try:
         return AutoConfig.from_pretrained(path).model_type == "bifocal"
     except (OSError, ValueError, KeyError):
@@ -251,13 +265,11 @@ def _is_bifocal(path: str) -> bool:
 
 
 def _has(path: str, name: str) -> bool:
-    from transformers.utils.hub import cached_file
-
     return cached_file(path, name, _raise_exceptions_for_missing_entries=False) is not None
 
 
 def _name(path: str) -> str:
-    """The last parts of a path that say what it is: `runs/demo/model` is `demo/model`."""
+    """Return the last two parts of a local path, such as `demo/model` for `runs/demo/model`; a Hub id as it is."""
     if Path(path).exists():
         return "/".join(Path(path).absolute().parts[-2:])
     return path

@@ -1,4 +1,4 @@
-"""The worst searches of a model, with their pictures: what was asked, what was found, what should have been."""
+"""The worst searches of a model, with thumbnails: the query, the hits and the right answer."""
 
 import base64
 import io
@@ -19,52 +19,57 @@ def worst_searches(
     images: Sequence[Any], texts: Sequence[str], owner: np.ndarray, image_vectors: np.ndarray, text_vectors: np.ndarray,
     to_image: np.ndarray, to_text: np.ndarray, images_of: Sequence[Sequence[int]], texts_of: Sequence[Sequence[int]],
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """The searches whose right answer came last, some of each direction, each picture at most once as an answer.
+    """Return the searches of each direction whose right answer has the highest rank, at most one per image.
 
     Args:
-        owner: the picture of each text.
+        images: images in any form that `load_image` reads.
+        texts: the captions of all images.
+        owner: (texts,) number of the image of each text.
+        image_vectors, text_vectors: (images, dimensions) and (texts, dimensions) unit vectors.
         to_image, to_text: ranks of the right answers, see `relevant_ranks`.
         images_of, texts_of: right images of each text, and right texts of each image.
 
     Returns:
-        For each search `query`, `hits` and `answer` (with `text` or `thumbnail`, a data URI, and for hits `score` and
-        `right`), `rank` and `direction`. Searches that found the right answer first are not among them.
+        For each search `query`, `hits`, `answer`, `rank` and `direction`. A query, hit or answer has a `text` or a
+        `thumbnail` (a data URI); hits also have `score` and `right`. A right answer at rank 1 is no failure.
     """
-    found = []
+    searches = []
     for direction, ranks in (("text to image", to_image[:, 0]), ("image to text", to_text[:, 0])):
         seen: set[int] = set()
         for query in np.argsort(-ranks, kind="stable"):
-            picture = int(owner[query]) if direction == "text to image" else int(query)
+            image = int(owner[query]) if direction == "text to image" else int(query)
             if ranks[query] <= 1 or len(seen) == _SEARCHES:
                 break
-            if picture in seen:
+            if image in seen:
                 continue
-            seen.add(picture)
+            seen.add(image)
             if direction == "text to image":
                 scores = image_vectors @ text_vectors[query]
                 best = np.argsort(-scores, kind="stable")[:_HITS]
                 hits = [{"thumbnail": thumbnail(images[n]), "right": bool(n in images_of[query])} for n in best]
-                asked, answer = {"text": texts[query]}, {"thumbnail": thumbnail(images[picture])}
+                shown_query, answer = {"text": texts[query]}, {"thumbnail": thumbnail(images[image])}
             else:
                 scores = text_vectors @ image_vectors[query]
                 best = np.argsort(-scores, kind="stable")[:_HITS]
                 hits = [{"text": texts[n], "right": bool(n in texts_of[query])} for n in best]
-                asked = {"thumbnail": thumbnail(images[picture])}
-                answer = {"text": texts[int(np.flatnonzero(owner == picture)[0])]}
+                shown_query = {"thumbnail": thumbnail(images[image])}
+                answer = {"text": texts[int(np.flatnonzero(owner == image)[0])]}
             for hit, number in zip(hits, best, strict=True):
                 hit["score"] = float(scores[number])
-            search = {"direction": direction, "query": asked, "hits": hits, "answer": answer, "rank": int(ranks[query])}
-            found.append(search)
-    return found
+            searches.append({
+                "direction": direction, "query": shown_query, "hits": hits, "answer": answer,
+                "rank": int(ranks[query]),
+            })  # fmt: skip
+    return searches
 
 
 def thumbnail(image: Any) -> str:
-    """A small JPEG as a data URI."""
-    picture = load_image(image_source(image))
-    if max(picture.size) < _SIDE // 2:  # a tiny picture is shown larger, with its pixels as they are
-        scale = _SIDE // max(picture.size)
-        picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
-    picture.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
+    """Return a small JPEG of an image as a data URI."""
+    small = load_image(image_source(image))
+    if max(small.size) < _SIDE // 2:  # enlarge tiny images without blurring their pixels
+        scale = _SIDE // max(small.size)
+        small = small.resize((small.width * scale, small.height * scale), Image.Resampling.NEAREST)
+    small.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=82)
+    small.save(buffer, "JPEG", quality=82)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

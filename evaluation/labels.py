@@ -1,30 +1,35 @@
-"""Labels and names of classes, from numbers, names or a `ClassLabel` column."""
+"""Classes of labelled images: their names and the number of each row's class."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bifocal.data.skips import Fault
 from bifocal.errors import EvaluationError
-from bifocal.evaluation.rows import Rows, several
+from bifocal.evaluation.rows import Rows, as_sequence
 
 
 def class_names(task: str, labels: Any, classes: Sequence[str] | None) -> list[str]:
-    """Return the names of the classes: those given, those of a `ClassLabel` column, or the labels if they are names.
+    """Return the names of the classes: `classes`, those of a `ClassLabel` column, or the labels if they are names.
+
+    Args:
+        task: name of the data set.
+        labels: label of each row.
+        classes: names by number; None to infer them from the labels.
 
     Raises:
-        EvaluationError: if the classes have no names, or are named by numbers, of which no prompt can be made.
+        EvaluationError: if the classes have no names, or numbers as names, which make no prompts.
     """
     if classes is None:
         source, column = getattr(labels, "source", None), getattr(labels, "column_name", None)
         feature = getattr(source, "features", None)
-        named = getattr(feature.get(column), "names", None) if isinstance(feature, Mapping) else None
-        classes = named or sorted({label.strip() for label in labels if isinstance(label, str) and label.strip()})
+        in_schema = getattr(feature.get(column), "names", None) if isinstance(feature, Mapping) else None
+        classes = in_schema or sorted({label.strip() for label in labels if isinstance(label, str) and label.strip()})
         if not classes:
             raise EvaluationError(
                 f"The labels of '{task}' are numbers without names; give classes, such as dataset.features"
                 "['label'].names."
             )
-    names = [str(one) for one in several(task, "classes", classes)]
+    names = [str(one) for one in as_sequence(task, "classes", classes)]
     numbers = [one for one in names if one.strip().lstrip("+-").isdigit()]
     if numbers:
         raise EvaluationError(
@@ -37,39 +42,43 @@ def class_names(task: str, labels: Any, classes: Sequence[str] | None) -> list[s
 def class_numbers(rows: Rows, classes: Sequence[str]) -> dict[int, int]:
     """Return the number of each row's class; rows without a label are skipped.
 
+    Args:
+        rows: the rows, with a column `labels`.
+        classes: names of the classes by number.
+
     Raises:
-        EvaluationError: if a label is no class.
+        EvaluationError: if a label is none of the classes.
     """
-    known = {one: number for number, one in reversed(list(enumerate(classes)))}
-    found = {}
+    number_of = {one: number for number, one in reversed(list(enumerate(classes)))}
+    by_row = {}
     for number in rows.good:
         label = rows.columns["labels"][number]
         if isinstance(label, str) and label.strip():
-            if label.strip() not in known:
+            if label.strip() not in number_of:
                 raise EvaluationError(
                     f"{rows.name(number)} of '{rows.task}' has the label '{label}', which is no class."
                 )
-            found[number] = known[label.strip()]
+            by_row[number] = number_of[label.strip()]
             continue
-        place = _whole(label)
-        if place is None or is_unlabelled(label):
+        label_number = _as_whole_number(label)
+        if label_number is None or is_unlabelled(label):
             rows.skipped[number] = Fault("no label", f"{label!r:.100}")
-        elif not 0 <= place < len(classes):
+        elif not 0 <= label_number < len(classes):
             raise EvaluationError(
-                f"{rows.name(number)} of '{rows.task}' has the label {place}, but there are {len(classes)} classes, "
-                "from 0."
+                f"{rows.name(number)} of '{rows.task}' has the label {label_number}, but there are {len(classes)} "
+                "classes, from 0."
             )
         else:
-            found[number] = place
-    return found
+            by_row[number] = label_number
+    return by_row
 
 
 def is_unlabelled(label: Any) -> bool:
-    """Return whether a label says that there is none: None, an empty name, or -1 as in unlabelled splits of the Hub."""
-    return label is None or (not label.strip() if isinstance(label, str) else _whole(label) == -1)
+    """Return whether a label means "no label": None, an empty name, or -1 as in unlabelled splits of the Hub."""
+    return label is None or (not label.strip() if isinstance(label, str) else _as_whole_number(label) == -1)
 
 
-def _whole(value: Any) -> int | None:
+def _as_whole_number(value: Any) -> int | None:
     try:
         return int(value) if float(value) == int(value) else None
     except (TypeError, ValueError, OverflowError):

@@ -1,4 +1,4 @@
-"""The modality gap (arXiv 2203.02053): texts and pictures lie apart, and an index of both suffers from it."""
+"""The modality gap (arXiv 2203.02053): the distance between texts and images, and its effect on an index of both."""
 
 from dataclasses import dataclass
 
@@ -12,37 +12,38 @@ _SHOWN = 400  # items whose similarities the histograms show
 
 
 @dataclass
-class Gap:
-    """
+class ModalityGap:
+    """The modality gap of a model on pairs of an image and a text.
+
     Args:
-        metrics: `centroid_distance`, the length of the difference of the two means; `matching_cosine`, the mean of
-            pictures and their texts, and `image_text_cosine`, `image_image_cosine`, `text_text_cosine` of those that do
-            not match; `mixed/text_wrong_kind` and `mixed/image_wrong_kind`, how often the first hit in an index of
-            texts and pictures is of the query's own kind, though the right one is of the other; `.../calibrated` the
-            same with calibration.
-        similarities: samples by pair of kinds, for histograms.
+        metrics: `centroid_distance` is the distance between the mean image and the mean text. `matching_cosine` is the
+            mean similarity of images and their texts; `image_text_cosine`, `image_image_cosine` and `text_text_cosine`
+            are those of pairs that do not match. `mixed/text_wrong_kind` and `mixed/image_wrong_kind` are the shares of
+            queries whose first hit in an index of texts and images is of the query's own kind, although the right
+            answer is of the other kind; `.../calibrated` are the same with calibrated similarities.
+        similarities: samples of similarities by pair of kinds, for histograms.
     """
 
     metrics: dict[str, float]
     similarities: dict[str, np.ndarray]
 
 
-def modality_gap(images: np.ndarray, texts: np.ndarray) -> Gap:
-    """Measure the gap on pictures and their texts.
+def measure_gap(images: np.ndarray, texts: np.ndarray) -> ModalityGap:
+    """Measure the modality gap on images and their texts.
 
-    The mixed index holds all pictures and all texts but the query itself; the one right item is the query's partner of
-    the other kind. Calibration subtracts from each similarity the mean of non-matching pairs of its two kinds and
-    divides by their deviation, so that kinds compete on equal terms; it is fitted on the even items and measured on the
-    odd ones, which are the only queries.
+    The mixed index holds all images and all texts except the query itself; the one right answer is the query's partner
+    of the other kind. Calibration subtracts from each similarity the mean of non-matching pairs of its two kinds and
+    divides by their standard deviation, so that both kinds compete on equal terms. It is fitted on the even items and
+    measured on the odd ones, which are the only queries.
 
     Args:
-        images, texts: (N, D) unit vectors, row i of both belonging together.
+        images, texts: (N, D) unit vectors; row i of both is a pair.
 
     Raises:
-        EvaluationError: numbers that differ, or fewer than four pairs.
+        EvaluationError: if their numbers differ, or there are fewer than four pairs.
     """
     if images.shape != texts.shape or len(images) < 4:
-        raise EvaluationError(f"{len(images)} pictures and {len(texts)} texts are no four pairs or more.")
+        raise EvaluationError(f"There are {len(images)} images and {len(texts)} texts; give at least four pairs.")
     pairs = {"image-image": (images, images), "text-text": (texts, texts), "image-text": (images, texts)}
     means, deviations, similarities = {}, {}, {}
     fit = slice(0, None, 2)
@@ -62,24 +63,24 @@ def modality_gap(images: np.ndarray, texts: np.ndarray) -> Gap:
         for suffix, calibrated in (("", False), ("/calibrated", True)):
             wrong = _wrong_kind(queries, others, means, deviations, own) if calibrated else _wrong_kind(queries, others)
             metrics[f"mixed/{name}_wrong_kind{suffix}"] = wrong
-    return Gap(metrics, similarities)
+    return ModalityGap(metrics, similarities)
 
 
 def _wrong_kind(
     queries: np.ndarray, others: np.ndarray, means: dict[str, float] | None = None,
     deviations: dict[str, float] | None = None, own: str = "",
 ) -> float:  # fmt: skip
-    """How often a query's first hit is of its own kind; ties count as such. Queries are the odd items."""
+    """Return the share of queries (the odd items) whose first hit is of their own kind; ties count as such."""
     wrong = 0
     odd = np.arange(1, len(queries), 2)
     for start in range(0, len(odd), _BLOCK):
         rows = odd[start : start + _BLOCK]
-        same, across = queries[rows] @ queries.T, queries[rows] @ others.T
+        same_kind, other_kind = queries[rows] @ queries.T, queries[rows] @ others.T
         if means is not None and deviations is not None:
-            same = (same - means[own]) / deviations[own]
-            across = (across - means["image-text"]) / deviations["image-text"]
-        same[np.arange(len(rows)), rows] = -np.inf  # the query itself
-        wrong += int((same.max(axis=1) >= across.max(axis=1)).sum())
+            same_kind = (same_kind - means[own]) / deviations[own]
+            other_kind = (other_kind - means["image-text"]) / deviations["image-text"]
+        same_kind[np.arange(len(rows)), rows] = -np.inf  # the query itself
+        wrong += int((same_kind.max(axis=1) >= other_kind.max(axis=1)).sum())
     return wrong / len(odd)
 
 

@@ -1,4 +1,4 @@
-"""MTEB (arXiv 2210.07316) and its image tasks (arXiv 2504.10471), by the mteb library, in its own format and cache."""
+"""MTEB (arXiv 2210.07316) and its image tasks (arXiv 2504.10471), run and cached by the mteb library."""
 
 import difflib
 import hashlib
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from bifocal.errors import EvaluationError
+from bifocal.errors import EvaluationError, first_line
 from bifocal.evaluation.encoders import Encoder, load_encoder, sentence_transformer
 from bifocal.evaluation.protocols import Result
 
@@ -20,64 +20,69 @@ SUITES: dict[str, list[str]] = {
 
 
 def find_tasks(names: Sequence[str]) -> list[Any]:
-    """mteb's tasks by name.
+    """Return mteb's tasks.
+
+    Args:
+        names: names of tasks, or of suites (`mteb_suites.yaml`).
 
     Raises:
-        EvaluationError: an unknown name; the nearest known one is offered.
+        EvaluationError: if there is no task of a name.
     """
     import mteb
+
+    names = list(dict.fromkeys(task for name in names for task in SUITES.get(name, [name])))
 
     known = {task.metadata.name for task in mteb.get_tasks(exclude_superseded=False)}
     unknown = next((name for name in names if name not in known), None)
     if unknown is not None:
         near = difflib.get_close_matches(unknown, known, n=1)
-        said = f"did you mean '{near[0]}'?" if near else "see mteb's list of tasks."
-        raise EvaluationError(f"mteb has no task '{unknown}'; {said}")
+        hint = f"did you mean '{near[0]}'?" if near else "see mteb's list of tasks."
+        raise EvaluationError(f"mteb has no task '{unknown}'; {hint}")
     return [mteb.get_task(name) for name in names]
 
 
 def run_mteb(
     model: str | Encoder, tasks: Sequence[Any], cache: Path, batch_size: int = 64, revision: str | None = None
 ) -> list[Result]:
-    """Run mteb's tasks and keep its results, so that a run that was stopped goes on with those that are missing.
+    """Run tasks of mteb. Results are cached, so that an interrupted run resumes with the missing tasks.
 
     Args:
-        model: a folder or Hub id, or an encoder.
-        tasks: of mteb, from `find_tasks` or of one's own.
+        model: local folder or Hub id, or an encoder.
+        tasks: mteb's tasks, from `find_tasks` or defined by the user.
         cache: folder of mteb's results.
-        revision: of the model, under which results are kept; of a folder a digest of its weights when None.
+        batch_size: texts or images per forward pass.
+        revision: revision of the model that results are cached under; for a local folder a hash of its weights if None.
 
     Raises:
-        EvaluationError: the model cannot embed what a task needs, or a task's data cannot be loaded.
+        EvaluationError: if the model cannot embed what a task needs, or a task's data cannot be loaded.
     """
     import mteb
 
     encoder = load_encoder(model, batch_size) if isinstance(model, str) else model
     if isinstance(model, str) and all(list(task.metadata.modalities) == ["text"] for task in tasks):
-        # As users embed texts: through sentence-transformers, wherever the model has its files.
+        # As users embed texts: through sentence-transformers if the model has its files.
         encoder = sentence_transformer(model, batch_size) or encoder
     for task in tasks:
         lacking = [m for m in task.metadata.modalities if (encoder.text if m == "text" else encoder.image) is None]
         if lacking:
             raise EvaluationError(
-                f"'{encoder.name}' embeds no {lacking[0]}s, which the task {task.metadata.name} needs; leave it out."
+                f"'{encoder.name}' embeds no {lacking[0]}s, which the task {task.metadata.name} needs; remove the task."
             )
     wrapped = _wrap(encoder, revision or _revision(model))
     options: Any = {"encode_kwargs": {"batch_size": batch_size}, "show_progress_bar": False}
     try:
-        found = mteb.evaluate(wrapped, list(tasks), cache=mteb.ResultCache(cache), **options)
+        results = mteb.evaluate(wrapped, list(tasks), cache=mteb.ResultCache(cache), **options)
     except OSError as error:
         if error.errno is not None:  # the disk, not the data
             raise
         names = ", ".join(task.metadata.name for task in tasks)
-        said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise EvaluationError(f"The data of mteb's {names} could not be loaded ({said:.200}).") from error
+        raise EvaluationError(f"The data of mteb's {names} could not be loaded ({first_line(error):.200}).") from error
     kinds = {task.metadata.name: str(task.metadata.type) for task in tasks}
-    return [_as_result(task_result, kinds[task_result.task_name]) for task_result in found.task_results]
+    return [_as_result(task_result, kinds[task_result.task_name]) for task_result in results.task_results]
 
 
 def _wrap(encoder: Encoder, revision: str) -> Any:
-    """An encoder in mteb's protocol: texts, pictures, or the sum of both where an item has both."""
+    """Return a model with mteb's interface. An item with a text and an image is embedded as the sum of both."""
     from mteb.models.abs_encoder import AbsEncoder
     from mteb.models.model_meta import ModelMeta, ScoringFunction
 
@@ -85,16 +90,16 @@ def _wrap(encoder: Encoder, revision: str) -> Any:
         def __init__(self) -> None:
             self.model = encoder
             name = encoder.name if "/" in encoder.name else f"local/{encoder.name}"
-            # Slashes of a path would be folders of mteb's cache.
+            # Slashes of a path would become folders of mteb's cache.
             organisation, _, model_name = name.replace("\\", "/").partition("/")
-            sees = {"text": encoder.text, "image": encoder.image}
-            about = {
+            functions = {"text": encoder.text, "image": encoder.image}
+            facts = {
                 "name": f"{organisation or 'local'}/{model_name.replace('/', '--')}",
                 "revision": revision,
                 "similarity_fn_name": ScoringFunction.COSINE,
-                "modalities": [modality for modality, encode in sees.items() if encode is not None],
+                "modalities": [modality for modality, encode in functions.items() if encode is not None],
             }
-            self.mteb_model_meta = ModelMeta.create_empty(about)
+            self.mteb_model_meta = ModelMeta.create_empty(facts)
 
         def encode(self, inputs: Any, *, prompt_type: Any = None, **kwargs: Any) -> np.ndarray:
             parts = []
@@ -120,15 +125,15 @@ def _revision(model: str | Encoder) -> str:
     return digest.hexdigest()
 
 
-def _as_result(found: Any, kind: str) -> Result:
-    """mteb's result as ours; its metrics are the means over its subsets and splits."""
+def _as_result(task_result: Any, kind: str) -> Result:
+    """Return a result of mteb as a `Result`, whose metrics are means over subsets and splits."""
     metrics: dict[str, list[float]] = {}
-    for scores in found.scores.values():
+    for scores in task_result.scores.values():
         for subset in scores:
             for name, value in subset.items():
                 if isinstance(value, float | int) and not isinstance(value, bool):
                     metrics.setdefault(name, []).append(float(value))
     means = {name: float(np.mean(values)) for name, values in metrics.items()}
-    sizes = {"splits": len(found.scores)}
-    seconds = float(found.evaluation_time or 0.0)
-    return Result(found.task_name, f"MTEB {kind}", "main_score", means, sizes, seconds=seconds)
+    sizes = {"splits": len(task_result.scores)}
+    seconds = float(task_result.evaluation_time or 0.0)
+    return Result(task_result.task_name, f"MTEB {kind}", "main_score", means, sizes, seconds=seconds)

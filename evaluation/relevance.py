@@ -1,7 +1,7 @@
-"""Right answers of retrieval queries, where rows share a text or an image.
+"""Right answers of retrieval queries if rows share a text or an image.
 
-A text that stands under two images is a right answer of both: training excludes such pairs from the negatives, and to
-count them as wrong would punish a model for finding what it was asked for.
+A text that two images have in common is a right answer for both: training excludes such pairs from the negatives, and
+a model that finds one of them is not wrong.
 """
 
 from collections import defaultdict
@@ -13,7 +13,7 @@ import numpy as np
 def right_answers(
     queries: Sequence[Hashable], items: Sequence[Hashable], pairs: Iterable[tuple[int, int]]
 ) -> list[list[int]]:
-    """Return for each query the numbers of its right items, in rising order.
+    """Return the numbers of the right items of each query, in ascending order.
 
     An item is right if a query of equal content is paired with an item of equal content.
 
@@ -21,14 +21,14 @@ def right_answers(
         queries, items: (Q,) and (N,) keys that equal contents share: texts, image ids, digests.
         pairs: (number of a query, number of an item) of each row.
     """
-    wanted: dict[Hashable, set[Hashable]] = defaultdict(set)
+    right_keys: dict[Hashable, set[Hashable]] = defaultdict(set)
     for query, item in pairs:
-        wanted[queries[query]].add(items[item])
+        right_keys[queries[query]].add(items[item])
     numbers: dict[Hashable, list[int]] = defaultdict(list)
     for number, key in enumerate(items):
         numbers[key].append(number)
     # One list for all queries of equal content.
-    right = {query: sorted(number for key in keys for number in numbers[key]) for query, keys in wanted.items()}
+    right = {query: sorted(number for key in keys for number in numbers[key]) for query, keys in right_keys.items()}
     return [right.get(key, []) for key in queries]
 
 
@@ -38,7 +38,7 @@ def caption_answers(
     """Return the right images of each text, and the right texts of each image.
 
     Args:
-        owner: (texts,) number of the image that each text stands under.
+        owner: (texts,) number of the image of each text.
         text_ids, image_ids: (texts,) and (images,) integers that equal contents share.
     """
     pairs = list(enumerate(owner.tolist()))
@@ -50,14 +50,13 @@ def caption_answers(
 
 
 def content_ids(contents: Sequence[Hashable]) -> np.ndarray:
-    """Return (contents,) integers, equal for equal contents and numbered by first appearance."""
+    """Return (contents,) integers that are equal for equal contents, numbered by first appearance."""
     numbers: dict[Hashable, int] = {}
     return np.array([numbers.setdefault(content, len(numbers)) for content in contents], dtype=np.int64)
 
 
 def shared_rows(owner: np.ndarray, text_ids: np.ndarray, image_ids: np.ndarray) -> int:
-    """Return how many texts have a right answer only because their text or image also stands in the row of another
-    image.
+    """Return the number of texts that share their text or image with the row of another image.
 
     Args: see `caption_answers`.
     """

@@ -1,4 +1,4 @@
-"""Rows of an evaluation: those that cannot be used are skipped, counted and named, as the readers of files do it."""
+"""Rows of an evaluation. Those that cannot be used are skipped, counted and named, as when files are read."""
 
 import hashlib
 from collections import Counter
@@ -20,11 +20,16 @@ logger = logging.get_logger(__name__)
 _NAMED = 3  # skipped rows that a warning names
 
 
-def several(task: str, what: str, values: Any) -> Any:
-    """Return several values, one of each row, as something with a length whose items can be read one by one.
+def as_sequence(task: str, what: str, values: Any) -> Any:
+    """Return the values of a column as a sequence.
+
+    Args:
+        task: name of the data set.
+        what: name of the column, in the plural.
+        values: one value per row.
 
     Raises:
-        EvaluationError: if a single string, a mapping or a single image is given in the place of several.
+        EvaluationError: if `values` is a single string, mapping or image.
     """
     if isinstance(values, str | bytes | Mapping | Image.Image):
         kind = "dictionary" if isinstance(values, Mapping) else type(values).__name__
@@ -36,8 +41,8 @@ def several(task: str, what: str, values: Any) -> Any:
     raise EvaluationError(f"The {what} of '{task}' are a {type(values).__name__}; give a list, one item for each row.")
 
 
-class Chosen(Sequence):
-    """Some items of a sequence, read when they are asked for."""
+class Selection(Sequence):
+    """Some items of a sequence, read on access."""
 
     def __init__(self, items: Any, numbers: Sequence[int]) -> None:
         self.items, self.numbers = items, numbers
@@ -50,16 +55,16 @@ class Chosen(Sequence):
 
 
 class Rows:
-    """The rows of one data set, of which some turn out to be unusable.
+    """The rows of one data set, some of which may be unusable.
 
     Args:
         task: name of the data set, for messages.
-        names: of the rows; their numbers when None.
-        warn: whether to warn of skipped rows; who names the rows accounts for them when None.
-        columns: what each row has, by what it is called; all of one length.
+        names: name of each row; numbers if None.
+        warn: whether to log a warning about skipped rows; if None, only if the rows have no names.
+        columns: values of each column, all of the same length.
 
     Attributes:
-        skipped: why, by number of the row.
+        skipped: reasons for skipping, by number of the row.
 
     Raises:
         EvaluationError: if columns differ in length or there is no row.
@@ -68,20 +73,20 @@ class Rows:
     def __init__(self, task: str, names: Sequence[str] | None = None, warn: bool | None = None, **columns: Any) -> None:
         self.task, self.names = task, names
         self.warn = names is None if warn is None else warn
-        self.columns = {what: several(task, what, values) for what, values in columns.items()}
+        self.columns = {what: as_sequence(task, what, values) for what, values in columns.items()}
         lengths = {what: len(values) for what, values in self.columns.items()}
         if len(set(lengths.values())) > 1:
-            said = " and ".join(f"{count:,} {what}" for what, count in lengths.items())
-            raise EvaluationError(f"'{task}' has {said}; give equally many, one of each for a row.")
+            counts = " and ".join(f"{count:,} {what}" for what, count in lengths.items())
+            raise EvaluationError(f"'{task}' has {counts}; give one of each per row.")
         self.count = next(iter(lengths.values()))
         self.skipped: dict[int, Fault] = {}
         self._normalise = Normaliser("image-text")
         if not self.count:
-            raise EvaluationError(f"'{task}' has no rows; look at where its {next(iter(lengths))} come from.")
+            raise EvaluationError(f"'{task}' has no rows; check the source of its {next(iter(lengths))}.")
 
     @property
     def good(self) -> list[int]:
-        """Numbers of the rows that can be used as far as is known."""
+        """Numbers of the rows that are not skipped."""
         return [number for number in range(self.count) if number not in self.skipped]
 
     @property
@@ -96,46 +101,51 @@ class Rows:
         """Return the texts of each row by its number; rows without a usable text are skipped.
 
         Args:
-            what: the column given.
-            column: what a text is called in a cause, such as "caption".
-            most: texts that a row may have; any number when None.
+            what: the column.
+            column: name of a text in messages, such as "caption".
+            most: largest number of texts of a row; any number if None.
         """
-        found = {}
+        by_row = {}
         for number in self.good:
             try:
                 value: Any = self.columns[what][number]
                 if not isinstance(value, str) and isinstance(value, Sequence | np.ndarray):
                     value = list(value)
-                checked = self._normalise.texts(column, {column: value})
-                texts = [checked] if isinstance(checked, str) else checked
+                normalised = self._normalise.texts(column, {column: value})
+                texts = [normalised] if isinstance(normalised, str) else normalised
                 if most is not None and len(texts) > most:
-                    raise Fault(f"a list as {column}", f"{len(texts)} texts in the place of one")
+                    raise Fault(f"a list as {column}", f"{len(texts)} texts instead of one")
             except Fault as fault:
                 self.skipped[number] = fault
             else:
-                found[number] = texts
-        return found
+                by_row[number] = texts
+        return by_row
 
     def numbers(self, what: str, column: str) -> dict[int, float]:
-        """Return a finite number of each row; rows without one are skipped."""
-        found = {}
+        """Return the number of each row by the row's number; rows without a finite one are skipped.
+
+        Args:
+            what: the column.
+            column: name of a number in messages, such as "score".
+        """
+        by_row = {}
         for number in self.good:
             value = self.columns[what][number]
             try:
-                found[number] = float(value)
-                if not np.isfinite(found[number]):
+                by_row[number] = float(value)
+                if not np.isfinite(by_row[number]):
                     raise ValueError
             except (TypeError, ValueError):
                 self.skipped[number] = Fault(f"no {column}", f"{value!r:.100} is no number")
-        return {number: value for number, value in found.items() if number not in self.skipped}
+        return {number: value for number, value in by_row.items() if number not in self.skipped}
 
     def images(self, encoder: Encoder) -> tuple[dict[int, np.ndarray], dict[int, str]]:
         """Embed the images of the good rows in batches; rows whose image cannot be read are skipped.
 
-        Every image is decoded once, by the same code for every model, so that all models are measured on the same rows.
+        Every image is decoded by the same code for every model, so that all models are measured on the same rows.
 
         Returns:
-            By number of the row its unit vector, and a digest that images of equal pixels share.
+            The unit vector of each row by its number, and a digest that images of equal pixels share.
         """
         images = self.columns["images"]
         vectors: dict[int, np.ndarray] = {}
@@ -150,7 +160,7 @@ class Rows:
         for number in self.good:
             try:
                 image = load_image(image_source(images[number]))
-            except Exception as error:  # a decoded column of `datasets` raises whatever Pillow does
+            except Exception as error:  # a decoding column of `datasets` raises whatever Pillow does
                 self.skipped[number] = error if isinstance(error, Fault) else fault_of(error)
                 continue
             digests[number] = image_digest(image)
@@ -161,7 +171,7 @@ class Rows:
         return vectors, digests
 
     def require_some(self) -> None:
-        """Warn of skipped rows, with their number and some names.
+        """Log a warning about skipped rows with their number and some names.
 
         Raises:
             EvaluationError: if all rows are skipped.
@@ -181,12 +191,16 @@ class Rows:
 
 
 def image_digest(image: Image.Image) -> str:
-    """Return what images of equal pixels share."""
+    """Return a digest that images of equal pixels share."""
     return hashlib.blake2b(f"{image.mode} {image.size}".encode() + image.tobytes(), digest_size=16).hexdigest()
 
 
 def image_source(value: Any) -> Any:
-    """Return what `load_image` reads of an undecoded `datasets.Image`; any other value as it is."""
+    """Return what `load_image` reads: the bytes or path of an undecoded `datasets.Image`, or the value itself.
+
+    Raises:
+        Fault: if there is no image.
+    """
     if value is None:
         raise Fault("no image", "None")
     if isinstance(value, Mapping):

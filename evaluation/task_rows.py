@@ -1,4 +1,4 @@
-"""Rows of evaluation tasks: read once, counted, and the same for every model."""
+"""The rows of an evaluation task: read once, counted, and the same for every model."""
 
 import hashlib
 import json
@@ -6,61 +6,32 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from pydantic import Field
+from typing import Any
 
 from bifocal.data.beir import is_beir, whole_beir
+from bifocal.data.evaluation_protocols import PROTOCOLS
 from bifocal.data.inspection import rows_of
-from bifocal.data.schema import Strict
 from bifocal.data.skips import Fault, Skip, Skipped
 from bifocal.data.source import Source
 from bifocal.errors import EvaluationError, RecipeError
 from bifocal.evaluation import protocols
 from bifocal.evaluation.encoders import Encoder
 from bifocal.evaluation.protocols import Result
-
-_READ_AS = {
-    "image-text-retrieval": "image-text", "zero-shot": "image-label", "linear-probe": "image-label",
-    "sts": "scored-pair", "pair-classification": "scored-pair", "text-retrieval": "text-pair",
-}  # fmt: skip
-
-
-class EvaluationTask(Strict):
-    """
-    Args:
-        name: of the data set, for tables.
-        kind: the protocol.
-        data: the source of its rows; for text retrieval pairs, whose different positives are the corpus, or a BEIR
-            folder.
-        train: for a linear probe, the rows to fit on.
-        templates: sentences with `{}` in the place of a class name.
-        classes: the name of each label, where labels are no names. Labels that no row has are classes, too.
-        threshold: for pair classification, from which score on a pair is positive.
-        ks: of Recall@k and nDCG@k.
-    """
-
-    name: str
-    kind: Literal["image-text-retrieval", "zero-shot", "linear-probe", "sts", "pair-classification", "text-retrieval"]
-    data: Source
-    train: Source | None = None
-    templates: list[str] = list(protocols.TEMPLATES)
-    classes: dict[str, str] = {}
-    threshold: float = 0.5
-    ks: list[Annotated[int, Field(ge=1)]] = [1, 5, 10]
+from bifocal.evaluation.suites import EvaluationTask
 
 
 @dataclass
 class TaskRows:
-    """What a task is measured on.
+    """The rows that a task is measured on, or that a linear probe is fitted on.
 
     Args:
-        names: of the rows, as their files name them.
-        columns: by name; of text retrieval the queries, the corpus, and the ids of right passages.
-        skips: rows that were skipped in reading.
-        count: rows looked at.
-        digest: changes with the rows and their images.
-        joined: by the name of a row those of further rows of its image.
+        names: name of each row in its file.
+        columns: values of all rows by column; for text retrieval `queries`, `corpus` and `relevant`, the ids of the
+            relevant passages by query.
+        skips: rows that were skipped while reading.
+        count: rows read, skipped ones included.
+        digest: hash of the rows and their images.
+        joined: names of further rows that show the same image, by the name of the row they were joined to.
     """
 
     names: list[str] = field(default_factory=list)
@@ -71,8 +42,8 @@ class TaskRows:
     joined: dict[str, list[str]] = field(default_factory=dict)
 
 
-class KeptImages(Sequence):
-    """Images of a task: paths, and files in place of bytes, which are read when they are asked for."""
+class StoredImages(Sequence):
+    """The images of a task. Those given as bytes lie in files, which are read when an image is accessed."""
 
     def __init__(self) -> None:
         self.values: list[Any] = []
@@ -90,7 +61,13 @@ class KeptImages(Sequence):
 
 @dataclass
 class TaskData:
-    """The rows of a task, and of a linear probe those to fit on."""
+    """A task with its rows.
+
+    Args:
+        task: the task.
+        rows: the rows to measure on.
+        train: the rows that a linear probe is fitted on.
+    """
 
     task: EvaluationTask
     rows: TaskRows
@@ -105,20 +82,20 @@ class TaskData:
         return self.rows.count + (self.train.count if self.train is not None else 0)
 
     def measure(self, encoder: Encoder) -> Result:
-        """Run the task's protocol.
+        """Return the result of the task's protocol.
 
         Raises:
             EvaluationError: if there is nothing to evaluate on.
         """
-        result = self._run(encoder)
+        result = self._run_protocol(encoder)
         result.rows = self.digest
-        found = [
+        in_protocol = [
             skip._replace(row=row) for skip in result.skips for row in (skip.row, *self.rows.joined.get(skip.row, []))
         ]
-        result.skips = [*self.rows.skips, *(self.train.skips if self.train is not None else []), *found]
+        result.skips = [*self.rows.skips, *(self.train.skips if self.train is not None else []), *in_protocol]
         return result
 
-    def _run(self, encoder: Encoder) -> Result:
+    def _run_protocol(self, encoder: Encoder) -> Result:
         task, columns, names = self.task, self.rows.columns, self.rows.names
         if task.kind == "text-retrieval":
             return protocols.text_retrieval(encoder, task.name, **columns, ks=task.ks)
@@ -127,11 +104,11 @@ class TaskData:
                 encoder, task.name, columns["image"], columns["caption"], task.ks, names
             )
         if task.kind == "zero-shot":
-            numbers, classes = _classes(task, columns["label"])
+            numbers, classes = _class_numbers(task, columns["label"])
             return protocols.zero_shot(encoder, task.name, columns["image"], numbers, classes, task.templates, names)
         if self.train is not None:
-            fit, test = ((part["image"], part["label"]) for part in (self.train.columns, columns))
-            return protocols.linear_probe(encoder, task.name, fit, test, names, self.train.names)
+            train, test = ((part["image"], part["label"]) for part in (self.train.columns, columns))
+            return protocols.linear_probe(encoder, task.name, train, test, names, self.train.names)
         first, second, scores = columns["first"], columns["second"], columns["score"]
         if task.kind == "sts":
             return protocols.semantic_similarity(encoder, task.name, first, second, scores, names)
@@ -143,38 +120,42 @@ def read_task(task: EvaluationTask, scratch: Path, skipped: Skipped) -> TaskData
     """Read the rows of a task.
 
     Args:
-        scratch: folder in which images that are given as bytes wait, so that memory holds none of them.
-        skipped: where rows are accounted for if they are too many to go on.
+        task: the task to read.
+        scratch: folder for images that are given as bytes, so that they do not fill the memory.
+        skipped: log of the skipped rows if there are too many of them.
 
     Raises:
         EvaluationError: if no row can be used.
         RecipeError: if there is nothing at the path, or no such column.
         BadRowsError: if more rows are bad than the source's `max_bad` allows.
     """
-    rows = _retrieval_rows(task) if task.kind == "text-retrieval" else _read(task.data, _READ_AS[task.kind], scratch)
-    _require_good(rows, task.data, task.name, skipped)
+    if task.kind == "text-retrieval":
+        rows = _read_retrieval(task)
+    else:
+        rows = _read(task.data, PROTOCOLS[task.kind].row_kind, scratch)
+    _require_good_rows(rows, task.data, task.name, skipped)
     if task.kind == "image-text-retrieval":
-        _by_image(rows)
+        _join_by_image(rows)
     if task.kind != "linear-probe":
         return TaskData(task, rows)
     if task.train is None:
-        raise RecipeError(f"The linear probe '{task.name}' needs rows to fit on; name them under train.")
-    train = _read(task.train, "image-label", scratch)
-    _require_good(train, task.train, task.name, skipped)
+        raise RecipeError(f"The linear probe '{task.name}' needs rows to fit on; set train.")
+    train = _read(task.train, PROTOCOLS[task.kind].row_kind, scratch)
+    _require_good_rows(train, task.train, task.name, skipped)
     return TaskData(task, rows, train)
 
 
-def account(data: TaskData, result: Result, skipped: Skipped) -> None:
+def log_skips(data: TaskData, result: Result, skipped: Skipped) -> None:
     """Log the rows that were skipped.
 
     Raises:
-        BadRowsError: if they are too many.
+        BadRowsError: if more rows are bad than the source's `max_bad` allows.
     """
     skipped.add(data.task.name, data.count, result.skips)
     skipped.check(data.task.name, data.task.data.max_bad, ended=True)
 
 
-def _require_good(rows: TaskRows, source: Source, name: str, skipped: Skipped) -> None:
+def _require_good_rows(rows: TaskRows, source: Source, name: str, skipped: Skipped) -> None:
     counts = Skipped()
     counts.add(name, rows.count, rows.skips)
     if counts.share(name) > source.max_bad:
@@ -184,34 +165,34 @@ def _require_good(rows: TaskRows, source: Source, name: str, skipped: Skipped) -
         raise EvaluationError(f"'{name}' has no row that can be used; look at {source.title}.")
 
 
-def _read(source: Source, kind: str, scratch: Path) -> TaskRows:
-    found = TaskRows()
+def _read(source: Source, row_kind: str, scratch: Path) -> TaskRows:
+    rows = TaskRows()
     digest = hashlib.blake2b(digest_size=16)
-    for row_name, row in rows_of(source, kind):
-        if source.limit is not None and len(found.names) >= source.limit:
+    for row_name, row in rows_of(source, row_kind):
+        if source.limit is not None and len(rows.names) >= source.limit:
             break
-        found.count += 1
+        rows.count += 1
         if isinstance(row, Fault):
-            found.skips.append(Skip.of(row_name, row))
+            rows.skips.append(Skip.of(row_name, row))
             continue
         if "image" in row:
-            row["image"], mark = _kept_image(row["image"], scratch)
-            digest.update(mark.encode())
+            row["image"], fingerprint = _store_image(row["image"], scratch)
+            digest.update(fingerprint.encode())
         others = {column: value for column, value in row.items() if column != "image"}
         digest.update(json.dumps(others, default=str).encode())
-        found.names.append(row_name)
+        rows.names.append(row_name)
         for column, value in row.items():
-            found.columns.setdefault(column, KeptImages() if column == "image" else []).append(value)
-    found.digest = digest.hexdigest()
-    return found
+            rows.columns.setdefault(column, StoredImages() if column == "image" else []).append(value)
+    rows.digest = digest.hexdigest()
+    return rows
 
 
-def _kept_image(image: Any, scratch: Path) -> tuple[Any, str]:
-    """Return the image, as a file if it was bytes, and what changes when it does."""
+def _store_image(image: Any, scratch: Path) -> tuple[Any, str]:
+    """Return the image, as a file if it was bytes, and a string that changes with the image."""
     if isinstance(image, bytes):
-        mark = hashlib.blake2b(image, digest_size=16).hexdigest()
-        (scratch / mark).write_bytes(image)
-        return scratch / mark, mark
+        digest = hashlib.blake2b(image, digest_size=16).hexdigest()
+        (scratch / digest).write_bytes(image)
+        return scratch / digest, digest
     try:
         facts = os.stat(image)
     except (OSError, TypeError, ValueError):
@@ -219,59 +200,61 @@ def _kept_image(image: Any, scratch: Path) -> tuple[Any, str]:
     return image, f"{image} {facts.st_size} {facts.st_mtime_ns}"
 
 
-def _by_image(rows: TaskRows) -> None:
-    """Join the captions of rows with one `image_id`, which show one image."""
-    first: dict[Any, int] = {}
-    joined: dict[int, list[str]] = {}
+def _join_by_image(rows: TaskRows) -> None:
+    """Join the captions of rows with the same `image_id`: they show the same image."""
+    first_rows: dict[Any, int] = {}
+    captions: dict[int, list[str]] = {}
     for number, (image_id, caption) in enumerate(zip(rows.columns["image_id"], rows.columns["caption"], strict=True)):
-        place = first.setdefault(image_id, number)
-        joined.setdefault(place, []).extend(caption if isinstance(caption, list) else [caption])
-        if place != number:
-            rows.joined.setdefault(rows.names[place], []).append(rows.names[number])
-    images = KeptImages()
-    for number in joined:
+        first = first_rows.setdefault(image_id, number)
+        captions.setdefault(first, []).extend(caption if isinstance(caption, list) else [caption])
+        if first != number:
+            rows.joined.setdefault(rows.names[first], []).append(rows.names[number])
+    images = StoredImages()
+    for number in captions:
         images.append(rows.columns["image"].values[number])
-    rows.names = [rows.names[number] for number in joined]
-    rows.columns = {"image": images, "caption": list(joined.values())}
+    rows.names = [rows.names[number] for number in captions]
+    rows.columns = {"image": images, "caption": list(captions.values())}
 
 
-def _retrieval_rows(task: EvaluationTask) -> TaskRows:
-    """Queries, corpus and right passages of a BEIR folder or of pairs, of which equal texts are one."""
+def _read_retrieval(task: EvaluationTask) -> TaskRows:
+    """Read queries, corpus and relevant passages from a BEIR folder, or from pairs, where equal texts are one."""
     folder = os.path.expanduser(task.data.path) if isinstance(task.data.path, str) else ""
     if os.path.isdir(folder) and is_beir(folder):
         queries, corpus, relevant, faults = whole_beir(folder, task.data.split)
         rows = TaskRows(skips=[Skip.of(*fault) for fault in faults], count=len(faults) + len(queries) + len(corpus))
     else:
-        rows = _read(task.data, "text-pair", Path())
+        rows = _read(task.data, PROTOCOLS[task.kind].row_kind, Path())
         columns = rows.columns or {"query": [], "positive": []}
-        queries, corpus, relevant = _as_retrieval(zip(columns["query"], columns["positive"], strict=True))
+        queries, corpus, relevant = _retrieval_of_pairs(zip(columns["query"], columns["positive"], strict=True))
     rows.columns = {"queries": queries, "corpus": corpus, "relevant": relevant}
     rows.digest = hashlib.blake2b(json.dumps(rows.columns).encode(), digest_size=16).hexdigest()
     return rows
 
 
-def _as_retrieval(pairs: Iterable[tuple[Any, Any]]) -> tuple[dict[str, str], dict[str, str], dict[str, list[str]]]:
+def _retrieval_of_pairs(
+    pairs: Iterable[tuple[Any, Any]],
+) -> tuple[dict[str, str], dict[str, str], dict[str, list[str]]]:
     corpus: dict[str, str] = {}
     queries: dict[str, str] = {}
     relevant: dict[str, list[str]] = {}
-    for asked, answers in pairs:
-        for query in asked if isinstance(asked, list) else [asked]:
-            for positive in answers if isinstance(answers, list) else [answers]:
+    for query_or_list, positive_or_list in pairs:
+        for query in query_or_list if isinstance(query_or_list, list) else [query_or_list]:
+            for positive in positive_or_list if isinstance(positive_or_list, list) else [positive_or_list]:
                 queries[query], corpus[positive] = query, positive
                 relevant.setdefault(query, []).append(positive)
     return queries, corpus, relevant
 
 
-def _classes(task: EvaluationTask, labels: list[str]) -> tuple[list[int], list[str]]:
+def _class_numbers(task: EvaluationTask, labels: list[str]) -> tuple[list[int], list[str]]:
     """Return the number of each row's class, and the names of all classes.
 
     Raises:
-        RecipeError: if the recipe names classes of other labels.
+        RecipeError: if the suite names classes for other labels.
     """
-    seen = set(labels)
-    if task.classes and not seen & set(task.classes):
-        some = ", ".join(sorted(seen)[:4])
+    in_rows = set(labels)
+    if task.classes and not in_rows & set(task.classes):
+        some = ", ".join(sorted(in_rows)[:4])
         raise RecipeError(f"The classes of '{task.name}' match none of its labels (such as {some}). Correct `classes`.")
-    every = sorted(seen | set(task.classes))
-    numbers = {label: number for number, label in enumerate(every)}
-    return [numbers[label] for label in labels], [task.classes.get(label, label) for label in every]
+    all_labels = sorted(in_rows | set(task.classes))
+    numbers = {label: number for number, label in enumerate(all_labels)}
+    return [numbers[label] for label in labels], [task.classes.get(label, label) for label in all_labels]

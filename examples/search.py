@@ -10,10 +10,11 @@ Prints the five nearest images. With --serve a page stands at http://127.0.0.1:7
 import argparse
 from pathlib import Path
 
-from bifocal.hub.search.index import SearchIndex, weights_of
+from bifocal.hub.search.index import SearchIndex
 from bifocal.hub.search.items import Item
-from bifocal.hub.search.page import build, launch
-from bifocal.hub.search.searcher import Searcher, load_model
+from bifocal.hub.search.models import load_model, weights_hash
+from bifocal.hub.search.page import build_page, launch
+from bifocal.hub.search.searcher import Searcher
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -26,15 +27,15 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     dimensions = load_model(options.model).config.projection_dim
-    index = SearchIndex.create(options.out, options.model, weights_of(options.model), dimensions)
+    index = SearchIndex.create(options.out, options.model, weights_hash(options.model), dimensions)
     searcher = Searcher(index)
     added = searcher.add(Item(path.name, image=path) for path in sorted(options.images.glob("*.png")))
-    print(f"{added.count} images added, {added.known} known before")
+    print(f"{added.new} images added, {added.known} known before")
 
     for hit in searcher.search(options.text, k=5):
         print(f"{hit.score:.3f} {hit.name}")
     if options.serve:
-        launch(build(searcher))
+        launch(build_page(searcher))
 
 
 if __name__ == "__main__":

@@ -5,18 +5,10 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard
 
+from bifocal.data.evaluation_protocols import find_protocol
 from bifocal.errors import BifocalError
 from bifocal.files import amend
 
-# The Hub's names for our protocols.
-_TASKS = {
-    "image-text retrieval": "feature-extraction",
-    "zero-shot classification": "zero-shot-image-classification",
-    "linear probe": "image-classification",
-    "semantic similarity": "sentence-similarity",
-    "pair classification": "sentence-similarity",
-    "text retrieval": "feature-extraction",
-}
 _METRICS = {"accuracy": "accuracy", "spearman": "spearmanr", "pearson": "pearsonr", "mrr": "mrr"}
 
 
@@ -31,7 +23,8 @@ def add_results(
 
     Args:
         folder: folder of the model, with a README.md.
-        results: (data set, protocol, metrics by name) for each data set.
+        results: (data set, protocol, metrics by name) for each data set. Protocols are named as in
+            `data.evaluation_protocols`.
         sources: Hub id of each data set by its name; "local" for others.
 
     Raises:
@@ -47,10 +40,11 @@ def add_results(
     measured = {name for name, _, _ in results}
     merged = [result for result in card.data.eval_results or [] if result.dataset_name not in measured]
     for name, kind, metrics in results:
-        task = _TASKS.get(kind, "feature-extraction")
+        protocol = find_protocol(kind)
         merged += [
             EvalResult(
-                task_type=task, task_name=kind, dataset_name=name, dataset_type=sources.get(name, "local"),
+                task_type=protocol.hub_task, task_name=protocol.title, dataset_name=name,
+                dataset_type=sources.get(name, "local"),
                 metric_type=_METRICS.get(metric, metric.replace("/", "_").replace("@", "_at_")), metric_name=metric,
                 metric_value=round(float(value), 5),
             )

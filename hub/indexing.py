@@ -1,9 +1,9 @@
-"""What `bifocal index` reads: the images and texts of a folder, file or data set as items of an index."""
+"""Indexing a source: its images and texts are read as items, embedded and written to a search index."""
 
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,57 +15,134 @@ from bifocal.data.loading import METADATA, guess_kind
 from bifocal.data.paths import Fence, expand, is_remote
 from bifocal.data.skips import Fault
 from bifocal.data.source import Source
-from bifocal.errors import RecipeError
+from bifocal.errors import DataError
 from bifocal.hub.search.index import SearchIndex
-from bifocal.hub.search.items import Item
-from bifocal.hub.search.mirror import Origin
+from bifocal.hub.search.items import Item, SearchError
+from bifocal.hub.search.models import load_model, weights_hash
+from bifocal.hub.search.searcher import Searcher
+from bifocal.hub.search.settings import SETTINGS
+from bifocal.hub.search.sync import AddResult, ItemSource
 
 KINDS = ("image-text", "image-only", "text-pair", "text-only")
-_IMAGES = ("image-text", "image-only")
+_IMAGE_KINDS = ("image-text", "image-only")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-def kind_of(source: Source, kind: str | None) -> str:
-    """Return the kind of rows to read, inferred from files and columns if not given.
+@dataclass
+class IndexSummary:
+    """What a run over a source did.
+
+    Args:
+        result: what changed in the index.
+        skipped: name and reason of each row and file that could not be read.
+        ignored: files that were not read as images, counted in words.
+        images_without_row: images that the source's table does not name, indexed without a caption.
+        counts: rows of the index by kind.
+        missing_sources: local paths that were indexed and do not exist any more.
+        complete: whether the whole source was read; if not, it is unknown which items are missing.
+    """
+
+    result: AddResult
+    skipped: list[tuple[str, str]]
+    ignored: list[str]
+    images_without_row: int
+    counts: dict[str, int]
+    missing_sources: list[str]
+    complete: bool
+
+
+def index_source(
+    source: Source, folder: Path, model: str | None = None, kind: str | None = None, captions: bool | None = None,
+    prune: bool = False, dims: Sequence[int] = (), precisions: Sequence[str] = ("float32",), batch_size: int = 32,
+    progress: Callable[[int], None] = lambda count: None,
+) -> IndexSummary:  # fmt: skip
+    """Embed the items of a source into an index, and update what the index has of this source.
+
+    A new index into which nothing was written is deleted again.
+
+    Args:
+        source: source to read.
+        folder: folder of the index, new or existing.
+        model: Bifocal folder or Hub id; that of the index if None.
+        kind: kind of the rows; inferred from files and columns if None.
+        captions: whether captions are items as well; as in the last run over this source if None.
+        prune: delete from the index what the source no longer has.
+        dims, precisions: variants of the index, see `SearchIndex.create`.
+        batch_size: texts or images per forward pass.
+        progress: called with the number of items read.
 
     Raises:
-        RecipeError: if the kind is not one that is indexed, there is nothing to read, or it cannot be inferred.
+        DataError: if the source cannot be read.
+        SearchError: if there is no model, or the index is damaged or of another model.
+    """
+    kind = infer_kind(source, kind)
+    existed = (folder / SETTINGS).exists()
+    model = model or (SearchIndex(folder).model if existed else None)
+    if model is None:
+        raise SearchError("Pass --model with a Bifocal folder or Hub id.")
+    dimensions = load_model(model).config.projection_dim
+    index = SearchIndex.create(folder, model, weights_hash(model), dimensions, dims, precisions)
+    reader = ItemReader(source, kind, captions or False, (folder,))
+    if captions is None:
+        reader.restore_options(index)
+    try:
+        result = Searcher(index, model).add(reader.items(), batch_size, progress, reader.item_source, prune)
+    finally:
+        if not existed:
+            index.discard_if_empty()
+    is_new_and_empty = not existed and not (folder / SETTINGS).exists()
+    return IndexSummary(
+        result=result,
+        skipped=reader.skipped + result.skipped,
+        ignored=reader.ignored_files(),
+        images_without_row=reader.images_without_row,
+        counts={} if is_new_and_empty else index.counts(),
+        missing_sources=[printable(path) for path in index.missing_sources()],
+        complete=reader.item_source.complete,
+    )
+
+
+def infer_kind(source: Source, kind: str | None = None) -> str:
+    """Return the kind of rows to read, inferred from files and columns if it is None.
+
+    Raises:
+        DataError: if the kind cannot be indexed or inferred, or there is nothing to read.
     """
     if kind is not None and kind not in KINDS:
-        raise RecipeError(f"'{kind}' is no kind that can be indexed; it must be one of {', '.join(KINDS)}.")
+        raise DataError(f"'{kind}' cannot be indexed. Choose --kind from {', '.join(KINDS)}.")
     folder = _folder(source)
     if isinstance(source.path, str) and folder is None:
         _require_rows(source.path, kind)
     if folder is not None and not os.listdir(folder):
-        raise RecipeError(f"The folder '{source.title}' is empty; nothing can be indexed.")
+        raise DataError(f"The folder '{source.title}' is empty. Nothing can be indexed.")
     if kind is not None:
         return kind
     if _image_files(source) is not None:
         return "image-only"
     try:
-        found = guess_kind(source)
-    except RecipeError:
+        kind = guess_kind(source)
+    except DataError:
         if folder is None:
             raise
         files = find_images(folder)
         if files.names:
             return "image-only"
-        there = by_suffix(files.others) or f"{files.hidden} hidden files or folders"
-        raise RecipeError(
-            f"The folder '{source.title}' holds no images and no table of them ({there}). If datasets can load it, "
-            "name the kind of its rows with --kind."
+        contents = by_suffix(files.others) or f"{files.hidden} hidden files or folders"
+        raise DataError(
+            f"The folder '{source.title}' holds no images and no table of them ({contents}). If it is a saved data "
+            "set, pass --kind."
         ) from None
-    return "text-pair" if found == "text-triplet" else found
+    return "text-pair" if kind == "text-triplet" else kind
 
 
 def _image_files(source: Source) -> tuple[str, list[str]] | None:
-    """The folder and names of the images that a path or pattern names; None if it names anything else."""
+    """Return folder and names of the images that a path or pattern matches; None if it matches anything else."""
     if not isinstance(source.path, str) or is_remote(source.path) or _folder(source) is not None:
         return None
     files = expand(source.path)
     if not files or any(os.path.splitext(file)[1].lower()[1:] not in image_suffixes() for file in files):
         return None
-    # What stands before the pattern: it stays the same whatever files there are.
+    # The path before the pattern, which is the same whatever files match.
     root = os.path.dirname(re.split(r"[*?\[{]", os.path.expanduser(source.path))[0]) or "."
     return root, [os.path.relpath(file, root).replace(os.sep, "/") for file in files]
 
@@ -78,77 +155,74 @@ def _folder(source: Source) -> str | None:
 def _require_rows(path: str, kind: str | None) -> None:
     """
     Raises:
-        RecipeError: if a path that means a file has no file, or an empty one.
+        DataError: if a path that means a file has no file, or an empty one.
     """
     file = os.path.expanduser(path)
     if os.path.isfile(file):
         if os.path.getsize(file) == 0:
-            raise RecipeError(f"The file '{path}' is empty; nothing can be indexed.")
+            raise DataError(f"The file '{path}' is empty. Nothing can be indexed.")
     elif not is_remote(path) and not any(sign in path for sign in "*?[{:") and path != "symbols":
         if not _HUB_ID.fullmatch(path) or path.startswith(".") or os.path.splitext(path)[1]:
-            raise RecipeError(f"There is nothing at '{path}'; check the path.")
+            raise DataError(f"'{path}' does not exist. Check the path.")
         if kind is None:
-            raise RecipeError(
-                f"There is no file or folder '{path}'. If it is a data set of the Hub, name the kind of its rows with "
-                "--kind."
-            )
+            raise DataError(f"There is no file or folder '{path}'. If it is a data set on the Hub, pass --kind.")
 
 
 def _table_of(folder: str, split: str) -> str | None:
-    """The table that names a folder's images."""
-    paths = (os.path.join(folder, place, name) for place in ("", split) for name in METADATA)
+    """Return the table of a folder's images; None if it has none."""
+    paths = (os.path.join(folder, inner, name) for inner in ("", split) for name in METADATA)
     return next(filter(os.path.exists, paths), None)
 
 
 @dataclass
-class Reading:
-    """The items of one run over a source, and what it left out.
+class ItemReader:
+    """Reads the items of a source once, and counts what it skips.
 
     Args:
-        source: to read.
-        kind: of its rows.
-        captions: captions are items of their own, too.
-        skip: folders that are not looked into, such as the index itself.
-        faults: receives name and reason of rows and files that cannot be read.
-        others: receives files of a folder that are no images, counted by suffix.
-        hidden: receives the number of hidden files and folders.
-        unnamed: receives the number of images without a row in the folder's table; they are indexed without a caption.
+        source: source to read.
+        kind: kind of its rows.
+        captions: whether captions are items as well.
+        exclude: folders that are not read, such as the index itself.
+        skipped: filled with name and reason of rows and files that cannot be read.
+        other_files: filled with the files of a folder that are no images, counted by suffix.
+        hidden_files: set to the number of hidden files and folders.
+        images_without_row: set to the number of images that the folder's table does not name.
     """
 
     source: Source
     kind: str
     captions: bool = False
-    skip: tuple[Path, ...] = ()
-    faults: list[tuple[str, str]] = field(default_factory=list)
-    others: Counter[str] = field(default_factory=Counter)
-    hidden: int = 0
-    unnamed: int = 0
+    exclude: tuple[Path, ...] = ()
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    other_files: Counter[str] = field(default_factory=Counter)
+    hidden_files: int = 0
+    images_without_row: int = 0
 
     def __post_init__(self) -> None:
         self.folder = _folder(self.source)
-        images = self.folder is not None and self.kind in _IMAGES
+        images = self.folder is not None and self.kind in _IMAGE_KINDS
         self.table = _table_of(self.folder, self.source.split) if self.folder is not None and images else None
-        # The folder that names begin in.
+        # Names are relative to this folder.
         self.root = os.path.dirname(self.table) if self.table is not None else self.folder
         paths = [self.source.path] if isinstance(self.source.path, str) else self.source.path
-        around = self.root or os.path.dirname(os.path.expanduser(paths[0])) or "."
-        roots = [*Fence(self.source.images).roots.items(), ("", os.path.realpath(around))]
-        self.roots = sorted(roots, key=lambda one: -len(one[1]))  # the innermost first
-        self.origin = Origin(self._identity(), {"captions": self.captions}, complete=self.source.limit is None)
+        parent = self.root or os.path.dirname(os.path.expanduser(paths[0])) or "."
+        roots = [*Fence(self.source.images).roots.items(), ("", os.path.realpath(parent))]
+        self.roots = sorted(roots, key=lambda one: -len(one[1]))  # innermost first
+        self.item_source = ItemSource(self._identity(), {"captions": self.captions}, complete=self.source.limit is None)
 
-    def remember(self, index: SearchIndex) -> None:
-        """Take the options that this source was indexed with the last time."""
-        self.captions = bool(index.options(self.origin.identity).get("captions"))
-        self.origin.options["captions"] = self.captions
+    def restore_options(self, index: SearchIndex) -> None:
+        """Use the options of the last run over this source."""
+        self.captions = bool(index.options(self.item_source.identity).get("captions"))
+        self.item_source.options["captions"] = self.captions
 
     def _identity(self) -> dict[str, Any]:
-        """What stays the same while a source changes: where it is, and which of its columns is indexed.
+        """Return what stays the same while a source changes: its paths, and which of its columns is indexed.
 
-        What only says how much of it is read, or which captions its images have, is no part of it.
+        How much of it is read, and which captions its images have, is not part of it.
         """
         source = self.source
         paths = [source.path] if isinstance(source.path, str) else source.path
-        images = self.kind in _IMAGES
+        images = self.kind in _IMAGE_KINDS
         content = "image" if images else "positive" if self.kind == "text-pair" else "text"
         return {
             "paths": [os.path.abspath(os.path.expanduser(path)) if _is_local(path) else path for path in paths],
@@ -159,114 +233,113 @@ class Reading:
         }
 
     def items(self) -> Iterator[Item]:
-        """Yield the images of the source, each with its caption, or its texts. Names give away no folder above it."""
-        folder, images = self.folder, self.kind in _IMAGES
+        """Yield the source's images with their captions, or its texts. No name contains a folder above the source."""
+        folder, images = self.folder, self.kind in _IMAGE_KINDS
         tars = sorted(Path(folder).glob("*.tar")) if folder is not None and images and self.table is None else []
-        if folder is not None and self.kind == "image-only" and self.table is None and not tars and not self._loaded():
-            yield from self._files(folder, find_images(folder, self.skip))
+        has_rows = self.table is not None or bool(tars) or self._is_for_datasets()
+        if folder is not None and self.kind == "image-only" and not has_rows:
+            yield from self._file_items(folder, find_images(folder, self.exclude))
             return
-        files = _image_files(self.source) if self.kind == "image-only" else None
-        if files is not None:
-            yield from self._files(files[0], FoundImages(files[1]))
+        matched = _image_files(self.source) if self.kind == "image-only" else None
+        if matched is not None:
+            yield from self._file_items(matched[0], FoundImages(matched[1]))
             return
-        seen: set[str] = set()
-        good = 0
+        image_paths: set[str] = set()
+        count = 0
         for name, row in rows_of(self.source, self.kind):
-            if self.source.limit is not None and good >= self.source.limit:
+            if self.source.limit is not None and count >= self.source.limit:
                 return
             if isinstance(row, Fault):
                 name = printable(self._name(name))
-                self.faults.append((name, str(row)))
-                self.origin.complete &= not row.shard
-                if not row.dropped:  # what a filter drops is not wanted any more
-                    self.origin.unread.add(name)
-                    # An image has the name of its file, and which one this row names is not known. Those of a folder
-                    # are found without it, but not their captions.
-                    found_anyway = self.table is not None and not self.captions
-                    self.origin.complete &= self.kind not in _IMAGES or found_anyway
+                self.skipped.append((name, str(row)))
+                self.item_source.complete &= not row.shard
+                if not row.dropped:  # what a filter excludes may be deleted
+                    self.item_source.unread.add(name)
+                    # An image has the name of its file, and which file this row names is unknown. In a folder, images
+                    # are read without their rows, but captions are not.
+                    is_read_anyway = self.table is not None and not self.captions
+                    self.item_source.complete &= self.kind not in _IMAGE_KINDS or is_read_anyway
                 continue
-            good += 1
-            yield from self._row(name, row, seen)
+            count += 1
+            yield from self._row_items(name, row, image_paths)
         if self.table is not None:
             root = os.path.dirname(self.table)
-            found = find_images(root, (*self.skip, self.table))
-            found.names = [name for name in found.names if os.path.realpath(os.path.join(root, name)) not in seen]
-            self.unnamed = len(found.names)
-            yield from self._files(root, found)
+            files = find_images(root, (*self.exclude, self.table))
+            files.names = [n for n in files.names if os.path.realpath(os.path.join(root, n)) not in image_paths]
+            self.images_without_row = len(files.names)
+            yield from self._file_items(root, files)
         elif tars and folder is not None:
-            found = find_images(folder, (*self.skip, *tars))
-            self.hidden, self.others = found.hidden, found.others
-            self.others.update(os.path.splitext(name)[1].lower() for name in found.names)
+            files = find_images(folder, (*self.exclude, *tars))
+            self.hidden_files, self.other_files = files.hidden, files.others
+            self.other_files.update(os.path.splitext(name)[1].lower() for name in files.names)
 
-    def _loaded(self) -> bool:
+    def _is_for_datasets(self) -> bool:
         return self.source.format == "hub" or os.path.exists(os.path.join(self.folder or "", "state.json"))
 
-    def _files(self, root: str, found: FoundImages) -> Iterator[Item]:
-        self.others, self.hidden = found.others, found.hidden
-        for name, reason in found.unreadable:
-            self.faults.append((printable(name), reason))
-            self.origin.unread.add(printable(name))
-        self.origin.complete &= found.complete
+    def _file_items(self, root: str, files: FoundImages) -> Iterator[Item]:
+        self.other_files, self.hidden_files = files.others, files.hidden
+        for name, reason in files.unreadable:
+            self.skipped.append((printable(name), reason))
+            self.item_source.unread.add(printable(name))
+        self.item_source.complete &= files.complete
         if self.source.columns and self.table is None:
-            raise RecipeError(
-                f"'{self.source.title}' has images and no table, so it has no columns; leave out columns."
-            )
-        keep = RowFilter(self.source.clean) if self.source.clean is not None else None
-        for number, name in enumerate(found.names):
+            raise DataError(f"'{self.source.title}' has images and no table, so it has no columns. Remove columns.")
+        row_filter = RowFilter(self.source.clean) if self.source.clean is not None else None
+        for number, name in enumerate(files.names):
             path = os.path.join(root, name)
             if self.source.limit is not None and number >= self.source.limit:
                 return
             try:
-                if keep is not None:
-                    keep({"image": path})
+                if row_filter is not None:
+                    row_filter({"image": path})
             except Fault as fault:
-                self.faults.append((printable(name), str(fault)))
+                self.skipped.append((printable(name), str(fault)))
                 if not fault.dropped:
-                    self.origin.unread.add(printable(name))
+                    self.item_source.unread.add(printable(name))
                 continue
-            yield Item(printable(name), "", path, own_name=True)
+            yield Item(printable(name), "", path, has_stable_name=True)
 
-    def _row(self, name: str, row: dict[str, Any], seen: set[str]) -> Iterator[Item]:
+    def _row_items(self, name: str, row: dict[str, Any], image_paths: set[str]) -> Iterator[Item]:
         name = printable(self._name(name))
-        if self.kind not in _IMAGES:
-            texts = _all(row["positive"] if self.kind == "text-pair" else row["text"])
+        if self.kind not in _IMAGE_KINDS:
+            texts = _as_list(row["positive"] if self.kind == "text-pair" else row["text"])
             yield from (Item(name, text) for text in texts)
             return
-        texts, picture = _all(row.get("caption")), row["image"]
-        own = isinstance(picture, str)
-        if own:
-            seen.add(os.path.realpath(picture))
-            name = printable(self._relative(picture) or name)
-        yield Item(name, " · ".join(texts), picture, own)
+        captions, image = _as_list(row.get("caption")), row["image"]
+        is_file = isinstance(image, str)
+        if is_file:
+            image_paths.add(os.path.realpath(image))
+            name = printable(self._relative(image) or name)
+        yield Item(name, " · ".join(captions), image, has_stable_name=is_file)
         if self.captions:
-            yield from (Item(f"{name}#caption", text, own_name=own) for text in texts)
+            yield from (Item(f"{name}#caption", caption, has_stable_name=is_file) for caption in captions)
 
     def _name(self, name: str) -> str:
-        """The name of a row; `datasets` begins it with the path of what it has loaded."""
+        """Return the name of a row without the path of what `datasets` loaded, with which it starts."""
         title = self.source.title
         if name.startswith(f"{title}:") and _is_local(title):
             return f"row {name.removeprefix(f'{title}:')}" if self.folder is not None else os.path.basename(name)
         return self._relative(name) or name if os.path.isabs(name) else name
 
     def _relative(self, path: str) -> str | None:
-        """A path as it is within the folder that the source's images begin in."""
+        """Return a path relative to the innermost root of the source's images."""
         for prefix, root in self.roots:
             if Path(path).is_relative_to(root):
                 return "/".join(filter(None, (prefix, os.path.relpath(path, root).replace(os.sep, "/"))))
         return os.path.basename(path) if os.path.isabs(path) else None
 
-    def left_out(self) -> list[str]:
-        """Return what was passed over without an attempt to read it, in words."""
-        count = sum(self.others.values())
-        parts = [f"{count:,} files that were not read as images ({by_suffix(self.others)})"] if count else []
-        return parts + ([f"{self.hidden:,} hidden files or folders"] if self.hidden else [])
+    def ignored_files(self) -> list[str]:
+        """Return what was not read at all, counted in words."""
+        count = sum(self.other_files.values())
+        parts = [f"{count:,} files that were not read as images ({by_suffix(self.other_files)})"] if count else []
+        return parts + ([f"{self.hidden_files:,} hidden files or folders"] if self.hidden_files else [])
 
 
 def _is_local(path: str) -> bool:
     return not is_remote(path) and (os.path.exists(os.path.expanduser(path)) or not _HUB_ID.fullmatch(path))
 
 
-def _all(value: Any) -> list[str]:
+def _as_list(value: Any) -> list[str]:
     if value is None:
         return []
     return [value] if isinstance(value, str) else list(value)

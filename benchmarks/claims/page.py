@@ -1,4 +1,4 @@
-"""The page about the claims: each with its verdict, its figures and a plot."""
+"""The page about the claims, with the verdict, the metrics and a plot of each."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,17 +9,20 @@ from typing import Any
 from benchmarks.claims.claims import Claim
 from benchmarks.claims.rules import Outcomes, Verdict, summary
 from bifocal.files import replace_file
-from bifocal.pages import COLOURS, blank, render, svg
+from bifocal.pages import COLOURS, new_figure, render, svg
 
 
 @dataclass
-class Tried:
-    """A claim that was tried.
+class ClaimResult:
+    """The result of a claim.
 
     Args:
-        scale: of its steps, 1 for the full budget.
-        minutes: of two cores, for training and measuring all arms and seeds.
-        resumed: whether it was killed and went on, so that the minutes are those of the last sessions only.
+        claim: the claim.
+        outcomes: metrics of all conditions.
+        verdict: whether the claim is shown.
+        scale: share of the steps, 1 for the full budget.
+        minutes: minutes of two cores for all conditions and seeds.
+        resumed: whether a run was killed and resumed. Then `minutes` are those of the last sessions.
     """
 
     claim: Claim
@@ -42,28 +45,35 @@ class Tried:
         return svg(_bars(self.rows, self.metrics))
 
 
-def write_claims_page(tried: Sequence[Tried], described: str, versions: Mapping[str, str], path: Path) -> None:
-    """Write the page, whole or not at all."""
+def write_claims_page(results: Sequence[ClaimResult], described: str, versions: Mapping[str, str], path: Path) -> None:
+    """Write the page.
+
+    Args:
+        results: results of the claims.
+        described: sentences about the data.
+        versions: versions of the libraries.
+        path: file of the page.
+    """
     page = render(
-        Path(__file__).parent / "templates", "claims.html.j2", tried=tried, described=described, versions=versions
+        Path(__file__).parent / "templates", "claims.html.j2", results=results, described=described, versions=versions
     )
     with replace_file(path) as scratch:
         scratch.write_text(page, encoding="utf-8")
 
 
 def _bars(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> Any:
-    """A group of bars for each metric, one for each arm and phase, with the deviation over the seeds."""
-    figure, axes = blank()
+    """Return a group of bars per metric with a bar per condition and phase, and the deviation over the seeds."""
+    figure, axes = new_figure()
     width = 0.8 / len(rows)
     for number, row in enumerate(rows):
-        places = [place + number * width - 0.4 + width / 2 for place, m in enumerate(metrics) if m in row["metrics"]]
+        positions = [group + number * width - 0.4 + width / 2 for group, m in enumerate(metrics) if m in row["metrics"]]
         means = [row["metrics"][m][0] for m in metrics if m in row["metrics"]]
         spreads = [row["metrics"][m][1] for m in metrics if m in row["metrics"]]
-        phases = sum(other["arm"] == row["arm"] for other in rows)
-        label = row["arm"] if phases == 1 else f"{row['arm']}: {row['phase']}"
-        axes.bar(places, means, width * 0.92, yerr=spreads, label=label, color=COLOURS[number % len(COLOURS)],
+        phases = sum(other["condition"] == row["condition"] for other in rows)
+        label = row["condition"] if phases == 1 else f"{row['condition']}: {row['phase']}"
+        axes.bar(positions, means, width * 0.92, yerr=spreads, label=label, color=COLOURS[number % len(COLOURS)],
                  hatch="" if number < len(COLOURS) else "//", error_kw={"linewidth": 1})  # fmt: skip
     axes.set_xticks(range(len(metrics)), [fill(metric, 72 // len(metrics)) for metric in metrics], fontsize=8)
-    axes.set_ylim(bottom=0)
+    axes.axhline(0, color="black", linewidth=0.8)  # correlations may be negative
     figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside lower center", ncols=2)
     return figure

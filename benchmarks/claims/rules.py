@@ -6,20 +6,20 @@ from typing import Any
 
 import numpy as np
 
-# Metric by phase, by seed, by arm.
+# Metrics by condition, seed and phase.
 Outcomes = Mapping[str, Mapping[int, Mapping[str, Mapping[str, float]]]]
 
 
 @dataclass
 class Check:
-    """One comparison of a claim.
+    """A comparison that a claim depends on.
 
     Args:
-        said: the comparison in words.
-        value, bound: it holds where value >= bound.
+        comparison: the comparison in words.
+        value, bound: the check holds if value >= bound.
     """
 
-    said: str
+    comparison: str
     value: float
     bound: float
 
@@ -30,7 +30,7 @@ class Check:
 
 @dataclass
 class Verdict:
-    """A claim is shown if all its checks hold."""
+    """The verdict on a claim, which is shown if all its checks hold."""
 
     checks: list[Check]
 
@@ -39,38 +39,43 @@ class Verdict:
         return all(check.holds for check in self.checks)
 
 
-def values(outcomes: Outcomes, arm: str, phase: str, metric: str) -> np.ndarray:
-    """One value for each seed, seeds in order."""
-    return np.array([outcomes[arm][seed][phase][metric] for seed in sorted(outcomes[arm])])
+def values(outcomes: Outcomes, condition: str, phase: str, metric: str) -> np.ndarray:
+    """Return the values of a metric in the order of the seeds."""
+    return np.array([outcomes[condition][seed][phase][metric] for seed in sorted(outcomes[condition])])
 
 
 def difference(outcomes: Outcomes, metric: str, better: tuple[str, str], worse: tuple[str, str]) -> tuple[float, float]:
-    """Mean over the seeds of (better - worse), each seed with itself, and the deviation of that difference.
+    """Return mean and standard deviation over the seeds of (better - worse).
 
     Args:
-        better, worse: (arm, phase).
+        outcomes: metrics of all conditions.
+        metric: name of the metric.
+        better, worse: (condition, phase).
     """
-    found = values(outcomes, *better, metric) - values(outcomes, *worse, metric)
-    return float(found.mean()), float(found.std(ddof=1)) if len(found) > 1 else 0.0
+    return _mean_and_deviation(values(outcomes, *better, metric) - values(outcomes, *worse, metric))
 
 
 def at_least(
-    outcomes: Outcomes, metric: str, better: tuple[str, str], worse: tuple[str, str], bound: float, said: str
+    outcomes: Outcomes, metric: str, better: tuple[str, str], worse: tuple[str, str], bound: float, comparison: str
 ) -> Check:
-    return Check(said, difference(outcomes, metric, better, worse)[0], bound)
+    """Return the check that the difference of two conditions is at least `bound`."""
+    return Check(comparison, difference(outcomes, metric, better, worse)[0], bound)
 
 
 def summary(outcomes: Outcomes) -> list[dict[str, Any]]:
-    """Mean and standard deviation over the seeds, a row for each arm and phase."""
+    """Return mean and standard deviation over the seeds, in a row for each condition and phase."""
     rows = []
-    for arm, seeds in outcomes.items():
+    for condition, seeds in outcomes.items():
         first = next(iter(seeds.values()))
         for phase, metrics in first.items():
             if not metrics:
                 continue
-            row: dict[str, Any] = {"arm": arm, "phase": phase, "seeds": len(seeds), "metrics": {}}
+            row: dict[str, Any] = {"condition": condition, "phase": phase, "seeds": len(seeds), "metrics": {}}
             for metric in metrics:
-                found = values(outcomes, arm, phase, metric)
-                row["metrics"][metric] = (float(found.mean()), float(found.std(ddof=1)) if len(found) > 1 else 0.0)
+                row["metrics"][metric] = _mean_and_deviation(values(outcomes, condition, phase, metric))
             rows.append(row)
     return rows
+
+
+def _mean_and_deviation(numbers: np.ndarray) -> tuple[float, float]:
+    return float(numbers.mean()), float(numbers.std(ddof=1)) if len(numbers) > 1 else 0.0

@@ -1,4 +1,4 @@
-"""Trying claims: every arm with every seed, then the verdicts, `results.json` and the page."""
+"""Running claims: every condition with every seed, then the verdicts, `results.json` and the page."""
 
 import json
 import os
@@ -10,120 +10,129 @@ from typing import Any
 
 from benchmarks.claims.claims import CLAIMS
 from benchmarks.claims.conditions import file_name
-from benchmarks.claims.datasets import ClaimsError, Material, require_files
-from benchmarks.claims.page import Tried, write_claims_page
+from benchmarks.claims.datasets import ClaimData, ClaimsError, require_files
+from benchmarks.claims.page import ClaimResult, write_claims_page
 from benchmarks.claims.rules import summary
 from benchmarks.claims.seed import Job, run_job, start_job
 from benchmarks.claims.sources import fetch
+from bifocal.errors import first_line
 from bifocal.files import write_json
 from bifocal.training.runner import versions
 
-FULL = 40.0  # minutes that a claim takes at most on two cores, with all its steps
+FULL = 40.0  # minutes that a claim with all its steps takes at most on two cores
 SEEDS = (0, 1, 2)
 
 
-def try_claims(
-    out: Path, data: Path | None, only: Sequence[str] = (), budget: float = FULL, seeds: Sequence[int] = SEEDS,
+def run_claims(
+    out: Path, data_folder: Path | None, only: Sequence[str] = (), budget: float = FULL, seeds: Sequence[int] = SEEDS,
     say: Callable[[str], None] = print, workers: int = 1,
-) -> list[Tried]:  # fmt: skip
-    """Try claims in `out`; what is done there, at this budget and on this data, is not done again.
+) -> list[ClaimResult]:  # fmt: skip
+    """Test claims. Results in `out` with this budget and data are reused.
 
-    The budget scales the number of steps, so that a run is a function of its arguments and not of the machine's mood.
+    The budget scales the number of steps, so that a result depends on the arguments and not on the machine's speed.
 
     Args:
-        workers: processes that share the cores, each with a claim and a seed; 1 stays in this process.
+        out: folder of the results.
+        data_folder: local files in the layout of `--data`; None for those of the Hub, or symbols without network.
+        only: names of claims; all if empty.
+        budget: minutes per claim.
+        seeds: seeds of every condition.
+        say: function that prints a line of progress.
+        workers: processes that share the cores, each with a claim and a seed. 1 runs in this process.
 
     Raises:
-        ClaimsError: if a claim is unknown, the data is not there, or `out` holds something else.
+        ClaimsError: if a claim is unknown, data is missing, or `out` holds something else.
     """
     unknown = next((name for name in only if name not in CLAIMS), None)
     if unknown is not None:
         raise ClaimsError(f"There is no claim '{unknown}'; there are {', '.join(CLAIMS)}.")
     if budget <= 0:
-        raise ClaimsError(f"The budget must be some minutes, not {budget:g}.")
-    if out.is_dir() and any(out.iterdir()) and not _source(out).exists():
+        raise ClaimsError(f"The budget must be above 0 minutes, not {budget:g}.")
+    if out.is_dir() and any(out.iterdir()) and not _source_file(out).exists():
         raise ClaimsError(f"'{out}' holds other files and no claims; choose another --out.")
-    if data is not None:
-        require_files(data)  # before the folder is bound to this data
-    material = Material(*_data(out, data, say))
+    if data_folder is not None:
+        require_files(data_folder)  # before `out` is bound to this data
+    data = ClaimData(*_open_data(out, data_folder, say))
     cores = max(1, available_cores() // workers)
     jobs = [
-        Job(name, seed, budget / FULL, out, material.folder, cores)
+        Job(name, seed, budget / FULL, out, data.folder, cores)
         for name in CLAIMS
         if not only or name in only
         for seed in seeds
     ]
     if workers == 1:
         for job in jobs:
-            run_job(job, material, say)
+            run_job(job, data, say)
     else:
         with ThreadPoolExecutor(workers) as pool:
             for _ in pool.map(lambda job: start_job(job, say), jobs):
                 pass
-    tried = [found for name in CLAIMS for found in _tried(out / name, name, material)]
-    results = {
-        one.claim.name: {
-            "shown": one.verdict.shown, "scale": one.scale, "minutes": round(one.minutes, 1),
-            "checks": [asdict(check) | {"holds": check.holds} for check in one.verdict.checks],
-            "arms": summary(one.outcomes),
+    results = [result for name in CLAIMS if (result := _load_result(out / name, name, data)) is not None]
+    numbers = {
+        result.claim.name: {
+            "shown": result.verdict.shown, "scale": result.scale, "minutes": round(result.minutes, 1),
+            "checks": [asdict(check) | {"holds": check.holds} for check in result.verdict.checks],
+            "conditions": summary(result.outcomes),
         }
-        for one in tried
+        for result in results
     }  # fmt: skip
-    write_json(out / "results.json", {"data": material.described, "claims": results})
-    if tried:
-        write_claims_page(tried, material.described, versions(), out / "claims.html")
-    return tried
+    write_json(out / "results.json", {"data": data.described, "claims": numbers})
+    write_claims_page(results, data.described, versions(), out / "claims.html")
+    return results
 
 
 def available_cores() -> int:
-    """Those that this process may use, which are fewer than there are in a container or under taskset."""
+    """Return the number of cores that this process may use, which a container or taskset may limit."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _data(out: Path, data: Path | None, say: Callable[[str], None]) -> tuple[Path | None, Path]:
-    """Where the data is, None for symbols, and the folder for what is made of it.
+def _open_data(out: Path, data_folder: Path | None, say: Callable[[str], None]) -> tuple[Path | None, Path]:
+    """Return the folder of local data (None for symbols), and the folder for what is derived from it.
 
-    What a folder was begun with it is gone on with; other data is refused.
+    A folder of results keeps the data that it was started with.
+
+    Raises:
+        ClaimsError: if `out` was started with other data.
     """
-    told = _source(out)
-    folder = told.parent
+    source_file = _source_file(out)
+    folder = source_file.parent
     folder.mkdir(parents=True, exist_ok=True)
-    before = json.loads(told.read_text(encoding="utf-8")) if told.exists() else None
-    write_json(told, before)
-    if data is None and before != "symbols":
+    previous = json.loads(source_file.read_text(encoding="utf-8")) if source_file.exists() else None
+    write_json(source_file, previous)
+    if data_folder is None and previous != "symbols":
         try:
-            data = fetch(out / "data")
-        except Exception as error:  # no network, or a data set that is no longer there
-            say(f"Photos and captions could not be loaded ({str(error).splitlines()[0][:200]}); symbols serve instead.")
-    wanted = "symbols" if data is None else "files"
-    if before not in (None, wanted):
-        raise ClaimsError(f"'{out}' holds claims tried on other data; choose another --out.")
-    write_json(told, wanted)
-    return data, folder
+            data_folder = fetch(out / "data")
+        except Exception as error:  # no network, or a data set that no longer exists
+            say(f"Photos and captions could not be loaded ({first_line(error):.200}); symbols replace them.")
+    source = "symbols" if data_folder is None else "files"
+    if previous not in (None, source):
+        raise ClaimsError(f"'{out}' holds claims tested on other data; choose another --out.")
+    write_json(source_file, source)
+    return data_folder, folder
 
 
-def _source(out: Path) -> Path:
-    """The file that says which data the claims in a folder are tried on; written first, it shows whose that is."""
-    return out / "material" / "source.json"
+def _source_file(out: Path) -> Path:
+    """Return the file that names the data of a folder. It is written first, and marks the folder as one of claims."""
+    return out / "datasets" / "source.json"
 
 
-def _tried(place: Path, name: str, material: Material) -> list[Tried]:
-    """What was tried of a claim with the most steps, with all seeds that have every arm."""
+def _load_result(folder: Path, name: str, data: ClaimData) -> ClaimResult | None:
+    """Return the result of a claim with the most steps, over the seeds that have finished every condition."""
     claim = CLAIMS[name]
-    arms = [arm.name for arm in claim.arms(material)]
-    for tries in sorted(place.glob("*-percent"), key=lambda path: -float(path.name.partition("-")[0])):
-        outcomes: dict[str, dict[int, Any]] = {arm: {} for arm in arms}
+    conditions = [condition.name for condition in claim.conditions(data)]
+    for scale_folder in sorted(folder.glob("*-percent"), key=lambda path: -float(path.name.partition("-")[0])):
+        outcomes: dict[str, dict[int, Any]] = {condition: {} for condition in conditions}
         core_seconds, resumed = 0.0, False
-        for folder in sorted(tries.glob("seed-*")):
-            found = {arm: folder / file_name(arm) for arm in arms}
-            if all((own / "seconds.json").exists() for own in found.values()):
-                for arm, own in found.items():
-                    metrics = json.loads((own / "metrics.json").read_text(encoding="utf-8"))
-                    outcomes[arm][int(folder.name.partition("-")[2])] = metrics
-                    spent = json.loads((own / "seconds.json").read_text(encoding="utf-8"))
-                    core_seconds += spent["core_seconds"]
-                    resumed = resumed or spent["resumed"]
-        if outcomes[arms[0]]:
-            scale = float(tries.name.partition("-")[0]) / 100
-            return [Tried(claim, outcomes, claim.judge(outcomes, material), scale, core_seconds / 60 / 2, resumed)]
-    return []
+        for seed_folder in sorted(scale_folder.glob("seed-*")):
+            folders = {condition: seed_folder / file_name(condition) for condition in conditions}
+            if all((one / "seconds.json").exists() for one in folders.values()):
+                for condition, condition_folder in folders.items():
+                    metrics = json.loads((condition_folder / "metrics.json").read_text(encoding="utf-8"))
+                    outcomes[condition][int(seed_folder.name.partition("-")[2])] = metrics
+                    cost = json.loads((condition_folder / "seconds.json").read_text(encoding="utf-8"))
+                    core_seconds += cost["core_seconds"]
+                    resumed = resumed or cost["resumed"]
+        if outcomes[conditions[0]]:
+            scale = float(scale_folder.name.partition("-")[0]) / 100
+            return ClaimResult(claim, outcomes, claim.judge(outcomes, data), scale, core_seconds / 60 / 2, resumed)
+    return None

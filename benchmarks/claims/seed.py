@@ -1,4 +1,7 @@
-"""One claim with one seed: all its arms, here or in a process of its own (`python -m benchmarks.claims.seed JOB`)."""
+"""One claim with one seed, in this process or in a new one.
+
+Run by the runner: python -m benchmarks.claims.seed JOB
+"""
 
 import json
 import os
@@ -14,27 +17,30 @@ from typing import Any
 from filelock import FileLock
 
 from benchmarks.claims.claims import CLAIMS
-from benchmarks.claims.conditions import file_name, forget_weights, run_arm
-from benchmarks.claims.datasets import ClaimsError, Material
+from benchmarks.claims.conditions import file_name, remove_models, run_condition
+from benchmarks.claims.datasets import ClaimData, ClaimsError
 from bifocal.files import write_json
+from bifocal.progress import no_progress_bars
 
 
 @dataclass(frozen=True)
 class Job:
-    """
+    """A claim to run with one seed.
+
     Args:
-        claim: its name.
+        claim: name of the claim.
+        seed: seed of weights and batches.
         scale: factor of all steps.
-        out: the folder of all claims.
-        data: local files; None for symbols.
-        cores: how many it may use.
+        out: folder of all claims.
+        data_folder: local files; None for symbols.
+        cores: number of cores to use.
     """
 
     claim: str
     seed: int
     scale: float
     out: Path
-    data: Path | None
+    data_folder: Path | None
     cores: int
 
     @property
@@ -42,41 +48,41 @@ class Job:
         return self.out / self.claim / f"{100 * self.scale:g}-percent" / f"seed-{self.seed}"
 
     @property
-    def material(self) -> Material:
-        return Material(self.data, self.out / "material")
+    def data(self) -> ClaimData:
+        return ClaimData(self.data_folder, self.out / "datasets")
 
 
-def run_job(job: Job, material: Material, say: Callable[[str], None]) -> None:
-    """Train and measure the arms that are not done yet; they go on where they were killed."""
+def run_job(job: Job, data: ClaimData, say: Callable[[str], None]) -> None:
+    """Train and measure the conditions that are not finished. Killed ones resume."""
     claim = CLAIMS[job.claim]
-    arms = claim.arms(material)
+    conditions = claim.conditions(data)
     job.folder.mkdir(parents=True, exist_ok=True)
-    # A process that outlived its parent may still be at it; what it does is not done twice.
+    # A process that outlived its parent may still be running; its work is not repeated.
     with FileLock(job.folder / ".lock"):
-        for arm in arms:
-            folder = job.folder / file_name(arm.name)
-            if (folder / "seconds.json").exists():  # what is written last
+        for condition in conditions:
+            folder = job.folder / file_name(condition.name)
+            if (folder / "seconds.json").exists():  # written last
                 continue
-            say(f"{claim.title}: {arm.name}, seed {job.seed}")
+            say(f"{claim.title}: {condition.name}, seed {job.seed}")
             resumed = folder.exists()
             started = time.process_time()
-            run_arm(arm, arms, job.seed, job.scale, material, job.folder)
-            # Processor time, which neighbours and pauses leave alone; of a run that was killed, only its last session.
-            spent = {"core_seconds": round(time.process_time() - started, 1), "resumed": resumed}
-            write_json(folder / "seconds.json", spent)
-        forget_weights(job.folder)
+            run_condition(condition, conditions, job.seed, job.scale, data, job.folder)
+            # Processor time does not depend on other processes. For a killed run it is that of the last session.
+            cost = {"core_seconds": round(time.process_time() - started, 1), "resumed": resumed}
+            write_json(folder / "seconds.json", cost)
+        remove_models(job.folder)
 
 
 def start_job(job: Job, say: Callable[[str], None]) -> None:
-    """`run_job` in a process of its own.
+    """Run a job in a new process.
 
     Raises:
-        ClaimsError: it failed; with the last line that it wrote.
+        ClaimsError: if it failed, with the last line of its output.
     """
-    told = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(job).items()}
+    fields = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(job).items()}
     paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "OMP_NUM_THREADS": str(job.cores), "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, "-m", "benchmarks.claims.seed", json.dumps(told)]
+    command = [sys.executable, "-m", "benchmarks.claims.seed", json.dumps(fields)]
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as process:
             assert process.stdout is not None
@@ -84,19 +90,16 @@ def start_job(job: Job, say: Callable[[str], None]) -> None:
                 say(line.rstrip())
         if process.returncode:
             errors.seek(0)
-            said = errors.read().strip().splitlines() or [f"exit status {process.returncode}"]
-            raise ClaimsError(f"'{job.claim}' with seed {job.seed} failed ({said[-1]}); start again, it goes on.")
+            lines = errors.read().strip().splitlines() or [f"exit status {process.returncode}"]
+            raise ClaimsError(f"'{job.claim}' with seed {job.seed} failed ({lines[-1]}). Run again to resume.")
 
 
-def main(told: str) -> None:
-    import datasets
-    from transformers.utils import logging
-
-    datasets.disable_progress_bars()
-    logging.disable_progress_bar()
-    given: dict[str, Any] = json.loads(told)
-    job = Job(**{**given, "out": Path(given["out"]), "data": given["data"] and Path(given["data"])})
-    run_job(job, job.material, lambda line: print(line, flush=True))
+def main(job_json: str) -> None:
+    fields: dict[str, Any] = json.loads(job_json)
+    fields |= {"out": Path(fields["out"]), "data_folder": fields["data_folder"] and Path(fields["data_folder"])}
+    job = Job(**fields)
+    with no_progress_bars():
+        run_job(job, job.data, lambda line: print(line, flush=True))
 
 
 if __name__ == "__main__":

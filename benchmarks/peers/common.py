@@ -1,4 +1,4 @@
-"""What the benchmarks against peers share: a model of a given size, data with lengths as they come, runs in turn."""
+"""Helpers of the benchmarks against peers: models, generated data, runs in turn."""
 
 import io
 import json
@@ -34,7 +34,7 @@ def processor_of(side: int) -> Any:
 
 
 def model_of(width: int, layers: int, side: int, patch: int = 16) -> Any:
-    """A Bifocal model with random weights from a fixed seed."""
+    """Return a Bifocal model with random weights from a fixed seed."""
     from bifocal.modeling import BifocalConfig, BifocalModel
 
     torch.manual_seed(0)
@@ -51,21 +51,21 @@ def model_of(width: int, layers: int, side: int, patch: int = 16) -> Any:
 
 
 def texts(count: int, median: int, longest: int, seed: int = 0) -> list[str]:
-    """Texts of log-normal lengths in words."""
+    """Return texts with log-normal numbers of words."""
     draws = np.random.default_rng(seed)
     lengths = np.clip(np.exp(draws.normal(np.log(median), 0.7, count)).astype(int), 4, longest)
     return [" ".join(draws.choice(LETTERS, length)) for length in lengths]
 
 
 def photos(count: int, width: int, height: int, seed: int = 0) -> list[bytes]:
-    """JPEG files of coarse noise, which compress about as photos do."""
+    """Return JPEG files of coarse noise, which have about the size of photos."""
     draws = np.random.default_rng(seed)
     files = []
     for _ in range(count):
         coarse = draws.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
-        picture = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+        image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
         buffer = io.BytesIO()
-        picture.save(buffer, "JPEG", quality=90)
+        image.save(buffer, "JPEG", quality=90)
         files.append(buffer.getvalue())
     return files
 
@@ -73,17 +73,17 @@ def photos(count: int, width: int, height: int, seed: int = 0) -> list[bytes]:
 def run_in_turn(
     script: str, ways: Sequence[str], rounds: int, options: Sequence[str]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Each way in a process of its own, one after the other, several rounds; what each printed last, as JSON."""
-    found: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
+    """Return what each way prints last, as JSON, run in separate processes in turn for several rounds."""
+    printed: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
     for _ in range(rounds):
         for way in ways:
-            done = subprocess.run(
+            process = subprocess.run(
                 [sys.executable, script, "--one", way, *options], stdout=subprocess.PIPE, text=True, check=True
             )
-            found[way].append(json.loads(done.stdout.strip().splitlines()[-1]))
-    return found
+            printed[way].append(json.loads(process.stdout.strip().splitlines()[-1]))
+    return printed
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, lowest and highest."""
+    """Return median, lowest and highest value."""
     return {"median": round(statistics.median(values), 3), "low": round(min(values), 3), "high": round(max(values), 3)}

@@ -1,9 +1,9 @@
 """Start-up: importing, and loading a model of base size from a local folder, against transformers' CLIP of base size.
 
-Prints one JSON line: seconds in fresh processes, in turn, from the start of the interpreter to a model that is ready;
-ratios are ours over CLIP's, so 1 or less is no slower. Files are in the page cache, since each was read just before.
+Run: python benchmarks/peers/startup.py [--rounds 5]
 
-    python benchmarks/peers/startup.py [--rounds 5]
+Prints one JSON line: seconds in new processes, in turn, from the start of the interpreter until the model is ready.
+Ratios are ours over CLIP's, below 1 if ours is faster. Files are in the page cache.
 """
 
 import argparse
@@ -30,18 +30,18 @@ CODE = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    given = parser.parse_args()
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        places = _save(Path(scratch))
+        folders = _save(Path(scratch))
         seconds: dict[str, list[float]] = {name: [] for name in CODE}
-        for turn in range(given.rounds + 1):
+        for turn in range(options.rounds + 1):
             for name, code in CODE.items():
                 started = time.perf_counter()
-                # -I: from elsewhere than this folder, with nothing of the user's settings.
-                subprocess.run([sys.executable, "-I", "-c", code.format(**places)], check=True, capture_output=True)
+                # -I: without this folder and the user's settings on the path.
+                subprocess.run([sys.executable, "-I", "-c", code.format(**folders)], check=True, capture_output=True)
                 if turn:
                     seconds[name].append(time.perf_counter() - started)
-    line: dict[str, Any] = {"benchmark": "peers/startup", "rounds": given.rounds}
+    line: dict[str, Any] = {"benchmark": "peers/startup", "rounds": options.rounds}
     line |= {name: spread(values) for name, values in seconds.items()}
     for ours, clip in (("ours, installed", "CLIP"), ("ours, by AutoModel", "CLIP, by AutoModel")):
         line[f"{ours} over {clip}"] = spread([o / c for o, c in zip(seconds[ours], seconds[clip], strict=True)])
@@ -49,13 +49,13 @@ def main() -> None:
 
 
 def _save(scratch: Path) -> dict[str, str]:
-    """Models of base size with weights of zeros; what they hold makes no difference to loading."""
+    """Save models of base size with zeros as weights, whose values make no difference to loading."""
     import torch
     from transformers import CLIPConfig, CLIPModel
 
     from bifocal.modeling import BifocalConfig, BifocalModel
 
-    places = {}
+    folders = {}
     for name, kind, config in (("ours", BifocalModel, BifocalConfig()), ("clip", CLIPModel, CLIPConfig())):
         with torch.device("meta"):
             model = kind(config)
@@ -63,8 +63,8 @@ def _save(scratch: Path) -> dict[str, str]:
         for parameter in model.parameters():
             parameter.data.zero_()
         model.save_pretrained(scratch / name)
-        places[name] = str(scratch / name)
-    return places
+        folders[name] = str(scratch / name)
+    return folders
 
 
 if __name__ == "__main__":

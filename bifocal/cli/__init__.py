@@ -10,7 +10,7 @@ from bifocal.cli.demo import demo
 from bifocal.cli.evaluate import evaluate
 from bifocal.cli.hub import convert, export, push
 from bifocal.cli.recipes import recipes
-from bifocal.cli.search import database, index, remove, search, serve
+from bifocal.cli.search import export_lancedb, index, remove, search, serve
 from bifocal.cli.train import mine, train
 
 app = typer.Typer(
@@ -48,7 +48,7 @@ def _main(
     """Options of `bifocal` itself."""
 
 
-for command in (demo, train, mine, evaluate, convert, export, push, index, search, remove, database, serve):
+for command in (demo, train, mine, evaluate, convert, export, push, index, search, remove, export_lancedb, serve):
     app.command()(command)
 
 

@@ -1,4 +1,4 @@
-"""The commands `index`, `search`, `remove`, `database` and `serve`."""
+"""The commands `index`, `search`, `remove`, `export-lancedb` and `serve`."""
 
 import json
 from pathlib import Path
@@ -11,164 +11,161 @@ from bifocal.cli.data import Overrides
 from bifocal.errors import BifocalError
 
 if TYPE_CHECKING:
-    from bifocal.hub.search.index import SearchIndex
-    from bifocal.hub.search.mirror import Added
+    from bifocal.hub.indexing import IndexSummary
+    from bifocal.hub.search.items import Hit
 
 Index = Annotated[Path, typer.Argument(help="Folder of an index.")]
-Model = Annotated[str | None, typer.Option(help="Where the index's model is now, if it was moved.")]
+Model = Annotated[str | None, typer.Option(help="Folder or Hub id of the index's model, if it was moved.")]
 _NEEDS = ("datasets", "faiss", "filelock")
+_MAX_NAMED = 5  # skipped items that are named; the others are counted
 
 
 def index(
-    source: Annotated[str, typer.Argument(help="A folder of pictures, a file of rows, a pattern or a Hub id.")],
-    out: Annotated[Path, typer.Argument(help="Folder of the index; what is there already is added to.")],
-    model: Annotated[
-        str | None, typer.Option(help="A Bifocal folder or Hub id; that of the index if there is one.")
-    ] = None,
+    source: Annotated[str, typer.Argument(help="A folder of images, a file of rows, a pattern or a Hub id.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the index. An existing index is added to.")],
+    model: Annotated[str | None, typer.Option(help="Bifocal folder or Hub id; that of the index if it exists.")] = None,
     overrides: Overrides = None,
     kind: Annotated[
-        str | None, typer.Option(help="image-text, image-only, text-pair (its positives) or text-only.")
+        str | None,
+        typer.Option(help="image-text, image-only, text-pair (its positives) or text-only; inferred if omitted."),
     ] = None,
     captions: Annotated[
         bool | None,
         typer.Option(
-            "--captions/--no-captions", help="Also index the captions of images as texts; as the last time if omitted."
+            "--captions/--no-captions", help="Also index captions of images as texts; as in the last run if omitted."
         ),
     ] = None,
     prune: Annotated[
         bool, typer.Option("--prune", help="Delete from the index what this source no longer has.")
     ] = False,
-    dims: Annotated[
-        list[int] | None, typer.Option(help="Also search by so many leading dimensions; several times.")
+    dim: Annotated[
+        list[int] | None,
+        typer.Option(help="Number of leading dimensions to search by; can be repeated. All dimensions if omitted."),
     ] = None,
-    precision: Annotated[list[str] | None, typer.Option(help="float32, int8; several times.")] = None,
+    precision: Annotated[
+        list[str] | None, typer.Option(help="float32 or int8; can be repeated. float32 if omitted.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts or images per forward pass.")] = 32,
 ) -> None:
-    """Embed images and texts for search. Run it again to resume, or to bring the index up to date with its source."""
+    """Embed images and texts for search. Run it again to resume, or to update the index from its source."""
     require(*_NEEDS, "pydantic")
     from tqdm import tqdm
 
     from bifocal.data.image_files import printable
     from bifocal.data.source import source_of
-    from bifocal.hub.indexing import Reading, kind_of
-    from bifocal.hub.search.index import SearchIndex, weights_of
-    from bifocal.hub.search.searcher import Searcher, load_model
+    from bifocal.hub.indexing import index_source
 
     writes_into(out, "free space and run the command again; it resumes")
-    given = source_of(source, overrides)
-    rows = kind_of(given, kind)
-    there = SearchIndex(out) if (out / "index.json").exists() else None
-    place = model or (there.model if there is not None else None)
-    if place is None:
-        raise BifocalError("Name the model that embeds, a Bifocal folder or Hub id, with --model.")
-    dimensions = load_model(place).config.projection_dim
-    made = SearchIndex.create(out, place, weights_of(place), dimensions, dims or [], precision or ["float32"])
-    reading = Reading(given, rows, captions or False, (out,))
-    if captions is None:
-        reading.remember(made)
-    try:
-        with tqdm(desc="Looking at items", unit="", leave=False) as bar:
-            done = Searcher(made, place).add(
-                reading.items(), batch_size, lambda number: bar.update(number - bar.n), reading.origin, prune
-            )
-    finally:
-        if there is None:
-            made.discard_if_empty()
-    source, shown = printable(source), printable(str(out))
-    faults = reading.faults + done.failed
-    for name, reason in faults[:5]:
-        typer.echo(f"Left out: {name}: {reason}", err=True)
-    if len(faults) > 5:
-        typer.echo(f"... and {len(faults) - 5} more.", err=True)
-    for passed in reading.left_out():
-        typer.echo(f"Left out: {passed}.", err=True)
-    if not done.count + done.known + done.duplicates:
+    with tqdm(desc="Reading items", unit="", leave=False) as bar:
+        summary = index_source(
+            source_of(source, overrides), out, model, kind, captions, prune, dim or [], precision or ["float32"],
+            batch_size, progress=lambda count: bar.update(count - bar.n),
+        )  # fmt: skip
+    _print_summary(summary, printable(source), printable(str(out)), prune)
+
+
+def _print_summary(
+    summary: "IndexSummary",
+    source: str,
+    out: str,
+    prune: bool,
+) -> None:
+    """Print what a run of `bifocal index` did.
+
+    Raises:
+        BifocalError: if nothing could be indexed.
+    """
+    result, skipped = summary.result, summary.skipped
+    for name, reason in skipped[:_MAX_NAMED]:
+        typer.echo(f"Skipped: {name}: {reason}", err=True)
+    if len(skipped) > _MAX_NAMED:
+        typer.echo(f"... and {len(skipped) - _MAX_NAMED} more.", err=True)
+    for files in summary.ignored:
+        typer.echo(f"Skipped: {files}.", err=True)
+    if not result.new + result.known + result.duplicates:
         raise BifocalError(f"Nothing in '{source}' could be indexed.")
-    typer.echo(_added(done, len(faults), reading.unnamed, made, shown))
-    if done.restored:
-        typer.echo(
-            f"{done.restored} parts of the table were missing; if other sources were in them, index those again."
-        )
-    if done.gone and not prune:
-        typer.echo(f"{done.gone:,} items of '{source}' in the index are no longer there; --prune deletes them.")
-    for path in made.lost_sources():
-        path = printable(path)
-        typer.echo(
-            f"'{path}' was indexed and is not there now; bifocal remove {shown} --source PATH deletes its items."
-        )
-    if not reading.origin.complete:
-        typer.echo(f"Not all of '{source}' was read, so what is no longer there was not looked for.")
-
-
-def _added(done: "Added", faults: int, unnamed: int, made: "SearchIndex", out: str) -> str:
-    """The summary of a run of `bifocal index`."""
     counted = [
-        (done.duplicates, "duplicates kept as further names"), (done.updated, "captions updated"),
-        (done.renamed, "renamed"), (done.replaced, "replaced"), (done.pruned, "pruned"), (faults, "left out"),
-        (unnamed, "images without a row in the table, indexed without a caption"),
+        (result.duplicates, "duplicates kept as further names"), (result.updated, "captions updated"),
+        (result.renamed, "renamed"), (result.replaced, "replaced"), (result.pruned, "pruned"),
+        (len(skipped), "skipped"),
+        (summary.images_without_row, "images without a row in the table, indexed without a caption"),
     ]  # fmt: skip
-    parts = [f"{count:,} {what}" for count, what in counted if count]
-    counts = made.counts()
-    return (
-        f"{', '.join([f'{done.count:,} new', f'{done.known:,} known before', *parts])}; {out} has "
-        f"{counts['image']:,} pictures and {counts['text']:,} texts."
-    )
+    parts = [f"{result.new:,} new", f"{result.known:,} known before"]
+    parts += [f"{count:,} {what}" for count, what in counted if count]
+    counts = summary.counts
+    typer.echo(f"{', '.join(parts)}; {out} has {counts['image']:,} images and {counts['text']:,} texts.")
+    if result.restored:
+        typer.echo(f"{result.restored} parts of the table were missing. If they held other sources, index those again.")
+    if result.missing and not prune:
+        typer.echo(f"{result.missing:,} items in the index are missing from '{source}'. Pass --prune to delete them.")
+    for path in summary.missing_sources:
+        typer.echo(f"'{path}' was indexed but no longer exists. bifocal remove {out} --source PATH deletes its items.")
+    if not summary.complete:
+        typer.echo(f"'{source}' was not read completely, so missing items were not looked for.")
 
 
 def search(
     index: Index,
-    text: Annotated[str | None, typer.Argument(help="What to search for.")] = None,
-    image: Annotated[Path | None, typer.Option(help="A picture to search by, alone or with the text.")] = None,
-    hits: Annotated[int, typer.Option("--hits", "-k", min=1, help="How many.")] = 10,
-    only: Annotated[str | None, typer.Option(help="image or text.")] = None,
-    dim: Annotated[int | None, typer.Option(help="Search by so many dimensions.")] = None,
+    text: Annotated[str | None, typer.Argument(help="Text to search for.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Image to search for, alone or with the text.")] = None,
+    hits: Annotated[int, typer.Option("--hits", "-k", min=1, help="Number of hits.")] = 10,
+    only: Annotated[str | None, typer.Option(help="Search for only one kind: image or text.")] = None,
+    dim: Annotated[
+        int | None, typer.Option(help="Search by this number of leading dimensions; by all if omitted.")
+    ] = None,
     precision: Annotated[str | None, typer.Option(help="float32 or int8; the most exact if omitted.")] = None,
-    weight: Annotated[float, typer.Option(min=0, max=1, help="Of the text, beside a picture.")] = 0.5,
+    weight: Annotated[float, typer.Option(min=0, max=1, help="Weight of the text against the image.")] = 0.5,
     model: Model = None,
-    database: Annotated[str | None, typer.Option(help="Search this LanceDB database in place of the index.")] = None,
+    lancedb: Annotated[
+        str | None, typer.Option(help="Search this LanceDB database, written by export-lancedb, instead.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the hits as JSON.")] = False,
 ) -> None:
-    """Print what is nearest to a text, a picture or both."""
-    require(*_NEEDS, *(["lancedb"] if database else []))
+    """Print the items that are nearest to a text, an image or both."""
+    require(*_NEEDS, *(["lancedb"] if lancedb else []))
     from bifocal.hub.search.index import SearchIndex
     from bifocal.hub.search.items import KINDS
     from bifocal.hub.search.searcher import Searcher
 
+    if lancedb is not None and (dim is not None or precision is not None):
+        raise BifocalError("--dim and --precision choose a variant of the index. Omit them with --lancedb.")
     kinds = KINDS if only is None else (only,)
     searcher = Searcher(SearchIndex(index), model)
     vector = searcher.vector(text, image, weight)
-    if database is not None:
-        from bifocal.hub.search.lance import search_lance
+    if lancedb is not None:
+        from bifocal.hub.search.lance import search_lancedb
 
-        found = search_lance(database, vector, searcher.index.weights, hits, kinds)
+        ranking = search_lancedb(lancedb, vector, searcher.index.weights, hits, kinds)
     else:
-        form = None if dim is None and precision is None else (dim or searcher.index.dimensions, precision or "float32")
-        found = searcher.index.search(vector, hits, kinds, form)
-    if not found:
+        is_default = dim is None and precision is None
+        variant = None if is_default else (dim or searcher.index.dimensions, precision or "float32")
+        ranking = searcher.index.search(vector, hits, kinds, variant)
+    if not ranking:
         what = "texts" if only == "text" else "images" if only == "image" else "items"
-        raise BifocalError(
-            f"'{database or index}' has no {what}; add some with bifocal index, or search without --only."
-        )
+        raise BifocalError(f"'{lancedb or index}' has no {what}. Add some with bifocal index, or omit --only.")
     if as_json:
-        typer.echo(json.dumps([hit.plain() for hit in found], indent=2, ensure_ascii=False))
+        typer.echo(json.dumps([hit.to_dict() for hit in ranking], indent=2, ensure_ascii=False))
         return
-    for rank, hit in enumerate(found, 1):
-        said = f"  {hit.text[:100]}" if hit.text else ""
-        also = f"  (also {', '.join(hit.other_names[:3])})" if hit.other_names else ""
-        kind = "picture" if hit.kind == "image" else "text"
-        typer.echo(f"{rank:>3}  {hit.score:.3f}  {kind:<7}  {hit.name}{said}{also}")
+    for rank, hit in enumerate(ranking, 1):
+        typer.echo(_line(rank, hit))
+
+
+def _line(rank: int, hit: "Hit") -> str:
+    text = f"  {hit.text[:100]}" if hit.text else ""
+    other_names = f"  (also {', '.join(hit.other_names[:3])})" if hit.other_names else ""
+    return f"{rank:>3}  {hit.score:.3f}  {hit.kind:<5}  {hit.name}{text}{other_names}"
 
 
 def remove(
     index: Index,
-    names: Annotated[
-        list[str] | None, typer.Argument(help="Names as the hits have them, or patterns of names.")
+    names: Annotated[list[str] | None, typer.Argument(help="Names that hits show, or patterns of names.")] = None,
+    source: Annotated[
+        str | None, typer.Option(help="Delete everything that was indexed from this local path or Hub id.")
     ] = None,
-    source: Annotated[str | None, typer.Option(help="Delete what was indexed from this path or Hub id.")] = None,
 ) -> None:
-    """Delete items from an index, also from its files. Content that has other names stays under those."""
+    """Delete items from an index, also from its files. Content with other names stays under those."""
     if not names and source is None:
-        raise BifocalError("Name what to delete: names as the hits have them, or a --source.")
+        raise BifocalError("Nothing to delete. Pass names that hits show, or --source.")
     require(*_NEEDS)
     from bifocal.hub.search.index import SearchIndex
 
@@ -178,28 +175,28 @@ def remove(
     typer.echo(f"{count:,} deleted; {index} has {len(opened):,} left.")
 
 
-def database(
+def export_lancedb(
     index: Index,
     uri: Annotated[str, typer.Argument(help="A folder, or an address that LanceDB knows (s3://, gs://, db://).")],
 ) -> None:
-    """Copy an index into a LanceDB database; again, and only what changed is changed there."""
+    """Write an index's items to a LanceDB database. Run it again to update the database."""
     require(*_NEEDS, "lancedb")
     from bifocal.hub.search.index import SearchIndex
-    from bifocal.hub.search.lance import copy_to_lance
+    from bifocal.hub.search.lance import export_to_lancedb
 
     writes_into(Path(uri) if "://" not in uri else Path())
-    count = copy_to_lance(SearchIndex(index), uri)
-    typer.echo(f"{count:,} rows are at {uri}.")
+    count = export_to_lancedb(SearchIndex(index), uri)
+    typer.echo(f"{count:,} rows are in {uri}.")
 
 
 def serve(
     index: Index,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets others in.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to listen on. 0.0.0.0 accepts other machines.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 7860,
-    title: Annotated[str, typer.Option(help="Of the page.")] = "Search pictures and texts",
+    title: Annotated[str, typer.Option(help="Title of the page.")] = "Search images and texts",
     model: Model = None,
     space: Annotated[
-        Path | None, typer.Option(help="Write a folder that is a Space, for bifocal push, in place of serving.")
+        Path | None, typer.Option(help="Write a Space into this folder, for bifocal push, instead of serving.")
     ] = None,
 ) -> None:
     """Serve a search page over an index, or write it as a Space."""
@@ -212,11 +209,11 @@ def serve(
 
         writes_into(space)
         write_space(opened, space, title, model)
-        typer.echo(f"The Space is in {space}: bifocal push {space} organisation/name")
+        typer.echo(f"The Space is in {space}. Publish it with: bifocal push {space} organisation/name")
         return
-    from bifocal.hub.search.page import build, launch
+    from bifocal.hub.search.page import build_page, launch
     from bifocal.hub.search.searcher import Searcher
 
-    page = build(Searcher(opened, model), title)
-    typer.echo(f"Serving {index} at http://{host}:{port} (Ctrl+C ends it).")
+    page = build_page(Searcher(opened, model), title)
+    typer.echo(f"Serving {index} at http://{host}:{port} (Ctrl+C stops it).")
     launch(page, host, port)

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from bifocal.files import RUN, overwrite
-from bifocal.pages import COLOURS, blank, render, svg
+from bifocal.pages import COLOURS, new_figure, render, svg
 
 
 @dataclass
@@ -119,7 +119,7 @@ def _plots(stages: Sequence[Stage]) -> list[dict[str, str]]:
 
 
 def _loss_plot(stages: Sequence[Stage]) -> dict[str, str]:
-    figure, axes = blank()
+    figure, axes = new_figure()
     tasks = list(dict.fromkeys(task for stage in stages for task in stage.losses))
     start = 0
     for stage in stages:
@@ -140,7 +140,7 @@ def _loss_plot(stages: Sequence[Stage]) -> dict[str, str]:
 
 
 def _recall_plot(stages: Sequence[Stage]) -> dict[str, str]:
-    figure, axes = blank()
+    figure, axes = new_figure()
     styles = ("-", "--", ":")
     for number, stage in enumerate(stages):
         for direction, (name, values) in enumerate(stage.recall.items()):

@@ -10,11 +10,11 @@ import numpy as np
 
 from bifocal.demo.report import Gallery, Hit, Item, Report, Search, Stage, write_report
 from bifocal.evaluation.relevance import right_answers
-from bifocal.evaluation.retrieval import recall_at, relevant_ranks, retrieval_metrics, target_ranks
+from bifocal.evaluation.retrieval import recall_at, recall_curve, relevant_ranks, retrieval_metrics, target_ranks
 from bifocal.evaluation.rows import image_digest
 from bifocal.modeling import BifocalModel, load_image
 
-DIRECTIONS = {"text to picture": ("name", "picture"), "picture to text": ("picture", "name")}
+DIRECTIONS = {"text to image": ("name", "image"), "image to text": ("image", "name")}
 _CURVE = 50
 _HITS = 6
 
@@ -24,10 +24,10 @@ class Evaluation:
     """A model's vectors of unseen symbols and what they reach.
 
     Args:
-        vectors: (symbols, dimensions) by "name", "long caption", "description" and "picture".
+        vectors: (symbols, dimensions) by "name", "long caption", "description" and "image".
         metrics: for the table of stages.
         recall: Recall@1 to Recall@50 by direction.
-        keys: by the same names as the vectors, what equal texts and equal pictures share. Some symbols look alike to
+        keys: by the same names as the vectors, what equal texts and equal images share. Some symbols look alike to
             the pixel (Latin A, Greek Alpha); they are right answers of each other.
     """
 
@@ -44,7 +44,7 @@ class Evaluation:
 
 
 def evaluate_symbols(model: BifocalModel, symbols: Any) -> Evaluation:
-    """Search all of `symbols` (a split of the data set) by name, by picture and from name to description."""
+    """Search all of `symbols` (a split of the data set) by name, by image and from name to description."""
     pictures = [images[0] for images in symbols["images"]]
     keys = {
         "name": list(symbols["name"]),
@@ -52,8 +52,8 @@ def evaluate_symbols(model: BifocalModel, symbols: Any) -> Evaluation:
         "description": [texts[0] for texts in symbols["descriptions"]],
     }
     vectors = {name: model.encode_text(texts, batch_size=128, show_progress=False) for name, texts in keys.items()}
-    vectors["picture"] = model.encode_image(pictures, batch_size=128, show_progress=False)
-    keys["picture"] = [image_digest(load_image(picture)) for picture in pictures]
+    vectors["image"] = model.encode_image(pictures, batch_size=128, show_progress=False)
+    keys["image"] = [image_digest(load_image(picture)) for picture in pictures]
     metrics: dict[str, float] = {}
     recall: dict[str, list[float]] = {}
     found_by = Evaluation(vectors, metrics, recall, keys)
@@ -61,8 +61,8 @@ def evaluate_symbols(model: BifocalModel, symbols: Any) -> Evaluation:
         ranks = found_by.ranks(query, item)
         found = retrieval_metrics(ranks)
         metrics |= {f"{direction} R@{k}": found[f"recall@{k}"] for k in (1, 5, 10)}
-        recall[direction] = [recall_at(ranks, k) for k in range(1, _CURVE + 1)]
-    metrics["long caption to picture R@5"] = recall_at(found_by.ranks("long caption", "picture"), 5)
+        recall[direction] = recall_curve(ranks, _CURVE)
+    metrics["long caption to image R@5"] = recall_at(found_by.ranks("long caption", "image"), 5)
     to_description = found_by.ranks("name", "description")
     metrics |= {f"name to description R@{k}": recall_at(to_description, k) for k in (1, 5)}
     return found_by
@@ -75,16 +75,16 @@ def example_searches(evaluation: Evaluation, symbols: Any, seed: int, count: int
     items = {
         "name": [Item(name) for name in symbols["name"]],
         "description": [Item(texts[0]) for texts in symbols["descriptions"]],
-        "picture": [Item(None, picture, sign) for picture, sign in zip(pictures, signs, strict=True)],
-        "named picture": [
+        "image": [Item(None, picture, sign) for picture, sign in zip(pictures, signs, strict=True)],
+        "named image": [
             Item(name, picture, sign) for name, picture, sign in zip(symbols["name"], pictures, signs, strict=True)
         ],
     }
     drawn = random.Random(seed).sample(range(len(symbols)), min(4 * count, len(symbols)))
     plan = (
-        ("Pictures found by name", "name", "picture", "named picture"),
-        ("Pictures found by a description in other words", "description", "picture", "named picture"),
-        ("Names found by picture", "picture", "name", "name"),
+        ("Images found by name", "name", "image", "named image"),
+        ("Images found by a description in other words", "description", "image", "named image"),
+        ("Names found by image", "image", "name", "name"),
         ("Descriptions found by name", "name", "description", "description"),
     )
     galleries = []
@@ -122,7 +122,7 @@ def _search(
 
 
 def searches_as_text(galleries: Sequence[Gallery], each: int = 3) -> str:
-    """The first searches of each gallery for a terminal, pictures as the symbols they show."""
+    """The first searches of each gallery for a terminal, images as the symbols they show."""
     lines = []
     for gallery in galleries:
         lines.append(f"\n{gallery.title}")
@@ -138,7 +138,7 @@ def write_demo_report(
     """Write the page `report.html` of a finished demo."""
     write_report(
         Report(
-            title="Bifocal demo: one model that searches pictures and texts",
+            title="Bifocal demo: one model that searches images and texts",
             summary=(
                 "Two small towers trained from scratch through the three stages of Jina CLIP on the symbols of the "
                 "DejaVu fonts. Everything below is measured on symbols that training never saw in any face; with 500 "

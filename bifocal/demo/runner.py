@@ -256,8 +256,8 @@ def _finish(
     print(searches_as_text(galleries))
     seconds = sum(stage["seconds"] for stage in stages)
     figures = {
-        "Recall@5, picture found by name": f"{last['text to picture R@5']:.2f}",
-        "Recall@5, name found by picture": f"{last['picture to text R@5']:.2f}",
+        "Recall@5, image found by name": f"{last['text to image R@5']:.2f}",
+        "Recall@5, name found by image": f"{last['image to text R@5']:.2f}",
         "Recall@5, description found by name": f"{last['name to description R@5']:.2f}",
         "minutes of training": f"{seconds / 60:.1f}",
     }

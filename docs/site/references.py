@@ -252,7 +252,7 @@ def shipped() -> list[str]:
 def recipe_page() -> str:
     """Return the reference of recipes."""
     from bifocal.data.captioning import CaptionRecipe
-    from bifocal.evaluation.task_rows import EvaluationTask
+    from bifocal.evaluation.suites import EvaluationTask
     from bifocal.training.arguments import UNSUPPORTED
     from bifocal.training.recipe import Recipe
 

@@ -1,4 +1,4 @@
-"""Search over pictures and texts: an index of a model's vectors, a page, and the way into a vector database.
+"""Search over images and texts: an index of a model's vectors, a page, and the export to a vector database.
 
-A Space ships this folder and `bifocal.modeling` as they are, so it imports nothing else of Bifocal.
+A Space ships this folder with `bifocal.modeling` and `bifocal.errors`, so it imports nothing else of Bifocal.
 """

@@ -1,4 +1,4 @@
-"""What is indexed: pictures and texts, each with a name and a key made of its content."""
+"""What is indexed, images and texts, and what a search returns."""
 
 import hashlib
 import io
@@ -15,40 +15,40 @@ from bifocal.errors import BifocalError
 from bifocal.modeling import load_image
 
 KINDS = ("image", "text")
-_SIDE = 256  # of a thumbnail
-_SMALL = 64  # pictures up to this side are kept without loss
-MAX_PIXELS = 64_000_000  # of a picture; beyond, decoding takes gigabytes
+MAX_PIXELS = 64_000_000  # of an image; decoding a larger one takes gigabytes
+_THUMBNAIL_SIZE = 256
+_LOSSLESS_SIZE = 64  # thumbnails up to this size are PNG
 
 
 class SearchError(BifocalError):
-    """What is wrong with an index or a search, in one sentence."""
+    """What is wrong with an index or a search."""
 
 
 @dataclass
 class Item:
-    """A picture, with the text that belongs to it if there is one, or a text.
+    """An image, with the text that belongs to it if there is one, or a text.
 
     Args:
-        name: where it comes from: a path, or a file and row.
-        text: of a text, itself; of a picture, what is shown beside it.
+        name: where the item comes from: a path, or a file and row.
+        text: of a text, the text itself; of an image, the text that is shown with it.
         image: a path or the bytes of a file; None for a text.
-        own_name: the name stays with the item, as that of a file does; the number of a row does not.
+        has_stable_name: whether the name stays with the item, as that of a file does; the number of a row does not.
     """
 
     name: str
     text: str = ""
     image: str | Path | bytes | None = None
-    own_name: bool = False
+    has_stable_name: bool = False
 
     @property
     def kind(self) -> str:
         return "text" if self.image is None else "image"
 
     def key(self) -> str:
-        """The same for the same content, wherever it comes from.
+        """Return a hash of the content: equal for equal content, whatever it is called.
 
         Raises:
-            SearchError: a picture's file cannot be read.
+            SearchError: if an image's file cannot be read.
         """
         if self.image is None:
             content = unicodedata.normalize("NFC", self.text).strip().encode("utf-8", "surrogatepass")
@@ -57,8 +57,8 @@ class Item:
         else:
             try:
                 path = Path(self.image)
-                if path.exists() and not path.is_file():  # reading a pipe would wait for ever
-                    raise SearchError("it is no file")
+                if path.exists() and not path.is_file():  # reading a pipe would wait forever
+                    raise SearchError("it is not a file")
                 content = path.read_bytes()
             except OSError as error:
                 raise SearchError(f"it cannot be read ({error.strerror})") from error
@@ -67,20 +67,24 @@ class Item:
 
 @dataclass
 class Hit:
-    """One thing found.
+    """A result of a search.
 
     Args:
+        name: first name of the content.
+        kind: "image" or "text".
+        text: of a text, the text itself; of an image, its captions.
         score: cosine similarity to the query.
-        standing: in a ranking of both kinds, by how many deviations the score is above the mean of its kind.
+        ranking_score: what hits are ranked by: the score, or in one ranking of both kinds its distance from the mean
+            score of the kind, in standard deviations.
         thumbnail: bytes of a PNG or JPEG; None for a text.
-        names: every name that the content has, this one first.
+        names: all names of the content.
     """
 
     name: str
     kind: str
     text: str
     score: float
-    standing: float
+    ranking_score: float
     thumbnail: bytes | None = None
     names: tuple[str, ...] = ()
 
@@ -88,34 +92,34 @@ class Hit:
     def other_names(self) -> tuple[str, ...]:
         return tuple(name for name in self.names if name != self.name)
 
-    def plain(self) -> dict[str, Any]:
-        """For JSON."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return the hit as plain JSON values, without the thumbnail."""
         return {
             "name": self.name, "names": [self.name, *self.other_names], "kind": self.kind, "text": self.text,
-            "score": self.score, "standing": self.standing,
+            "score": self.score, "ranking_score": self.ranking_score,
         }  # fmt: skip
 
 
-def read_picture(source: Any) -> Image.Image:
-    """A picture as upright RGB, if it is not too large to decode.
+def read_image(source: Any) -> Image.Image:
+    """Return an image as upright RGB.
 
     Raises:
-        SearchError: it is too large, or cannot be read; one sentence without the picture's name.
+        SearchError: if it is too large or cannot be read. The message does not name the image.
     """
     try:
         if isinstance(source, Image.Image):
             size = source.size
         else:
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
-                size = opened.size
-                if opened.format == "EPS":  # a program, which Pillow would hand to Ghostscript
-                    raise SearchError("it is PostScript, which is no image")
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+                size = image.size
+                if image.format == "EPS":  # a program, which Pillow would pass to Ghostscript
+                    raise SearchError("it is PostScript, not an image")
     except SearchError:
         raise
     except FileNotFoundError as error:
         raise SearchError("it does not exist") from error
     except Exception as error:  # Pillow raises many kinds here
-        raise SearchError("it is no picture that can be read") from error
+        raise SearchError("it cannot be read as an image") from error
     if size[0] * size[1] > MAX_PIXELS:
         raise SearchError(f"it has {size[0]} x {size[1]} pixels, more than {MAX_PIXELS:,}")
     try:
@@ -124,25 +128,31 @@ def read_picture(source: Any) -> Image.Image:
         raise SearchError("it is broken") from error
 
 
-def thumbnail(picture: Image.Image) -> bytes:
-    small = picture.copy()
-    small.thumbnail((_SIDE, _SIDE))
+def thumbnail(image: Image.Image) -> bytes:
+    """Return a small version of an image as the bytes of a PNG or JPEG."""
+    small = image.copy()
+    small.thumbnail((_THUMBNAIL_SIZE, _THUMBNAIL_SIZE))
     buffer = io.BytesIO()
-    if max(small.size) <= _SMALL:
+    if max(small.size) <= _LOSSLESS_SIZE:
         small.save(buffer, "PNG")
     else:
         small.save(buffer, "JPEG", quality=85)
     return buffer.getvalue()
 
 
-def unit(vectors: np.ndarray) -> np.ndarray:
-    """Rows of length 1; a row of zeros stays."""
+def normalize(vectors: np.ndarray) -> np.ndarray:
+    """Return vectors (..., dimensions) scaled to length 1; vectors of zeros stay."""
     lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
     return vectors / np.maximum(lengths, 1e-12)
 
 
-def known_kinds(kinds: Sequence[str]) -> tuple[str, ...]:
+def check_kinds(kinds: Sequence[str]) -> tuple[str, ...]:
+    """Return the kinds to search for.
+
+    Raises:
+        SearchError: if there are none, or one is unknown.
+    """
     unknown = next((kind for kind in kinds if kind not in KINDS), None)
     if unknown is not None or not kinds:
-        raise SearchError(f"'{unknown}' is nothing to search for; it must be one of {', '.join(KINDS)}.")
+        raise SearchError(f"'{unknown}' cannot be searched for. Choose one of {', '.join(KINDS)}.")
     return tuple(kinds)

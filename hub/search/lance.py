@@ -1,7 +1,7 @@
-"""The table of an index in LanceDB, for collections beyond one machine's memory.
+"""The items of an index in a LanceDB database, for collections that are too large for one machine's memory.
 
-LanceDB, since its tables are Arrow as ours are, it runs embedded without a server, and the same client works on object
-stores (`s3://`, `gs://`) and its cloud (`db://`), where vectors stay on disk.
+LanceDB, because its tables are Arrow as ours are, it runs in this process without a server, and the same client works
+on object stores (`s3://`, `gs://`) and its cloud (`db://`), where vectors stay on disk.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,25 +10,28 @@ from typing import Any
 
 import numpy as np
 
+from bifocal.errors import first_line
 from bifocal.hub.search.index import SearchIndex
-from bifocal.hub.search.items import KINDS, Hit, SearchError, known_kinds, unit
+from bifocal.hub.search.items import KINDS, Hit, SearchError, check_kinds, normalize
+from bifocal.hub.search.ranking import Calibration, sample_rows
 
-_TABLE = "items"
-_ANN_FROM = 50_000  # rows from which an approximate index pays
-_BLOCK = 1024
+_ITEMS = "items"
+_CALIBRATION = "calibration"  # the samples of both kinds that make their scores comparable
+_MIN_ROWS_FOR_ANN = 50_000  # below, an exact search is fast enough
+_REFINE_FACTOR = 10  # candidates per hit that an approximate search scores again with their whole vectors
+_DELETE_BATCH_SIZE = 1024
 
 
-def copy_to_lance(index: SearchIndex, uri: str) -> int:
-    """Copy an index's rows into a LanceDB database; those that are there are replaced, those that are gone deleted.
+def export_to_lancedb(index: SearchIndex, uri: str) -> int:
+    """Write an index's items to a LanceDB database and return the number of rows there.
+
+    Rows that are there already are updated, and rows that the index no longer has are deleted.
 
     Args:
         uri: a folder, or an address that LanceDB knows.
 
-    Returns:
-        Rows in the table afterwards.
-
     Raises:
-        SearchError: the index is empty, or the table there is of another model.
+        SearchError: if the index is empty or damaged, or the database holds items of another model or program.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -36,23 +39,26 @@ def copy_to_lance(index: SearchIndex, uri: str) -> int:
     snapshot = index.snapshot()
     if not sum(map(len, snapshot.tables)):
         raise SearchError(f"The index '{index.folder}' is empty; add something with bifocal index.")
-    text = pa.string()
+    text, vector = pa.string(), pa.list_(pa.float32(), index.dimensions)
     schema = pa.schema(
         [("key", text), ("kind", text), ("name", text), ("names", pa.list_(text)), ("text", text),
-         ("thumbnail", pa.binary()), ("vector", pa.list_(pa.float32(), index.dimensions)), ("weights", text)]
+         ("thumbnail", pa.binary()), ("vector", vector), ("weights", text)]
     )  # fmt: skip
-    with _sentences(uri):
+    sampled = sample_rows(np.array(snapshot.rows.column("kind").to_pylist(), dtype=object))
+    samples: list[Any] = []
+    with _errors_as_search_errors(uri):
         database = _connect(uri)
-        if _TABLE in database.list_tables().tables:
-            table = database.open_table(_TABLE)
-            _require(table, index.weights, uri)
+        if _ITEMS in database.list_tables().tables:
+            table = database.open_table(_ITEMS)
+            _require_same_weights(table, index.weights, uri)
         else:
-            table = database.create_table(_TABLE, schema=schema)
-        keys = set()
+            table = database.create_table(_ITEMS, schema=schema)
+        keys: set[str] = set()
+        first_row = 0
         for rows, vectors in zip(snapshot.tables, snapshot.vectors(), strict=True):
             if not len(rows):
                 continue
-            names = [[place["name"] for place in places] for places in rows.column("places").to_pylist()]
+            names = [[one["name"] for one in occurrences] for occurrences in rows.column("occurrences").to_pylist()]
             columns = {name: rows.column(name) for name in ("key", "kind", "name", "text")}
             columns = {name: column.cast(text).combine_chunks() for name, column in columns.items()}
             columns |= {
@@ -64,38 +70,73 @@ def copy_to_lance(index: SearchIndex, uri: str) -> int:
             batch = pa.table({name: columns[name] for name in schema.names}, schema=schema)
             table.merge_insert("key").when_matched_update_all().when_not_matched_insert_all().execute(batch)
             keys |= set(batch["key"].to_pylist())
-        gone = [key for key in table.search().select(["key"]).to_arrow()["key"].to_pylist() if key not in keys]
-        for start in range(0, len(gone), _BLOCK):
-            listed = ", ".join(f"'{key}'" for key in gone[start : start + _BLOCK])  # keys are hexadecimal
+            for kind_rows in sampled.values():
+                in_part = kind_rows[(kind_rows >= first_row) & (kind_rows < first_row + len(rows))] - first_row
+                samples.append(batch.select(["kind", "vector"]).take(in_part))
+            first_row += len(rows)
+        deleted = [key for key in table.search().select(["key"]).to_arrow()["key"].to_pylist() if key not in keys]
+        for start in range(0, len(deleted), _DELETE_BATCH_SIZE):
+            listed = ", ".join(f"'{key}'" for key in deleted[start : start + _DELETE_BATCH_SIZE])  # hexadecimal
             table.delete(f"key IN ({listed})")
-        if table.count_rows() >= _ANN_FROM:
-            table.create_index(metric="dot", vector_column_name="vector", replace=True)
+        calibration = pa.schema([("kind", text), ("vector", vector)])
+        data = pa.concat_tables([calibration.empty_table(), *samples])
+        database.create_table(_CALIBRATION, data=data, schema=calibration, mode="overwrite")
+        if table.count_rows() >= _MIN_ROWS_FOR_ANN:
+            from lancedb.index import IvfPq
+
+            table.create_index("vector", config=IvfPq(distance_type="dot"), replace=True)
         return int(table.count_rows())
 
 
-def search_lance(uri: str, vector: np.ndarray, weights: str, k: int = 10, kinds: Sequence[str] = KINDS) -> list[Hit]:
-    """The k nearest items of each kind, each kind a ranking of its own: (pictures first, then texts).
+def search_lancedb(uri: str, vector: np.ndarray, weights: str, k: int = 10, kinds: Sequence[str] = KINDS) -> list[Hit]:
+    """Return the k items nearest to a query, ranked as `SearchIndex.search` ranks them.
+
+    From 50,000 rows on the search is approximate: it may miss an item, but scores stay exact.
 
     Args:
-        weights: of the model that made the query, see `weights_of`.
+        vector: (dimensions,) of the query.
+        weights: hash of the weights of the model that made the query, see `weights_hash`.
+        kinds: kinds to search for.
 
     Raises:
-        SearchError: there is no such table, or it is of another model.
+        SearchError: if there is no such table, or it is of another model.
     """
-    with _sentences(uri):
+    kinds = check_kinds(kinds)
+    query = normalize(np.asarray(vector, np.float32))
+    hits: list[Hit] = []
+    with _errors_as_search_errors(uri):
         database = _connect(uri)
-        if _TABLE not in database.list_tables().tables:
-            raise SearchError(f"There is no table '{_TABLE}' at '{uri}'; copy an index there with bifocal database.")
-        table = database.open_table(_TABLE)
-        _require(table, weights, uri)
-        hits = []
-        for kind in known_kinds(kinds):
-            query = table.search(unit(np.asarray(vector, np.float32)), vector_column_name="vector").distance_type("dot")
-            for row in query.where(f"kind = '{kind}'", prefilter=True).limit(k).to_list():
-                score = 1.0 - float(row["_distance"])  # LanceDB's distance of unit vectors is 1 - dot
-                names = tuple(row["names"])
-                hits.append(Hit(row["name"], kind, row["text"], score, score, row["thumbnail"], names))
-        return hits
+        for name in (_ITEMS, _CALIBRATION):
+            if name not in database.list_tables().tables:
+                raise SearchError(f"There is no table '{name}' at '{uri}'; run bifocal export-lancedb first.")
+        table = database.open_table(_ITEMS)
+        _require_same_weights(table, weights, uri)
+        calibration = _calibration(database.open_table(_CALIBRATION)) if len(kinds) > 1 else Calibration({})
+        for kind in kinds:
+            search = table.search(query, vector_column_name="vector").distance_type("dot")
+            search = search.where(f"kind = '{kind}'", prefilter=True).refine_factor(_REFINE_FACTOR)
+            rows = search.limit(k).to_arrow()
+            # From the vectors themselves: the distance is 1 - dot product, rounded when it was nearly 1.
+            scores = _vectors(rows) @ query
+            ranking_scores = calibration.ranking_scores(scores, kind, query)
+            hits += [
+                Hit(row["name"], kind, row["text"], float(score), float(by), row["thumbnail"], tuple(row["names"]))
+                for row, score, by in zip(rows.to_pylist(), scores, ranking_scores, strict=True)
+            ]
+    return sorted(hits, key=lambda hit: -hit.ranking_score)[:k]
+
+
+def _calibration(table: Any) -> Calibration:
+    rows = table.to_arrow()
+    vectors = _vectors(rows)
+    kinds = np.array(rows["kind"].to_pylist(), dtype=object)
+    return Calibration({kind: vectors[kinds == kind] for kind in KINDS if (kinds == kind).any()})
+
+
+def _vectors(rows: Any) -> np.ndarray:
+    column = rows["vector"]
+    flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return flat.reshape(len(rows), column.type.list_size)
 
 
 def _connect(uri: str) -> Any:
@@ -105,8 +146,8 @@ def _connect(uri: str) -> Any:
 
 
 @contextmanager
-def _sentences(uri: str) -> Iterator[None]:
-    """Errors of LanceDB and of the stores below it, which are of many kinds, in one sentence."""
+def _errors_as_search_errors(uri: str) -> Iterator[None]:
+    """Turn errors of LanceDB and of the stores below it, which are of many kinds, into SearchErrors."""
     try:
         yield
     except SearchError:
@@ -114,18 +155,24 @@ def _sentences(uri: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise SearchError(f"The database at '{uri}' cannot be used ({said}); check address and rights.") from error
+        reason = first_line(error)[:200]
+        raise SearchError(
+            f"The database at '{uri}' cannot be used ({reason}). Check address and permissions."
+        ) from error
 
 
-def _require(table: Any, weights: str, uri: str) -> None:
+def _require_same_weights(table: Any, weights: str, uri: str) -> None:
+    """
+    Raises:
+        SearchError: if the table is of another model, version or program.
+    """
     if "names" not in table.schema.names or "weights" not in table.schema.names:
         raise SearchError(
-            f"The table '{_TABLE}' at '{uri}' was made by another version or program; choose another place."
+            f"The table '{_ITEMS}' at '{uri}' was written by another version or program. Choose another address."
         )
-    found = table.search().select(["weights"]).limit(1).to_list()
-    if found and found[0]["weights"] != weights:
+    rows = table.search().select(["weights"]).limit(1).to_list()
+    if rows and rows[0]["weights"] != weights:
         raise SearchError(
-            f"The vectors at '{uri}' were made by other weights ({found[0]['weights']} and not {weights}); choose "
-            "another place."
+            f"The vectors at '{uri}' are of other weights ({rows[0]['weights']}, not {weights}). Choose another "
+            "address, or search with --model."
         )

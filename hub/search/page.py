@@ -1,4 +1,4 @@
-"""The search page: a Gradio app that asks no other host for anything."""
+"""The search page: a Gradio app that sends no request to any other host."""
 
 import base64
 import html
@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# Before gradio is imported: no reports home, no lookups of newer versions.
+# Before gradio is imported: no usage reports, no lookups of newer versions.
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio
@@ -18,53 +18,56 @@ from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
 from bifocal.hub.search.items import KINDS, Hit, SearchError
-from bifocal.hub.search.searcher import LONGEST, Searcher
+from bifocal.hub.search.searcher import MAX_QUERY_LENGTH, Searcher
 
 logger = logging.getLogger(__name__)
 
-LARGEST_UPLOAD = 10 * 2**20  # bytes
-_AT_ONCE = 4  # searches; the rest waits its turn
-_WAITING = 500  # searches in the queue, beyond which a visitor is told to come back
-_MOST = 60
-_KEPT = 3600  # seconds that an upload stays on the disk
-_SHOWN_TEXT = 600  # characters of a hit
+MAX_UPLOAD_SIZE = 10 * 2**20  # bytes
+_MAX_PARALLEL_SEARCHES = 4  # others wait in the queue
+_MAX_QUEUE_SIZE = 500  # a visitor beyond is asked to come back later
+_MAX_HITS = 60
+_UPLOAD_LIFETIME = 3600  # seconds until an upload is deleted
+_MAX_TEXT_LENGTH = 600  # characters that a hit shows
 
-SHOW = {"In one ranking": "together", "Apart": "apart", "Pictures only": "image", "Texts only": "text"}
-_HEADINGS = {"image": "Pictures", "text": "Texts"}
+# Choices of the page: one ranking of both kinds, one ranking of each, or one kind.
+VIEWS = {"One ranking": "one", "Two rankings": "two", "Images only": "image", "Texts only": "text"}
+_HEADINGS = {"image": "Images", "text": "Texts"}
 
 STYLE = Path(__file__).with_name("page.css")
 
 
-def build(searcher: Searcher, title: str = "Search pictures and texts") -> gradio.Blocks:
-    """The page over an index.
+def build_page(searcher: Searcher, title: str = "Search images and texts") -> gradio.Blocks:
+    """Return the page over an index.
 
-    A search by text and picture together looks for what is between the two. Errors a visitor can mend are said in the
-    place of the results.
+    A search by text and image together looks for what is between the two. Errors that a visitor can correct are shown
+    instead of the results.
     """
     counts = searcher.index.counts()
-    described = f"{counts['image']:,} pictures and {counts['text']:,} texts"
-    # Uploads are deleted after an hour.
-    with gradio.Blocks(title=title, delete_cache=(_KEPT, _KEPT), analytics_enabled=False) as page:
-        gradio.Markdown(f"# {title}\n{described}. Type, drop a picture, or do both, and press Enter or *Search*.")
+    contents = f"{counts['image']:,} images and {counts['text']:,} texts"
+    empty = note(f"Nothing searched yet. There are {contents}.")
+    with gradio.Blocks(title=title, delete_cache=(_UPLOAD_LIFETIME, _UPLOAD_LIFETIME), analytics_enabled=False) as page:
+        gradio.Markdown(f"# {title}\n{contents}. Enter a text, an image or both, then press *Search*.")
         with gradio.Row():
             with gradio.Column(scale=3, min_width=280):
                 text = gradio.Textbox(
                     label="Text",
                     placeholder="a red kite over a lake",
-                    max_length=LONGEST,
+                    max_length=MAX_QUERY_LENGTH,
                     autofocus=True,
                     elem_id="bf-text",
                 )
                 with gradio.Row():
-                    show = gradio.Radio(list(SHOW), value="In one ranking", label="Show", elem_id="bf-show")
+                    view = gradio.Radio(list(VIEWS), value="One ranking", label="Show", elem_id="bf-view")
                 with gradio.Row():
-                    count = gradio.Slider(1, _MOST, value=12, step=1, label="Hits", min_width=200, elem_id="bf-count")
+                    count = gradio.Slider(
+                        1, _MAX_HITS, value=12, step=1, label="Hits", min_width=200, elem_id="bf-count"
+                    )
                     weight = gradio.Slider(
                         0,
                         1,
                         value=0.5,
                         step=0.05,
-                        label="Text against picture, where both are given",
+                        label="Weight of the text against the image",
                         min_width=240,
                         elem_id="bf-weight",
                     )
@@ -72,44 +75,45 @@ def build(searcher: Searcher, title: str = "Search pictures and texts") -> gradi
                     clear = gradio.Button("Clear", elem_id="bf-clear")
                     go = gradio.Button("Search", variant="primary", elem_id="bf-go")
             with gradio.Column(scale=2, min_width=240):
-                picture = gradio.Image(
-                    label="Picture", type="filepath", sources=["upload", "clipboard"], image_mode=None, height=260,
-                    elem_id="bf-picture",
+                image = gradio.Image(
+                    label="Image", type="filepath", sources=["upload", "clipboard"], image_mode=None, height=260,
+                    elem_id="bf-query-image",
                 )  # fmt: skip
-        # The file as it came: gradio itself would decode it, of whatever size it is.
-        picture.preprocess = lambda payload: _uploaded(page, payload)  # type: ignore[method-assign]
-        # Where a visitor gives an address, gradio would fetch it.
-        picture.async_move_resource_to_block_cache = _stay  # type: ignore[method-assign, assignment]
-        results = gradio.HTML(note(f"Nothing searched yet. There are {described}."), elem_id="bf-results")
-        find = answer(searcher)
-        inputs = [text, picture, show, count, weight]
+        # Pass the file on: gradio would decode it, however large it is.
+        image.preprocess = lambda payload: _uploaded_file(page, payload)  # type: ignore[method-assign]
+        # If a visitor sends an address, gradio would fetch it.
+        image.async_move_resource_to_block_cache = _refuse_addresses  # type: ignore[method-assign, assignment]
+        results = gradio.HTML(empty, elem_id="bf-results")
         options: dict[str, Any] = dict(
-            fn=find,
-            inputs=inputs,
+            fn=search_function(searcher),
+            inputs=[text, image, view, count, weight],
             outputs=results,
-            concurrency_limit=_AT_ONCE,
+            concurrency_limit=_MAX_PARALLEL_SEARCHES,
             show_progress="full",
             trigger_mode="always_last",
         )
         go.click(api_name="search", **options)
         text.submit(api_visibility="private", **options)
-        picture.upload(api_visibility="private", **options)
+        image.upload(api_visibility="private", **options)
         clear.click(
-            lambda: ("", None, note(f"Nothing searched yet. There are {described}.")),
-            outputs=[text, picture, results], api_visibility="private",
+            lambda: ("", None, empty),
+            outputs=[text, image, results], api_visibility="private",
         )  # fmt: skip
-    page.queue(max_size=_WAITING)
+    page.queue(max_size=_MAX_QUEUE_SIZE)
     return page
 
 
 _FILE_ROUTE = re.compile(r"(?:^|/gradio_api)/+(file|proxy)[=/](.*)", re.DOTALL)
-_REFUSED = "This is no picture that was uploaded here. Upload one."
+_REFUSED = "This is not an image that was uploaded here. Upload one."
 
 
-def _uploaded(page: gradio.Blocks, payload: Any) -> str | None:
-    """The file of a visitor's picture: one that was uploaded to this page, and no other file of the machine.
+def _uploaded_file(page: gradio.Blocks, payload: Any) -> str | None:
+    """Return the file of a visitor's image.
 
-    Whoever calls the page's route sends a path along, and may send any.
+    A visitor who calls the page's route may send any path: only files that were uploaded to this page are accepted.
+
+    Raises:
+        gradio.Error: if the path is another one.
     """
     if payload is None:
         return None
@@ -119,66 +123,67 @@ def _uploaded(page: gradio.Blocks, payload: Any) -> str | None:
     return path
 
 
-async def _stay(path: Any) -> Any:
+async def _refuse_addresses(path: Any) -> Any:
     if path is not None and "://" in str(path):
         raise gradio.Error(_REFUSED, print_exception=False)
     return path
 
 
 class OwnFilesOnly:
-    """Refuses gradio's routes that fetch addresses for a visitor or read files, but for what was uploaded.
+    """Middleware that refuses gradio's routes for fetching addresses and reading files, except uploaded files.
 
     Args:
         app: the page's application (ASGI).
-        page: whose uploads may be read.
+        page: the page whose uploads may be read.
     """
 
     def __init__(self, app: Any, page: gradio.Blocks) -> None:
         self.app, self.page = app, page
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        asked = _FILE_ROUTE.search(scope["path"]) if scope["type"] == "http" else None
-        if asked is not None and (asked[1] == "proxy" or not self._is_ours(asked[2])):
-            await PlainTextResponse("This file is not to be had here.", 403)(scope, receive, send)
+        match = _FILE_ROUTE.search(scope["path"]) if scope["type"] == "http" else None
+        if match is not None and (match[1] == "proxy" or not self._is_upload(match[2])):
+            await PlainTextResponse("This file is not available.", 403)(scope, receive, send)
             return
         await self.app(scope, receive, send)
 
-    def _is_ours(self, given: str) -> bool:
-        path = os.path.realpath(given)
-        return path in {os.path.realpath(one) for one in self.page.upload_file_set}
+    def _is_upload(self, path: str) -> bool:
+        return os.path.realpath(path) in {os.path.realpath(one) for one in self.page.upload_file_set}
 
 
-def answer(searcher: Searcher) -> Callable[..., str]:
-    """What the page does with its inputs: from them to the HTML of the results."""
+def search_function(searcher: Searcher) -> Callable[..., str]:
+    """Return the function from the page's inputs to the HTML of the results."""
 
-    def find(text: str | None, picture: str | None, show: str, count: float, weight: float) -> str:
+    def search(text: str | None, image: str | None, view: str, count: float, weight: float) -> str:
         try:
             if not isinstance(text, str | None) or not (_is_number(count) and _is_number(weight)):
-                raise SearchError("This search cannot be read: it takes a text, a number of hits and a weight.")
-            if not isinstance(show, str) or show not in SHOW:
-                raise SearchError(f"'{show}' cannot be shown; it must be one of {', '.join(SHOW)}.")
-            if picture is not None and Path(picture).stat().st_size > LARGEST_UPLOAD:
-                raise SearchError(f"The picture is larger than {LARGEST_UPLOAD // 2**20} MiB. Give a smaller one.")
-            text, too_long = (text or ""), len(text or "") > LONGEST
-            k = max(1, min(int(count), _MOST))
-            vector = searcher.vector(text, picture, min(max(float(weight), 0.0), 1.0))
+                raise SearchError(
+                    "This search cannot be read. It takes a text, an image, a number of hits and a weight."
+                )
+            if not isinstance(view, str) or view not in VIEWS:
+                raise SearchError(f"'{view}' cannot be shown. Choose one of {', '.join(VIEWS)}.")
+            if image is not None and Path(image).stat().st_size > MAX_UPLOAD_SIZE:
+                raise SearchError(f"The image is larger than {MAX_UPLOAD_SIZE // 2**20} MiB. Choose a smaller one.")
+            is_long = len(text or "") > MAX_QUERY_LENGTH
+            k = max(1, min(int(count), _MAX_HITS))
+            vector = searcher.vector(text, image, min(max(float(weight), 0.0), 1.0))
         except FileNotFoundError:  # deleted after an hour
-            return note("The picture is no longer here. Upload it again.", alert=True)
+            return note("The image was deleted. Upload it again.", alert=True)
         except SearchError as error:
             return note(str(error), alert=True)
         try:
-            wanted = SHOW[show]
-            if wanted == "apart":
-                found = {kind: searcher.index.search(vector, k, [kind]) for kind in KINDS}
+            kinds = VIEWS[view]
+            if kinds == "two":
+                rankings = {kind: searcher.index.search(vector, k, [kind]) for kind in KINDS}
             else:
-                found = {"": searcher.index.search(vector, k, KINDS if wanted == "together" else [wanted])}
-        except SearchError as error:  # it names the server's files, which are not the visitor's business
+                rankings = {"": searcher.index.search(vector, k, KINDS if kinds == "one" else [kinds])}
+        except SearchError as error:  # it names the server's files, which visitors should not see
             logger.error(str(error))
-            return note("The index cannot be searched now; the server's log says why.", alert=True)
-        said = f"The text is long; its first {LONGEST:,} characters were looked at." if too_long else ""
-        return results_html(found, said)
+            return note("The index cannot be searched now. The server's log says why.", alert=True)
+        warning = f"The text is long: only its first {MAX_QUERY_LENGTH:,} characters were used." if is_long else ""
+        return results_html(rankings, warning)
 
-    return find
+    return search
 
 
 def _is_number(value: Any) -> bool:
@@ -186,51 +191,59 @@ def _is_number(value: Any) -> bool:
 
 
 def note(text: str, alert: bool = False) -> str:
+    """Return a message as HTML."""
     return f'<div class="bf-note" role="{"alert" if alert else "status"}">{html.escape(text)}</div>'
 
 
-def results_html(found: Mapping[str, Sequence[Hit]], said: str = "") -> str:
-    """Rankings as lists, everything that comes from the index or a visitor escaped."""
-    parts = [note(said)] if said else []
-    total = sum(map(len, found.values()))
+def results_html(rankings: Mapping[str, Sequence[Hit]], warning: str = "") -> str:
+    """Return rankings as HTML lists, with everything from the index or a visitor escaped.
+
+    Args:
+        rankings: hits by kind; of both kinds, by an empty string.
+    """
+    parts = [note(warning)] if warning else []
+    total = sum(map(len, rankings.values()))
     parts.append(f'<p role="status">{total} hit{"" if total == 1 else "s"}</p>')
-    for kind, hits in found.items():
+    for kind, hits in rankings.items():
         if kind:
             parts.append(f"<h2>{_HEADINGS[kind]}</h2>")
         if not hits:
-            parts.append(note("Nothing of this kind is in the index."))
+            parts.append(note("The index has none of this kind."))
             continue
-        parts.append('<ol class="bf-hits">' + "".join(map(_hit, range(1, len(hits) + 1), hits)) + "</ol>")
+        parts.append('<ol class="bf-hits">' + "".join(map(_hit_html, range(1, len(hits) + 1), hits)) + "</ol>")
     return f'<div aria-live="polite">{"".join(parts)}</div>'
 
 
-def _hit(rank: int, hit: Hit) -> str:
-    text = hit.text if len(hit.text) <= _SHOWN_TEXT else f"{hit.text[:_SHOWN_TEXT]}…"
-    shown = html.escape(text)
+def _hit_html(rank: int, hit: Hit) -> str:
+    text = hit.text if len(hit.text) <= _MAX_TEXT_LENGTH else f"{hit.text[:_MAX_TEXT_LENGTH]}…"
     image = ""
     if hit.thumbnail is not None:
-        kind = "png" if hit.thumbnail.startswith(b"\x89PNG") else "jpeg"
-        code = base64.b64encode(hit.thumbnail).decode()
+        media_type = "image/png" if hit.thumbnail.startswith(b"\x89PNG") else "image/jpeg"
+        data = base64.b64encode(hit.thumbnail).decode()
         alt = html.escape(text or Path(hit.name).name, quote=True)
-        image = f'<span class="bf-frame"><img src="data:image/{kind};base64,{code}" alt="{alt}"></span>'
+        image = f'<span class="bf-frame"><img src="data:{media_type};base64,{data}" alt="{alt}"></span>'
     width = round(100 * min(max(hit.score, 0.0), 1.0))
-    what = "picture" if hit.kind == "image" else "text"
     name = Path(hit.name).name
-    others = len(hit.other_names)
-    also = f" and {others} more" if others else ""
+    more = f" and {len(hit.other_names)} more" if hit.other_names else ""
     title = html.escape("\n".join([hit.name, *hit.other_names[:20]]), quote=True)
-    named = f'<small title="{title}">{html.escape(name + also)}</small>' if name != hit.text or also else ""
+    caption = f'<small title="{title}">{html.escape(name + more)}</small>' if name != hit.text or more else ""
     return (
-        f'<li class="bf-hit bf-{hit.kind}" tabindex="0">{image}<p>{shown}</p>{named}'
-        f'<span class="bf-score"><span>{rank}. {what}</span><span>{hit.score:.3f}</span></span>'
+        f'<li class="bf-hit bf-{hit.kind}" tabindex="0">{image}<p>{html.escape(text)}</p>{caption}'
+        f'<span class="bf-score"><span>{rank}. {hit.kind}</span><span>{hit.score:.3f}</span></span>'
         f'<span class="bf-bar" style="width:{width}%"></span></li>'
     )
 
 
 def launch(page: gradio.Blocks, host: str | None = None, port: int | None = None, wait: bool = True) -> str:
-    """Serve the page; returns its address, when it is stopped or, without `wait`, at once.
+    """Serve the page and return its address.
 
-    Fonts are those of the visitor's machine: gradio's own themes load theirs from another host.
+    Fonts are those of the visitor's machine, since gradio's own themes load theirs from another host.
+
+    Args:
+        page: see `build_page`.
+        host: address to listen on; gradio's default if None.
+        port: port to listen on; gradio's default if None.
+        wait: return only when the server is stopped.
 
     Raises:
         SearchError: if the port is taken.
@@ -239,10 +252,10 @@ def launch(page: gradio.Blocks, host: str | None = None, port: int | None = None
     try:
         _, address, _ = page.launch(
             server_name=host, server_port=port, prevent_thread_lock=not wait, quiet=True, show_error=False, share=False,
-            max_file_size=LARGEST_UPLOAD, footer_links=[], theme=theme, css_paths=STYLE, ssr_mode=False,
+            max_file_size=MAX_UPLOAD_SIZE, footer_links=[], theme=theme, css_paths=STYLE, ssr_mode=False,
             enable_monitoring=False, pwa=False, mcp_server=False,
             app_kwargs={"middleware": [Middleware(OwnFilesOnly, page=page)]},
         )  # fmt: skip
     except OSError as error:
-        raise SearchError(f"Cannot listen on {host}:{port} ({error}); choose another port.") from error
+        raise SearchError(f"Cannot listen on {host}:{port} ({error}). Choose another port.") from error
     return address

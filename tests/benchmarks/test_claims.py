@@ -1,4 +1,4 @@
-"""The trial of the claims: rules on known numbers, a small real trial that is gone on with, data from the Hub."""
+"""The claims: rules on known numbers, a small real run that is resumed, data from the Hub, bad input."""
 
 import csv
 import io
@@ -14,9 +14,9 @@ from PIL import Image
 
 from benchmarks.claims.__main__ import app
 from benchmarks.claims.claims import CLAIMS
-from benchmarks.claims.datasets import ClaimsError, Material
+from benchmarks.claims.datasets import ClaimData, ClaimsError
 from benchmarks.claims.rules import Check, difference, summary
-from benchmarks.claims.runner import try_claims
+from benchmarks.claims.runner import _open_data, run_claims
 from tests.bifocal.commands import error_of
 from tests.browser import needs_browser, opened
 from tests.data.test_hub import python
@@ -29,10 +29,10 @@ def table(count: int, seed: int) -> pa.Table:
     draws = np.random.default_rng(seed)
     rows = []
     for number in range(count):
-        picture = draws.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-        picture[..., number % 2] //= 8  # the two classes differ in their colour
+        pixels = draws.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        pixels[..., number % 2] //= 8  # the two classes differ in their colour
         buffer = io.BytesIO()
-        Image.fromarray(picture).save(buffer, "JPEG")
+        Image.fromarray(pixels).save(buffer, "JPEG")
         rows.append({"image": buffer.getvalue(), "label": ["dog", "ship"][number % 2]})
     return pa.Table.from_pylist(rows)
 
@@ -59,78 +59,94 @@ def data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tried(data, tmp_path_factory):
+def first_run(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("claims") / "out"
-    said: list[str] = []
-    found = try_claims(out, data, ["multi-task"], 0.1, [0], said.append)
-    return out, found, said
+    lines: list[str] = []
+    results = run_claims(out, data, ["multi-task"], 0.1, [0], lines.append)
+    return out, results, lines
 
 
-def test_a_small_trial(tried, data):
-    out, found, said = tried
-    assert [line.partition(": ")[2] for line in said] == [
+def test_a_small_run(first_run, data):
+    out, claim_results, progress = first_run
+    assert [line.partition(": ")[2] for line in progress] == [
         "image-text only, seed 0", "text-text only, seed 0", "both, seed 0"
     ]  # fmt: skip
     results = json.loads((out / "results.json").read_text())["claims"]["multi-task"]
     assert results["scale"] == 0.0025
     assert len(results["checks"]) == 5
-    for row in results["arms"]:
+    for row in results["conditions"]:
         assert set(row["metrics"]) == {"zero-shot accuracy", "text retrieval R@5", "STS Spearman"}
-    values = {row["arm"]: row["metrics"]["zero-shot accuracy"][0] for row in results["arms"]}
-    both = found[0].outcomes["both"][0]["joint"]["zero-shot accuracy"]
+    values = {row["condition"]: row["metrics"]["zero-shot accuracy"][0] for row in results["conditions"]}
+    both = claim_results[0].outcomes["both"][0]["joint"]["zero-shot accuracy"]
     assert values["both"] == both
     assert results["checks"][0]["value"] == pytest.approx(both - values["image-text only"])
     again: list[str] = []
-    try_claims(out, data, ["multi-task"], 0.1, [0], again.append)
-    assert again == [], "what is done is not done again"
+    run_claims(out, data, ["multi-task"], 0.1, [0], again.append)
+    assert again == [], "finished conditions are reused"
     folder = next(out.glob("multi-task/*/seed-0/both"))
-    assert not found[0].resumed
+    assert not claim_results[0].resumed
     for name in ("seconds.json", "metrics.json"):  # as if it had been killed just before each was written
         (folder / name).unlink()
-    assert try_claims(out, data, ["multi-task"], 0.1, [0], again.append)[0].resumed
+    assert run_claims(out, data, ["multi-task"], 0.1, [0], again.append)[0].resumed
     (folder / "seconds.json").unlink()
-    assert try_claims(out, data, ["multi-task"], 0.1, [0], again.append)[0].outcomes == found[0].outcomes
+    assert run_claims(out, data, ["multi-task"], 0.1, [0], again.append)[0].outcomes == claim_results[0].outcomes
     assert [line.partition(": ")[2] for line in again] == ["both, seed 0"] * 2
-    assert " at least " in " ".join((out / "claims.html").read_text().split())
-    assert not (folder / "joint" / "model").exists(), "weights that nobody needs are not kept"
+    page = " ".join((out / "claims.html").read_text().split())
+    assert " at least " in page
+    assert "300 photos of CIFAR-10, human captions of 200 photos" in page
+    assert " 0.25 % of the full number of steps" in page
+    assert not (folder / "joint" / "model").exists(), "models are removed at the end"
 
 
 @needs_browser
-def test_the_page(tried):
-    with opened(tried[0] / "claims.html") as page:
+def test_the_page(first_run):
+    with opened(first_run[0] / "claims.html") as page:
         assert page.locator("section#multi-task h2").inner_text() == "One model keeps both"
         verdict = page.locator(".verdict").inner_text()
         assert verdict in ("Shown.", "Not shown at this scale.")
         assert page.locator("#multi-task table").first.locator("tbody tr").count() == 5
 
 
-def test_what_is_wrong_is_said(tried, data, tmp_path):
+def test_bad_input_is_named(first_run, data, tmp_path):
     with pytest.raises(ClaimsError, match="There is no claim 'magic'; there are multi-task, stages, mlm-first"):
-        try_claims(tmp_path / "out", data, ["magic"])
+        run_claims(tmp_path / "out", data, ["magic"])
     (tmp_path / "mine" / "data").mkdir(parents=True)
     with pytest.raises(ClaimsError, match="mine' holds other files and no claims; choose another --out"):
-        try_claims(tmp_path / "mine", data, ["multi-task"])
+        run_claims(tmp_path / "mine", data, ["multi-task"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ClaimsError, match=r"has no cifar10/train\.parquet; see --help"):
-        Material(tmp_path / "empty", tmp_path)
-    (tried[0] / "material" / "source.json").write_text('"symbols"')
-    with pytest.raises(ClaimsError, match="holds claims tried on other data; choose another --out"):
-        try_claims(tried[0], data, ["multi-task"])
-    (tried[0] / "material" / "source.json").write_text('"files"')
-    assert "The budget must be some minutes" in error_of(tmp_path, "--budget", "0", "--data", str(data), app=app)
+    with pytest.raises(ClaimsError, match=r"has no cifar10/train\.parquet\. See --help"):
+        ClaimData(tmp_path / "empty", tmp_path)
+    (first_run[0] / "datasets" / "source.json").write_text('"symbols"')
+    with pytest.raises(ClaimsError, match="holds claims tested on other data; choose another --out"):
+        run_claims(first_run[0], data, ["multi-task"])
+    (first_run[0] / "datasets" / "source.json").write_text('"files"')
 
 
-def test_symbols_serve_where_nothing_can_be_loaded(tmp_path):
-    said: list[str] = []
-    with pytest.raises(ClaimsError, match="no claim 'none'"):
-        try_claims(tmp_path / "out", None, ["none"], say=said.append)
-    from benchmarks.claims.runner import _data
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--budget", "0"], "The budget must be above 0 minutes, not 0."),
+        (["--only", "magic"], "There is no claim 'magic'; there are multi-task, stages, mlm-first"),
+        (["--data", "empty"], "'empty' has no cifar10/train.parquet. See --help for the layout, or omit --data."),
+        (["--data", "no-such-folder"], "'no-such-folder' has no cifar10/train.parquet."),
+        (["--out", "mine"], "'mine' holds other files and no claims; choose another --out."),
+    ],
+)
+def test_bad_options_get_one_sentence(tmp_path, options, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "mine" / "data").mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    assert message in error_of(tmp_path, *options, app=app)
+    assert sorted(tmp_path.rglob("*")) == before, "nothing is written"
 
-    place, _ = _data(tmp_path, None, said.append)
-    assert place is None
-    assert said[0].startswith("Photos and captions could not be loaded (")
-    assert said[0].endswith("; symbols serve instead.")
-    assert "Symbols" in Material(None, tmp_path).described
+
+def test_symbols_replace_data_that_cannot_be_loaded(tmp_path):
+    lines: list[str] = []
+    data_folder, _ = _open_data(tmp_path, None, lines.append)
+    assert data_folder is None
+    assert lines[0].startswith("Photos and captions could not be loaded (")
+    assert lines[0].endswith("; symbols replace them.")
+    assert "symbols" in ClaimData(None, tmp_path).described
 
 
 def test_data_from_the_hub(tmp_path):
@@ -170,13 +186,13 @@ from benchmarks.claims.sources import fetch
 print(json.dumps(str(fetch(pathlib.Path({str(tmp_path / "data")!r}), pathlib.Path({str(tmp_path / "recipe.yaml")!r})))))
 """
         python(script)
-    material = Material(tmp_path / "data", tmp_path)
-    assert len(material.pictures.train) == 9
-    assert material.pictures.train[0]["caption"] in ("a photo of a dog", "a photo of a ship")
-    assert len(material.pictures.test) == 5
-    assert (len(material.captions.train), len(material.captions.test)) == (8, 4)
-    assert material.captions.test[0] == sentences(12, 0)[8]
-    assert material.sts == (["a dog"] * 3, ["a cat"] * 3, [0.5] * 3)
+    claim_data = ClaimData(tmp_path / "data", tmp_path)
+    assert len(claim_data.images.train) == 9
+    assert claim_data.images.train[0]["caption"] in ("a photo of a dog", "a photo of a ship")
+    assert len(claim_data.images.test) == 5
+    assert (len(claim_data.captions.train), len(claim_data.captions.test)) == (8, 4)
+    assert claim_data.captions.test[0] == sentences(12, 0)[8]
+    assert claim_data.sts == (["a dog"] * 3, ["a cat"] * 3, [0.5] * 3)
 
 
 def test_rules():
@@ -194,9 +210,9 @@ def test_rules():
 
 @pytest.mark.parametrize("name", CLAIMS)
 def test_every_claim_can_be_judged(name, data, tmp_path):
-    """With made numbers: better arms are judged as shown, equal ones not, and no rule asks for what no arm measures."""
-    claim, material = CLAIMS[name], Material(data, tmp_path)
-    arms = claim.arms(material)
+    """With equal numbers, only the claim that something does no harm is shown."""
+    claim, claim_data = CLAIMS[name], ClaimData(data, tmp_path)
+    conditions = claim.conditions(claim_data)
     seen: set[str] = set()
 
     class Metrics(dict):
@@ -204,8 +220,8 @@ def test_every_claim_can_be_judged(name, data, tmp_path):
             seen.add(metric)
             return 0.5
 
-    outcomes = {arm.name: {0: {phase.name: Metrics() for phase in arm.phases}} for arm in arms}
-    verdict = claim.judge(outcomes, material)
-    assert seen, "it looks at the figures"
-    assert verdict.shown == (name == "mlm-first"), "equal arms show nothing but that something does no harm"
-    assert all(phase.steps >= 20 for arm in arms for phase in arm.phases)
+    outcomes = {condition.name: {0: {phase.name: Metrics() for phase in condition.phases}} for condition in conditions}
+    verdict = claim.judge(outcomes, claim_data)
+    assert seen, "the rule uses metrics"
+    assert verdict.shown == (name == "mlm-first"), "equal conditions show only that something does no harm"
+    assert all(phase.steps >= 20 for condition in conditions for phase in condition.phases)

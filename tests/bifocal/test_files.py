@@ -327,10 +327,10 @@ REVIEWED = {
     "hub/sentence_files.py": Counter(save_sentence_files=1),  # in a folder that is being made
     "hub/release.py": Counter(write_release=1),  # in a folder that is being made
     # By names of our own in an index's folder, under its lock.
-    "hub/search/index.py": Counter(create=1, discard_if_empty=4, _tidy=1),  # of an index without rows; scratch files
-    "hub/search/opened.py": Counter(_keep=3),  # FAISS indexes of earlier states
-    "hub/search/settings.py": Counter(write_settings=1),
-    "hub/search/table.py": Counter(_write=1, tidy=1),
+    "hub/search/index.py": Counter(create=1, discard_if_empty=4, _delete_temporary_files=1),  # of an empty index
+    "hub/search/atomic.py": Counter(replace_file=2),
+    "hub/search/faiss_indexes.py": Counter(_write=1),  # FAISS indexes of earlier states
+    "hub/search/table.py": Counter(delete_temporary_files=1),
     "modeling/processing_bifocal.py": Counter(token_ids=1),  # cuts token ids
     "training/checkpoints.py": Counter(
         _set_aside=1,  # a new name for an unfinished checkpoint

@@ -86,7 +86,7 @@ index pairs.jsonl index --model ./nope
 index pairs.jsonl index --model empty
 index pairs.jsonl index
 index pairs.jsonl index --model model --kind foo
-index pairs.jsonl index --model model --dims 0
+index pairs.jsonl index --model model --dim 0
 index pairs.jsonl index --model model --precision foo
 index pairs.jsonl file.txt --model model
 index pairs.jsonl notes --model model
@@ -95,7 +95,7 @@ search nope cat
 search empty cat
 search file.txt cat
 remove nope name
-database nope out
+export-lancedb nope out
 serve nope
 serve file.txt
 data show nope

@@ -14,7 +14,7 @@ from references import option_names
 
 import bifocal
 from bifocal.cli import app
-from bifocal.evaluation.task_rows import EvaluationTask
+from bifocal.evaluation.suites import EvaluationTask
 from bifocal.hub.export import export_model
 from bifocal.modeling import BifocalModel
 from bifocal.training.arguments import BifocalTrainingArguments
@@ -41,8 +41,9 @@ PYTHON = [
 @pytest.fixture(scope="module")
 def folder(processor, tmp_path_factory) -> Path:
     """A working directory with what the pages take for granted: the demo's model, an index and the examples' data."""
-    from bifocal.hub.search.index import SearchIndex, weights_of
+    from bifocal.hub.search.index import SearchIndex
     from bifocal.hub.search.items import Item
+    from bifocal.hub.search.models import weights_hash
     from bifocal.hub.search.searcher import Searcher
 
     root = tmp_path_factory.mktemp("reader")
@@ -50,7 +51,7 @@ def folder(processor, tmp_path_factory) -> Path:
     torch.manual_seed(0)
     export_model(BifocalModel(small_config()), model, processor)
     shutil.copytree(ROOT / "examples" / "data", root / "examples" / "data")
-    index = SearchIndex.create(root / "runs" / "index", str(model), weights_of(str(model)), 40)
+    index = SearchIndex.create(root / "runs" / "index", str(model), weights_hash(str(model)), 40)
     Searcher(index).add([Item("star.png", image=root / "examples" / "data" / "images" / "star.png")])
     return root
 

@@ -48,15 +48,15 @@ def symbols() -> Dataset:
     return build_symbols(SymbolsConfig(image_size=32))["test"].select(range(60))
 
 
-def pictures() -> list[Image.Image]:
+def images() -> list[Image.Image]:
     return [images[0] for images in symbols()["images"]]
 
 
-class NameToPicture(AbsTaskRetrieval):
-    metadata = about("NameToPicture", "Any2AnyRetrieval", "ndcg_at_10", "t2i", ["text", "image"])
+class NameToImage(AbsTaskRetrieval):
+    metadata = about("NameToImage", "Any2AnyRetrieval", "ndcg_at_10", "t2i", ["text", "image"])
 
     def load_data(self, **kwargs):
-        ids, shown = [str(n) for n in range(60)], [png(p) for p in pictures()]
+        ids, shown = [str(n) for n in range(60)], [png(p) for p in images()]
         self.dataset = {"default": {"test": {
             "queries": Dataset.from_dict({"id": [f"q{n}" for n in ids], "text": list(symbols()["name"])}),
             "corpus": Dataset.from_dict({"id": ids, "image": shown}).cast_column("image", _image()),
@@ -69,7 +69,7 @@ class TurnedOrNot(AbsTaskZeroShotClassification):
     metadata = about("TurnedOrNot", "ZeroShotClassification", "accuracy", "i2t", ["image", "text"])
 
     def load_data(self, **kwargs):
-        data = Dataset.from_dict({"image": [png(p) for p in pictures()[:20]], "label": [n % 2 for n in range(20)]})
+        data = Dataset.from_dict({"image": [png(p) for p in images()[:20]], "label": [n % 2 for n in range(20)]})
         self.dataset = DatasetDict(test=data.cast_column("image", _image()))
         self.data_loaded = True
 
@@ -83,11 +83,11 @@ def _image():
     return ImageFeature()
 
 
-def png(picture) -> dict:
-    if isinstance(picture, dict):
-        return picture
+def png(image) -> dict:
+    if isinstance(image, dict):
+        return image
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    image.save(buffer, "PNG")
     return {"bytes": buffer.getvalue(), "path": None}
 
 
@@ -104,8 +104,8 @@ def test_sts_of_minilm(tmp_path):
     cosine = (encoder.texts(rows["sentence1"]) * encoder.texts(rows["sentence2"])).sum(1)
     assert found.metrics["main_score"] == pytest.approx(spearmanr(cosine, rows["score"]).statistic, abs=1e-5)
     assert list(tmp_path.rglob("LocalSTS.json")), "in mteb's own format"
-    with pytest.raises(EvaluationError, match="embeds no images, which the task NameToPicture needs"):
-        run_mteb(folder, [NameToPicture()], tmp_path)
+    with pytest.raises(EvaluationError, match="embeds no images, which the task NameToImage needs"):
+        run_mteb(folder, [NameToImage()], tmp_path)
 
 
 def test_texts_of_ours_go_through_sentence_transformers(model, tmp_path):
@@ -126,8 +126,8 @@ def test_texts_of_ours_go_through_sentence_transformers(model, tmp_path):
 
 def test_image_tasks_agree_with_ours(model, tmp_path):
     encoder = bifocal_encoder(model, "small-model")
-    retrieval, classified = run_mteb(encoder, [NameToPicture(), TurnedOrNot()], tmp_path)
-    shown = [Image.open(io.BytesIO(p["bytes"])) if isinstance(p, dict) else p for p in pictures()]
+    retrieval, classified = run_mteb(encoder, [NameToImage(), TurnedOrNot()], tmp_path)
+    shown = [Image.open(io.BytesIO(p["bytes"])) if isinstance(p, dict) else p for p in images()]
     ranks = relevant_ranks(encoder.texts(list(symbols()["name"])), encoder.images(shown), [[n] for n in range(60)])
     ours = retrieval_metrics(ranks, (1, 5, 10))
     assert retrieval.metrics["ndcg_at_10"] == pytest.approx(ours["ndcg@10"], abs=1e-4), "theirs is rounded"
@@ -136,7 +136,7 @@ def test_image_tasks_agree_with_ours(model, tmp_path):
     assert classified.metrics["accuracy"] == pytest.approx(own.metrics["accuracy"], abs=1e-4)
 
 
-def test_a_stopped_run_goes_on(model, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes(model, tmp_path, monkeypatch):
     """Results that are kept are not computed again."""
     encoder = bifocal_encoder(model, "small-model")
     first = run_mteb(encoder, [TurnedOrNot()], tmp_path)
@@ -144,8 +144,8 @@ def test_a_stopped_run_goes_on(model, tmp_path, monkeypatch):
     counting = bifocal_encoder(model, "small-model")
     real = counting.image
     counting.image = lambda images: calls.append(len(images)) or real(images)
-    again = run_mteb(counting, [TurnedOrNot(), NameToPicture()], tmp_path)
-    assert sum(calls) == 60, "only the new task's pictures"
+    again = run_mteb(counting, [TurnedOrNot(), NameToImage()], tmp_path)
+    assert sum(calls) == 60, "only the new task's images"
     assert {r.task: r.metrics["main_score"] for r in again}["TurnedOrNot"] == first[0].metrics["main_score"]
 
 

@@ -10,7 +10,7 @@ from scipy.stats import spearmanr
 from bifocal.errors import EvaluationError
 from bifocal.evaluation.compression import by_dimension, by_precision
 from bifocal.evaluation.encoders import Encoder, load_encoder
-from bifocal.evaluation.modality_gap import modality_gap
+from bifocal.evaluation.modality_gap import measure_gap
 from bifocal.evaluation.protocols import (
     image_text_retrieval,
     linear_probe,
@@ -25,7 +25,7 @@ from tests.modeling.test_images import photo
 
 
 def table(vectors: dict[str, list[float]]) -> Encoder:
-    """An encoder that looks texts and pictures up; pictures go by their colour."""
+    """An encoder that looks up texts and images, the latter by the name in their `info`."""
 
     def unit(rows):
         rows = np.asarray(rows, dtype=np.float32)
@@ -38,15 +38,15 @@ def table(vectors: dict[str, list[float]]) -> Encoder:
 
 
 def named(name: str):
-    """A picture of its own that goes by a name."""
-    picture = photo(16, 16)
-    picture.putpixel((0, 0), tuple(zlib.crc32(name.encode()).to_bytes(4, "big")[:3]))
-    picture.info["name"] = name
-    return picture
+    """A unique image with a name."""
+    image = photo(16, 16)
+    image.putpixel((0, 0), tuple(zlib.crc32(name.encode()).to_bytes(4, "big")[:3]))
+    image.info["name"] = name
+    return image
 
 
 def test_image_text_retrieval_by_hand():
-    """Two captions of the first picture, one of them nearer to the second."""
+    """Two captions of the first image, one of them nearer to the second."""
     encoder = table({"A": [1, 0], "B": [0, 1], "a1": [1, 0.1], "a2": [0.4, 0.6], "b": [0.1, 1]})
     found = image_text_retrieval(encoder, "t", [named("A"), named("B")], [["a1", "a2"], ["b"]], ks=(1, 2))
     assert found.metrics["text_to_image/recall@1"] == pytest.approx(2 / 3)
@@ -85,7 +85,7 @@ def test_text_retrieval_by_hand():
     found = text_retrieval(
         encoder, "t", {"a": "q1", "b": "q2", "c": "q3"}, {"1": "d1", "2": "d2", "3": "d3"}, {"a": ["1"], "b": ["2"]}
     )
-    assert found.sizes["queries without right passages"] == 1
+    assert found.sizes["queries without relevant passages"] == 1
     assert found.metrics["recall@1"] == 0.5
     assert found.metrics["mrr"] == pytest.approx((1 / 2 + 1) / 2)
 
@@ -139,8 +139,8 @@ def test_the_gap_of_two_shifted_clouds():
 
     images = unit(meaning + shift + 0.3 * generator.normal(size=(200, 16)))
     texts = unit(meaning - shift + 0.3 * generator.normal(size=(200, 16)))
-    apart = modality_gap(images, texts).metrics
-    together = modality_gap(unit(meaning + 0.3 * generator.normal(size=(200, 16))), unit(meaning)).metrics
+    apart = measure_gap(images, texts).metrics
+    together = measure_gap(unit(meaning + 0.3 * generator.normal(size=(200, 16))), unit(meaning)).metrics
     assert apart["centroid_distance"] > 1.5 > 0.5 > together["centroid_distance"]
     assert apart["mixed/text_wrong_kind"] == apart["mixed/image_wrong_kind"] == 1.0
     assert together["mixed/text_wrong_kind"] < 0.05
@@ -172,15 +172,15 @@ def test_smaller_vectors():
     [
         (lambda e: image_text_retrieval(e, "t", [named("A")], [[]]), "None of the 1 rows of 't' can be used .1 no"),
         (lambda e: image_text_retrieval(e, "t", [], []), "'t' has no rows"),
-        (lambda e: zero_shot(e, "t", [named("A")], [0], ["dog"]), "1 images of 1 classes; it takes two"),
+        (lambda e: zero_shot(e, "t", [named("A")], [0], ["dog"]), "1 images of 1 classes; give at least two"),
         (lambda e: semantic_similarity(e, "t", ["a"] * 2, ["a"] * 2, [1, 1]), "all equal"),
         (lambda e: pair_classification(e, "t", ["a"] * 2, ["a"] * 2, [1, 1]), "must be 0 and 1, both"),
-        (lambda e: text_retrieval(e, "t", {"a": "a"}, {"1": "a"}, {}), "No query of 't' has a right passage"),
-        (lambda e: text_retrieval(e, "t", {"a": "a"}, {"1": "a"}, {"a": ["2"]}), "right passage '2', which is not in"),
-        (lambda e: Encoder("m", "t", e.text, None, 0).images(["x"]), "'m' embeds no pictures"),
+        (lambda e: text_retrieval(e, "t", {"a": "a"}, {"1": "a"}, {}), "No query of 't' has a relevant passage"),
+        (lambda e: text_retrieval(e, "t", {"a": "a"}, {"1": "a"}, {"a": ["2"]}), "passage '2', which is not in"),
+        (lambda e: Encoder("m", "t", e.text, None, 0).images(["x"]), "'m' embeds no images"),
         (lambda e: Encoder("m", "t", lambda t: np.full((len(t), 2), np.nan), None, 0).texts(["x"]),
          "'m' gives embeddings that are not finite for 1 of 1 texts"),
-        (lambda e: modality_gap(np.ones((3, 2)), np.ones((3, 2))), "no four pairs"),
+        (lambda e: measure_gap(np.ones((3, 2)), np.ones((3, 2))), "give at least four pairs"),
     ],
 )  # fmt: skip
 def test_bad_input(call, message):

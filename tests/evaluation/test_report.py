@@ -17,13 +17,13 @@ def example() -> Report:
     missed = Search(Item(None, Image.new("RGB", (32, 32)), "★"), [Hit(Item("omega"), 0.4, False)], Item("star"), 17)
     stages = [
         Stage(f"{number}: a stage", 20, 3.4, {"R@5": 0.1 * number, "R@1": 0.05},
-              {"image-text": [(10, 4.0), (20, 2.0 / number)]}, {"text to picture": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]})
+              {"image-text": [(10, 4.0), (20, 2.0 / number)]}, {"text to image": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]})
         for number in (1, 2, 3)
     ]  # fmt: skip
     odd = [Item(LONG_NAME, image, name) for name, image in odd_images().items()]
     strange = [Search(item, [Hit(other, 0.5, other is item) for other in odd], item, 1) for item in odd]
     galleries = [
-        Gallery("Pictures found", "Drawn at random.", [found]), Gallery("Names found", "Too.", [missed]),
+        Gallery("Images found", "Drawn at random.", [found]), Gallery("Names found", "Too.", [missed]),
         Gallery(LONG_NAME, LONG_NAME, strange),
     ]  # fmt: skip
     return Report("A report", "What it is about.", {"Recall@5": "0.71"}, stages, galleries, {"seed": "0"})
@@ -74,10 +74,10 @@ def test_symbols_that_look_alike_are_right_answers_of_each_other(model):
     })  # fmt: skip
     found = evaluate_symbols(model, symbols)
     alike = [[0], [1], [2], [3], [4, 5], [4, 5]]
-    for query, item in (("name", "picture"), ("picture", "name"), ("long caption", "picture")):
+    for query, item in (("name", "image"), ("image", "name"), ("long caption", "image")):
         expected = relevant_ranks(found.vectors[query], found.vectors[item], alike)[:, 0]
         assert found.ranks(query, item).tolist() == expected.tolist()
-    assert found.metrics["text to picture R@1"] == (found.ranks("name", "picture") == 1).mean()
+    assert found.metrics["text to image R@1"] == (found.ranks("name", "image") == 1).mean()
     galleries = example_searches(found, symbols, 0)
     assert "2 symbols look like another one to the pixel" in galleries[0].note
     assert "look like" not in galleries[3].note, "names and descriptions differ"

@@ -126,7 +126,7 @@ def test_bad_input(change, message):
 
 
 def test_k_beyond_the_corpus():
-    with pytest.raises(EvaluationError, match="k=5 does not go with 3 items"):
+    with pytest.raises(EvaluationError, match="k=5 is impossible with 3 items"):
         retrieval_metrics(np.array([1, 2]), (1, 5), 3)
 
 

@@ -48,16 +48,16 @@ def reference(scores: np.ndarray, truth: np.ndarray, ks: tuple[int, ...]) -> dic
 def test_rows_that_share_a_text_or_an_image(seed):
     """Against the whole matrix of what is right: a pair is, if some row has this text and this image."""
     draws = np.random.default_rng(seed)
-    words, pictures = [f"w{n}" for n in range(15)], [f"P{n}" for n in range(12)]
-    encoder = table({name: draws.normal(size=8).tolist() for name in words + pictures})
+    words, image_names = [f"w{n}" for n in range(15)], [f"P{n}" for n in range(12)]
+    encoder = table({name: draws.normal(size=8).tolist() for name in words + image_names})
     entries = [(f"P{draws.integers(12)}", [words[n] for n in draws.integers(15, size=draws.integers(1, 4))])
                for _ in range(25)]  # fmt: skip
     found = image_text_retrieval(encoder, "t", [named(p) for p, _ in entries], [texts for _, texts in entries], (1, 3))
     captions = [(text, entry) for entry, (_, texts) in enumerate(entries) for text in texts]
-    rows = {(text, picture) for picture, texts in entries for text in texts}
-    truth = np.array([[(text, picture) in rows for picture, _ in entries] for text, _ in captions]).astype(float)
+    rows = {(text, image) for image, texts in entries for text in texts}
+    truth = np.array([[(text, image) in rows for image, _ in entries] for text, _ in captions]).astype(float)
     texts = encoder.texts([text for text, _ in captions])
-    scores = texts @ encoder.images([named(picture) for picture, _ in entries]).T
+    scores = texts @ encoder.images([named(image) for image, _ in entries]).T
     for direction, matrix, right in (("text_to_image", scores, truth), ("image_to_text", scores.T, truth.T)):
         for name, value in reference(matrix, right, (1, 3)).items():
             assert found.metrics[f"{direction}/{name}"] == pytest.approx(value, abs=1e-6), (direction, name)
@@ -80,13 +80,13 @@ def test_without_shared_rows_nothing_changes():
     captions = [[f"w{3 * n + i}" for i in range(3)] for n in range(20)]
     images = [named(f"P{n}") for n in range(20)]
     found = image_text_retrieval(encoder, "t", images, captions)
-    texts, pictures = encoder.texts([text for group in captions for text in group]), encoder.images(images)
-    ranks = relevant_ranks(pictures, texts, np.arange(60).reshape(20, 3).tolist())
+    texts, image_vectors = encoder.texts([text for group in captions for text in group]), encoder.images(images)
+    ranks = relevant_ranks(image_vectors, texts, np.arange(60).reshape(20, 3).tolist())
     expected = retrieval_metrics(ranks, (1, 5, 10), 60)
     assert {name: found.metrics[f"image_to_text/{name}"] for name in expected} == expected
     assert found.sizes["shared rows"] == 0
-    assert target_ranks(texts[::3], pictures).tolist() == [
-        int(r) for r in target_ranks(texts[::3], pictures, query_keys=names[20::3], item_keys=names[:20])
+    assert target_ranks(texts[::3], image_vectors).tolist() == [
+        int(r) for r in target_ranks(texts[::3], image_vectors, query_keys=names[20::3], item_keys=names[:20])
     ]
 
 
@@ -160,7 +160,7 @@ def test_bad_rows_of_texts(model):
     found = pair_classification(encoder, "t", first, second, [1, 0, 0, None, 1])
     assert (found.sizes["pairs"], found.skipped) == (2, {"no first": 2, "no label": 1})
     found = text_retrieval(encoder, "t", {"1": "a", "2": None, "3": "b"}, {"x": "a", "y": ""}, {"1": "x", "3": ["y"]})
-    assert (found.sizes["queries"], found.sizes["queries without right passages"]) == (1, 1)
+    assert (found.sizes["queries"], found.sizes["queries without relevant passages"]) == (1, 1)
     assert [skip.row for skip in found.skips] == ["query 2", "passage y"]
 
 
@@ -178,7 +178,7 @@ def test_a_string_is_one_caption_and_a_name_one_label():
     ("call", "message"),
     [
         (lambda e, i: image_text_retrieval(e, "t", i, "ab"), "The captions of 't' are a single str; give a list"),
-        (lambda e, i: image_text_retrieval(e, "t", i, ["a"]), "'t' has 2 images and 1 captions; give equally many"),
+        (lambda e, i: image_text_retrieval(e, "t", i, ["a"]), "'t' has 2 images and 1 captions; give one of each"),
         (lambda e, i: image_text_retrieval(e, "t", "ab", ["a", "b"]), "The images of 't' are a single str"),
         (lambda e, i: image_text_retrieval(e, "t", i[0], ["a", "b"]), "The images of 't' are a single Image"),
         (lambda e, i: zero_shot(e, "t", i, [0, 1]), "are numbers without names; give classes"),

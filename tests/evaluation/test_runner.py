@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import get_args
 
 import pytest
 import torch
@@ -11,9 +12,12 @@ from transformers.models.clip import CLIPImageProcessorPil
 from typer.testing import CliRunner
 
 from bifocal.cli import app
+from bifocal.data.evaluation_protocols import PROTOCOLS, ProtocolName
+from bifocal.data.kinds import KINDS
 from bifocal.data.skips import BadRowsError, Skipped
 from bifocal.evaluation.encoders import load_encoder
-from bifocal.evaluation.task_rows import EvaluationTask, read_task
+from bifocal.evaluation.suites import EvaluationTask
+from bifocal.evaluation.task_rows import read_task
 from bifocal.hub.export import export_model
 from bifocal.modeling import BifocalModel
 from tests.bifocal.commands import error_of, invoke
@@ -82,6 +86,11 @@ def done(here, monkeypatch, tmp_path):
     return json.loads(found.stdout), tmp_path / "out"
 
 
+def test_every_protocol_has_one_definition():
+    assert get_args(ProtocolName) == tuple(PROTOCOLS)
+    assert {protocol.row_kind for protocol in PROTOCOLS.values()} <= set(KINDS)
+
+
 def test_every_protocol_for_two_families(done, here, monkeypatch):
     numbers, out = done
     assert list(numbers) == ["ours", "clip"]
@@ -96,7 +105,7 @@ def test_every_protocol_for_two_families(done, here, monkeypatch):
     assert list(photos["recall_by_dimension"]) == ["8", "16", "32", "40"]
     assert "mixed/text_wrong_kind" in photos["gap"]
     assert numbers["ours"]["beir"]["sizes"]["passages"] == 9, "the whole corpus"
-    assert numbers["clip"]["photos"]["speed"]["pictures_per_second"] > 0
+    assert numbers["clip"]["photos"]["speed"]["images_per_second"] > 0
     assert json.loads((out / "results.json").read_text()) == numbers
     # Again: all is read from the folder, no model is loaded.
     monkeypatch.setattr("bifocal.evaluation.runner.load_encoder", lambda *_: pytest.fail("loaded again"))
@@ -111,7 +120,7 @@ def test_a_text_model_stands_beside_where_it_can(here, monkeypatch, tmp_path):
                 "--only", "scores")  # fmt: skip
     assert found.exit_code == 0, (found.stderr, found.exception)
     first, second, last = found.stdout.splitlines()
-    assert first.count("0.") == 1, "no picture for the text model"
+    assert first.count("0.") == 1, "no image task for the text model"
     assert second.startswith("scores (spearman): ours ")
     assert last == f"See {tmp_path / 'report.html'}."
 
@@ -148,7 +157,7 @@ def test_the_page_in_a_browser(done):
     with opened(done[1] / "report.html") as page:
         assert page.locator("h1").inner_text() == "Evaluation: local"
         text = page.locator("body").inner_text()
-        for said in ("Side by side", "Where ours fails most", "Not measured here", "jina-clip-v1", "62.39", "binary"):
+        for said in ("Side by side", "Worst searches of ours", "not measured here", "jina-clip-v1", "62.39", "binary"):
             assert said in text
         assert page.locator("img").count() > 9
 

@@ -7,7 +7,7 @@ from PIL import Image
 
 from bifocal.data.image_files import find_images
 from tests.bifocal.commands import error_of, invoke
-from tests.hub.search.test_mirror import described, index, picture, rows
+from tests.hub.search.test_sync import described, index, rows, save_image
 from tests.modeling.test_images import photo
 
 
@@ -17,10 +17,10 @@ def test_every_file_of_a_folder_is_indexed_or_counted(desk):
         place.mkdir(parents=True)
     suffixes = ["avif", "jfif", "jp2", "ico", "ppm", "tga", "JPG", "Png", "webp", "pcx"]
     for number, suffix in enumerate(suffixes):
-        picture(folder / "inner" / f"{number}.{suffix}", 2 * number)
+        save_image(folder / "inner" / f"{number}.{suffix}", 2 * number)
     for number, path in enumerate([folder / "no suffix", elsewhere / "linked.png", folder / ".hidden.png"]):
         photo(70 + number, 20).save(path, "PNG")
-    picture(folder / ".thumbnails" / "small.png", 60)
+    save_image(folder / ".thumbnails" / "small.png", 60)
     (folder / "link").symlink_to(elsewhere, target_is_directory=True)
     (elsewhere / "loop").symlink_to(folder, target_is_directory=True)
     (folder / "dangling.png").symlink_to(desk / "gone.png")
@@ -32,7 +32,7 @@ def test_every_file_of_a_folder_is_indexed_or_counted(desk):
         (folder / name).write_text("all: text")
     done = invoke(desk, "index", "photos", "photos/index", "--model", "model")
     assert done.exit_code == 0, done.stderr
-    assert "13 new, 0 known before, 1 duplicates kept as further names, 2 left out; photos/index has 13" in done.stdout
+    assert "13 new, 0 known before, 1 duplicates kept as further names, 2 skipped; photos/index has 13" in done.stdout
     assert "4 files that were not read as images (.txt 2, no suffix 1, .pdf 1)." in done.stderr
     assert "2 hidden files or folders." in done.stderr
     assert "dangling.png: a link without a target" in done.stderr
@@ -47,7 +47,7 @@ def test_every_file_of_a_folder_is_indexed_or_counted(desk):
 def test_images_without_a_row_in_the_table_are_indexed_too(desk):
     described(desk / "photos", {"a.png": "a dog"})
     for number, name in enumerate(["a.png", "b.png"]):
-        picture(desk / "photos" / name, number)
+        save_image(desk / "photos" / name, number)
     said = index(desk, "photos")
     assert "2 new, 0 known before, 1 images without a row in the table, indexed without a caption; index has 2" in said
     assert rows(desk)["image b.png"] == (["b.png"], "")
@@ -56,23 +56,23 @@ def test_images_without_a_row_in_the_table_are_indexed_too(desk):
 def test_images_by_pattern_and_filters(desk):
     for number, name in enumerate(["a.png", "b.png", "c.jpg"]):
         (desk / "photos").mkdir(exist_ok=True)
-        picture(desk / "photos" / name, 20 * number)
+        save_image(desk / "photos" / name, 20 * number)
     assert "2 new" in index(desk, "photos/*.png", out="some")
     (desk / "photos" / "a.png").unlink()
     assert "1 known before, 1 pruned" in index(desk, "photos/*.png", "--prune", out="some")
     assert set(rows(desk, "some")) == {"image b.png"}
     assert "0 new, 1 known" in index(desk, "photos/b.png", out="some")
-    assert "1 new, 0 known before, 1 left out" in index(desk, "photos", "clean.min_side=24", "clean.max_ratio=2.2")
+    assert "1 new, 0 known before, 1 skipped" in index(desk, "photos", "clean.min_side=24", "clean.max_ratio=2.2")
     assert "image b.png" in rows(desk)
-    said = error_of(desk, "index", "photos", "index", "columns.image=picture")
+    said = error_of(desk, "index", "photos", "index", "columns.image=photo")
     assert "'photos' has images and no table, so it has no columns" in said
 
 
 def test_a_folder_with_a_name_that_is_no_text(desk):
     odd = os.fsdecode(b"caf\xe9")
     (desk / odd).mkdir()
-    picture(desk / odd / "a.png", 1)
-    assert "caf\\xe9/index has 1 pictures" in index(desk, odd, out=f"{odd}/index")
+    save_image(desk / odd / "a.png", 1)
+    assert "caf\\xe9/index has 1 images" in index(desk, odd, out=f"{odd}/index")
     assert "0 new, 1 known" in index(desk, odd, out=f"{odd}/index")
     assert "a.png" in invoke(desk, "search", f"{odd}/index", "a star").stdout
     assert "is empty; nothing" not in error_of(desk, "index", f"{odd}/gone", "index", "--model", "model")
@@ -80,7 +80,7 @@ def test_a_folder_with_a_name_that_is_no_text(desk):
 
 def test_a_folder_that_cannot_be_entered_is_named(desk, monkeypatch):
     (desk / "photos" / "locked").mkdir(parents=True)
-    picture(desk / "photos" / "a.png", 1)
+    save_image(desk / "photos" / "a.png", 1)
     scandir = os.scandir
 
     def denied(path):  # root may enter every folder
@@ -97,13 +97,13 @@ def test_a_folder_that_cannot_be_entered_is_named(desk, monkeypatch):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("empty", "The folder 'empty' is empty; nothing can be indexed."),
+        ("empty", "The folder 'empty' is empty. Nothing can be indexed."),
         ("papers", "The folder 'papers' holds no images and no table of them (.pdf 1)."),
-        ("empty.jsonl", "The file 'empty.jsonl' is empty; nothing can be indexed."),
-        ("gone/photos/2024", "There is nothing at 'gone/photos/2024'; check the path."),
-        ("./gone", "There is nothing at './gone'; check the path."),
-        ("gone.csv", "There is nothing at 'gone.csv'; check the path."),
-        ("pictrues", "There is no file or folder 'pictrues'. If it is a data set of the Hub, name the kind"),
+        ("empty.jsonl", "The file 'empty.jsonl' is empty. Nothing can be indexed."),
+        ("gone/photos/2024", "'gone/photos/2024' does not exist. Check the path."),
+        ("./gone", "'./gone' does not exist. Check the path."),
+        ("gone.csv", "'gone.csv' does not exist. Check the path."),
+        ("pictrues", "There is no file or folder 'pictrues'. If it is a data set on the Hub, pass --kind"),
     ],
 )
 def test_a_source_with_nothing_in_it_is_said_to_be_one(desk, source, message):
@@ -120,13 +120,13 @@ def test_a_kind_that_is_not_there_is_said_to_be_missing(desk):
     Image.new("RGB", (8, 8), "white").save(desk / "photos" / "a.png")
     index(desk, "photos")
     said = error_of(desk, "search", "index", "a star", "--only", "text")
-    assert said == "Error: 'index' has no texts; add some with bifocal index, or search without --only."
+    assert said == "Error: 'index' has no texts. Add some with bifocal index, or omit --only."
 
 
 def test_links_that_lead_nowhere_are_named(tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "gone.png").symlink_to("nothing")
-    picture(tmp_path / "a.png", 1)
+    save_image(tmp_path / "a.png", 1)
     found = find_images(tmp_path)
     assert found.names == ["a.png"]
     reasons = dict(found.unreadable)

@@ -53,7 +53,7 @@ def folder(model, tmp_path_factory) -> Path:
     card = Card(NAME, "A model for tests.", {"recall@5": 0.71}, "On nothing.", "apache-2.0", [STAGE])
     contents = ReleaseContents(
         recipes={"first": RECIPE}, license_text="Apache",
-        results=[("org/images", "image-text retrieval", {"recall@5": 0.71})], evaluation={"x": 1},
+        results=[("org/images", "image-text-retrieval", {"recall@5": 0.71})], evaluation={"x": 1},
     )  # fmt: skip
     return write_release(model, tmp_path_factory.mktemp("release") / "out", card, contents)
 

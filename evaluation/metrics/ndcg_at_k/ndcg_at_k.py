@@ -1,5 +1,5 @@
 # Copyright 2026 The Bifocal authors. Licensed under the Apache License, Version 2.0.
-"""Normalised discounted cumulative gain of the first k, as a metric of the `evaluate` library."""
+"""Normalised discounted cumulative gain of the first k, as a metric for the `evaluate` library."""
 
 import math
 
@@ -7,18 +7,19 @@ import datasets
 import evaluate
 
 _DESCRIPTION = """
-Normalised discounted cumulative gain: a right item at rank r gains its grade over log2(r + 1); the sum over the first k
-is divided by that of the best possible order. It is the main metric of text retrieval in BEIR and MTEB, with k = 10.
+Normalised discounted cumulative gain: a right item at rank r gains its grade divided by log2(r + 1), and the sum over
+the first k is divided by that of the best possible ranking. With k = 10 it is the main metric of text retrieval in BEIR
+and MTEB.
 """
 _INPUTS = """
 Args:
-    predictions: for each query the ids of what it found, best first.
-    references: for each query the ids of its right items.
-    grades: for each query the grades of these, all 1 when None.
-    k: how many of the first are looked at.
+    predictions: ranked ids of each query, best first.
+    references: ids of the right items of each query.
+    grades: grades of the right items of each query; 1 if None.
+    k: number of first items that count.
 
 Returns:
-    ndcg_at_k: the mean over the queries.
+    ndcg_at_k: mean over the queries.
 """
 
 
@@ -40,11 +41,11 @@ class NdcgAtK(evaluate.Metric):
         if k < 1:
             raise ValueError(f"k must be at least 1, but it is {k}.")
         total = 0.0
-        for number, (found, right) in enumerate(zip(predictions, references, strict=True)):
-            worth = dict(zip(right, grades[number] if grades else [1.0] * len(right), strict=True))
-            ideal = sum(g / math.log2(r + 2) for r, g in enumerate(sorted(worth.values(), reverse=True)[:k]))
+        for number, (ranking, right) in enumerate(zip(predictions, references, strict=True)):
+            gains = dict(zip(right, grades[number] if grades else [1.0] * len(right), strict=True))
+            ideal = sum(g / math.log2(r + 2) for r, g in enumerate(sorted(gains.values(), reverse=True)[:k]))
             if not ideal:
-                raise ValueError(f"Query {number} has no right item; leave it out.")
-            first = list(dict.fromkeys(found))[:k]
-            total += sum(worth.get(item, 0.0) / math.log2(r + 2) for r, item in enumerate(first)) / ideal
+                raise ValueError(f"Query {number} has no right item; remove it.")
+            first = list(dict.fromkeys(ranking))[:k]
+            total += sum(gains.get(item, 0.0) / math.log2(r + 2) for r, item in enumerate(first)) / ideal
         return {"ndcg_at_k": total / len(references)}

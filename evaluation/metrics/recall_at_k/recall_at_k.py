@@ -1,23 +1,23 @@
 # Copyright 2026 The Bifocal authors. Licensed under the Apache License, Version 2.0.
-"""Recall@k by both definitions in use, as a metric of the `evaluate` library."""
+"""Recall@k by both definitions in use, as a metric for the `evaluate` library."""
 
 import datasets
 import evaluate
 
 _DESCRIPTION = """
-Of the first k items that a query finds, how many are right. Where a query has several right items, two definitions are
-in use: "any" counts a query as 1 if any of them is among the first k (CLIP-benchmark, published tables of image-text
-retrieval), "share" divides those that are by their number (mteb, information retrieval).
+Recall among the first k items of a ranking. If a query has several right items, two definitions are in use: "any"
+counts a query as 1 if any of them is among the first k (CLIP-benchmark, published tables of image-text retrieval);
+"share" is the share of them that are among the first k (mteb, information retrieval).
 """
 _INPUTS = """
 Args:
-    predictions: for each query the ids of what it found, best first.
-    references: for each query the ids of its right items.
-    k: how many of the first are looked at.
+    predictions: ranked ids of each query, best first.
+    references: ids of the right items of each query.
+    k: number of first items that count.
     definition: "any" or "share".
 
 Returns:
-    recall_at_k: the mean over the queries.
+    recall_at_k: mean over the queries.
 """
 
 
@@ -40,9 +40,9 @@ class RecallAtK(evaluate.Metric):
         if k < 1:
             raise ValueError(f"k must be at least 1, but it is {k}.")
         total = 0.0
-        for number, (found, right) in enumerate(zip(predictions, references, strict=True)):
+        for number, (ranking, right) in enumerate(zip(predictions, references, strict=True)):
             if not right:
-                raise ValueError(f"Query {number} has no right item; leave it out.")
-            hits = len(set(found[:k]) & set(right))
+                raise ValueError(f"Query {number} has no right item; remove it.")
+            hits = len(set(ranking[:k]) & set(right))
             total += min(hits, 1) if definition == "any" else hits / len(set(right))
         return {"recall_at_k": total / len(references)}

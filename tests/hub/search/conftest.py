@@ -1,4 +1,4 @@
-"""A small index of real pictures and texts, made by a seeded model."""
+"""A small index of real images and texts, made by a seeded model."""
 
 import io
 
@@ -7,18 +7,21 @@ import torch
 
 from bifocal.hub.export import export_model
 from bifocal.hub.sample_images import sample_pairs
-from bifocal.hub.search.index import SearchIndex, weights_of
+from bifocal.hub.search.index import SearchIndex
 from bifocal.hub.search.items import Item
+from bifocal.hub.search.models import weights_hash
 from bifocal.hub.search.searcher import Searcher
 from bifocal.modeling import BifocalModel
 from tests.conftest import small_config
+from tests.hub.search.serving import EVIL, Server, free_port
+from tests.processes import Process
 
 
-def made_items() -> list[Item]:
+def sample_items() -> list[Item]:
     items = []
-    for number, (text, picture) in enumerate(sample_pairs()):
+    for number, (text, image) in enumerate(sample_pairs()):
         buffer = io.BytesIO()
-        picture.save(buffer, "PNG")
+        image.save(buffer, "PNG")
         items.append(Item(f"drawings/{number}.png", text, buffer.getvalue()))
         items.append(Item(f"texts.jsonl:{number}", f"{text} on paper"))
     return items
@@ -36,7 +39,7 @@ def new(model_folder, tmp_path):
 
     def make(dims=(), precisions=("float32",), name="index") -> Searcher:
         index = SearchIndex.create(
-            tmp_path / name, str(model_folder), weights_of(model_folder), 40, dims, precisions
+            tmp_path / name, str(model_folder), weights_hash(model_folder), 40, dims, precisions
         )  # fmt: skip
         return Searcher(index)
 
@@ -46,5 +49,17 @@ def new(model_folder, tmp_path):
 @pytest.fixture
 def searcher(new) -> Searcher:
     made = new()
-    made.add(made_items())
+    made.add(sample_items())
     return made
+
+
+@pytest.fixture(scope="session")
+def served(model_folder, tmp_path_factory):
+    """The page of an index, served by `bifocal serve`."""
+    folder = tmp_path_factory.mktemp("page")
+    index = SearchIndex.create(folder / "index", str(model_folder), weights_hash(model_folder), 40)
+    Searcher(index).add([*sample_items(), Item("evil", EVIL)])
+    port = free_port()
+    command = ("-m", "bifocal", "serve", index.folder, "--port", str(port), "--title", "Shapes")
+    with Server(Process(*command, cwd=folder, GRADIO_TEMP_DIR=str(folder / "uploads")), port, folder) as server:
+        yield server

@@ -1,4 +1,4 @@
-"""`bifocal index`, `search`, `remove`, `database` and `serve --space`, as a user runs them."""
+"""`bifocal index`, `search`, `remove`, `export-lancedb` and `serve --space`, as a user runs them."""
 
 import json
 import re
@@ -14,29 +14,29 @@ from tests.bifocal.commands import error_of, invoke
 from tests.conftest import TEXTS, small_config
 from tests.modeling.test_images import photo
 
-README = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
-SECTION = README.partition("## Search\n")[2].partition("\n## ")[0]
+PAGE = (Path(__file__).parents[3] / "docs" / "search.md").read_text(encoding="utf-8")
+QUICKSTART = PAGE.partition("```bash\n")[2].partition("```")[0]
 
 
 def commands() -> list[list[str]]:
-    lines = re.findall(r"^bifocal .*", SECTION, re.MULTILINE)
+    lines = re.findall(r"^bifocal .*", QUICKSTART, re.MULTILINE)
     return [shlex.split(line.partition(" #")[0])[1:] for line in lines]
 
 
 @pytest.fixture(scope="module")
 def reader(processor, tmp_path_factory) -> Path:
-    """A working directory with what the section takes for granted."""
+    """A working directory with what the page takes for granted."""
     root = tmp_path_factory.mktemp("reader")
     torch.manual_seed(0)
     export_model(BifocalModel(small_config()), root / "runs" / "demo" / "model", processor)
-    (root / "pictures").mkdir()
-    with (root / "pictures" / "metadata.jsonl").open("w") as file:
+    (root / "images").mkdir()
+    with (root / "images" / "metadata.jsonl").open("w") as file:
         for number in range(12):
-            photo(40 + number, 32).save(root / "pictures" / f"{number}.png")
+            photo(40 + number, 32).save(root / "images" / f"{number}.png")
             file.write(json.dumps({"file_name": f"{number}.png", "caption": f"{TEXTS[number % 5]} {number}"}) + "\n")
     (root / "loose").mkdir()
     photo(90, 30).save(root / "loose" / "one.jpg")
-    (root / "loose" / "two.jpg").write_bytes(b"no picture")
+    (root / "loose" / "two.jpg").write_bytes(b"no image")
     (root / "texts.jsonl").write_text("\n".join(json.dumps({"text": f"{text} again"}) for text in TEXTS) + "\n")
     return root
 
@@ -45,9 +45,9 @@ def reader(processor, tmp_path_factory) -> Path:
 def indexed(reader) -> Path:
     index, search, serve = commands()
     assert (index[0], search[0], serve[0]) == ("index", "search", "serve")
-    done = invoke(reader, *index, "--dims", "40", "--dims", "16", "--precision", "float32", "--precision", "int8")
+    done = invoke(reader, *index, "--dim", "40", "--dim", "16", "--precision", "float32", "--precision", "int8")
     assert done.exit_code == 0, done.stderr[-3000:]
-    assert "24 new, 0 known before; runs/index has 12 pictures and 12 texts." in done.stdout
+    assert "24 new, 0 known before; runs/index has 12 images and 12 texts." in done.stdout
     return reader / "runs" / "index"
 
 
@@ -60,10 +60,8 @@ def test_searched(reader, indexed):
     assert [hit["kind"] for hit in hits] == ["text"] * 3
     assert hits[0]["text"] == "black star 2"
     assert hits[0]["score"] == pytest.approx(1.0, abs=1e-5)
-    by_picture = invoke(
-        reader, "search", "runs/index", "--image", "pictures/7.png", "--only", "image", "-k", "1", "--json"
-    )
-    assert json.loads(by_picture.stdout)[0]["name"] == "7.png"
+    by_image = invoke(reader, "search", "runs/index", "--image", "images/7.png", "--only", "image", "-k", "1", "--json")
+    assert json.loads(by_image.stdout)[0]["name"] == "7.png"
     short = invoke(
         reader, "search", "runs/index", "black star 2", "--dim", "16", "--precision", "int8", "--only", "text"
     )
@@ -73,11 +71,11 @@ def test_searched(reader, indexed):
 def test_added_to_and_deleted_from(reader, indexed):
     more = invoke(reader, "index", "loose", "runs/index")
     assert more.exit_code == 0, more.stderr[-3000:]
-    assert "1 new, 0 known before, 1 left out; runs/index has 13 pictures and 12 texts." in more.stdout
-    assert "Left out: " in more.stderr
+    assert "1 new, 0 known before, 1 skipped; runs/index has 13 images and 12 texts." in more.stdout
+    assert "Skipped: " in more.stderr
     assert "two.jpg" in more.stderr
     texts = invoke(reader, "index", "texts.jsonl", "runs/index")
-    assert "5 new, 0 known before; runs/index has 13 pictures and 17 texts." in texts.stdout
+    assert "5 new, 0 known before; runs/index has 13 images and 17 texts." in texts.stdout
     again = invoke(reader, "index", "texts.jsonl", "runs/index")
     assert "0 new, 5 known before" in again.stdout
     gone = invoke(reader, "remove", "runs/index", "*one.jpg", "*texts.jsonl*")
@@ -85,11 +83,11 @@ def test_added_to_and_deleted_from(reader, indexed):
 
 
 def test_copied_to_a_database(reader, indexed):
-    done = invoke(reader, "database", "runs/index", "runs/lance")
+    done = invoke(reader, "export-lancedb", "runs/index", "runs/lance")
     assert done.exit_code == 0, done.stderr[-3000:]
-    assert re.fullmatch(r"\d+ rows are at runs/lance\.\n", done.stdout)
+    assert re.fullmatch(r"\d+ rows are in runs/lance\.\n", done.stdout)
     here = invoke(reader, "search", "runs/index", "black star", "--only", "text").stdout
-    there = invoke(reader, "search", "runs/index", "black star", "--only", "text", "--database", "runs/lance").stdout
+    there = invoke(reader, "search", "runs/index", "black star", "--only", "text", "--lancedb", "runs/lance").stdout
     assert here == there != ""
 
 
@@ -102,20 +100,20 @@ def test_written_as_a_space(reader, indexed):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["index", "pictures", "runs/new"], "Name the model that embeds, a Bifocal folder or Hub id, with --model."),
-        (["index", "nothing.jsonl", "runs/index"], "There is nothing at 'nothing.jsonl'; check the path."),
-        (["index", "pictures", "pictures", "--model", "runs/demo/model"], "holds other files and no index"),
-        (["index", "pictures", "runs/index", "--kind", "video"], "'video' is no kind that can be indexed"),
-        (["index", "pictures", "runs/index", "--dims", "41"], "dims must be from 1 to 40"),
-        (["index", "pictures", "runs/new", "--model", "pictures"], "There is no Bifocal model at 'pictures'"),
-        (["search", "runs/index"], "Give a text, a picture or both."),
-        (["search", "pictures", "x"], "'pictures' is no index; make one with bifocal index."),
-        (["search", "runs/index", "--image", "gone.png"], "The picture cannot be used: it does not exist."),
-        (["search", "runs/index", "x", "--dim", "7"], "has no index of 7 dimensions in float32; it has"),
-        (["search", "runs/index", "x", "--only", "video"], "'video' is nothing to search for"),
+        (["index", "images", "runs/new"], "Pass --model with a Bifocal folder or Hub id."),
+        (["index", "nothing.jsonl", "runs/index"], "'nothing.jsonl' does not exist. Check the path."),
+        (["index", "images", "images", "--model", "runs/demo/model"], "holds other files and no index"),
+        (["index", "images", "runs/index", "--kind", "video"], "'video' cannot be indexed"),
+        (["index", "images", "runs/index", "--dim", "41"], "choose --dim from 1 to 40"),
+        (["index", "images", "runs/new", "--model", "images"], "There is no Bifocal model at 'images'"),
+        (["search", "runs/index"], "Enter a text, an image or both."),
+        (["search", "images", "x"], "'images' is no index. Make one with bifocal index."),
+        (["search", "runs/index", "--image", "gone.png"], "The image cannot be used: it does not exist."),
+        (["search", "runs/index", "x", "--dim", "7"], "cannot be searched by 7 dimensions in float32, only by"),
+        (["search", "runs/index", "x", "--only", "video"], "'video' cannot be searched for"),
         (["remove", "runs/index", "gone"], "Nothing in 'runs/index' is called 'gone'"),
-        (["serve", "pictures"], "'pictures' is no index"),
-        (["search", "runs/index", "x", "--database", "runs/none"], "There is no table 'items' at 'runs/none'"),
+        (["serve", "images"], "'images' is no index"),
+        (["search", "runs/index", "x", "--lancedb", "runs/none"], "There is no table 'items' at 'runs/none'"),
     ],
 )
 def test_bad_input_gets_one_sentence(reader, indexed, command, message):

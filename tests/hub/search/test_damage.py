@@ -11,23 +11,24 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from bifocal.hub.search.index import SearchIndex, weights_of
+from bifocal.hub.search.index import SearchIndex
 from bifocal.hub.search.items import Item, SearchError
+from bifocal.hub.search.models import weights_hash
 from bifocal.hub.search.searcher import Searcher
 from tests.bifocal.commands import error_of, invoke
-from tests.hub.search.conftest import made_items
+from tests.hub.search.conftest import sample_items
 
 
 @pytest.fixture(scope="module")
 def intact(model_folder, tmp_path_factory) -> Path:
     """An index of three parts, which nobody changes."""
-    from bifocal.hub.search import adding as module
+    from bifocal.hub.search import ingestion as module
 
     folder = tmp_path_factory.mktemp("intact") / "index"
-    made = SearchIndex.create(folder, str(model_folder), weights_of(model_folder), 40)
+    made = SearchIndex.create(folder, str(model_folder), weights_hash(model_folder), 40)
     rows, module.ROWS = module.ROWS, 50
     try:
-        Searcher(made).add(made_items())
+        Searcher(made).add(sample_items())
     finally:
         module.ROWS = rows
     assert len(made.table.parts) == 3
@@ -98,7 +99,7 @@ def test_every_command_says_so(folder):
     part(folder).write_bytes(b"no arrow")
     (folder.parent / "texts.jsonl").write_text('{"text": "one"}\n')
     for command in (
-        ["search", "index", "a star"], ["remove", "index", "*"], ["database", "index", "lance"],
+        ["search", "index", "a star"], ["remove", "index", "*"], ["export-lancedb", "index", "lance"],
         ["serve", "index"], ["serve", "index", "--space", "space"], ["index", "texts.jsonl", "index"],
     ):  # fmt: skip
         assert "part-000001.arrow' is damaged: its end is missing. Delete this" in error_of(folder.parent, *command)
@@ -111,20 +112,20 @@ def test_a_lost_part_is_missed_and_made_again(folder, number):
     part(folder, number).unlink()
     with pytest.raises(SearchError, match=rf"part-00000{number}.arrow' is missing. Put it back, or run bifocal index"):
         Searcher(SearchIndex(folder)).search("a red star")
-    added = Searcher(SearchIndex(folder)).add(made_items())
-    assert (added.restored, added.count + added.known) == (1, 128)
+    added = Searcher(SearchIndex(folder)).add(sample_items())
+    assert (added.restored, added.new + added.known) == (1, 128)
     again = {hit.name: hit.score for hit in Searcher(SearchIndex(folder)).search("a red star", k=200)}
     assert again == pytest.approx(whole, abs=1e-5)
 
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"garbage", b"\x00\xff", b"[]", b"{}", b'{"format": 2}', b'{"format": 1}',
-     b'{"format": 2, "model": "m", "weights": "w", "dimensions": 40, "parts": 1, "sources": [], "forms": [["a"]]}'],
+    [b"", b"garbage", b"\x00\xff", b"[]", b"{}", b'{"format": 3}', b'{"format": 2}',
+     b'{"format": 3, "model": "m", "weights": "w", "dimensions": 40, "parts": 1, "sources": [], "variants": [["a"]]}'],
 )  # fmt: skip
 def test_damaged_settings_are_named(folder, content):
     (folder / "index.json").write_bytes(content)
-    with pytest.raises(SearchError, match=r"index.json' is damaged|made by another version of Bifocal; index again"):
+    with pytest.raises(SearchError, match=r"index.json' is damaged|made by another version of Bifocal. Index again"):
         SearchIndex(folder)
     (folder / "index.json").unlink()
     with pytest.raises(SearchError, match="is no index"):

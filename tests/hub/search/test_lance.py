@@ -1,37 +1,82 @@
-"""The same vectors in a real LanceDB database."""
+"""The same items in a real LanceDB database: the same hits with the same scores."""
 
+import json
+
+import numpy as np
 import pytest
 
-from bifocal.hub.search.items import SearchError
-from bifocal.hub.search.lance import copy_to_lance, search_lance
+from bifocal.hub.search import lance
+from bifocal.hub.search.items import SearchError, normalize
+from bifocal.hub.search.lance import export_to_lancedb, search_lancedb
+from bifocal.hub.search.table import Occurrence
+from tests.bifocal.commands import error_of, invoke
 
 
-def test_a_copy_finds_the_same(searcher, tmp_path):
+@pytest.mark.parametrize("kinds", [["image"], ["text"], ["image", "text"]])
+def test_a_database_gives_the_same_hits(searcher, tmp_path, kinds):
     uri = str(tmp_path / "lance")
-    assert copy_to_lance(searcher.index, uri) == 128
+    assert export_to_lancedb(searcher.index, uri) == 128
     vector = searcher.vector("a purple square")
-    for kind in ("image", "text"):
-        here = searcher.index.search(vector, 10, [kind])
-        there = search_lance(uri, vector, searcher.index.weights, 10, [kind])
-        assert [hit.name for hit in here] == [hit.name for hit in there]
-        assert [hit.score for hit in here] == pytest.approx([hit.score for hit in there], abs=1e-5)
-        assert [hit.thumbnail for hit in here] == [hit.thumbnail for hit in there]
+    expected = searcher.index.search(vector, 20, kinds)
+    hits = search_lancedb(uri, vector, searcher.index.weights, 20, kinds)
+    assert [hit.names for hit in hits] == [hit.names for hit in expected]
+    for name in ("score", "ranking_score"):
+        assert [getattr(hit, name) for hit in hits] == pytest.approx([getattr(hit, name) for hit in expected], abs=1e-5)
+    assert [hit.thumbnail for hit in hits] == [hit.thumbnail for hit in expected]
 
 
-def test_a_second_copy_follows_the_index(searcher, tmp_path):
+def test_the_command_ranks_a_database_as_the_index(searcher, tmp_path):
+    folder = str(searcher.index.folder)
+    exported = invoke(tmp_path, "export-lancedb", folder, "lance")
+    assert exported.exit_code == 0, exported.stderr
+    assert exported.stdout == "128 rows are in lance.\n"
+    query = ("search", folder, "a black star on paper", "-k", "15", "--json")
+    expected = json.loads(invoke(tmp_path, *query).stdout)
+    hits = json.loads(invoke(tmp_path, *query, "--lancedb", "lance").stdout)
+    assert {hit["kind"] for hit in expected} == {"image", "text"}
+    assert len(hits) == 15
+    for hit, other in zip(hits, expected, strict=True):
+        assert hit == {**other, "score": pytest.approx(other["score"], abs=1e-5),
+                       "ranking_score": pytest.approx(other["ranking_score"], abs=1e-5)}  # fmt: skip
+    refused = error_of(tmp_path, *query, "--lancedb", "lance", "--dim", "16")
+    assert "--dim and --precision choose a variant of the index" in refused
+
+
+def test_an_approximate_search_gives_exact_scores(new, tmp_path, monkeypatch):
+    index = new().index
+    vectors = normalize(np.random.default_rng(0).normal(size=(600, 40)).astype(np.float32))
+    index.table.append(
+        [{"key": f"{row:04x}", "kind": ("image", "text")[row % 2], "text": f"text {row}", "image": None,
+          "occurrences": [Occurrence(-1, f"{row}", "")], "embedding": vector} for row, vector in enumerate(vectors)]
+    )  # fmt: skip
+    monkeypatch.setattr(lance, "_MIN_ROWS_FOR_ANN", 500)
     uri = str(tmp_path / "lance")
-    copy_to_lance(searcher.index, uri)
+    export_to_lancedb(index, uri)
+    assert lance._connect(uri).open_table("items").list_indices()
+    hits = search_lancedb(uri, vectors[7], index.weights, 20)
+    expected = index.search(vectors[7], 20)
+    assert len(hits) == 20
+    assert len({hit.name for hit in hits} & {hit.name for hit in expected}) >= 15
+    assert [hit.score for hit in hits] == pytest.approx([vectors[int(hit.name)] @ vectors[7] for hit in hits], abs=1e-5)
+
+
+def test_a_second_export_follows_the_index(searcher, tmp_path):
+    uri = str(tmp_path / "lance")
+    export_to_lancedb(searcher.index, uri)
     searcher.index.remove(["drawings/*"])
-    assert copy_to_lance(searcher.index, uri) == 64
-    assert search_lance(uri, searcher.vector("a star"), searcher.index.weights, 5, ["image"]) == []
+    assert export_to_lancedb(searcher.index, uri) == 64
+    vector = searcher.vector("a star")
+    assert search_lancedb(uri, vector, searcher.index.weights, 5, ["image"]) == []
+    expected = [hit.name for hit in searcher.index.search(vector, 5)]
+    assert [hit.name for hit in search_lancedb(uri, vector, searcher.index.weights, 5)] == expected
 
 
-def test_what_does_not_fit_is_refused(searcher, new, tmp_path):
+def test_a_database_of_other_weights_is_refused(searcher, new, tmp_path):
     uri = str(tmp_path / "lance")
     with pytest.raises(SearchError, match="There is no table 'items' at"):
-        search_lance(uri, searcher.vector("a star"), searcher.index.weights)
-    copy_to_lance(searcher.index, uri)
-    with pytest.raises(SearchError, match="were made by other weights"):
-        search_lance(uri, searcher.vector("a star"), "0123")
+        search_lancedb(uri, searcher.vector("a star"), searcher.index.weights)
+    export_to_lancedb(searcher.index, uri)
+    with pytest.raises(SearchError, match="are of other weights"):
+        search_lancedb(uri, searcher.vector("a star"), "0123")
     with pytest.raises(SearchError, match="is empty"):
-        copy_to_lance(new(name="empty").index, uri)
+        export_to_lancedb(new(name="empty").index, uri)

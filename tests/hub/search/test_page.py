@@ -1,89 +1,20 @@
-"""The page as a visitor meets it: a real server, clicked through in a real browser, and many searches at once."""
+"""The page as visitors see it: a real server and a real browser."""
 
 import io
-import json
 import os
-import re
-import socket
-import threading
-import time
-import urllib.request
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from bifocal.files import MARKER, NotOursError
-from bifocal.hub.push import validate_folder
-from bifocal.hub.search.items import Hit, Item, thumbnail
-from bifocal.hub.search.page import LARGEST_UPLOAD, answer, results_html
-from bifocal.hub.search.searcher import LONGEST
-from bifocal.hub.space import write_space
+from bifocal.hub.search.items import Hit, thumbnail
+from bifocal.hub.search.page import MAX_UPLOAD_SIZE, results_html, search_function
+from bifocal.hub.search.searcher import MAX_QUERY_LENGTH
 from tests.browser import CHROMIUM, needs_browser
-from tests.hub.search.conftest import made_items
-from tests.hub_stand_in import TOKEN, hub
-from tests.modeling.test_images import photo
-from tests.processes import Process, run
+from tests.hub.search.conftest import sample_items
+from tests.hub.search.serving import EVIL
 
 ROOT = Path(__file__).parents[3]
-FROM_THE_SPACE = """
-import runpy, sys
-from importlib.machinery import PathFinder
-sys.path.insert(0, sys.argv[1])
-sys.meta_path.sort(key=lambda finder: finder is not PathFinder)  # before an editable installation's own
-import bifocal
-assert bifocal.__file__.startswith(sys.argv[1])
-runpy.run_path(sys.argv[1] + "/app.py")
-"""
-PUSH = "import sys, pathlib; from bifocal.hub.push import push; push(pathlib.Path(sys.argv[1]), 'org/stars')"
-EVIL = "<img src=x onerror=alert(1)> ${alert(2)} {{value}} {{#each value}}"
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
-class Server:
-    """A process that serves, waited for and ended."""
-
-    def __init__(self, process: Process, port: int, folder: Path) -> None:
-        self.process = process
-        self.folder = folder
-        self.address = f"http://127.0.0.1:{port}"
-
-    def __enter__(self) -> "Server":
-        for _ in range(1200):
-            try:
-                urllib.request.urlopen(self.address, timeout=5).close()
-                return self
-            except OSError:
-                if not self.process.running:
-                    break
-                time.sleep(0.1)
-        raise AssertionError(f"The server did not start: {self.process.stderr[-2000:]}")
-
-    def __exit__(self, *_: object) -> None:
-        self.process.terminate()
-        self.process.finish(30)
-
-
-@pytest.fixture(scope="module")
-def served(model_folder, tmp_path_factory):
-    from bifocal.hub.search.index import SearchIndex, weights_of
-    from bifocal.hub.search.searcher import Searcher
-
-    folder = tmp_path_factory.mktemp("page")
-    index = SearchIndex.create(folder / "index", str(model_folder), weights_of(model_folder), 40)
-    Searcher(index).add([*made_items(), Item("evil", EVIL)])
-    port = free_port()
-    command = ("-m", "bifocal", "serve", index.folder, "--port", str(port), "--title", "Shapes")
-    with Server(Process(*command, cwd=folder, GRADIO_TEMP_DIR=str(folder / "uploads")), port, folder) as server:
-        yield server
 
 
 @pytest.fixture
@@ -110,9 +41,9 @@ def test_clicked_through(page, tmp_path):
 
     results = page.locator("#bf-results")
     expect(page.get_by_role("heading", name="Shapes")).to_be_visible()
-    expect(results).to_contain_text("Nothing searched yet. There are 64 pictures and 65 texts.")
+    expect(results).to_contain_text("Nothing searched yet. There are 64 images and 65 texts.")
     page.click("#bf-go")
-    expect(results.get_by_role("alert")).to_have_text("Give a text, a picture or both.")
+    expect(results.get_by_role("alert")).to_have_text("Enter a text, an image or both.")
 
     text = page.get_by_label("Text", exact=True)
     text.fill("a blue star on paper")
@@ -120,22 +51,22 @@ def test_clicked_through(page, tmp_path):
     expect(results.locator(".bf-hit")).to_have_count(12)
     expect(results.locator(".bf-text p").first).to_have_text("a blue star on paper")
 
-    page.get_by_label("Apart").check()
+    page.get_by_label("Two rankings").check()
     page.click("#bf-go")
-    expect(results.locator("h2")).to_have_text(["Pictures", "Texts"])
+    expect(results.locator("h2")).to_have_text(["Images", "Texts"])
     expect(results.locator(".bf-hit")).to_have_count(24)
     expect(results.locator(".bf-image img")).to_have_count(12)
 
-    # By picture: the uploaded one itself comes first, whatever the text was.
+    # By image: the uploaded one itself comes first, whatever the text was.
     page.click("#bf-clear")
     expect(text).to_have_value("")
-    (tmp_path / "query.png").write_bytes(dict(_pictures())["drawings/10.png"])
-    page.get_by_label("Pictures only").check()
-    page.set_input_files("#bf-picture input[type=file]", tmp_path / "query.png")
+    (tmp_path / "query.png").write_bytes(dict(_image_files())["drawings/10.png"])
+    page.get_by_label("Images only").check()
+    page.set_input_files("#bf-query-image input[type=file]", tmp_path / "query.png")
     expect(results.locator(".bf-hit small").first).to_have_text("10.png")
     expect(results.locator(".bf-score").first).to_contain_text("1.000")
     text.fill("a black cross")
-    page.get_by_label("Text against picture").first.fill("1")
+    page.get_by_label("Weight of the text against the image").first.fill("1")
     page.click("#bf-go")
     expect(results.locator(".bf-score").first).not_to_contain_text("1.000")
 
@@ -167,13 +98,13 @@ def test_broken_and_large_uploads_and_what_is_not_html(page, tmp_path):
     from playwright.sync_api import expect
 
     results = page.locator("#bf-results")
-    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"no picture")
-    page.set_input_files("#bf-picture input[type=file]", tmp_path / "broken.png")
-    expect(results.get_by_role("alert")).to_contain_text("The picture cannot be used: it is no picture")
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"no image")
+    page.set_input_files("#bf-query-image input[type=file]", tmp_path / "broken.png")
+    expect(results.get_by_role("alert")).to_contain_text("The image cannot be used: it cannot be read as an image")
     page.click("#bf-clear")
-    expect(results).to_contain_text("Nothing searched yet.")  # or it would take the next picture with it
-    (tmp_path / "large.png").write_bytes(b"\x89PNG" + os.urandom(LARGEST_UPLOAD + 1))
-    page.set_input_files("#bf-picture input[type=file]", tmp_path / "large.png")
+    expect(results).to_contain_text("Nothing searched yet.")  # or it would take the next image with it
+    (tmp_path / "large.png").write_bytes(b"\x89PNG" + os.urandom(MAX_UPLOAD_SIZE + 1))
+    page.set_input_files("#bf-query-image input[type=file]", tmp_path / "large.png")
     expect(page.get_by_text("exceed the maximum allowed size of 10").first).to_be_visible(timeout=30_000)
     page.reload()
     page.wait_for_selector("#bf-go")
@@ -183,126 +114,8 @@ def test_broken_and_large_uploads_and_what_is_not_html(page, tmp_path):
     expect(results.locator(".bf-hit p", has_text="onerror")).to_have_text(EVIL)
 
 
-def _pictures() -> list[tuple[str, bytes]]:
-    return [(item.name, item.image) for item in made_items() if isinstance(item.image, bytes)]
-
-
-def test_fifty_at_once(served):
-    from gradio_client import Client
-
-    client = Client(served.address, verbose=False)
-
-    def ask(number: int) -> str:
-        return client.predict(f"a {number} star", None, "In one ranking", 5, 0.5, api_name="/search")
-
-    with ThreadPoolExecutor(50) as pool:
-        answers = list(pool.map(ask, range(50)))  # raises what a visitor would see
-    assert all(found.count("<li") == 5 for found in answers)
-
-
-@pytest.fixture(scope="module")
-def secret(served) -> Path:
-    """A picture in the folder that the server was started in."""
-    path = served.folder / "secret.png"
-    photo(50, 50).save(path)
-    return path
-
-
-def test_a_server_shows_no_other_file(served, secret):
-    planted = served.folder / "uploads" / "planted.png"
-    planted.parent.mkdir(exist_ok=True)
-    planted.symlink_to(secret)
-    with listener() as (address, asked):
-        for path in (
-            "/gradio_api/file=/etc/passwd", "/gradio_api/file=../../etc/passwd", "/file=/etc/hostname",
-            "/gradio_api/file=secret.png", f"/gradio_api/file={secret}", f"/gradio_api/file={planted}",
-            f"/gradio_api/file/{secret}", f"//gradio_api/file={secret}", f"/gradio_api/file={address}",
-            f"/gradio_api/proxy={address}", "/gradio_api/file=%2Fetc%2Fpasswd", "/gradio_api//file=/etc/passwd",
-        ):  # fmt: skip
-            with pytest.raises(urllib.error.HTTPError, match=r"40[34]"):
-                urllib.request.urlopen(served.address + path, timeout=20)
-        assert asked == []
-
-
-def test_a_server_searches_by_uploads_only(served, secret):
-    (uploaded,) = upload(served.address, secret.read_bytes())
-    meta = {"meta": {"_type": "gradio.FileData"}}
-    assert "bf-hit" in search(served.address, {"path": uploaded, **meta})
-    shown = urllib.request.urlopen(f"{served.address}/gradio_api/file={uploaded}", timeout=20).read()
-    assert shown == secret.read_bytes(), "a visitor sees the picture that was just uploaded"
-    planted = Path(uploaded).with_name("link.png")
-    planted.symlink_to(secret)
-    with listener() as (address, asked):
-        for path in (
-            secret,
-            "secret.png",
-            "/etc/passwd",
-            planted,
-            f"{uploaded}/../../../secret.png",
-            address,
-            "/dev/zero",
-        ):
-            for payload in (
-                {"path": str(path)}, {"path": str(path), **meta}, {"path": str(path), "is_stream": True, **meta},
-                {"path": uploaded, "url": str(path), "is_stream": True}, str(path), {"url": str(path)}, [str(path)],
-            ):  # fmt: skip
-                found = search(served.address, payload)
-                own = isinstance(payload, dict) and payload.get("path") == uploaded
-                assert own or "bf-hit" not in found, payload
-        assert asked == []
-
-
-def test_odd_input_gets_an_answer(served):
-    for text, count, weight in ((["a"], 3, 0.5), ({}, 3, 0.5), ("a", "x", 0.5), ("a", 3, None), ("a", 3, "1e999")):
-        assert re.match("event: (complete|error)\n", search(served.address, None, text, count, weight))
-    assert "bf-hit" in search(served.address, None, "a star", 3, 0.5), "and the server is still there"
-
-
-def test_a_page_says_nothing_of_its_machine(served):
-    for path in ("/", "/config", "/gradio_api/info", "/theme.css"):
-        content = urllib.request.urlopen(served.address + path, timeout=20).read().decode()
-        assert str(served.folder) not in content, path
-        assert str(ROOT) not in content, path
-    assert str(served.folder.parent) not in search(served.address, None, "a star", 60, 0.5)
-
-
-@contextmanager
-def listener():
-    """A server on this machine, and what it was asked for."""
-    asked: list[str] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            asked.append(self.path)
-            self.send_error(404)
-
-        do_HEAD = do_GET  # noqa: N815
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/picture.png", asked
-    server.shutdown()
-    server.server_close()
-
-
-def upload(address: str, content: bytes) -> list[str]:
-    body = b"--x\r\nContent-Disposition: form-data; name=files; filename=query.png\r\n\r\n" + content + b"\r\n--x--\r\n"
-    headers = {"Content-Type": "multipart/form-data; boundary=x"}
-    request = urllib.request.Request(f"{address}/gradio_api/upload", body, headers)
-    return json.load(urllib.request.urlopen(request, timeout=20))
-
-
-def search(address: str, picture: object, text: object = "", count: object = 3, weight: object = 0.5) -> str:
-    """What the page's route answers: the results' HTML, or what it says of an error."""
-    body = json.dumps({"data": [text, picture, "In one ranking", count, weight]}).encode()
-    request = urllib.request.Request(
-        f"{address}/gradio_api/call/search", body, {"Content-Type": "application/json"}
-    )  # fmt: skip
-    try:
-        event = json.load(urllib.request.urlopen(request, timeout=20))["event_id"]
-        return urllib.request.urlopen(f"{address}/gradio_api/call/search/{event}", timeout=20).read().decode()
-    except urllib.error.HTTPError as error:
-        return error.read().decode()
+def _image_files() -> list[tuple[str, bytes]]:
+    return [(item.name, item.image) for item in sample_items() if isinstance(item.image, bytes)]
 
 
 @needs_browser
@@ -335,67 +148,23 @@ def test_no_image_leaves_its_card(page):
 
 
 def test_what_the_page_answers(searcher, tmp_path):
-    find = answer(searcher)
+    find = search_function(searcher)
     assert 'role="alert"' in find("x", None, "Sideways", 5, 0.5)
-    assert "its first 20,000 characters were looked at" in find("word " * LONGEST, None, "Texts only", 3, 0.5)
-    assert find("a star", None, "Pictures only", 1000, 7).count("<li") == 60
-    assert "1 hit<" in find("a star", None, "Pictures only", 1, 0.5)
+    assert "its first 20,000 characters were used" in find("word " * MAX_QUERY_LENGTH, None, "Texts only", 3, 0.5)
+    assert find("a star", None, "Images only", 1000, 7).count("<li") == 60
+    assert "1 hit<" in find("a star", None, "Images only", 1, 0.5)
     large = tmp_path / "large.png"
-    large.write_bytes(bytes(LARGEST_UPLOAD + 1))
-    assert "The picture is larger than 10 MiB" in find("", str(large), "Apart", 5, 0.5)
-    assert "The picture is no longer here. Upload it again." in find("", str(tmp_path / "gone.png"), "Apart", 5, 0.5)
+    large.write_bytes(bytes(MAX_UPLOAD_SIZE + 1))
+    assert "The image is larger than 10 MiB" in find("", str(large), "Two rankings", 5, 0.5)
+    assert "The image was deleted. Upload it again." in find("", str(tmp_path / "gone.png"), "Two rankings", 5, 0.5)
     bomb = io.BytesIO()
     Image.new("1", (9000, 9000)).save(bomb, "PNG")
     (tmp_path / "bomb.png").write_bytes(bomb.getvalue())
-    assert "9000 x 9000 pixels, more than" in find("", str(tmp_path / "bomb.png"), "Apart", 5, 0.5)
-    assert results_html({"text": []}).count("Nothing of this kind is in the index") == 1
+    assert "9000 x 9000 pixels, more than" in find("", str(tmp_path / "bomb.png"), "Two rankings", 5, 0.5)
+    assert results_html({"text": []}).count("The index has none of this kind") == 1
     part = searcher.index.table.parts[0]
     part.unlink()  # not cut: it is mapped into this process's memory
     part.write_bytes(b"damaged")
-    shown = find("a star", None, "Apart", 3, 0.5)
+    shown = find("a star", None, "Two rankings", 3, 0.5)
     assert "The index cannot be searched now" in shown
     assert str(tmp_path) not in shown, "what is wrong on the server is not told to visitors"
-
-
-def test_a_space_runs_on_its_own(searcher, tmp_path):
-    space = write_space(searcher.index, tmp_path / "space", "Stars")
-    told = [path.name for path in space.rglob("*") if path.is_file()]
-    assert {"app.py", "README.md", "requirements.txt", "page.css", "model.safetensors"} <= set(told)
-    port = free_port()
-    settings = dict(GRADIO_SERVER_PORT=str(port), GRADIO_TEMP_DIR=str(tmp_path / "uploads"))
-    with Server(Process("-c", FROM_THE_SPACE, space, cwd=tmp_path, **settings), port, tmp_path) as server:
-        from gradio_client import Client
-
-        found = Client(server.address, verbose=False).predict(
-            "a red star", None, "Texts only", 3, 0.5, api_name="/search"
-        )
-        wanted = [hit.text for hit in searcher.search("a red star", k=3, kinds=["text"])]
-        assert re.findall(r"<p>(a [^<]+)</p>", found) == wanted
-    assert write_space(searcher.index, space).exists(), "a Space may be written again"
-    (tmp_path / "other").mkdir()
-    photo(8, 8).save(tmp_path / "other" / "mine.png")
-    model = Path(searcher.index.model)
-    for place, said in (
-        (tmp_path / "other", r"holds 'mine\.png' and no list of files"),
-        (searcher.index.folder, r"lies in '.*index', which is copied into the Space"),
-        (searcher.index.folder / "space", r"lies in '.*index', which is copied into the Space"),
-        (searcher.index.folder.parent, "and no list of files"),
-        (model / "space", "lies in '.*model'"),
-        (model, "lies in '.*model'"),
-    ):
-        with pytest.raises(NotOursError, match=said):
-            write_space(searcher.index, place)
-    assert not list(space.rglob(f"model/{MARKER}")), "the model's list is not the copy's"
-    (space / "app.py").write_text("print('my own page')")
-    with pytest.raises(NotOursError, match=r"'app\.py' in '.*space' was changed"):
-        write_space(searcher.index, space)
-
-
-def test_a_space_is_pushed_as_one(searcher, tmp_path):
-    space = write_space(searcher.index, tmp_path / "space", 'A "search": all\n---')
-    assert validate_folder(space).is_space, "whatever is in the title"
-    with hub() as (_, state):
-        done = run("-c", PUSH, space, hub=True, HF_TOKEN=TOKEN)
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert "spaces/org/stars" in state.repos
-        assert "app.py" in state.repos["spaces/org/stars"].files

@@ -1,0 +1,33 @@
+"""The lock that lets commands change one index in turn."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+LOCK = ".lock"
+_SILENT_WAIT = 3.0  # seconds
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def index_lock(folder: Path) -> Iterator[None]:
+    """Hold the lock of an index; log a warning if another command holds it for long."""
+    from filelock import FileLock, Timeout
+
+    timeout = _SILENT_WAIT
+    while True:
+        lock = FileLock(folder / LOCK)
+        try:
+            lock.acquire(timeout=timeout)
+            break
+        except Timeout:
+            logger.warning(f"Another command is changing '{folder}'. Waiting until it has finished.")
+            timeout = -1
+        except FileNotFoundError:  # the other command found nothing to index, and deleted the folder
+            folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        lock.release()
