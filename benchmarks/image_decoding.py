@@ -18,7 +18,7 @@ import torch
 from PIL import Image, ImageFilter
 from transformers.models.clip import CLIPImageProcessorPil
 
-from bifocal.data.images import PictureReader
+from bifocal.data.images import ImageReader
 
 SIDE = 224
 
@@ -44,7 +44,7 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
     clip = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
-    reader = PictureReader(clip)
+    reader = ImageReader(clip)
 
     def usual(content: bytes) -> torch.Tensor:
         return clip([Image.open(io.BytesIO(content)).convert("RGB")], return_tensors="pt")["pixel_values"]

@@ -1,5 +1,7 @@
 """Errors that a user can fix (the command line prints them without a stack trace), and messages that rooms share."""
 
+import difflib
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -50,6 +52,15 @@ def looks_like_path(source: str) -> bool:
     return is_path or (bool(slash) and Path(first).is_dir())
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or the name of its class if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def closest_name(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Return the known name that a misspelt one most likely means; None if none is similar.
+
+    Args:
+        cutoff: least similarity, from 0 to 1.
+    """
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)

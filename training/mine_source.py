@@ -12,6 +12,7 @@ def mine_source(
 ) -> str:
     """Mine hard negatives for a source and write them as Parquet; returns what there is to say."""
     from bifocal.data.loading import load_source
+    from bifocal.data.schema import validated
     from bifocal.data.source import Source
     from bifocal.errors import RecipeError
     from bifocal.training import mining
@@ -22,13 +23,13 @@ def mine_source(
         ours, equals, theirs = column.partition("=")
         if not equals:
             raise RecipeError(f"'{column}' is no column; write ours=theirs, such as query=question.")
-        renamed[ours] = theirs
+        renamed[theirs] = ours
     if direction not in mining.DIRECTIONS:
         raise mining.MiningError(f"direction must be one of {', '.join(mining.DIRECTIONS)}, but it is '{direction}'.")
     if out.is_dir():
         raise mining.MiningError(f"'{out}' is a folder. Give the Parquet file to write.")
     kind = "text-pair" if direction == "text-to-text" else "image-text"
-    data = load_source(Source(path=source, columns=renamed), kind)
+    data = load_source(validated(Source, {"path": source, "column_mapping": renamed}, []), kind)
     chosen = mining.MiningSettings(**settings)
     if direction == "text-to-text":
         mined = mining.mine_texts(data, _load_model(model, across=False), chosen, cache)

@@ -9,7 +9,7 @@ from transformers import DataCollatorForLanguageModeling, TrainingArguments
 
 from bifocal.data.loading import load_source
 from bifocal.data.shards import ShardStream
-from bifocal.data.skips import FAULT, Skipped
+from bifocal.data.skips import ERROR_COLUMN, SkipLog
 from bifocal.errors import RecipeError
 from bifocal.files import RUN, replace_folder
 from bifocal.modeling import BifocalProcessor, BifocalTextConfig, BifocalTextForMaskedLM
@@ -46,12 +46,12 @@ def train_mlm(recipe: Recipe, arguments: BifocalTrainingArguments | None = None)
         )
     if recipe.mlm.data.streaming and "max_steps" not in recipe.training:
         raise RecipeError(f"Recipe '{recipe.name}': an epoch of a stream has no length; set training.max_steps.")
-    data = load_source(recipe.mlm.data, "text-only", recipe.seed, Skipped(fresh_log(recipe)), "mlm")
+    data = load_source(recipe.mlm.data, "text-only", recipe.seed, SkipLog(fresh_log(recipe)), "mlm")
     columns = ["text"]
     if isinstance(data, ShardStream):
         data = data.as_iterable()
     elif recipe.mlm.data.streaming:
-        columns.append(FAULT)
+        columns.append(ERROR_COLUMN)
     if recipe.mlm.data.streaming and recipe.train_tokenizer is not None:
         raise RecipeError(
             f"Recipe '{recipe.name}' trains a tokenizer on texts that stream; name a processor, or do not stream."

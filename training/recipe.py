@@ -1,7 +1,6 @@
 """A recipe: what a stage starts from, trains on, and how; read from YAML and checked before anything is loaded."""
 
 import dataclasses
-import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -9,9 +8,9 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from bifocal.data.readers import format_of
-from bifocal.data.schema import Strict, ended, nearest, problem_of, read_yaml, set_override
+from bifocal.data.schema import Strict, ended, key_hint, problem_of, read_yaml, set_override
 from bifocal.data.source import Source
-from bifocal.errors import RecipeError
+from bifocal.errors import RecipeError, closest_name
 from bifocal.training.arguments import BifocalTrainingArguments
 from bifocal.training.shipped_recipes import shipped_recipe
 
@@ -192,9 +191,9 @@ def _missing_file(given: str) -> str | None:
     if not local or "://" in given or any(sign in given for sign in "*?[{") or path.exists():
         return None
     beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, beside, n=1, cutoff=0.8)
+    closest = closest_name(path.name, beside, cutoff=0.8)
     return f"there is nothing at '{given}'; " + (
-        f"did you mean '{path.parent / near[0]}'?" if near else "check the path"
+        f"did you mean '{path.parent / closest}'?" if closest else "check the path"
     )
 
 
@@ -213,7 +212,7 @@ def _check_training(training: dict[str, Any]) -> None:
         if key == "resume_from_checkpoint":
             raise _TrainingKeyError(key, f"'{key}' has no effect; a run resumes from its last checkpoint by itself")
         if key not in fields:
-            raise _TrainingKeyError(key, f"unknown key '{key}'{nearest(key, fields)}")
+            raise _TrainingKeyError(key, f"unknown key '{key}'{key_hint(key, fields)}")
         try:
             adapter: TypeAdapter[Any] = TypeAdapter(fields[key].type)  # type: ignore[arg-type]
         except Exception:  # a type that pydantic has no schema for; TrainingArguments checks it

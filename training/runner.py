@@ -14,8 +14,8 @@ from transformers.utils import logging
 
 from bifocal.data.kinds import COLUMNS
 from bifocal.data.loading import load_source
-from bifocal.data.skips import Skipped, start_log
-from bifocal.errors import RecipeError, TrainingError
+from bifocal.data.skips import SkipLog, start_log
+from bifocal.errors import RecipeError, TrainingError, first_line
 from bifocal.files import (
     MARKER,
     RUN,
@@ -75,7 +75,7 @@ def prepare(
     # Before loading: under torchrun the arguments start the process group, and the first process prepares data alone.
     arguments = arguments or training_arguments(recipe, **changes)
     with arguments.main_process_first(desc="loading data"):
-        skipped = Skipped(fresh_log(recipe))
+        skipped = SkipLog(fresh_log(recipe))
         tasks = _tasks(recipe, recipe.tasks, load, skipped)
         eval_tasks = _tasks(recipe, recipe.eval_tasks, load, skipped)
         processor = load_processor(recipe, tasks)
@@ -129,13 +129,13 @@ def fresh_log(recipe: Recipe) -> Path | None:
     return start_log(recipe.folder / "skipped-loading.jsonl")
 
 
-def _tasks(recipe: Recipe, given: Sequence[Any], load: Callable[..., Any], skipped: Skipped) -> list[Task]:
+def _tasks(recipe: Recipe, given: Sequence[Any], load: Callable[..., Any], skipped: SkipLog) -> list[Task]:
     tasks = []
     for item in given:
         options = item.model_dump(exclude={"data"})
         try:
             data = load(item.data, item.kind, recipe.seed, skipped, item.name)
-            tasks.append(Task(dataset=data, max_bad=item.data.max_bad, **options))
+            tasks.append(Task(dataset=data, max_bad=item.data.max_bad_fraction, **options))
         except ValueError as error:
             raise RecipeError(f"Recipe '{recipe.name}', task '{item.name}': {error}") from error
     return tasks
@@ -179,8 +179,9 @@ def _saved_processor(recipe: Recipe, source: str) -> BifocalProcessor:
                     raise
         return _with_images(recipe, AutoTokenizer.from_pretrained(source))
     except (OSError, ValueError) as error:
-        line = str(error).strip().splitlines()[0]
-        raise RecipeError(f"Recipe '{recipe.name}': there is no processor at '{source}' ({line}).") from error
+        raise RecipeError(
+            f"Recipe '{recipe.name}': there is no processor at '{source}' ({first_line(error)})."
+        ) from error
 
 
 def _with_images(recipe: Recipe, tokenizer: Any) -> BifocalProcessor:

@@ -190,7 +190,7 @@ train_tokenizer: 300
 max_length: 32
 model: {hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 48}
 mlm:
-  data: {path: texts.csv, columns: {text: sentence}}
+  data: {path: texts.csv, column_mapping: {sentence: text}}
   batch_size: 8
 training: {max_steps: 100, learning_rate: 5e-3, logging_steps: 10, save_steps: 20}
 """
@@ -239,7 +239,10 @@ def test_stage_0_and_a_stage_that_starts_from_it(reader):
             "'tasks.pairs.data.path=nothing.jsonl': there is nothing at 'nothing.jsonl'; check the path.",
         ),
         ("tasks.pairs.data.path=pairs.json", "there is nothing at 'pairs.json'; did you mean 'pairs.jsonl'?"),
-        ("tasks.pairs.data.columns.query=question", "'pairs.jsonl' has no column 'question' (it has query, positive)"),
+        (
+            "tasks.pairs.data.column_mapping.question=query",
+            "'pairs.jsonl' has no column 'question' (it has query, positive)",
+        ),
         ("tasks.pairs.kind=text-triplet", "has no column 'negatives' (it has query, positive); none of them"),
         (
             "tasks.pairs.batch_size=71",
@@ -248,9 +251,12 @@ def test_stage_0_and_a_stage_that_starts_from_it(reader):
         ("tasks.pairs.data.limit=1", "has 1 rows, fewer than its batch of 64; give a smaller batch_size or more rows."),
         (
             "tasks.pairs.data.path=broken.jsonl",
-            "100.0% of 1 rows are bad, more than max_bad=0.01 allows (1 broken JSON); they are named in runs/bad/",
+            "100.0% of 1 rows are bad, more than max_bad_fraction=0.01 allows (1 broken JSON); they are named in runs",
         ),
-        ("tasks.pairs.data.path=empty.jsonl", "1.6% of 64 rows are bad, more than max_bad=0.01 allows (1 no positive)"),
+        (
+            "tasks.pairs.data.path=empty.jsonl",
+            "1.6% of 64 rows are bad, more than max_bad_fraction=0.01 allows (1 no positive)",
+        ),
         ("device=cuda", "asks for CUDA, and this machine has none; set device=cpu or auto."),
         ("start_from=runs/nothing", "there is no processor at 'runs/nothing'"),
         ("start_from.stage=stage7", "starts from stage 'stage7', of which there is no runs/stage7/model"),
