@@ -45,12 +45,12 @@ def main() -> None:
     parser.add_argument("--exact", action="store_true", help="decode images at full size")
     options = parser.parse_args()
 
-    from transformers.models.clip import CLIPImageProcessorPil
     from transformers.trainer_callback import PrinterCallback
 
     from bifocal.data.loading import load_source
     from bifocal.data.source import Source
     from bifocal.modeling import BifocalConfig, BifocalModel, BifocalProcessor
+    from bifocal.modeling.processing_bifocal import image_processor_of_size
     from bifocal.training.arguments import BifocalTrainingArguments
     from bifocal.training.recipe import find_recipe, load_recipe
     from bifocal.training.tasks import Task
@@ -60,7 +60,7 @@ def main() -> None:
     recipe = load_recipe(find_recipe("demo/stage1"))
     tokenizer = train_wordpiece(WORDS * 20, 300, recipe.max_length)
     side = recipe.image_size or 32
-    images = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    images = image_processor_of_size(side)
     settings = dict(recipe.model)
     text = {**settings.pop("text_config", {}), "vocab_size": 320}
     torch.manual_seed(0)

@@ -16,9 +16,9 @@ import time
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
-from transformers.models.clip import CLIPImageProcessorPil
 
 from bifocal.data.images import ImageReader
+from bifocal.modeling.processing_bifocal import image_processor_of_size
 
 SIDE = 224
 
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
-    clip = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+    clip = image_processor_of_size(SIDE)
     reader = ImageReader(clip)
 
     def usual(content: bytes) -> torch.Tensor:

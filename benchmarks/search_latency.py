@@ -50,7 +50,6 @@ def main() -> None:
 
 
 def make_index(folder: Path, options: argparse.Namespace) -> Path:
-    from transformers.models.clip import CLIPImageProcessorPil
 
     from bifocal.hub.export import export_model
     from bifocal.hub.sample_images import sample_pairs
@@ -59,6 +58,7 @@ def make_index(folder: Path, options: argparse.Namespace) -> Path:
     from bifocal.hub.search.models import weights_hash
     from bifocal.hub.search.searcher import Searcher
     from bifocal.modeling import BifocalConfig, BifocalModel, BifocalProcessor
+    from bifocal.modeling.processing_bifocal import image_processor_of_size
     from bifocal.training.tokenizer import train_wordpiece
 
     torch.manual_seed(0)
@@ -67,7 +67,7 @@ def make_index(folder: Path, options: argparse.Namespace) -> Path:
     vision = {**tower, "intermediate_size": 8 * options.width // 3, "image_size": 224, "patch_size": 16}
     model = BifocalModel(BifocalConfig(text_config=text, vision_config=vision, projection_dim=options.width))
     tokenizer = train_wordpiece([f"{a} {b}" for a in TOPICS for b in PLACES], 300, 512)
-    images = CLIPImageProcessorPil(size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224})
+    images = image_processor_of_size(224)
     exported = export_model(model, folder / "model", BifocalProcessor(images, tokenizer))
     index = SearchIndex.create(folder / "index", str(exported), weights_hash(exported), options.width)
     items = [Item(f"text {n}", f"{TOPICS[n % 7]} {PLACES[n % 6]} {n}") for n in range(options.rows - 64)]

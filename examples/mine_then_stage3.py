@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--miner", help="a sentence-transformers model; the model itself if omitted")
     parser.add_argument("--images", default="examples/data/images", help="a folder with metadata.jsonl")
     parser.add_argument("--pairs", default="examples/data/pairs.jsonl", help="rows with query and positive")
-    parser.add_argument("--negatives", type=int, default=7, help="hard negatives for each pair")
+    parser.add_argument("--num-negatives", type=int, default=7, help="hard negatives for each pair")
     parser.add_argument("--batch-size", type=int, default=8, help="rows of each task per step")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--out", default="runs/stage3-example")
@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     pairs = load_source(options.pairs, "text-pair")
     miner = SentenceTransformer(options.miner or options.model, trust_remote_code=True)
-    triplets = mine_texts(pairs, miner, MiningSettings(negatives=options.negatives, depth=20))
+    triplets = mine_texts(pairs, miner, MiningSettings(num_negatives=options.num_negatives, range_max=20))
     row = triplets[0]
     print(f"{row['query']} -> {row['positive']}\n  not: {row['negatives'][0]}")
 

@@ -26,8 +26,8 @@ from bifocal.modeling import (
     BifocalTextModel,
     BifocalVisionConfig,
     BifocalVisionModel,
-    image_processor_for,
 )
+from bifocal.modeling.processing_bifocal import image_processor_of_size
 
 # Tensors of a source that belong to neither tower: pattern and reason.
 _IGNORED = {
@@ -312,4 +312,4 @@ def _read_image_processor(folder: str, config: Any) -> Any:
             options["resample"] = Image.Resampling[resample.upper()] if isinstance(resample, str) else resample
         except KeyError:
             raise ConversionError(f"The source's interpolation '{resample}' does not exist in Pillow.") from None
-    return image_processor_for(getattr(getattr(config, "vision_config", config), "image_size", 224), **options)
+    return image_processor_of_size(getattr(getattr(config, "vision_config", config), "image_size", 224), **options)

@@ -17,7 +17,7 @@ from .image_bifocal import load_image
 from .modeling_bifocal import BifocalModel, BifocalOutput
 from .modeling_bifocal_text import BifocalTextForMaskedLM, BifocalTextModel
 from .modeling_bifocal_vision import BifocalVisionModel
-from .processing_bifocal import BifocalProcessor, image_processor_for
+from .processing_bifocal import BifocalProcessor
 
 for _config, _model in (
     (BifocalConfig, BifocalModel),
@@ -45,6 +45,5 @@ __all__ = [
     "BifocalTextModel",
     "BifocalVisionConfig",
     "BifocalVisionModel",
-    "image_processor_for",
     "load_image",
 ]

@@ -15,12 +15,6 @@ from .image_bifocal import list_images, load_images
 _LIMIT_UNSET = 10**9  # transformers' "no limit" is 1e30
 
 
-def image_processor_for(image_size: int, **options: Any) -> CLIPImageProcessorPil:
-    """Return CLIP's image processor for square images of this many pixels; `options` are its other arguments."""
-    size, crop = {"shortest_edge": image_size}, {"height": image_size, "width": image_size}
-    return CLIPImageProcessorPil(size=size, crop_size=crop, **options)
-
-
 class BifocalProcessor(ProcessorMixin):
     """Converts texts to token ids and images to pixel values; several threads may call one processor at once.
 
@@ -83,6 +77,16 @@ class BifocalProcessor(ProcessorMixin):
             processor = copy.copy(self)
             processor.tokenizer = private_tokenizer(self.tokenizer)
         return super(BifocalProcessor, processor).__call__(images=images, text=text, **kwargs)
+
+
+def image_processor_of_size(size: int, **options: Any) -> CLIPImageProcessorPil:
+    """Return CLIP's image processor for square images of one size: it resizes the shorter side, then crops the centre.
+
+    Args:
+        size: width and height in pixels.
+        options: other settings of `CLIPImageProcessorPil`, such as `image_mean`.
+    """
+    return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size}, **options)
 
 
 def private_tokenizer(tokenizer: Any) -> Any:

@@ -58,10 +58,10 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session")
 def processor() -> BifocalProcessor:
-    from transformers.models.clip import CLIPImageProcessorPil
+    from bifocal.modeling.processing_bifocal import image_processor_of_size
 
     tokenizer = train_wordpiece(TEXTS * 10, 300, max_length=64)
-    images = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    images = image_processor_of_size(32)
     return BifocalProcessor(images, tokenizer)
 
 

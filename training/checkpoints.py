@@ -3,12 +3,15 @@
 import json
 import re
 import shutil
-from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
+from bifocal.data.skips import require_log, start_log
 from bifocal.files import RUN, NotOursError, remove_folder, require_overwritable, require_removable
+from bifocal.training.engine.distributed import on_main_process
 
+LOADING_LOG = "skipped-loading.jsonl"  # rows skipped while the data is loaded
+_LOGS = (LOADING_LOG, "skipped.jsonl")
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")  # as transformers' Trainer names them, and takes them for its own
 
 # What the Trainer, peft, accelerate and this package write into one; there is no list of its files.
@@ -23,12 +26,16 @@ _WRITTEN = re.compile(
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint of transformers' Trainer in `folder` that was saved whole; None without one.
+    """Return the newest checkpoint of transformers' Trainer in `folder` that was saved whole; None if there is none.
 
     The Trainer writes `trainer_state.json` last, so a checkpoint in which it is missing or cut short was being saved
-    when the run was killed, or somebody removed that file. Such a one gets another name, since the Trainer would count
-    it as its newest.
+    when the run was killed, or somebody removed that file. It gets another name, since the Trainer would count it as
+    its newest. Of several processes only the main one does this, and all get its answer: they must call it together.
     """
+    return on_main_process(lambda: _last_complete_checkpoint(folder))
+
+
+def _last_complete_checkpoint(folder: Path) -> Path | None:
     numbered = []
     for path in checkpoints(folder):
         try:
@@ -50,10 +57,9 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def _set_aside(path: Path) -> None:
     names = (f"incomplete-{path.name}" + (f"-{number}" if number > 1 else "") for number in count(1))
-    aside = next(place for place in map(path.with_name, names) if not place.exists())
-    with suppress(FileNotFoundError):  # another process of the run was quicker
-        path.rename(aside)
-        print(f"'{path}' was not saved completely; it is now '{aside.name}', which you may delete.")
+    aside = next(other for other in map(path.with_name, names) if not other.exists())
+    path.rename(aside)
+    print(f"'{path}' was not saved completely. It is now '{aside.name}', which you may delete.")
 
 
 def remove_checkpoints(folder: Path) -> None:
@@ -75,10 +81,10 @@ def _require_checkpoints(folder: Path) -> None:
 
 
 def clear_run(folder: Path, *files: str) -> None:
-    """Remove a run's checkpoints, model and processor, and files of the given names, from its folder.
+    """Remove a run's checkpoints, model, processor, logs of skipped rows and files of these names from its folder.
 
     Raises:
-        NotOursError: if the model, the processor or a file is not as Bifocal wrote it; then nothing is removed.
+        NotOursError: if one of these is not as Bifocal wrote it; then nothing is removed.
     """
     require_clearable(folder, *files)
     remove_checkpoints(folder)
@@ -86,15 +92,20 @@ def clear_run(folder: Path, *files: str) -> None:
         remove_folder(folder / name, RUN)
     for name in files:
         (folder / name).unlink(missing_ok=True)
+    for name in _LOGS:
+        start_log(folder / name)
 
 
 def require_clearable(folder: Path, *files: str) -> None:
-    """
+    """Check that `clear_run` may remove what it would remove.
+
     Raises:
         NotOursError: see `clear_run`.
     """
     for name in files:
         require_overwritable(folder / name, RUN)
+    for name in _LOGS:
+        require_log(folder / name)
     _require_checkpoints(folder)
     for name in ("model", "processor"):
         require_removable(folder / name, RUN)

@@ -3,26 +3,33 @@
 from pathlib import Path
 from typing import Any
 
-from bifocal.errors import model_not_loaded
+from bifocal.errors import RecipeError, model_not_loaded
 from bifocal.files import require_overwritable
 
 
 def mine_source(
     source: str, out: Path, model: str, direction: str, columns: list[str], cache: Path | None, settings: dict[str, Any]
 ) -> str:
-    """Mine hard negatives for a source and write them as Parquet; returns what there is to say."""
+    """Mine hard negatives for a source and write them as Parquet; return a line for the user.
+
+    Args:
+        columns: the source's columns as `theirs=ours`, such as `question=query`.
+        settings: fields of `MiningSettings`.
+
+    Raises:
+        MiningError, NotOursError, DataError: if the settings, the data or the model cannot be used.
+    """
     from bifocal.data.loading import load_source
     from bifocal.data.schema import validated
     from bifocal.data.source import Source
-    from bifocal.errors import RecipeError
     from bifocal.training import mining
 
     require_overwritable(out, mining.MINED)  # now, and not after hours of mining
     renamed = {}
     for column in columns:
-        ours, equals, theirs = column.partition("=")
+        theirs, equals, ours = column.partition("=")
         if not equals:
-            raise RecipeError(f"'{column}' is no column; write ours=theirs, such as query=question.")
+            raise RecipeError(f"'{column}' names no column. Write it as in question=query, yours first.")
         renamed[theirs] = ours
     if direction not in mining.DIRECTIONS:
         raise mining.MiningError(f"direction must be one of {', '.join(mining.DIRECTIONS)}, but it is '{direction}'.")
@@ -37,11 +44,11 @@ def mine_source(
         cache = cache or out.with_suffix(".cache")
         mined = mining.mine_across(data, _load_model(model, across=True), direction, cache, chosen)
     mining.write_parquet(mined, out)
-    return f"{len(mined)} of {len(data)} rows have {chosen.negatives} negatives; they are in {out}."
+    return f"{len(mined)} of {len(data)} rows have {chosen.num_negatives} negatives; they are in {out}."
 
 
-def _load_model(place: str, across: bool) -> Any:
-    """A Bifocal model to mine across modalities, or any sentence-transformers model for texts.
+def _load_model(name: str, across: bool) -> Any:
+    """Load a Bifocal model to mine across modalities, or any sentence-transformers model for texts.
 
     Raises:
         MiningError: if there is no such model.
@@ -54,7 +61,7 @@ def _load_model(place: str, across: bool) -> Any:
 
     try:
         with no_progress_bars():
-            return BifocalModel.from_pretrained(place) if across else SentenceTransformer(place)
+            return BifocalModel.from_pretrained(name) if across else SentenceTransformer(name)
     except (OSError, ValueError) as error:
         wanted = "Bifocal model" if across else "sentence-transformers model"
-        raise MiningError(model_not_loaded(place, error, wanted)) from error
+        raise MiningError(model_not_loaded(name, error, wanted)) from error

@@ -24,36 +24,39 @@ _NO_WORD = re.compile(r"[\W_]+")
 
 
 class MiningError(BifocalError):
-    """What cannot be mined, in one sentence."""
+    """Data or settings that cannot be mined."""
 
 
 @dataclass(frozen=True)
 class MiningSettings:
-    """
+    """Which candidates become negatives; names and meaning are those of sentence-transformers' `mine_hard_negatives`.
+
     Args:
-        negatives: how many for each query.
-        skip: leave out the first so many candidates, which may be right answers nobody marked.
-        depth: look at so many candidates, the skipped ones included.
-        margin: a negative's similarity is at least so much below the positive's; None sets no such bound.
-        batch_size: of embedding.
+        num_negatives: negatives per query. Queries with fewer are skipped.
+        range_min: skip this many of the closest candidates that remain after the margin: they may be right answers that
+            nobody marked.
+        range_max: consider only this many of the closest candidates.
+        absolute_margin: smallest difference between the similarity of the positive and that of a negative; None for
+            no such limit. Between texts, a query's least similar positive counts.
+        batch_size: texts or images per forward pass.
     """
 
-    negatives: int = 7
-    skip: int = 0
-    depth: int = 100
-    margin: float | None = None
+    num_negatives: int = 7
+    range_min: int = 0
+    range_max: int = 100
+    absolute_margin: float | None = None
     batch_size: int = 64
 
     def __post_init__(self) -> None:
-        if self.negatives < 1 or self.skip < 0 or self.depth < self.skip + self.negatives:
+        if self.num_negatives < 1 or self.range_min < 0 or self.range_max < self.range_min + self.num_negatives:
             raise MiningError(
-                f"Mining needs at least one negative and depth >= skip + negatives, not negatives={self.negatives}, "
-                f"skip={self.skip}, depth={self.depth}."
+                "Mining needs num_negatives >= 1 and range_max >= range_min + num_negatives, not "
+                f"num_negatives={self.num_negatives}, range_min={self.range_min}, range_max={self.range_max}."
             )
 
 
 def mine_texts(pairs: Any, model: Any, settings: MiningSettings = MiningSettings(), cache: Path | None = None) -> Any:
-    """Negatives for text pairs, by sentence-transformers' `mine_hard_negatives`.
+    """Mine negatives for text pairs with sentence-transformers' `mine_hard_negatives`.
 
     Texts that differ in case, spaces or punctuation only count as one, so neither a positive nor its duplicate comes
     back as a negative; nor does the query itself.
@@ -61,37 +64,39 @@ def mine_texts(pairs: Any, model: Any, settings: MiningSettings = MiningSettings
     Args:
         pairs: a `datasets.Dataset` with `query` and `positive`. Rows with the same query have several positives.
         model: a `SentenceTransformer`.
-        cache: folder for embeddings, which a run that was killed finds again.
+        cache: folder for embeddings, so that a killed run resumes with them.
 
     Returns:
         A data set with `query`, `positive`, `negatives`, `positive_score` and `negative_scores`, ready for a
-        text-triplet task. Queries for which too few negatives are left are not in it.
+        text-triplet task. Queries with too few negatives are skipped.
 
     Raises:
-        MiningError: missing columns, or no query with enough negatives.
+        MiningError: if a column is missing, or no query has enough negatives.
     """
     from datasets import Dataset
     from sentence_transformers.util import mine_hard_negatives
 
     _require_columns(pairs, "query", "positive")
-    given = list(zip(pairs["query"], pairs["positive"], strict=True))
-    _say_skipped([number for number, texts in enumerate(given) if not all(map(_is_text, texts))], len(given))
+    texts_by_row = list(zip(pairs["query"], pairs["positive"], strict=True))
+    _warn_of_skipped([n for n, texts in enumerate(texts_by_row) if not all(map(_is_text, texts))], len(texts_by_row))
     first: dict[str, str] = {}
     queries, positives = (
-        [first.setdefault(_key(texts[side]), texts[side]) for texts in given if all(map(_is_text, texts))]
+        [first.setdefault(_key(texts[side]), texts[side]) for texts in texts_by_row if all(map(_is_text, texts))]
         for side in (0, 1)
     )
     rows = [pair for pair in dict.fromkeys(zip(queries, positives, strict=True)) if pair[0] != pair[1]]
-    if len(rows) <= settings.negatives:
-        raise MiningError(f"{len(rows)} different pairs are too few to find {settings.negatives} negatives for each.")
-    wanted = min(settings.negatives + 1, len({positive for _, positive in rows}) - 1)  # one may be the query itself
+    if len(rows) <= settings.num_negatives:
+        raise MiningError(
+            f"{len(rows)} different pairs are too few to find {settings.num_negatives} negatives for each."
+        )
+    wanted = min(settings.num_negatives + 1, len({positive for _, positive in rows}) - 1)  # one may be the query itself
     mined = mine_hard_negatives(
         Dataset.from_dict({"query": [query for query, _ in rows], "positive": [positive for _, positive in rows]}),
         model,
         num_negatives=wanted,
-        range_min=settings.skip,
-        range_max=max(settings.depth, settings.skip + wanted),
-        absolute_margin=settings.margin,
+        range_min=settings.range_min,
+        range_max=max(settings.range_max, settings.range_min + wanted),
+        absolute_margin=settings.absolute_margin,
         batch_size=settings.batch_size,
         output_format="labeled-list",
         output_scores=True,
@@ -105,17 +110,17 @@ def mine_texts(pairs: Any, model: Any, settings: MiningSettings = MiningSettings
 def _as_triplets(mined: Any, settings: MiningSettings) -> Any:
     from datasets import Dataset
 
-    found: dict[str, list[Any]] = {name: [] for name in _TRIPLET}
+    columns: dict[str, list[Any]] = {name: [] for name in _TRIPLET}
     for row in mined:  # with scores, the list begins with the positive
         query, texts, scores = row["query"], row["positive"], row["scores"]
-        chosen = [n for n in range(1, len(texts)) if texts[n] != query][: settings.negatives]
-        if len(chosen) == settings.negatives:
+        chosen = [n for n in range(1, len(texts)) if texts[n] != query][: settings.num_negatives]
+        if len(chosen) == settings.num_negatives:
             values = (query, texts[0], [texts[n] for n in chosen], float(scores[0]), [float(scores[n]) for n in chosen])
-            for name, value in zip(found, values, strict=True):
-                found[name].append(value)
-    if not found["query"]:
-        raise MiningError("No query has enough negatives; ask for fewer, look deeper or lower the margin.")
-    return Dataset.from_dict(found)
+            for name, value in zip(columns, values, strict=True):
+                columns[name].append(value)
+    if not columns["query"]:
+        raise MiningError("No query has enough negatives; lower num_negatives or absolute_margin, or raise range_max.")
+    return Dataset.from_dict(columns)
 
 
 _TRIPLET = ("query", "positive", "negatives", "positive_score", "negative_scores")
@@ -124,10 +129,10 @@ _TRIPLET = ("query", "positive", "negatives", "positive_score", "negative_scores
 def mine_across(
     pairs: Any, model: Any, direction: str, cache: Path, settings: MiningSettings = MiningSettings()
 ) -> Any:
-    """Pictures that a text is confused with, or texts that a picture is confused with.
+    """Mine images that a text is confused with, or texts that an image is confused with.
 
-    Embeddings go to files in `cache` batch by batch, so that neither they nor a killed run's work must fit anywhere
-    else. A candidate with the same picture, the same `image_id` or the same caption as the query's row is no negative.
+    Embeddings are written to files in `cache` batch by batch: they need not fit into memory, and a killed run resumes.
+    A candidate with the same image, the same `image_id` or the same caption as the query's row is never a negative.
     Rows without a readable image or a caption are skipped, and a warning names them.
 
     Args:
@@ -136,12 +141,12 @@ def mine_across(
         direction: "text-to-image" or "image-to-text".
 
     Returns:
-        A data set with, for each row of `pairs`: `row`, `negative_rows` (numbers of rows whose pictures, or captions,
+        A data set with, for each row of `pairs`: `row`, `negative_rows` (numbers of rows whose images, or captions,
         are the negatives), `positive_score`, `negative_scores`, and `caption` and `negative_captions` for reading. Rows
-        for which too few negatives are left are not in it.
+        with too few negatives are skipped.
 
     Raises:
-        MiningError: missing columns, an unknown direction, or no row with enough negatives.
+        MiningError: if a column is missing, the direction is unknown, or no row has enough negatives.
     """
     from datasets import Dataset
 
@@ -149,9 +154,9 @@ def mine_across(
         raise MiningError(f"direction must be one of {', '.join(DIRECTIONS[1:])}, but it is '{direction}'.")
     _require_columns(pairs, "image", "caption")
     pairs = disable_image_decoding(pairs)
-    given = [text[0] if isinstance(text, list) and text else text for text in pairs["caption"]]
-    captions = [text if _is_text(text) else "" for text in given]
-    contents = _picture_ids(pairs)
+    first_captions = [text[0] if isinstance(text, list) and text else text for text in pairs["caption"]]
+    captions = [text if _is_text(text) else "" for text in first_captions]
+    contents = _image_ids(pairs)
     weights = _weights_key(model)
     texts = _embedded(
         [text or None for text in captions], model.encode_text, cache / f"captions-{_digest(weights, *captions)}",
@@ -159,15 +164,15 @@ def mine_across(
     )  # fmt: skip
     images = _embedded(_Images(pairs), model.encode_image, cache / f"images-{_digest(weights, *contents)}", settings)
     usable = np.isfinite(texts[:, 0]) & np.isfinite(images[:, 0])
-    _say_skipped(np.flatnonzero(~usable).tolist(), len(pairs))
+    _warn_of_skipped(np.flatnonzero(~usable).tolist(), len(pairs))
     known = pairs["image_id"] if "image_id" in pairs.column_names else [None] * len(pairs)
-    same_picture = _numbers(
+    same_image = _numbers(
         [content if is_missing(image) else f"id {image}" for content, image in zip(contents, known, strict=True)]
     )
     same_caption = _numbers([_key(text) for text in captions])
     queries, candidates = (texts, images) if direction == "text-to-image" else (images, texts)
-    of_candidate = same_picture if direction == "text-to-image" else same_caption
-    found: dict[str, list[Any]] = {
+    of_candidate = same_image if direction == "text-to-image" else same_caption
+    columns: dict[str, list[Any]] = {
         name: []
         for name in ("row", "negative_rows", "positive_score", "negative_scores", "caption", "negative_captions")
     }
@@ -176,36 +181,36 @@ def mine_across(
         rows = rows[usable[rows]]
         block = np.asarray(queries[rows])
         positive = np.einsum("nd,nd->n", block, np.asarray(candidates[rows]))
-        best, scores = _nearest(block, candidates, settings.depth, rows, usable, same_picture, same_caption)
-        for place, row in enumerate(rows):
-            chosen: list[int] = []
-            seen: set[int] = set()
-            for rank, (other, score) in enumerate(zip(best[place], scores[place], strict=True)):
-                if not np.isfinite(score) or len(chosen) == settings.negatives:
-                    break
-                allowed = settings.margin is None or score <= positive[place] - settings.margin
-                if rank >= settings.skip and allowed and of_candidate[other] not in seen:
-                    chosen.append(rank)
-                    seen.add(of_candidate[other])
-            if len(chosen) == settings.negatives:
-                others = best[place][chosen]
-                found["row"].append(int(row))
-                found["negative_rows"].append(others.tolist())
-                found["positive_score"].append(float(positive[place]))
-                found["negative_scores"].append(scores[place][chosen].tolist())
-                found["caption"].append(captions[row])
-                found["negative_captions"].append([captions[other] for other in others])
-    if not found["row"]:
-        raise MiningError("No row has enough negatives; ask for fewer, look deeper or lower the margin.")
-    return Dataset.from_dict(found)
+        best, scores = _nearest(block, candidates, settings.range_max, rows, usable, same_image, same_caption)
+        for number, row in enumerate(rows):
+            limit = np.inf if settings.absolute_margin is None else positive[number] - settings.absolute_margin
+            allowed = np.flatnonzero(np.isfinite(scores[number]) & (scores[number] <= limit))
+            # Of equal images or captions, the first.
+            first_of_equals: dict[int, int] = {}
+            for rank in allowed[settings.range_min :]:
+                first_of_equals.setdefault(of_candidate[best[number][rank]], int(rank))
+            chosen = list(first_of_equals.values())[: settings.num_negatives]
+            if len(chosen) == settings.num_negatives:
+                others = best[number][chosen]
+                columns["row"].append(int(row))
+                columns["negative_rows"].append(others.tolist())
+                columns["positive_score"].append(float(positive[number]))
+                columns["negative_scores"].append(scores[number][chosen].tolist())
+                columns["caption"].append(captions[row])
+                columns["negative_captions"].append([captions[other] for other in others])
+    if not columns["row"]:
+        raise MiningError("No row has enough negatives; lower num_negatives or absolute_margin, or raise range_max.")
+    return Dataset.from_dict(columns)
 
 
 def _nearest(
-    queries: np.ndarray, candidates: np.ndarray, depth: int, rows: np.ndarray, usable: np.ndarray, *same: np.ndarray
+    queries: np.ndarray, candidates: np.ndarray, count: int, rows: np.ndarray, usable: np.ndarray, *same: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The `depth` most similar candidates of each query, most similar first, and how similar they are.
+    """Return the `count` most similar candidates of each query, most similar first, and their similarities.
 
-    Candidates that share a number with the query's row, or are not usable, come last, at minus infinity.
+    Candidates that share a number with the query's row, or are not usable, come last, at minus infinity. They must be
+    excluded before the best are taken, so that a caption shared by many rows cannot fill all ranks. That is why this
+    is not sentence-transformers' `semantic_search`: its score function does not know which rows it compares.
     """
     best = np.zeros((len(queries), 0), dtype=np.int64)
     scores = np.zeros((len(queries), 0), dtype=np.float32)
@@ -216,13 +221,13 @@ def _nearest(
             here[numbers[rows][:, None] == numbers[start : start + len(block)][None, :]] = -np.inf
         ids = np.broadcast_to(np.arange(start, start + len(block)), here.shape)
         best, scores = np.concatenate([best, ids], axis=1), np.concatenate([scores, here], axis=1)
-        order = np.argsort(-scores, axis=1, kind="stable")[:, :depth]
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :count]
         best, scores = np.take_along_axis(best, order, axis=1), np.take_along_axis(scores, order, axis=1)
     return best, scores
 
 
 class _Images(Sequence):
-    """The images of a data set, read when they are asked for; None for one that cannot be read."""
+    """The images of a data set, read on access; None for one that cannot be read."""
 
     def __init__(self, pairs: Any) -> None:
         self.pairs = pairs
@@ -245,7 +250,7 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-def _say_skipped(rows: Sequence[int], total: int) -> None:
+def _warn_of_skipped(rows: Sequence[int], total: int) -> None:
     if rows:
         shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
         logger.warning(
@@ -261,19 +266,19 @@ def _one(value: Any) -> Any:
     return chosen
 
 
-def _picture_ids(pairs: Any) -> list[str]:
-    """Equal for pictures of equal bytes."""
-    found = []
+def _image_ids(pairs: Any) -> list[str]:
+    """Return a digest of each image's bytes."""
+    digests = []
     for batch in _slices(len(pairs), 256):
         for value in pairs[batch]["image"]:
-            picture = _one(value)
+            image = _one(value)
             try:
-                content = Path(picture).read_bytes() if isinstance(picture, str) else picture
+                content = Path(image).read_bytes() if isinstance(image, str) else image
             except OSError:
-                content = str(picture).encode()  # it cannot be read, and is skipped
+                content = str(image).encode()  # unreadable; skipped later
             content = content if isinstance(content, bytes) else np.asarray(content).tobytes()
-            found.append(hashlib.blake2b(content, digest_size=16).hexdigest())
-    return found
+            digests.append(hashlib.blake2b(content, digest_size=16).hexdigest())
+    return digests
 
 
 def _digest(*parts: str) -> str:
@@ -284,7 +289,7 @@ def _digest(*parts: str) -> str:
 
 
 def _weights_key(model: Any) -> str:
-    """Names a model's weights, so that embeddings kept for one are never taken for another's."""
+    """Return a digest of a model's weights, so that one model's cached embeddings are never used for another."""
     joined = hashlib.blake2b(digest_size=8)
     for name, value in sorted(model.state_dict().items()):
         joined.update(name.encode() + value.detach().cpu().float().contiguous().numpy().tobytes())
@@ -292,10 +297,12 @@ def _weights_key(model: Any) -> str:
 
 
 def _embedded(items: Sequence[Any], encode: Any, path: Path, settings: MiningSettings) -> np.ndarray:
-    """(items, dimensions) in a file; what a killed run left there is not embedded again. An item None is NaN.
+    """Embed items into a file and return it as an array (items, dimensions), NaN where an item is None.
+
+    Embeddings that a killed run left there are kept.
 
     Raises:
-        MiningError: if the files there are not of a mining run.
+        MiningError: if the files there are not those of a mining run.
     """
     file, progress = path.with_suffix(".npy"), path.with_suffix(".json")
     done = _progress(file, progress)
@@ -303,11 +310,11 @@ def _embedded(items: Sequence[Any], encode: Any, path: Path, settings: MiningSet
     for batch in _slices(len(items), 16 * settings.batch_size, done):
         present = [(batch.start + n, item) for n, item in enumerate(items[batch]) if item is not None]
         if present:
-            found = encode([item for _, item in present], batch_size=settings.batch_size, show_progress=False)
+            embedded = encode([item for _, item in present], batch_size=settings.batch_size, show_progress=False)
             if vectors is None:
-                vectors = np.lib.format.open_memmap(file, "w+", np.float32, (len(items), found.shape[1]))
+                vectors = np.lib.format.open_memmap(file, "w+", np.float32, (len(items), embedded.shape[1]))
                 vectors[:] = np.nan
-            vectors[[number for number, _ in present]] = found
+            vectors[[number for number, _ in present]] = embedded
         if vectors is None:
             raise MiningError(f"None of the first {batch.stop} rows can be embedded; look at their images and texts.")
         vectors.flush()
@@ -317,20 +324,20 @@ def _embedded(items: Sequence[Any], encode: Any, path: Path, settings: MiningSet
 
 
 def _progress(file: Path, progress: Path) -> int:
-    """How many embeddings of a file are made; begins a file of progress, by which the other is known as ours."""
+    """Return how many embeddings of a file are complete; start its progress file, which marks it as ours."""
     try:
-        found = json.loads(progress.read_text(encoding="utf-8")) if progress.exists() else None
+        state = json.loads(progress.read_text(encoding="utf-8")) if progress.exists() else None
     except ValueError:
-        found = {}
-    ours = isinstance(found, dict) and set(found) == {"done"}
-    if (found is not None and not ours) or (found is None and file.exists()):
+        state = {}
+    ours = isinstance(state, dict) and set(state) == {"done"}
+    if (state is not None and not ours) or (state is None and file.exists()):
         raise MiningError(
-            f"'{progress if found is not None else file}' is no file of a mining run, and one would be written there; "
-            "choose another cache folder."
+            f"'{progress if state is not None else file}' is not a file of a mining run, and would be overwritten. "
+            "Choose another cache folder."
         )
-    if found is None:
+    if state is None:
         write_json(progress, {"done": 0})
-    return found["done"] if found and file.exists() else 0
+    return state["done"] if state and file.exists() else 0
 
 
 def _slices(count: int, size: int, start: int = 0) -> Iterator[slice]:
@@ -344,7 +351,7 @@ def _numbers(values: list[str]) -> np.ndarray:
 
 
 def _key(text: str) -> str:
-    """Equal for texts that differ in case, spaces and punctuation only."""
+    """Return a key that is equal for texts that differ only in case, spaces and punctuation."""
     return _NO_WORD.sub(" ", text.casefold()).strip() or text
 
 
@@ -355,10 +362,10 @@ def _require_columns(data: Any, *columns: str) -> None:
 
 
 def write_parquet(mined: Any, path: Path) -> None:
-    """Write what was mined, whole or not at all.
+    """Write mined negatives as a Parquet file.
 
     Raises:
-        NotOursError: if a file is there that is not of an earlier mining run.
+        NotOursError: if the file exists and is not from an earlier mining run.
     """
     with overwrite(path, MINED) as scratch:
         mined.to_parquet(str(scratch))

@@ -1,11 +1,11 @@
-"""Stage 0: masked language modelling of the text tower (arXiv 2310.19923, section 4.1: 30 % of the tokens)."""
+"""Stage 0: masked language modeling of the text tower (arXiv 2310.19923, section 4.1: 30 % of the tokens)."""
 
 import dataclasses
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DataCollatorForLanguageModeling, TrainingArguments
+from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments, set_seed
 
 from bifocal.data.loading import load_source
 from bifocal.data.shards import ShardStream
@@ -15,25 +15,24 @@ from bifocal.files import RUN, replace_folder
 from bifocal.modeling import BifocalProcessor, BifocalTextConfig, BifocalTextForMaskedLM
 from bifocal.progress import no_progress_bars
 from bifocal.training.arguments import BifocalTrainingArguments
+from bifocal.training.builders import load_processor, loading_log, require_device, training_arguments
 from bifocal.training.checkpoints import last_complete_checkpoint
 from bifocal.training.recipe import Recipe
-from bifocal.training.runner import fresh_log, require_device, training_arguments
+from bifocal.training.tasks import Task
 
 
 def train_mlm(recipe: Recipe, arguments: BifocalTrainingArguments | None = None) -> Path:
-    """Train with transformers' Trainer and collator, whole words masked; go on from the last checkpoint.
+    """Train the text tower with transformers' Trainer and collator, masking whole words; resume a killed run.
 
     Args:
-        arguments: those of `training_arguments`, if they are made already.
+        arguments: result of `training_arguments`, if there is one already.
 
     Returns:
-        A folder with the text tower and its processor, from which a stage starts by `start_from: {text: ...}`.
+        A folder with the text tower and its processor, that a stage can start from (`init_from: {text: ...}`).
 
     Raises:
-        RecipeError: no rows, an empty text, or a model that cannot be made.
+        RecipeError: if the data cannot be read, or a setting has no effect or no valid value.
     """
-    from transformers import Trainer, set_seed
-
     require_device(recipe)
     assert recipe.mlm is not None
     own = {item.name for item in dataclasses.fields(BifocalTrainingArguments)}
@@ -41,20 +40,20 @@ def train_mlm(recipe: Recipe, arguments: BifocalTrainingArguments | None = None)
     ignored = sorted((own | {"per_device_train_batch_size"}) & recipe.training.keys())
     if ignored:
         raise RecipeError(
-            f"Recipe '{recipe.name}': {ignored[0]} has no effect on masked language modelling (the batch size is "
-            "mlm.batch_size); leave it out."
+            f"Recipe '{recipe.name}': {ignored[0]} has no effect on masked language modeling (the batch size is "
+            "mlm.batch_size). Remove it."
         )
     if recipe.mlm.data.streaming and "max_steps" not in recipe.training:
-        raise RecipeError(f"Recipe '{recipe.name}': an epoch of a stream has no length; set training.max_steps.")
-    data = load_source(recipe.mlm.data, "text-only", recipe.seed, SkipLog(fresh_log(recipe)), "mlm")
+        raise RecipeError(f"Recipe '{recipe.name}': an epoch of a stream has no length. Set training.max_steps.")
+    data = load_source(recipe.mlm.data, "text-only", recipe.seed, SkipLog(loading_log(recipe)), "mlm")
     columns = ["text"]
     if isinstance(data, ShardStream):
         data = data.as_iterable()
     elif recipe.mlm.data.streaming:
         columns.append(ERROR_COLUMN)
-    if recipe.mlm.data.streaming and recipe.train_tokenizer is not None:
+    if recipe.mlm.data.streaming and recipe.tokenizer_vocab_size is not None:
         raise RecipeError(
-            f"Recipe '{recipe.name}' trains a tokenizer on texts that stream; name a processor, or do not stream."
+            f"Recipe '{recipe.name}' trains a tokenizer, which a stream cannot. Set processor, or streaming: false."
         )
     processor = _processor(recipe, data)
     tokenizer = processor.tokenizer
@@ -62,7 +61,7 @@ def train_mlm(recipe: Recipe, arguments: BifocalTrainingArguments | None = None)
     model = _model(recipe, len(tokenizer))
 
     def tokenize(rows: dict[str, list[Any]]) -> dict[str, Any]:
-        good = [text for text in rows["text"] if text is not None]  # of a bad row of a stream there is none
+        good = [text for text in rows["text"] if text is not None]  # None: a bad row of a stream
         texts = [one for text in good for one in (text if isinstance(text, list) else [text])]
         options = dict(truncation=True, max_length=recipe.max_length, return_special_tokens_mask=True)
         return dict(tokenizer(texts, return_offsets_mapping=True, **options))
@@ -75,7 +74,7 @@ def train_mlm(recipe: Recipe, arguments: BifocalTrainingArguments | None = None)
         args=arguments,
         train_dataset=tokenized,
         data_collator=WholeWordCollator(
-            tokenizer, whole_word_mask=True, mlm_probability=recipe.mlm.probability, mask_replace_prob=1.0,
+            tokenizer, whole_word_mask=True, mlm_probability=recipe.mlm.mlm_probability, mask_replace_prob=1.0,
             random_replace_prob=0.0,
         ),
         processing_class=processor,
@@ -84,31 +83,28 @@ def train_mlm(recipe: Recipe, arguments: BifocalTrainingArguments | None = None)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     folder = recipe.folder / "model"
     if trainer.is_world_process_zero():
-        with no_progress_bars(), replace_folder(folder, RUN) as made:
-            trainer.accelerator.unwrap_model(trainer.model).save_pretrained(made)
-            processor.save_pretrained(made)
+        with no_progress_bars(), replace_folder(folder, RUN) as scratch:
+            trainer.accelerator.unwrap_model(trainer.model).save_pretrained(scratch)
+            processor.save_pretrained(scratch)
     trainer.accelerator.wait_for_everyone()
     return folder
 
 
 class WholeWordCollator(DataCollatorForLanguageModeling):
-    """transformers' collator, which needs the places of tokens in the text to find words, but does not pad them."""
+    """transformers' collator with padded token offsets, which it needs to find words but does not pad itself."""
 
     def torch_call(self, examples: Any) -> dict[str, Any]:
         longest = max(len(example["input_ids"]) for example in examples)
         padded: list[Any] = []
         for example in examples:
             missing = longest - len(example["input_ids"])
-            places = [list(place) for place in example["offset_mapping"]] + [[0, 0]] * missing
-            padded.append({**example, "offset_mapping": places})
+            offsets = [list(span) for span in example["offset_mapping"]] + [[0, 0]] * missing
+            padded.append({**example, "offset_mapping": offsets})
         return super().torch_call(padded)
 
 
 def _processor(recipe: Recipe, data: Any) -> BifocalProcessor:
-    from bifocal.training.runner import load_processor
-    from bifocal.training.tasks import Task
-
-    if recipe.train_tokenizer is None:
+    if recipe.tokenizer_vocab_size is None:
         return load_processor(recipe, [])
     # A tokenizer is trained on what tasks hold; the texts stand in for both sides of one.
     pairs = data.rename_column("text", "query")
@@ -119,11 +115,11 @@ def _processor(recipe: Recipe, data: Any) -> BifocalProcessor:
 def _model(recipe: Recipe, tokens: int) -> BifocalTextForMaskedLM:
     settings = dict(recipe.model.get("text_config", recipe.model))
     try:
-        if isinstance(recipe.start_from, str):
-            # A saved config may hold keys that nobody knows, a recipe may not.
+        if isinstance(recipe.init_from, str):
+            # Unknown keys are allowed in a saved config, but not in a recipe.
             known = BifocalTextConfig()
             BifocalTextConfig(**{key: value for key, value in settings.items() if not hasattr(known, key)})
-            return BifocalTextForMaskedLM.from_pretrained(recipe.start_from, dtype=torch.float32, **settings)
+            return BifocalTextForMaskedLM.from_pretrained(recipe.init_from, dtype=torch.float32, **settings)
         return BifocalTextForMaskedLM(BifocalTextConfig(**{"vocab_size": -(-tokens // 64) * 64, **settings}))
     except (OSError, TypeError, ValueError) as error:
         raise RecipeError(f"Recipe '{recipe.name}', model: {error}") from error

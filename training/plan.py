@@ -1,19 +1,18 @@
-"""What a run would do, without doing it: data, batches, steps, parameters, memory."""
+"""The plan that `bifocal train --dry-run` prints: data, batches, steps, parameters, memory."""
 
 import tempfile
 
+from transformers import SchedulerType
+
 from bifocal.data.kinds import COLUMNS
+from bifocal.training.engine.chunk_size import kept_per_row
+from bifocal.training.param_groups import not_trained, parameter_groups, without_gradient
 from bifocal.training.recipe import Recipe
+from bifocal.training.runner import prepare
 
 
 def plan(recipe: Recipe) -> str:
-    """What a run would do: data, batches, steps, parameters, memory. Loads the data and makes the model."""
-    from transformers import SchedulerType
-
-    from bifocal.training.engine.chunk_size import kept_per_row
-    from bifocal.training.param_groups import not_trained, parameter_groups, without_gradient
-    from bifocal.training.runner import prepare
-
+    """Load the data and the model of a recipe and return what its run would do, as text."""
     if recipe.mlm is not None:
         settings, rows = recipe.training, recipe.mlm.batch_size
         long = (
@@ -22,11 +21,11 @@ def plan(recipe: Recipe) -> str:
             else f"{settings['num_train_epochs']:g} epochs"
         )
         return (
-            f"Recipe '{recipe.name}': masked language modelling, {recipe.mlm.probability:.0%} of the tokens\n"
+            f"Recipe '{recipe.name}': masked language modeling, {recipe.mlm.mlm_probability:.0%} of the tokens\n"
             f"data     {recipe.mlm.data.path}\n"
             f"length   {long}, {rows} texts of up to {recipe.max_length} tokens a step"
         )
-    with tempfile.TemporaryDirectory() as scratch:  # the Trainer makes its folder; a plan leaves none
+    with tempfile.TemporaryDirectory() as scratch:  # the Trainer creates its output folder
         prepared = prepare(recipe.model_copy(update={"output_dir": scratch}), disable_tqdm=True)
     trainer, args = prepared.trainer, prepared.trainer.args
     schedule = trainer.step_batches.schedule
@@ -70,9 +69,9 @@ def plan(recipe: Recipe) -> str:
 
 
 def _start(recipe: Recipe) -> str:
-    start = recipe.start_from
+    start = recipe.init_from
     if start is None:
         return "nothing"
     if isinstance(start, str):
         return start
-    return f"stage {start.stage}" if start.stage else f"{start.text} and {start.image}"
+    return f"stage {start.stage}" if start.stage else f"{start.text} and {start.vision}"

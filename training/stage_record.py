@@ -1,4 +1,4 @@
-"""What a stage was trained on, how, and at what cost, for the model card; kept in the run's folder."""
+"""The record of a trained stage in the run's folder: its data, settings, losses and cost, for the model card."""
 
 import csv
 import json
@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import cached_file
 
 from bifocal.data.source import Source
-from bifocal.files import write_json
+from bifocal.files import RUN, overwrite, write_json
 from bifocal.training.engine.distributed import World
-from bifocal.training.recipe import Recipe, StartFrom
+from bifocal.training.recipe import InitFrom, Recipe
 
 STAGE = "stage.json"
 FACTS = "card.json"  # in an exported model's folder; its `stages` are all those that led to it
@@ -20,11 +21,15 @@ _CARBON = "emissions.csv"  # written by transformers' callback for CodeCarbon (r
 
 
 def stage_facts(prepared: Any, seconds: float, versions: dict[str, str]) -> dict[str, Any]:
-    """The facts of a finished stage, by the names of `bifocal.hub.card.TrainedStage`.
+    """Return the record of a finished stage.
+
+    Its keys are the fields of `bifocal.hub.card.TrainedStage`, which reads it: training and hub do not import each
+    other, the file is their interface, and an unknown key is an error there.
 
     Args:
         prepared: the [`Prepared`] run, trained.
-        seconds: of training.
+        seconds: time spent in training.
+        versions: versions of the packages by name.
     """
     recipe, trainer = prepared.recipe, prepared.trainer
     args, shares = trainer.args, trainer.step_batches.schedule.shares
@@ -55,12 +60,17 @@ def stage_facts(prepared: Any, seconds: float, versions: dict[str, str]) -> dict
 
 
 def write_stage(folder: Path, facts: dict[str, Any]) -> None:
-    """Keep a stage's facts in its run's folder; whole or not at all."""
-    write_json(folder / STAGE, facts)
+    """Write a stage's record into its run's folder.
+
+    Raises:
+        NotOursError: if a file of that name is there that Bifocal did not write.
+    """
+    with overwrite(folder / STAGE, RUN) as scratch:
+        write_json(scratch, facts)
 
 
 def public_name(source: Source) -> str:
-    """A source by a name that says nothing of the machine: an id or address, or a file's own name."""
+    """Return a name of a source that reveals no local path: an id, an address, or a file's own name."""
     path = source.title
     if "://" in path or (path.count("/") <= 1 and not path.startswith((".", "~")) and not os.path.exists(path)):
         return path if source.name is None else f"{path} ({source.name})"
@@ -68,20 +78,22 @@ def public_name(source: Source) -> str:
 
 
 def start_name(recipe: Recipe) -> str:
-    start = recipe.start_from
+    """Return the public name of the weights that a recipe starts from."""
+    start = recipe.init_from
     if start is None:
         return "nothing"
-    if isinstance(start, StartFrom):
+    if isinstance(start, InitFrom):
         if start.stage is not None:
             return start.stage
-        return " and ".join(public_name(Source(path=place)) for place in (start.text, start.image) if place)
-    place = Path(start)
-    if not place.exists():
+        return " and ".join(public_name(Source(path=path)) for path in (start.text, start.vision) if path)
+    path = Path(start)
+    if not path.exists():
         return start
-    return place.parent.name if place.name == "model" else place.name
+    return path.parent.name if path.name == "model" else path.name
 
 
 def device_name(device: torch.device) -> str:
+    """Return the name of a GPU, or the number of CPU cores and their model."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
@@ -94,7 +106,7 @@ def device_name(device: torch.device) -> str:
 
 
 def _energy(folder: Path) -> dict[str, float]:
-    """Sums over all sessions that CodeCarbon wrote down in the run's folder; nothing where it did not run."""
+    """Return energy and emissions that CodeCarbon recorded in the run's folder, summed; empty if it did not run."""
     path = folder / _CARBON
     if not path.exists():
         return {}
@@ -107,19 +119,17 @@ def _energy(folder: Path) -> dict[str, float]:
 
 
 def earlier_stages(recipe: Recipe) -> list[dict[str, Any]]:
-    """The stages that led to what a recipe starts from, as far as its folder or repository tells."""
-    start = recipe.start_from
-    if isinstance(start, StartFrom):
+    """Return the records of the stages before a recipe, from the folder or repository that it starts from."""
+    start = recipe.init_from
+    if isinstance(start, InitFrom):
         start = None if start.stage is None else str(Path("runs") / start.stage / "model")
     if start is None:
         return []
     path = Path(start) / FACTS
     if not Path(start).exists():
-        from transformers.utils import cached_file
-
-        found = cached_file(start, FACTS, _raise_exceptions_for_missing_entries=False,
-                            _raise_exceptions_for_connection_errors=False)  # fmt: skip
-        if found is None:
+        cached = cached_file(start, FACTS, _raise_exceptions_for_missing_entries=False,
+                             _raise_exceptions_for_connection_errors=False)  # fmt: skip
+        if cached is None:
             return []
-        path = Path(found)
+        path = Path(cached)
     return json.loads(path.read_text(encoding="utf-8"))["stages"] if path.exists() else []

@@ -16,13 +16,13 @@ from filelock import FileLock
 from PIL import Image, ImageOps
 from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
-from transformers.models.clip import CLIPImageProcessorPil
 
 from bifocal.data.symbols import SymbolsConfig, build_symbols
 from bifocal.errors import BifocalError
 from bifocal.evaluation.retrieval import recall_at, target_ranks
 from bifocal.files import RUN, replace_file, replace_folder
 from bifocal.modeling import BifocalModel, BifocalProcessor, load_image
+from bifocal.modeling.processing_bifocal import image_processor_of_size
 from bifocal.training.mining import MiningSettings, mine_texts, write_parquet
 from bifocal.training.tokenizer import train_wordpiece
 
@@ -200,7 +200,7 @@ class ClaimData:
             texts += [text for group in self.symbols["train"][column] for text in group]
         texts += sorted(set(self.images.train["caption"]))
         tokenizer = train_wordpiece(texts, WORDS, LENGTH)
-        images = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+        images = image_processor_of_size(SIDE)
         with replace_folder(folder, RUN) as scratch:
             BifocalProcessor(images, tokenizer).save_pretrained(scratch)
 
@@ -228,7 +228,7 @@ class ClaimData:
             "positive": [texts[1] for texts in self.captions.train],
         })  # fmt: skip
         # The most similar captions may describe the same scene in other words, and are no negatives.
-        settings = MiningSettings(negatives=7, skip=2, depth=30)
+        settings = MiningSettings(num_negatives=7, range_min=2, range_max=30)
         write_parquet(mine_texts(pairs, load_miner(), settings, self.out / "mining"), path)
 
     @cached_property

@@ -23,13 +23,12 @@ LETTERS = sorted({word.strip(".,:()[]\"'`") for word in WORDS if word.isascii()}
 
 
 def processor_of(side: int) -> Any:
-    from transformers.models.clip import CLIPImageProcessorPil
-
     from bifocal.modeling import BifocalProcessor
+    from bifocal.modeling.processing_bifocal import image_processor_of_size
     from bifocal.training.tokenizer import train_wordpiece
 
     tokenizer = train_wordpiece(LETTERS * 5, 1000, 512)
-    images = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    images = image_processor_of_size(side)
     return BifocalProcessor(images, tokenizer)
 
 

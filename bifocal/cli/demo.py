@@ -9,16 +9,16 @@ from bifocal.cli.console import require, writes_into
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder of the run; a killed run there goes on.")] = Path("runs/demo"),
-    seed: Annotated[int, typer.Option(help="Of the split, the weights and the order of the batches.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder of the run; a killed run resumes there.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="Random seed of the split, the weights and the order of the batches.")] = 0,
     quick: Annotated[
         bool, typer.Option("--quick", help="Seconds instead of minutes; too short to learn much.")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Start anew where a run is already.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Overwrite an existing run.")] = False,
 ) -> None:
     """Train a small model through the three stages, search with it and write a report."""
     require("accelerate", "datasets", "fontTools", "jinja2", "matplotlib", "sentence_transformers")
     from bifocal.demo.runner import full_settings, quick_settings, run_demo
 
     writes_into(out, "free space and run the command again to resume, or choose another --out")
-    run_demo(out, quick_settings(seed) if quick else full_settings(seed), force)
+    run_demo(out, quick_settings(seed) if quick else full_settings(seed), overwrite)

@@ -17,25 +17,25 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="key=value, such as training.max_steps=100 or tasks.pairs.batch_size=64.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and stop.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Start anew where a run is already.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan of the run, then exit.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Overwrite an existing run.")] = False,
 ) -> None:
-    """Carry out a recipe: train one stage, from its last checkpoint if it was killed, and export the model."""
+    """Train one stage by a recipe and export the model. A killed run resumes from its last checkpoint."""
     require("accelerate", "datasets", "pydantic", "sentence_transformers")
     from bifocal.training.plan import plan
     from bifocal.training.recipe import find_recipe, load_recipe
 
     loaded = load_recipe(find_recipe(recipe), overrides, files=True)
     writes_into(loaded.folder, "free space and run the command again to resume, or set another output_dir")
-    message = plan(loaded) if dry_run else _train(loaded, force)
+    message = plan(loaded) if dry_run else _train(loaded, overwrite)
     if message:
         typer.echo(message)
 
 
-def _train(recipe: "Recipe", force: bool) -> str:
-    """Carry out a recipe and export its model; returns what there is to say.
+def _train(recipe: "Recipe", overwrite: bool) -> str:
+    """Run a recipe and export its model; return a line for the user, empty in all processes but the main one.
 
-    A model that is a single text tower (stage 0) is saved as such. Of several processes only the main one speaks.
+    A single text tower (stage 0) is saved as such.
     """
     from bifocal.files import RUN
     from bifocal.hub.card import Card, TrainedStage
@@ -53,11 +53,11 @@ def _train(recipe: "Recipe", force: bool) -> str:
         )
         export_model(model, folder, processor, card, kind=RUN)
 
-    folder = run_recipe(recipe, save, force)
+    folder = run_recipe(recipe, save, overwrite)
     if not World.current().is_main:
         return ""
     if folder is None:
-        return f"This run is finished; see {recipe.folder / 'model'}. To train again, add --force."
+        return f"This run is finished; see {recipe.folder / 'model'}. To train again, add --overwrite."
     return f"The model is in {folder}."
 
 
@@ -66,20 +66,25 @@ def mine(
     out: Annotated[Path, typer.Argument(help="Parquet file to write.")],
     model: Annotated[str, typer.Option(help="A sentence-transformers model; a Bifocal model across modalities.")],
     direction: Annotated[str, typer.Option(help="text-to-text, text-to-image or image-to-text.")] = "text-to-text",
-    column: Annotated[list[str] | None, typer.Option(help="ours=theirs, such as query=question.")] = None,
-    negatives: Annotated[int, typer.Option(min=1, help="How many for each query.")] = 7,
-    skip: Annotated[int, typer.Option(min=0, help="Leave out the first so many candidates.")] = 0,
-    depth: Annotated[int, typer.Option(min=1, help="Look at so many candidates.")] = 100,
-    margin: Annotated[
-        float | None, typer.Option(help="A negative is at least so much less similar than the positive.")
+    column_mapping: Annotated[
+        list[str] | None, typer.Option(help="Rename a column of the source, as in question=query.")
+    ] = None,
+    num_negatives: Annotated[int, typer.Option(min=1, help="Negatives per query.")] = 7,
+    range_min: Annotated[int, typer.Option(min=0, help="Skip this many of the closest candidates.")] = 0,
+    range_max: Annotated[int, typer.Option(min=1, help="Consider only this many of the closest candidates.")] = 100,
+    absolute_margin: Annotated[
+        float | None, typer.Option(help="Smallest difference in similarity between the positive and a negative.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts or images per forward pass.")] = 64,
-    cache: Annotated[Path | None, typer.Option(help="Folder for embeddings; a killed run finds them again.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder for embeddings, with which a killed run resumes.")] = None,
 ) -> None:
-    """Find hard negatives for text pairs, or across pictures and texts, and write them with their scores."""
+    """Mine hard negatives for text pairs, or across images and texts, and write them with their scores."""
     require("datasets", "pydantic", "sentence_transformers")
     from bifocal.training.mine_source import mine_source
 
-    settings = dict(negatives=negatives, skip=skip, depth=depth, margin=margin, batch_size=batch_size)
+    settings = dict(
+        num_negatives=num_negatives, range_min=range_min, range_max=range_max, absolute_margin=absolute_margin,
+        batch_size=batch_size,
+    )  # fmt: skip
     writes_into(out.parent)
-    typer.echo(mine_source(source, out, model, direction, column or [], cache, settings))
+    typer.echo(mine_source(source, out, model, direction, column_mapping or [], cache, settings))

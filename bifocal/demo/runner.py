@@ -1,37 +1,34 @@
-"""The main job in small: train on symbols through the three stages, evaluate, export, search and report."""
+"""The demo: three recipes on symbols, run one after the other, then evaluation, export, searches and a report."""
 
 import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import datasets
+import torch
+import transformers
+from transformers.utils import logging
+
 from bifocal.data.kinds import COLUMNS
 from bifocal.data.loading import with_columns
-from bifocal.data.skips import require_log, start_log
 from bifocal.data.symbols import SymbolsConfig, build_symbols
 from bifocal.demo.report import Stage
 from bifocal.demo.results import evaluate_symbols, example_searches, searches_as_text, write_demo_report
 from bifocal.errors import BifocalError
-from bifocal.files import (
-    MARKER,
-    RUN,
-    overwrite,
-    record,
-    replace_folder,
-    require_overwritable,
-    require_replaceable,
-    write_json,
-)
+from bifocal.files import MARKER, RUN, overwrite, replace_folder, require_overwritable, require_replaceable, write_json
 from bifocal.hub.card import Card, TrainedStage
 from bifocal.hub.export import export_model
 from bifocal.modeling import BifocalModel, BifocalProcessor
-from bifocal.training.callbacks.bookkeeping import StageProgress, Stopwatch, seconds_of
-from bifocal.training.checkpoints import clear_run, last_complete_checkpoint, require_clearable
+from bifocal.modeling.processing_bifocal import image_processor_of_size
+from bifocal.training.callbacks.bookkeeping import StageProgress
+from bifocal.training.checkpoints import clear_run, require_clearable
 from bifocal.training.recipe import Recipe, find_recipe, load_recipe
-from bifocal.training.runner import prepare, versions
-from bifocal.training.stage_record import STAGE, stage_facts, write_stage
+from bifocal.training.runner import RUN_FILES, open_run, run_recipe
+from bifocal.training.stage_record import STAGE
 from bifocal.training.tokenizer import train_wordpiece
 
 STAGES = {
@@ -40,14 +37,18 @@ STAGES = {
     "stage3": "3: triplets + long captions",
 }
 
+RESULT = "result.json"  # of a stage: its metrics and losses
+
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """All that the demo's result is a function of, beside the recipes of its stages.
+    """Everything that determines the demo's result besides the recipes of its stages.
 
     Args:
-        data: the symbols.
-        overrides: of the recipe of each stage.
+        data: settings of the symbols.
+        vocab_size: size of the vocabulary of its tokenizer.
+        overrides: overrides of the recipe of each stage.
+        seed: random seed of the split, the weights and the order of the batches.
     """
 
     data: SymbolsConfig
@@ -56,24 +57,24 @@ class DemoSettings:
     seed: int = 0
 
     def recipe(self, stage: str, out: Path) -> Recipe:
-        """The recipe of a stage (training/recipes/demo) at its place in this run."""
-        start = [] if stage == "stage1" else [f"start_from={out / f'stage{int(stage[-1]) - 1}' / 'model'}"]
-        placed = [
+        """Return the recipe of a stage (training/recipes/demo) with its folders in this run."""
+        start = [] if stage == "stage1" else [f"init_from={out / f'stage{int(stage[-1]) - 1}' / 'model'}"]
+        in_this_run = [
             f"output_dir={out / stage}",
             f"processor={out / 'processor'}",
             f"seed={self.seed}",
-            "train_tokenizer=null",
+            "tokenizer_vocab_size=null",
         ]
-        return load_recipe(find_recipe(f"demo/{stage}"), [*placed, *start, *self.overrides.get(stage, [])])
+        return load_recipe(find_recipe(f"demo/{stage}"), [*in_this_run, *start, *self.overrides.get(stage, [])])
 
 
 def full_settings(seed: int) -> DemoSettings:
-    """The demo as users run it: about six minutes on two cores."""
+    """Return the settings of the demo as users run it: about six minutes on two cores."""
     return DemoSettings(SymbolsConfig(image_size=32, seed=seed), 4000, {}, seed)
 
 
 def quick_settings(seed: int) -> DemoSettings:
-    """The same path in seconds, for tests: too short to learn much."""
+    """Return settings for the same steps in seconds: too short to learn much."""
     small = [
         "model.projection_dim=64", "model.text_config.hidden_size=64", "model.text_config.num_attention_heads=2",
         "model.text_config.intermediate_size=128", "model.text_config.num_hidden_layers=1",
@@ -101,17 +102,20 @@ def quick_settings(seed: int) -> DemoSettings:
 
 
 class DemoError(BifocalError):
-    """What stops the demo, in one sentence for the user."""
+    """A folder that the demo cannot use."""
 
 
-def run_demo(out: Path, settings: DemoSettings, force: bool = False) -> None:
-    """Train, evaluate, export and report into `out`; go on from the last checkpoint if a run there was killed.
+def run_demo(out: Path, settings: DemoSettings, overwrite_run: bool = False) -> None:
+    """Train, evaluate, export and report into `out`; resume from the last checkpoint if a run there was killed.
+
+    Args:
+        overwrite_run: remove an earlier run in `out`.
 
     Raises:
         DemoError: if `out` holds something else or a run with other settings.
         NotOursError: if a file of the run was changed, or is not the run's.
     """
-    if not _open_run(out, settings, force):
+    if not _open_run(out, settings, overwrite_run):
         return
     started = time.time()
     _leave_progress_to_the_stages()
@@ -119,11 +123,7 @@ def run_demo(out: Path, settings: DemoSettings, force: bool = False) -> None:
     processor = _processor(out, settings, symbols["train"])
     stages = []
     for stage, title in STAGES.items():
-        result = _read_json(out / stage / "result.json")
-        if result is None:
-            result = _train_stage(settings.recipe(stage, out), title, symbols)
-        else:
-            print(f"{title} is done already.")
+        result = _run_stage(settings.recipe(stage, out), title, symbols)
         stages.append(result)
         print(_metrics_line(title, result["metrics"]))
     model = BifocalModel.from_pretrained(out / "stage3" / "model")
@@ -132,48 +132,43 @@ def run_demo(out: Path, settings: DemoSettings, force: bool = False) -> None:
 
 
 def _leave_progress_to_the_stages() -> None:
-    """One bar per stage; the libraries' own, for every small file they write, would tear it apart."""
-    import datasets
-    from transformers.utils import logging
-
+    """Turn off the libraries' progress bars for every small file, which would break up the one bar per stage."""
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
 
 
-def _open_run(out: Path, settings: DemoSettings, force: bool) -> bool:
-    """Claim the folder; False if a finished run is there already."""
+def _open_run(out: Path, settings: DemoSettings, overwrite_run: bool) -> bool:
+    """Claim the folder; return False if it holds a finished run."""
     recipes = {stage: json.loads(settings.recipe(stage, Path()).model_dump_json()) for stage in STAGES}
     wanted = json.loads(json.dumps({"data": asdict(settings.data), "vocab_size": settings.vocab_size} | recipes))
     try:
-        found = _read_json(out / "settings.json")
-    except ValueError:  # somebody else's
-        found = {}
+        earlier = _read_json(out / "settings.json")
+    except ValueError:  # not ours
+        earlier = {}
     if out.exists() and not out.is_dir():
-        raise DemoError(f"'{out}' is a file; choose another folder with --out.")
-    if found is None and out.exists() and any(path.name != MARKER for path in out.iterdir()):
-        raise DemoError(f"'{out}' holds other files and no run of the demo; choose another folder with --out.")
-    if found is not None and force:
-        _clear(out)
-    elif found is not None and found != wanted:
+        raise DemoError(f"'{out}' is a file. Choose another folder with --out.")
+    if earlier is None and out.exists() and any(path.name != MARKER for path in out.iterdir()):
+        raise DemoError(f"'{out}' holds other files, but no run of the demo. Choose another folder with --out.")
+    if earlier is not None and overwrite_run:
+        _clear(out, settings)
+    elif earlier is not None and earlier != wanted:
         raise DemoError(
-            f"'{out}' holds a run with other settings; choose another folder with --out, or start anew with --force."
+            f"'{out}' holds a run with other settings. Choose another folder with --out, or add --overwrite."
         )
     elif (out / "results.json").exists():
-        print(f"This run is finished; see {out / 'report.html'}. To train again, add --force.")
+        print(f"This run is finished; see {out / 'report.html'}. To train again, add --overwrite.")
         return False
     require_replaceable(out / "model", RUN)  # now, and not after the training
     for name in ("report.html", "results.json"):
         require_overwritable(out / name, RUN)
-    if found is None or force:
+    if earlier is None or overwrite_run:
         with overwrite(out / "settings.json", RUN) as scratch:
-            scratch.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+            write_json(scratch, wanted)
     return True
 
 
 def _processor(out: Path, settings: DemoSettings, train: Any) -> BifocalProcessor:
-    """The tokenizer trained on the training texts with the image processor of the pictures' size."""
-    from transformers.models.clip import CLIPImageProcessorPil
-
+    """Return a tokenizer trained on all training texts with the image processor of the images' size."""
     folder = out / "processor"
     if (folder / "processor_config.json").exists():
         return BifocalProcessor.from_pretrained(folder)
@@ -182,51 +177,36 @@ def _processor(out: Path, settings: DemoSettings, train: Any) -> BifocalProcesso
     for column in ("long_captions", "descriptions"):
         texts += [text for wordings in train[column] for text in wordings]
     tokenizer = train_wordpiece(texts, settings.vocab_size, max_length)
-    side = settings.data.image_size
-    images = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
-    processor = BifocalProcessor(images, tokenizer)
-    with replace_folder(folder, RUN) as made:
-        processor.save_pretrained(made)
+    processor = BifocalProcessor(image_processor_of_size(settings.data.image_size), tokenizer)
+    with replace_folder(folder, RUN) as scratch:
+        processor.save_pretrained(scratch)
     return processor
 
 
 def _from(train: Any) -> Callable[..., Any]:
-    """Reads the sources of the demo's recipes from the symbols that are here already."""
+    """Return a function that reads the sources of the demo's recipes from the symbols."""
     return lambda source, kind, *_: with_columns(train, source, COLUMNS[kind])
 
 
-def _train_stage(recipe: Recipe, title: str, symbols: Any) -> dict[str, Any]:
-    """Train one stage from its last checkpoint, if there is one, and keep its weights and result."""
-    from transformers.trainer_callback import ProgressCallback
+def _run_stage(recipe: Recipe, title: str, symbols: Any) -> dict[str, Any]:
+    """Run the recipe of a stage, if it is not finished, and return its result."""
+    result = recipe.folder / RESULT
 
-    folder = recipe.folder
-    checkpoint = last_complete_checkpoint(folder)
-    prepared = prepare(recipe, [Stopwatch()], _from(symbols["train"]), dataloader_pin_memory=False)
-    trainer = prepared.trainer
-    model = trainer.model
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(StageProgress(f"Stage {title}"))
-    if checkpoint is not None:
-        print(f"Stage {title} goes on from {checkpoint.name}.")
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    seconds = seconds_of(trainer)
-    evaluation = evaluate_symbols(model, symbols["test"])
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    names = [name for name in logs[0] if name.startswith("loss/")]
-    result = {
-        "name": title,
-        "steps": trainer.args.max_steps,
-        "seconds": seconds,
-        "metrics": evaluation.metrics,
-        "recall": evaluation.recall,
-        "losses": {name.removeprefix("loss/"): [[entry["step"], entry[name]] for entry in logs] for name in names},
-    }
-    with replace_folder(folder / "model", RUN) as made:
-        model.save_pretrained(made)
-    write_stage(folder, stage_facts(prepared, seconds, versions()))
-    write_json(folder / "result.json", result)
-    record(folder, RUN, "result.json", STAGE)
-    return result
+    def save(model: BifocalModel, processor: BifocalProcessor, folder: Path) -> None:
+        evaluation = evaluate_symbols(model, symbols["test"])
+        stage = _read_json(recipe.folder / STAGE)
+        with overwrite(result, RUN) as scratch:
+            values = {"name": title, "metrics": evaluation.metrics, "recall": evaluation.recall}
+            write_json(
+                scratch, values | {"losses": stage["curves"]} | {key: stage[key] for key in ("steps", "seconds")}
+            )
+        with replace_folder(folder, RUN) as scratch:  # the run is finished as soon as this is there
+            model.save_pretrained(scratch)
+
+    load = _from(symbols["train"])
+    if run_recipe(recipe, save, load=load, progress=StageProgress(f"Stage {title}")) is None:
+        print(f"Stage {title} is finished already.")
+    return _read_json(result)
 
 
 def _finish(
@@ -265,8 +245,7 @@ def _finish(
         out / "report.html", [Stage(**stage) for stage in stages], galleries, figures, _described(settings, out, model)
     )
     with overwrite(out / "results.json", RUN) as scratch:
-        results = {"stages": stages, "seconds": seconds, "load difference": difference}
-        scratch.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        write_json(scratch, {"stages": stages, "seconds": seconds, "load difference": difference})
     print(
         f"\nAutoModel and SentenceTransformer load {folder} and agree to {difference:.1e}.\n"
         f"Report: {out / 'report.html'}\nThis run took {time.time() - started:.0f} s."
@@ -289,11 +268,6 @@ def _check_folder(folder: Path, test: Any) -> float:
 
 
 def _described(settings: DemoSettings, out: Path, model: BifocalModel) -> dict[str, str]:
-    import sys
-
-    import torch
-    import transformers
-
     described = {
         "parameters": f"{sum(parameter.numel() for parameter in model.parameters()):,}",
         "towers": f"width {model.config.projection_dim}, {model.config.vision_config.num_hidden_layers} image and "
@@ -319,23 +293,19 @@ def _metrics_line(title: str, metrics: dict[str, float]) -> str:
     return f"After stage {title}: {shown}"
 
 
-def _clear(out: Path) -> None:
-    """Remove what a run of the demo makes, and nothing else.
+def _clear(out: Path, settings: DemoSettings) -> None:
+    """Remove the files of a run of the demo, and nothing else; its stages' folders are claimed for the new run.
 
     Raises:
-        NotOursError: if any of it was changed or is not the run's; then nothing is removed.
+        NotOursError: if one of them was changed or is not the run's; then nothing is removed.
     """
     files = ("settings.json", "results.json", "report.html")
-    of_stage, logs = ("result.json", STAGE), ("skipped-loading.jsonl", "skipped.jsonl")
     require_clearable(out, *files)
     for stage in STAGES:
-        require_clearable(out / stage, *of_stage)
-        for name in logs:
-            require_log(out / stage / name)
+        require_clearable(out / stage, *RUN_FILES, RESULT)
     for stage in STAGES:
-        clear_run(out / stage, *of_stage)
-        for name in logs:
-            start_log(out / stage / name)
+        clear_run(out / stage, RESULT)
+        open_run(settings.recipe(stage, out), overwrite=True)
     clear_run(out, *files)
 
 

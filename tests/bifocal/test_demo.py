@@ -70,13 +70,13 @@ def test_a_finished_run_is_not_trained_again(run, cache):
     code, output, _ = finish(command(cache, "--out", str(run)))
     assert code == 0
     assert "This run is finished" in output
-    assert "--force" in output
+    assert "--overwrite" in output
     assert (run / "results.json").stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize("moment", ["stage1/checkpoint-8", "stage1/result.json", "stage2/result.json", "stage3/model"])
 def test_killed_and_started_again_it_ends_the_same(run, cache, moment):
-    """SIGKILL as soon as a file appears; then the run goes on and ends with the very same weights."""
+    """SIGKILL as soon as a file appears; then the run resumes and ends with the same weights."""
     out = cache / moment.replace("/", "-")
     process = command(cache, "--out", str(out))
     deadline = time.monotonic() + 200
@@ -86,7 +86,7 @@ def test_killed_and_started_again_it_ends_the_same(run, cache, moment):
     assert process.finish().returncode == -signal.SIGKILL, "the run ended before it was killed"
     code, output, errors = finish(command(cache, "--out", str(out)))
     assert code == 0, errors
-    assert "goes on from checkpoint" in output or "is done already" in output
+    assert "resumes from checkpoint" in output or "is finished already" in output
     whole, resumed = (BifocalModel.from_pretrained(folder / "model") for folder in (run, out))
     for (name, expected), value in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         np.testing.assert_array_equal(value, expected, err_msg=name)
@@ -99,9 +99,9 @@ def test_another_seed_is_another_run(run, cache):
     assert "Traceback" not in errors
 
 
-def test_force_trains_anew_and_touches_nothing_else(run, cache):
+def test_overwrite_trains_again_and_touches_nothing_else(run, cache):
     (run / "notes.txt").write_text("mine")
-    code, output, errors = finish(command(cache, "--out", str(run), "--force"))
+    code, output, errors = finish(command(cache, "--out", str(run), "--overwrite"))
     assert code == 0, errors
     assert "After stage 3:" in output
     assert (run / "notes.txt").read_text() == "mine"
@@ -111,11 +111,11 @@ def test_a_folder_with_something_else_in_it(cache, tmp_path):
     (tmp_path / "thesis.tex").write_text("important")
     code, _, errors = finish(command(cache, "--out", str(tmp_path)))
     assert code == 1
-    assert f"Error: '{tmp_path}' holds other files and no run of the demo; choose another folder" in errors
+    assert f"Error: '{tmp_path}' holds other files, but no run of the demo. Choose another folder" in errors
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
     code, _, errors = finish(command(cache, "--out", str(tmp_path / "thesis.tex")))
     assert code == 1
-    assert "is a file; choose another folder with --out" in errors
+    assert "is a file. Choose another folder with --out" in errors
 
 
 def test_only_what_the_demo_wrote_is_cleared(run, tmp_path):
@@ -126,7 +126,7 @@ def test_only_what_the_demo_wrote_is_cleared(run, tmp_path):
     for content in ('{"port": 80}', "words"):
         (project / "settings.json").write_text(content)
         with pytest.raises(NotOursError, match=r"settings.json' exists and is not known as a file of Bifocal's"):
-            _open_run(project, quick_settings(0), force=True)
+            _open_run(project, quick_settings(0), overwrite_run=True)
         assert sorted(path.name for path in project.rglob("*")) == ["model", "settings.json", "weights"]
     for name, content in (
         ("report.html", "my notes"),
@@ -142,15 +142,16 @@ def test_only_what_the_demo_wrote_is_cleared(run, tmp_path):
         (copy / name).write_text(content)
         before = sorted(copy.rglob("*"))
         with pytest.raises(NotOursError, match=Path(name).name):
-            _open_run(copy, quick_settings(0), force=True)
+            _open_run(copy, quick_settings(0), overwrite_run=True)
         assert sorted(copy.rglob("*")) == before
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     (copy / "stage1" / "notes").write_text("mine")
-    assert _open_run(copy, quick_settings(0), force=True)
+    assert _open_run(copy, quick_settings(0), overwrite_run=True)
     left = {path.relative_to(copy).as_posix() for path in copy.rglob("*") if path.is_file()}
     assert left - {"notes.txt"} == {
-        MARKER, "settings.json", "stage1/notes", *(f"{stage}/{MARKER}" for stage in STAGES)
+        MARKER, "settings.json", "stage1/notes",
+        *(f"{stage}/{name}" for stage in STAGES for name in (MARKER, "recipe.yaml", "versions.json")),
     }  # fmt: skip
 
 

@@ -82,7 +82,7 @@ def test_the_run_says_what_made_it(tuned, reader):
     assert "This run is finished" in again.stdout
     other = run(reader, *commands()[0][:-1], "training.max_steps=6", *SHORT[1:])
     assert other.returncode == 1
-    assert other.stderr.strip().endswith("set another output_dir, or start anew with --force.")
+    assert other.stderr.strip().endswith("set another output_dir, or add --overwrite.")
     assert "other values of training.max_steps" in other.stderr
 
 
@@ -148,7 +148,7 @@ def test_the_run_is_exported_whole(quick_check, reader, tuned):
 
 def test_a_stage_tells_of_those_before_it(reader, tuned):
     done = run(
-        reader, *commands()[0][:-1], "training.max_steps=2", "start_from=runs/finetune/model", "output_dir=runs/more"
+        reader, *commands()[0][:-1], "training.max_steps=2", "init_from=runs/finetune/model", "output_dir=runs/more"
     )
     assert done.returncode == 0, done.stderr[-3000:]
     card = ModelCard.load(reader / "runs" / "more" / "model" / "README.md")
@@ -186,7 +186,7 @@ def test_mining_commands(reader, tuned):
 
 MLM = """\
 name: words
-train_tokenizer: 300
+tokenizer_vocab_size: 300
 max_length: 32
 model: {hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 48}
 mlm:
@@ -197,7 +197,7 @@ training: {max_steps: 100, learning_rate: 5e-3, logging_steps: 10, save_steps: 2
 
 JOINT = """\
 name: joint
-start_from: {text: runs/words/model, image: runs/eva}
+init_from: {text: runs/words/model, vision: runs/eva}
 model: {projection_dim: 32}
 max_length: 32
 image_size: 32
@@ -257,11 +257,11 @@ def test_stage_0_and_a_stage_that_starts_from_it(reader):
             "tasks.pairs.data.path=empty.jsonl",
             "1.6% of 64 rows are bad, more than max_bad_fraction=0.01 allows (1 no positive)",
         ),
-        ("device=cuda", "asks for CUDA, and this machine has none; set device=cpu or auto."),
-        ("start_from=runs/nothing", "there is no processor at 'runs/nothing'"),
-        ("start_from.stage=stage7", "starts from stage 'stage7', of which there is no runs/stage7/model"),
+        ("device=cuda", "needs CUDA, but this machine has none. Set device=cpu or auto."),
+        ("init_from=runs/nothing", "there is no processor at 'runs/nothing'"),
+        ("init_from.stage=stage7", "but runs/stage7/model does not exist. Run `bifocal train stage7` first."),
         ("model.projection_dm=3", "BifocalConfig has no key 'projection_dm'; did you mean 'projection_dim'?"),
-        ("output_dir=pictures", "'pictures' holds other files and no run; set another output_dir."),
+        ("output_dir=pictures", "'pictures' holds other files, but no run. Set another output_dir."),
         ("training.max_step=3", "'training.max_step=3': unknown key 'max_step'; did you mean 'max_steps'?"),
     ],
 )

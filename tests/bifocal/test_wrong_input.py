@@ -46,7 +46,7 @@ mine nope.jsonl out.parquet --model model
 mine zero.jsonl out.parquet --model model
 mine columns.jsonl out.parquet --model model
 mine pairs.jsonl out.parquet --model model --direction sideways
-mine pairs.jsonl out.parquet --model model --column foo
+mine pairs.jsonl out.parquet --model model --column-mapping foo
 mine pairs.jsonl file.txt/out.parquet --model ./nope
 mine pairs.jsonl empty --model model
 evaluate ./nope
@@ -139,7 +139,7 @@ def test_one_sentence(command, place):
 @pytest.mark.parametrize(
     "command",
     [
-        "mine pairs.jsonl out.parquet --model model --negatives 0",
+        "mine pairs.jsonl out.parquet --model model --num-negatives 0",
         "index pairs.jsonl index --model model --batch-size 0",
         "search index cat --hits 0",
         "serve index --port 99999999",

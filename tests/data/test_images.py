@@ -11,11 +11,12 @@ from transformers.models.clip import CLIPImageProcessorPil
 
 from bifocal.data.images import ImageReader
 from bifocal.modeling import load_image
+from bifocal.modeling.processing_bifocal import image_processor_of_size
 
 
 @pytest.fixture(scope="module")
 def clip() -> CLIPImageProcessorPil:
-    return CLIPImageProcessorPil(size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224})
+    return image_processor_of_size(224)
 
 
 @cache
@@ -100,6 +101,6 @@ def test_a_jpeg_is_decoded_at_the_smallest_scale_that_serves(clip, monkeypatch, 
 
 
 def test_other_ways_of_resizing_are_the_processors(clip):
-    bilinear = CLIPImageProcessorPil(size={"shortest_edge": 96}, crop_size={"height": 96, "width": 96}, resample=2)
+    bilinear = image_processor_of_size(96, resample=2)
     fast, whole = both(bilinear, photo(300, 200))
     assert share_of_range(clip, fast, whole) < 1e-4

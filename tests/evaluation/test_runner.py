@@ -8,7 +8,6 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor
-from transformers.models.clip import CLIPImageProcessorPil
 from typer.testing import CliRunner
 
 from bifocal.cli import app
@@ -20,6 +19,7 @@ from bifocal.evaluation.suites import EvaluationTask
 from bifocal.evaluation.task_rows import read_task
 from bifocal.hub.export import export_model
 from bifocal.modeling import BifocalModel
+from bifocal.modeling.processing_bifocal import image_processor_of_size
 from tests.bifocal.commands import error_of, invoke
 from tests.browser import LONG_NAME, needs_browser, odd_images, opened
 from tests.conftest import small_config
@@ -54,7 +54,7 @@ def here(processor, tmp_path_factory):
         vision_config={**tiny, "image_size": 32, "patch_size": 8},
     )
     CLIPModel(CLIPConfig(**towers, projection_dim=16)).save_pretrained(root / "clip")
-    images = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    images = image_processor_of_size(32)
     CLIPProcessor(images, processor.tokenizer).save_pretrained(root / "clip")
     (root / "photos").mkdir()
     for number in range(12):

@@ -60,7 +60,7 @@ def test_finetune(folder, tmp_path, capsys):
 
 
 def test_mine_then_stage3(folder, tmp_path, capsys):
-    printed = trained("mine_then_stage3", capsys, folder, tmp_path / "run", "--negatives", "2")
+    printed = trained("mine_then_stage3", capsys, folder, tmp_path / "run", "--num-negatives", "2")
     assert printed.splitlines()[1].startswith("  not: ")
 
 

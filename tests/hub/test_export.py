@@ -21,7 +21,6 @@ from transformers import (
     SiglipModel,
     SiglipProcessor,
 )
-from transformers.models.clip import CLIPImageProcessorPil
 from transformers.models.siglip import SiglipImageProcessorPil
 
 from bifocal.files import MARKER, RUN, NotOursError, parts
@@ -30,6 +29,7 @@ from bifocal.hub.card_results import add_results
 from bifocal.hub.export import export_model
 from bifocal.hub.sample_images import sample_pairs
 from bifocal.modeling import BifocalModel, BifocalProcessor
+from bifocal.modeling.processing_bifocal import image_processor_of_size
 from tests.bifocal.commands import error_of
 from tests.conftest import EMPTY, LONG, TEXTS, small_config
 
@@ -209,7 +209,7 @@ def towers() -> dict:
 
 
 def clip(tokenizer):
-    images = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    images = image_processor_of_size(32)
     return CLIPModel(CLIPConfig(**towers(), projection_dim=16)), CLIPProcessor(images, tokenizer)
 
 

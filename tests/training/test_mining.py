@@ -44,7 +44,7 @@ def test_real_captions(minilm, tmp_path):
     queries += [photos[0][0].upper(), photos[1][0]]  # and duplicates in other spelling
     positives += [photos[0][3], photos[1][1].lower().replace(".", " !")]
     pairs = Dataset.from_dict({"query": queries, "positive": positives})
-    mined = mine_texts(pairs, minilm, MiningSettings(negatives=7, margin=0.02), tmp_path / "cache")
+    mined = mine_texts(pairs, minilm, MiningSettings(num_negatives=7, absolute_margin=0.02), tmp_path / "cache")
     right: dict[str, set[str]] = {}
     for query, positive in zip(queries, positives, strict=True):
         right.setdefault(words(query), {words(query)}).add(words(positive))
@@ -67,8 +67,8 @@ def test_real_captions(minilm, tmp_path):
 
 def test_easier_ones_are_skipped_to(minilm):
     pairs = Dataset.from_dict({"query": [t[0] for t in captions(60)], "positive": [t[1] for t in captions(60)]})
-    hard = mine_texts(pairs, minilm, MiningSettings(negatives=2))
-    easier = mine_texts(pairs, minilm, MiningSettings(negatives=2, skip=20))
+    hard = mine_texts(pairs, minilm, MiningSettings(num_negatives=2))
+    easier = mine_texts(pairs, minilm, MiningSettings(num_negatives=2, range_min=20))
     assert np.mean(easier["negative_scores"]) < np.mean(hard["negative_scores"]) - 0.05
 
 
@@ -84,7 +84,7 @@ def pictures(count: int = 12) -> Dataset:
 @pytest.mark.parametrize("direction", ["text-to-image", "image-to-text"])
 def test_across_modalities_by_loops(model, tmp_path, direction):
     data = pictures()
-    mined = mine_across(data, model, direction, tmp_path, MiningSettings(negatives=3, depth=12, batch_size=1))
+    mined = mine_across(data, model, direction, tmp_path, MiningSettings(num_negatives=3, range_max=12, batch_size=1))
     texts = model.encode_text(data["caption"])
     images = model.encode_image([row["bytes"] for row in data["image"]])
     queries, candidates = (texts, images) if direction == "text-to-image" else (images, texts)
@@ -106,6 +106,19 @@ def test_across_modalities_by_loops(model, tmp_path, direction):
         assert row["negative_captions"] == [data[other]["caption"] for other in row["negative_rows"]]
 
 
+def test_range_min_counts_what_the_margin_leaves(model, tmp_path):
+    """As in sentence-transformers' `mine_hard_negatives`: the margin first, then the rank."""
+    data = pictures(9)
+    similarity = model.encode_text(data["caption"]) @ model.encode_image([row["bytes"] for row in data["image"]]).T
+    row = 0
+    others = [n for n in np.argsort(-similarity[row]) if n != row]
+    # Half-way between the second and the third, so that the two closest fail the margin.
+    margin = float(similarity[row, row] - similarity[row, others[1:3]].mean())
+    settings = MiningSettings(num_negatives=2, range_min=1, range_max=9, absolute_margin=margin)
+    mined = mine_across(data, model, "text-to-image", tmp_path, settings)
+    assert dict(zip(mined["row"], mined["negative_rows"], strict=True))[row] == others[3:5]
+
+
 def test_rows_that_cannot_be_used_are_neither_mined_nor_found(model, tmp_path, caplog):
     stored = list(pictures(8)["image"])
     stored[3] = {"bytes": b"no picture", "path": None}
@@ -114,7 +127,7 @@ def test_rows_that_cannot_be_used_are_neither_mined_nor_found(model, tmp_path, c
     data = Dataset.from_dict({"image": stored, "caption": captions}, features=pictures().features)
     data = data.cast_column("image", Image())
     for _ in ("made", "from the cache"):
-        mined = mine_across(data, model, "text-to-image", tmp_path, MiningSettings(negatives=5, depth=8))
+        mined = mine_across(data, model, "text-to-image", tmp_path, MiningSettings(num_negatives=5, range_max=8))
         assert mined["row"][:] == [0, 1, 2, 4, 6, 7]
         assert all(not {3, 5} & set(row["negative_rows"]) for row in mined)
     said = "Mining skips 2 of 8 rows, which lack a text or an image that can be read: rows 3, 5."
@@ -122,7 +135,7 @@ def test_rows_that_cannot_be_used_are_neither_mined_nor_found(model, tmp_path, c
 
 
 def test_a_killed_run_embeds_only_the_rest(model, tmp_path):
-    data, settings = pictures(40), MiningSettings(negatives=2, depth=10, batch_size=1)
+    data, settings = pictures(40), MiningSettings(num_negatives=2, range_max=10, batch_size=1)
 
     class StopError(Exception):
         pass
@@ -152,7 +165,7 @@ def test_a_killed_run_embeds_only_the_rest(model, tmp_path):
 
 def test_kept_embeddings_are_of_the_same_model_and_data(model, tmp_path):
     """Another model, other captions or other images of the same number never meet embeddings kept before."""
-    settings = MiningSettings(negatives=2, depth=10)
+    settings = MiningSettings(num_negatives=2, range_max=10)
     other = deepcopy(model)
     with torch.no_grad():
         for parameter in other.parameters():
@@ -167,7 +180,7 @@ def test_kept_embeddings_are_of_the_same_model_and_data(model, tmp_path):
 
 def test_texts_kept_for_another_model_are_not_used(minilm, tmp_path):
     pairs = Dataset.from_dict({"query": [f"{n} apples" for n in range(12)], "positive": [f"{n}" for n in range(12)]})
-    settings = MiningSettings(negatives=2, depth=8)
+    settings = MiningSettings(num_negatives=2, range_max=8)
     other = deepcopy(minilm)
     with torch.no_grad():
         for parameter in other.parameters():
@@ -178,14 +191,14 @@ def test_texts_kept_for_another_model_are_not_used(minilm, tmp_path):
 
 
 def test_files_of_the_users_are_left_alone(model, tmp_path):
-    settings = MiningSettings(negatives=2, depth=10)
+    settings = MiningSettings(num_negatives=2, range_max=10)
     mined = mine_across(pictures(), model, "text-to-image", tmp_path / "new", settings)
     kept = next((tmp_path / "new").glob("captions-*.json"))
     for name, content in ((kept.name, '{"images": []}'), (kept.name, "words"), (f"{kept.stem}.npy", "words")):
         cache = tmp_path / f"{name}{len(content)}"
         cache.mkdir()
         (cache / name).write_text(content)
-        with pytest.raises(MiningError, match=f"{name}' is no file of a mining run.*; choose another cache folder"):
+        with pytest.raises(MiningError, match=f"{name}' is not a file of a mining run.* Choose another cache folder"):
             mine_across(pictures(), model, "text-to-image", cache, settings)
         assert [(path.name, path.read_text()) for path in cache.iterdir()] == [(name, content)]
     write_parquet(mined, tmp_path / "mined.parquet")
@@ -198,8 +211,8 @@ def test_files_of_the_users_are_left_alone(model, tmp_path):
 
 
 def test_what_cannot_be_mined(model, minilm, tmp_path):
-    with pytest.raises(MiningError, match="at least one negative and depth >= skip"):
-        MiningSettings(negatives=5, depth=4)
+    with pytest.raises(MiningError, match="num_negatives >= 1 and range_max >= range_min"):
+        MiningSettings(num_negatives=5, range_max=4)
     with pytest.raises(MiningError, match=r"no column 'query' .it has image, caption"):
         mine_texts(pictures(), minilm)
     with pytest.raises(MiningError, match="2 different pairs are too few to find 7 negatives"):
@@ -207,11 +220,11 @@ def test_what_cannot_be_mined(model, minilm, tmp_path):
     with pytest.raises(MiningError, match="direction must be one of text-to-image, image-to-text, but"):
         mine_across(pictures(), model, "text-to-text", tmp_path)
     with pytest.raises(MiningError, match="No row has enough negatives"):
-        mine_across(pictures(), model, "text-to-image", tmp_path, MiningSettings(margin=5.0))
+        mine_across(pictures(), model, "text-to-image", tmp_path, MiningSettings(absolute_margin=5.0))
 
 
 def test_rows_without_an_image_id_are_negatives_of_each_other(model, tmp_path):
-    data, settings = pictures(9), MiningSettings(negatives=3, depth=9)
+    data, settings = pictures(9), MiningSettings(num_negatives=3, range_max=9)
     mined = mine_across(data.add_column("image_id", [None] * 8 + ["a"]), model, "text-to-image", tmp_path, settings)
     assert (
         mined["negative_rows"][:] == mine_across(data, model, "text-to-image", tmp_path, settings)["negative_rows"][:]

@@ -42,14 +42,14 @@ def test_texts_that_stream(processor, tmp_path, form):
 
 def test_a_tokenizer_is_not_trained_on_a_stream(processor, tmp_path):
     lines(tmp_path / "texts.jsonl", [{"text": "a"}])
-    with pytest.raises(RecipeError, match="trains a tokenizer on texts that stream; name a processor"):
-        train_mlm(recipe(tmp_path, {"path": str(tmp_path / "texts.jsonl")}, train_tokenizer=300))
+    with pytest.raises(RecipeError, match=r"trains a tokenizer, which a stream cannot\. Set processor"):
+        train_mlm(recipe(tmp_path, {"path": str(tmp_path / "texts.jsonl")}, tokenizer_vocab_size=300))
 
 
 @pytest.mark.parametrize("option", [{"ema_decay": 0.9}, {"per_device_train_batch_size": 8}, {"freeze_text_layers": 1}])
 def test_arguments_without_effect_are_refused(processor, tmp_path, option):
     given = recipe(tmp_path, {"path": "x.jsonl"}, training={"max_steps": 3, **option})
-    with pytest.raises(RecipeError, match=f"{next(iter(option))} has no effect on masked language modelling"):
+    with pytest.raises(RecipeError, match=f"{next(iter(option))} has no effect on masked language modeling"):
         train_mlm(given)
 
 
@@ -60,6 +60,6 @@ def test_a_misspelt_size_of_a_text_tower_to_start_from(processor, tmp_path):
     source = {"path": str(tmp_path / "texts.jsonl")}
     for key, message in (("hidden_dropout", "has no key 'hidden_dropout'; did you mean 'hidden_dropout_prob'"),
                          ("dtype", "dtype")):  # fmt: skip
-        given = recipe(tmp_path, source, start_from=str(tmp_path / "tower"), model={key: "float16"})
+        given = recipe(tmp_path, source, init_from=str(tmp_path / "tower"), model={key: "float16"})
         with pytest.raises(RecipeError, match=f"Recipe 'words', model: .*{message}"):
             train_mlm(given)

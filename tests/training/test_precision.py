@@ -5,10 +5,10 @@ import torch
 
 from bifocal.modeling import BifocalModel, BifocalTextForMaskedLM
 from bifocal.training.arguments import BifocalTrainingArguments
+from bifocal.training.builders import load_model
 from bifocal.training.mlm import _model
 from bifocal.training.precision import set_master_dtype
 from bifocal.training.recipe import Recipe
-from bifocal.training.runner import load_model
 from tests.conftest import small_config
 from tests.training.test_trainer import trainer
 
@@ -67,10 +67,10 @@ def test_recipes_load_in_float32(tmp_path, processor):
     towers = {"text": str(tmp_path / "text"), "image": str(tmp_path / "image")}
     work = {"tasks": [{"name": "t", "kind": "text-pair", "data": {"path": "x.jsonl"}, "batch_size": 2}]}
     for start, sizes in ((str(tmp_path / "joint"), {}), (towers, {"projection_dim": 40, "text_projection": True})):
-        recipe = Recipe(name="x", start_from=start, model=sizes, training={"max_steps": 1}, **work)
+        recipe = Recipe(name="x", init_from=start, model=sizes, training={"max_steps": 1}, **work)
         assert {p.dtype for p in load_model(recipe, processor).parameters()} == {torch.float32}, start
     mlm = {"data": {"path": "x.jsonl"}, "batch_size": 2}
-    recipe = Recipe(name="x", start_from=str(tmp_path / "mlm"), mlm=mlm, training={"max_steps": 1})
+    recipe = Recipe(name="x", init_from=str(tmp_path / "mlm"), mlm=mlm, training={"max_steps": 1})
     assert {p.dtype for p in _model(recipe, 320).parameters()} == {torch.float32}
 
 

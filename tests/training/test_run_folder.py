@@ -1,5 +1,7 @@
-"""The folder of a run: claimed, resumed, and cleared with --force of nothing but what the run wrote."""
+"""The folder of a run: claimed, resumed, and cleared with --overwrite of nothing but what the run wrote."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,7 +39,7 @@ def files(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_force_removes_the_run_and_nothing_else(tmp_path):
+def test_overwrite_removes_the_run_and_nothing_else(tmp_path):
     folder = trained(tmp_path / "run")
     assert not open_run(recipe(folder), False), "it is finished"
     with pytest.raises(RecipeError, match=r"other values of training\.max_steps"):
@@ -61,7 +63,7 @@ def test_force_removes_the_run_and_nothing_else(tmp_path):
         (MARKER, "recipe.yaml' exists and is not known as a file of Bifocal's"),
     ],
 )
-def test_force_keeps_a_run_with_something_of_the_users_in_it(tmp_path, changed, said):
+def test_overwrite_keeps_a_run_with_something_of_the_users_in_it(tmp_path, changed, said):
     """The last case is a run of a version that made no list: resumed as ever, but not removed."""
     folder = trained(tmp_path / "run")
     (folder / changed).write_text("name: mine")
@@ -77,16 +79,16 @@ def test_force_keeps_a_run_with_something_of_the_users_in_it(tmp_path, changed, 
 @pytest.mark.parametrize(
     "content", ["name: words\nmlm: {batch_size: 4}  # my own words\n", "- no recipe", "a: [", "\0"]
 )
-@pytest.mark.parametrize("force", [False, True])
-def test_a_recipe_of_the_users_in_the_folder_is_kept(tmp_path, content, force):
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_recipe_of_the_users_in_the_folder_is_kept(tmp_path, content, overwrite):
     """Somebody keeps a recipe beside the model that it starts from, and lets it write there."""
     (tmp_path / "recipe.yaml").write_text(content)
     with pytest.raises(RecipeError, match=r"recipe.yaml' exists and is not known as a file of Bifocal's"):
-        open_run(recipe(tmp_path), force)
+        open_run(recipe(tmp_path), overwrite)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
-    with pytest.raises(RecipeError, match="recipe.yaml' exists and" if force else "other values of"):
-        open_run(recipe(tmp_path), force)
+    with pytest.raises(RecipeError, match="recipe.yaml' exists and" if overwrite else "other values of"):
+        open_run(recipe(tmp_path), overwrite)
     assert files(tmp_path) == {"recipe.yaml", "model/config.json"}
     assert (tmp_path / "recipe.yaml").read_text() == content
 
@@ -98,3 +100,56 @@ def test_a_model_folder_of_the_users_is_noticed_before_the_training(tmp_path):
     with pytest.raises(RecipeError, match="holds 'notes' and no list of files that Bifocal wrote"):
         open_run(recipe(tmp_path), False)
     assert (tmp_path / "model" / "notes").exists()
+
+
+def test_a_stage_record_of_the_users_is_noticed_before_the_training(tmp_path):
+    open_run(recipe(tmp_path), False)
+    (tmp_path / "stage.json").write_text("mine")
+    with pytest.raises(RecipeError, match=r"stage\.json' exists and is not known"):
+        open_run(recipe(tmp_path), False)
+    assert (tmp_path / "stage.json").read_text() == "mine"
+
+
+TWO_PROCESSES = """
+import sys
+from pathlib import Path
+import torch.distributed as dist
+from bifocal.errors import BifocalError
+from bifocal.training.checkpoints import last_complete_checkpoint
+from bifocal.training.engine.distributed import on_main_process
+
+folder, rank = Path(sys.argv[1]), int(sys.argv[2])
+dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+
+def refuse():
+    raise BifocalError(f"refused by {rank}")
+
+print(last_complete_checkpoint(folder / "run").name)
+try:
+    on_main_process(refuse)
+except BifocalError as error:
+    print(error)
+dist.destroy_process_group()
+"""
+
+
+def test_only_the_main_process_renames_half_saved_checkpoints(tmp_path):
+    for step in (2, 10, 12):
+        (tmp_path / "run" / f"checkpoint-{step}").mkdir(parents=True)
+    for step in (2, 10):
+        (tmp_path / "run" / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_PROCESSES, str(tmp_path), str(rank)], text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    (first, _), (second, errors) = (process.communicate(timeout=120) for process in processes)
+    assert [process.returncode for process in processes] == [0, 0], errors
+    message, *answers = first.splitlines()
+    assert message.endswith("was not saved completely. It is now 'incomplete-checkpoint-12', which you may delete.")
+    assert answers == second.splitlines() == ["checkpoint-10", "refused by 0"]
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "checkpoint-2", "checkpoint-10", "incomplete-checkpoint-12",
+    }  # fmt: skip

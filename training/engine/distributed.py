@@ -1,11 +1,13 @@
 """Gathering embeddings of all processes so that every process sees every candidate, gradients included."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from bifocal.errors import BifocalError
 
 
 class _GatherRows(torch.autograd.Function):
@@ -74,3 +76,23 @@ class World:
         numbers = torch.tensor(values, device=device)
         dist.all_reduce(numbers, op=dist.ReduceOp.MIN)
         return numbers.tolist()
+
+
+def on_main_process(action: Callable[[], Any]) -> Any:
+    """Run `action` in the main process only, and return its result in all of them; the others wait.
+
+    Raises:
+        BifocalError: if the action raises one; then every process does.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return action()
+    result: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            result = [action()]
+        except BifocalError as error:
+            result = [error]
+    dist.broadcast_object_list(result)
+    if isinstance(result[0], BifocalError):
+        raise result[0]
+    return result[0]
