@@ -94,7 +94,7 @@ def test_the_run_is_exported_whole(quick_check, reader, tuned):
     assert measured.returncode == 0, measured.stderr[-3000:]
     section = README.partition("## Weights that exist")[2].partition("\n## ")[0]
     command = next(shlex.split(line)[1:] for line in section.splitlines() if line.startswith("bifocal export"))
-    done = run(reader, *command, "--results", "runs/evaluation", "--examples", "pictures")
+    done = run(reader, *command, "--results", "runs/evaluation", "--onnx-eval-data", "pictures")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "'runs/release' is ready: bifocal push runs/release you/your-model" in done.stdout
     for way in ("AutoModel ", "SentenceTransformer ", "ONNX, float32 "):
@@ -105,7 +105,7 @@ def test_the_run_is_exported_whole(quick_check, reader, tuned):
     card = ModelCard.load(release / "README.md")
     assert "**finetune**, from demo: 4 steps, texts of up to" in card.text
     assert "| pictures | image-text | pictures | 70 | 64 |" in card.text
-    assert "Recall@5 of 70 pairs of pictures, text to picture:" in card.text
+    assert "Text-to-image Recall@5 on 70 pairs of pictures:" in card.text
     assert "| photos: " in card.text
     assert {result.dataset_name for result in card.data.eval_results} == {"photos"}
     assert (release / "plots" / "losses.png").stat().st_size > 5000
@@ -115,22 +115,32 @@ def test_the_run_is_exported_whole(quick_check, reader, tuned):
     assert "differs" in invoke(reader, "export", "runs/release", "--check").stdout, "alone, it looks at what is there"
     fewer = invoke(reader, "export", "runs/finetune", "runs/release", "--no-onnx")
     assert fewer.stdout.splitlines() == [
-        "The model is in runs/release.", "It leaves out LICENSE, evaluation.json, onnx/, which the earlier export had.",
+        "The model is in runs/release.",
+        "It no longer has LICENSE, evaluation.json, onnx/, which the earlier export had.",
     ]  # fmt: skip
     assert not (release / "onnx").exists()
     for wrong, message in (
-        (["runs/finetune"], "Name a folder to export to, or add --check"),
-        (["pictures", "runs/x"], "'pictures' holds no model; give the folder of a finished run"),
-        (["runs/finetune", "runs/finetune"], "is or holds what is to be exported; choose another folder."),
-        (["runs/finetune/model", "runs/finetune"], "is or holds what is to be exported; choose another folder."),
-        (["runs/finetune", "runs/finetune/model"], "is or holds what is to be exported; choose another folder."),
-        (["runs/finetune", "runs/finetune/model/x"], "lies in the model that is to be exported"),
+        (["runs/finetune"], "Give a folder to export to, or add --check"),
+        (["pictures", "runs/x"], "'pictures' holds no model. Give the folder of a finished run"),
+        (["runs/finetune", "runs/finetune"], "is or holds the folder to export. Choose another folder."),
+        (["runs/finetune/model", "runs/finetune"], "is or holds the folder to export. Choose another folder."),
+        (["runs/finetune", "runs/finetune/model"], "is or holds the folder to export. Choose another folder."),
+        (["runs/finetune", "runs/finetune/model/x"], "lies in the model to export"),
         (["runs/demo/model", "runs/finetune/model"], "in 'runs/finetune/model' belongs to a training run, not a model"),
         (["runs/finetune", "pictures", "--no-onnx"], "'pictures' holds '0.png' and no list of files that Bifocal"),
-        (["runs/finetune", "."], "is or holds what is to be exported"),
-        (["runs/finetune", "runs/x", "--shard", "banana"], "'banana' is no size of a file; write a number with KB"),
-        (["runs/finetune", "runs/x", "--name", "no such name!"], "'no such name!' is no name of a repository; write"),
-        (["runs/finetune", "runs/x", "--results", "mine.yaml"], "'mine.yaml' is no results.json of bifocal evaluate"),
+        (["runs/finetune", "."], "is or holds the folder to export"),
+        (
+            ["runs/finetune", "runs/x", "--max-shard-size", "banana"],
+            "'banana' is not a file size. Write a number with KB",
+        ),
+        (
+            ["runs/finetune", "runs/x", "--repo-id", "no such name!"],
+            "'no such name!' is not the name of a repository. Write",
+        ),
+        (
+            ["runs/finetune", "runs/x", "--results", "mine.yaml"],
+            "'mine.yaml' is not a results.json of bifocal evaluate",
+        ),
         (["runs/finetune/model", "--check"], "has no examples/inputs.json to compare with"),
     ):
         assert message in error_of(reader, "export", *wrong), wrong
