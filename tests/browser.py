@@ -56,7 +56,7 @@ LONG_NAME = "a_name_of_one_word_as_files_have_it_" * 4 + " and  <b>more</b>"
 
 
 def odd_images() -> dict[str, Image.Image]:
-    """What picture collections hold beside squares: wide, tall, tiny and white images."""
+    """What image collections hold beside squares: wide, tall, tiny and white images."""
     sizes = {"wide": (192, 14), "tall": (14, 192), "tiny": (3, 2), "white": (96, 80), "square": (32, 32)}
     images = {name: Image.new("RGB", size, "white") for name, size in sizes.items()}
     for name, image in images.items():

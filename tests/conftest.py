@@ -92,7 +92,7 @@ def desk(tmp_path, saved) -> Path:
 
 @pytest.fixture
 def inputs(processor) -> dict[str, torch.Tensor]:
-    """Padded texts and random pictures, five of each."""
+    """Padded texts and random images, five of each."""
     generator = torch.Generator().manual_seed(1)
     encoded = processor.tokenizer(TEXTS, padding=True, return_tensors="pt")
     return {

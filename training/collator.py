@@ -47,7 +47,7 @@ def _image_key(name: Any, image_id: Any) -> str:
 
 @dataclass
 class TaskBatch:
-    """Where a task's embeddings lie, and by which ids equal pictures and texts are known.
+    """Where a task's embeddings lie, and by which ids equal images and texts are known.
 
     Args:
         rows: names of the rows, for errors.
@@ -91,7 +91,7 @@ class JointBatch(dict):
 
 
 class MultiTaskCollator:
-    """Draws one of several pictures or texts of a row, augments, tokenises and stacks.
+    """Draws one of several images or texts of a row, augments, tokenises and stacks.
 
     What is drawn at a step is a function of the seed, the step, the task and the process.
 
@@ -99,9 +99,9 @@ class MultiTaskCollator:
         processor: tokenizer and image processor.
         max_length: tokens kept of a text, special tokens included.
         seed: of the draws.
-        augment: applied to each picture with a random generator.
+        augment: applied to each image with a random generator.
         rank: of the process.
-        exact: hand pictures to the processor whole (see `ImageReader`).
+        exact: hand images to the processor whole (see `ImageReader`).
         skip: put another row of the data set in the place of one that cannot be used.
         pad_to: tokens that every text is padded to, without an attention mask (see `padded_length`).
 
@@ -129,7 +129,7 @@ class MultiTaskCollator:
         self.rank = rank
         self.skip = skip
         self.pad_to = pad_to
-        self.pictures = ImageReader(processor.image_processor, exact, crop=augment is None)
+        self.image_reader = ImageReader(processor.image_processor, exact, crop=augment is None)
 
     def __call__(self, items: Sequence[dict[str, Any] | None]) -> JointBatch | None:
         """
@@ -145,7 +145,7 @@ class MultiTaskCollator:
         texts: list[str] = []
         images: list[Inputs] = []
         tasks: dict[str, TaskBatch] = {}
-        pictures = 0
+        images = 0
         skips: dict[str, tuple[int, list[SkippedRow], int]] = dict(item.get("skips", {}))
         for task, names, columns in item["tasks"]:
             names, rows, skipped = self._whole(task, names, columns, item["step"])
@@ -156,8 +156,8 @@ class MultiTaskCollator:
                 values = [row[column] for row in rows]
                 if column == "image":
                     images.append(self._pixels(values, generator))
-                    found.spans[column] = (pictures, pictures + len(values))
-                    pictures += len(values)
+                    found.spans[column] = (images, images + len(values))
+                    images += len(values)
                     known = [_image_key(name, row.get("image_id")) for name, row in zip(names, rows, strict=True)]
                     found.ids[column] = torch.tensor([content_id(key) for key in known])
                 elif column == "negatives":
@@ -193,7 +193,7 @@ class MultiTaskCollator:
         for place, name in enumerate(names):
             values = {column: found[place] for column, found in columns.items()}
             try:
-                rows.append(usable_row(task, values, self.pictures.decode))
+                rows.append(usable_row(task, values, self.image_reader.decode))
             except RowError as fault:
                 rows.append(None)
                 skipped.append(SkippedRow.of(row_name(task.dataset, name), fault))
@@ -233,9 +233,9 @@ class MultiTaskCollator:
     def _pixels(self, values: list[Any], generator: random.Random) -> Inputs:
         chosen = []
         for value in values:
-            picture = generator.choice(value) if isinstance(value, list) else value
-            chosen.append(self.augment(picture, generator) if self.augment else picture)
-        return self.pictures.inputs(chosen)
+            image = generator.choice(value) if isinstance(value, list) else value
+            chosen.append(self.augment(image, generator) if self.augment else image)
+        return self.image_reader.inputs(chosen)
 
     def _buckets(self, texts: list[str]) -> tuple[list[Inputs], torch.Tensor]:
         """Token ids and attention masks of the texts, longest first, in buckets of similar length."""

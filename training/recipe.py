@@ -144,7 +144,7 @@ def load_recipe(path: Path, overrides: list[str] | None = None, files: bool = Fa
 
     Args:
         overrides: "key=value" with dots between keys; tasks are named by their names, as in
-            `tasks.pictures.batch_size=64`.
+            `tasks.images.batch_size=64`.
         files: also check that the files and folders it names exist.
 
     Raises:

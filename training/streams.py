@@ -49,7 +49,7 @@ class BlockReader:
         self._report: tuple[int, list[SkippedRow], int] = (0, [], 0)
 
     def take(self, count: int) -> tuple[list[str], dict[str, list[Any]]]:
-        """Names of the next `count` rows that can be used, and their columns, pictures decoded.
+        """Names of the next `count` rows that can be used, and their columns, images decoded.
 
         Raises:
             TrainingError: the stream has no rows for this reader, or lacks a column.

@@ -163,7 +163,7 @@ class MultiTaskTrainer(ResumableTrainer):
             if hasattr(callback, "attach"):  # one that logs by itself
                 callback.attach(self)
         self.order_callbacks()
-        self.joint_batches.decode = self.data_collator.pictures.decode
+        self.joint_batches.decode = self.data_collator.image_reader.decode
         self.model_accepts_loss_kwargs = False  # the losses are means over the batch, not sums over its tokens
         self.can_return_loss = True
         # Where a forward pass is itself a collective, all processes must make as many.

@@ -15,14 +15,14 @@ from bifocal.pages import COLOURS, new_figure, render, svg
 
 @dataclass
 class Item:
-    """A text, a picture, or a picture with a text under it, as it appears in a search.
+    """A text, an image, or an image with a text under it, as it appears in a search.
 
     Args:
-        alt: what a reader who cannot see the picture is told.
+        alt: what a reader who cannot see the image is told.
     """
 
     text: str | None = None
-    picture: Image.Image | None = None
+    image: Image.Image | None = None
     alt: str = ""
 
     @property
@@ -31,11 +31,11 @@ class Item:
         return " ".join(part for part in (self.alt, self.text) if part)
 
     @property
-    def picture_uri(self) -> str | None:
-        if self.picture is None:
+    def image_uri(self) -> str | None:
+        if self.image is None:
             return None
         buffer = io.BytesIO()
-        self.picture.save(buffer, "PNG")
+        self.image.save(buffer, "PNG")
         return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

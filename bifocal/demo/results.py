@@ -45,15 +45,15 @@ class Evaluation:
 
 def evaluate_symbols(model: BifocalModel, symbols: Any) -> Evaluation:
     """Search all of `symbols` (a split of the data set) by name, by image and from name to description."""
-    pictures = [images[0] for images in symbols["images"]]
+    first_images = [images[0] for images in symbols["images"]]
     keys = {
         "name": list(symbols["name"]),
         "long caption": [texts[0] for texts in symbols["long_captions"]],
         "description": [texts[0] for texts in symbols["descriptions"]],
     }
     vectors = {name: model.encode_text(texts, batch_size=128, show_progress=False) for name, texts in keys.items()}
-    vectors["image"] = model.encode_image(pictures, batch_size=128, show_progress=False)
-    keys["image"] = [image_digest(load_image(picture)) for picture in pictures]
+    vectors["image"] = model.encode_image(first_images, batch_size=128, show_progress=False)
+    keys["image"] = [image_digest(load_image(image)) for image in first_images]
     metrics: dict[str, float] = {}
     recall: dict[str, list[float]] = {}
     found_by = Evaluation(vectors, metrics, recall, keys)
@@ -70,14 +70,14 @@ def evaluate_symbols(model: BifocalModel, symbols: Any) -> Evaluation:
 
 def example_searches(evaluation: Evaluation, symbols: Any, seed: int, count: int = 8) -> list[Gallery]:
     """Searches drawn at random, so that what goes wrong is shown as often as it happens."""
-    pictures = [images[0] for images in symbols["images"]]
+    first_images = [images[0] for images in symbols["images"]]
     signs = symbols["symbol"]
     items = {
         "name": [Item(name) for name in symbols["name"]],
         "description": [Item(texts[0]) for texts in symbols["descriptions"]],
-        "image": [Item(None, picture, sign) for picture, sign in zip(pictures, signs, strict=True)],
+        "image": [Item(None, image, sign) for image, sign in zip(first_images, signs, strict=True)],
         "named image": [
-            Item(name, picture, sign) for name, picture, sign in zip(symbols["name"], pictures, signs, strict=True)
+            Item(name, image, sign) for name, image, sign in zip(symbols["name"], first_images, signs, strict=True)
         ],
     }
     drawn = random.Random(seed).sample(range(len(symbols)), min(4 * count, len(symbols)))

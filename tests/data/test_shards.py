@@ -141,7 +141,7 @@ def test_a_pattern_of_ten_thousand_is_not_looked_at(tmp_path):
     assert part.next(4).names == [f"00000.tar/{n:06}" for n in range(4)]
 
 
-def test_a_block_ends_where_its_pictures_are_many(monkeypatch):
+def test_a_block_ends_where_its_images_are_many(monkeypatch):
     monkeypatch.setattr("bifocal.data.shards._BLOCK_BYTES", 1000)
 
     def heavy(path, start=None):

@@ -12,7 +12,7 @@ from bifocal.training.tasks import Task
 from bifocal.training.trainer import MultiTaskTrainer
 from tests.conftest import small_config
 from tests.training.test_signature import pairs
-from tests.training.test_trainer import pictures, trainer
+from tests.training.test_trainer import image_task, trainer
 
 WORKS = """
     output_dir num_train_epochs max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio
@@ -84,8 +84,8 @@ def test_the_length_of_an_epoch():
     assert steps_per_epoch([one], 2, 1) == 2
     assert steps_per_epoch([one, two], 1, 1) == 6, "all batches of the texts, whatever their weights"
     assert steps_per_epoch([one, two], 1, 4) == 2
-    assert steps_per_epoch([pictures(), one, two], 1, 1) == 6, "one batch of pictures is passed through six times"
-    assert steps_per_epoch([pictures(), two], 4, 1) == 1
+    assert steps_per_epoch([image_task(), one, two], 1, 1) == 6, "one batch of images is passed through six times"
+    assert steps_per_epoch([image_task(), two], 4, 1) == 1
     assert steps_per_epoch([pairs(stream=True)], 1, 1) is None
     assert steps_per_epoch([pairs(stream=True, num_rows=80)], 1, 1) == 20
 
@@ -144,7 +144,7 @@ def test_epochs_of_streams_are_refused(tmp_path, processor):
 
 
 def test_the_closing_line_counts_rows(tmp_path, processor):
-    result = trainer(tmp_path, processor, steps=6, gradient_accumulation_steps=2, tasks=[pictures(), pairs()]).train()
+    result = trainer(tmp_path, processor, steps=6, gradient_accumulation_steps=2, tasks=[image_task(), pairs()]).train()
     metrics = result.metrics
     rows = metrics["train_samples_per_second"] * metrics["train_runtime"]
     assert rows == pytest.approx(6 * 2 * (4 + 4), rel=0.02)

@@ -49,12 +49,10 @@ def test_batches_are_a_function_of_seed_and_step():
 def test_a_step_has_one_batch_of_each_sort_drawn_by_size_times_weight():
     small, large, light = pairs(100, name="small"), pairs(300, name="large"), pairs(400, name="light")
     light = replace(light, sampling_weight=0.25)
-    pictures = Task(
-        "pictures", "image-text", small.dataset.rename_columns({"query": "image", "positive": "caption"}), 4
-    )
-    batches = JointBatchDataset([small, pictures, large, light], 4000, seed=0)
+    images = Task("images", "image-text", small.dataset.rename_columns({"query": "image", "positive": "caption"}), 4)
+    batches = JointBatchDataset([small, images, large, light], 4000, seed=0)
     drawn = [[batches.tasks[number].name for number, _ in batches.schedule.at(step)] for step in range(4000)]
-    assert {names[0] for names in drawn} == {"pictures"}
+    assert {names[0] for names in drawn} == {"images"}
     assert {len(names) for names in drawn} == {2}
     counts = Counter(names[1] for names in drawn)
     assert counts["small"] / 4000 == pytest.approx(0.2, abs=0.03)
@@ -172,7 +170,7 @@ def test_little_is_padded(processor):
     assert 1 - tokens / (256 * longest) > 0.5, "padded to the longest, most would be padding"
 
 
-def test_pictures(processor):
+def test_images(processor):
     from datasets import Features, Image, List, Value
 
     def pixels(task: Task, step: int = 0, augment=None):
@@ -206,7 +204,7 @@ def test_pictures(processor):
 
 
 def test_a_row_that_cannot_be_used_is_named(processor):
-    data = Dataset.from_dict({"image": [b"no picture"] * 2, "caption": ["a", "b"]})
+    data = Dataset.from_dict({"image": [b"no image"] * 2, "caption": ["a", "b"]})
     with pytest.raises(ValueError, match=r"Row \d of task 't' cannot be used \(not an image: .*; correct or"):
         collate(processor, Task("t", "image-text", data, 2))
 
