@@ -82,7 +82,7 @@ def require_replaceable(folder: str | Path, kind: str) -> Path:
 def replace_folder(folder: str | Path, kind: str) -> Iterator[Path]:
     """Yield the path of a new folder that replaces `folder` at the end, with a list of its files.
 
-    The new folder is written beside the old one. After an error the old one is unchanged. A killed run leaves its
+    The new folder is written next to the old one. After an error the old one is unchanged. A killed run leaves its
     unfinished folder, which the next call for the same folder removes.
 
     Args:
@@ -158,7 +158,7 @@ def require_overwritable(path: str | Path, kind: str) -> Path:
         entry = listed(target.parent).get(target.name)
         if entry is None or entry["kind"] != kind:
             raise NotOursError(
-                f"'{path}' exists and is not known as a file of Bifocal's ({MARKER} beside it lists those); choose "
+                f"'{path}' exists and is not known as a file of Bifocal's ({MARKER} next to it lists those); choose "
                 "another name or move it away."
             )
         if not _is_unchanged(target, entry):

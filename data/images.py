@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate
 from bifocal.data.skips import RowError
 from bifocal.modeling import load_image
 
-# A JPEG is decoded at a half, a quarter or an eighth of its size as long as its shorter side stays at least so many
+# A JPEG is decoded at a half, a quarter or an eighth of its size as long as its shorter side stays at least this many
 # times that of the target; the rest is resized as always.
 _MARGIN = 1.5
 _ADDRESS = re.compile(r"<_io\.BytesIO object at 0x[0-9a-f]+>")  # in messages of Pillow; another one in each run
@@ -99,7 +99,7 @@ class ImageReader:
         return {"pixel_values": torch.from_numpy(found)}
 
     def _processed(self, images: list[Image.Image]) -> dict[str, torch.Tensor]:
-        # Images of the wanted size pass resizing and cropping unchanged; leaving both out saves most of the time.
+        # Images of the wanted size pass resizing and cropping unchanged; skipping both saves most of the time.
         fits = self.usual and all(image.size == (self.side, self.side) for image in images)
         resize = {"do_resize": False, "do_center_crop": False} if fits else {}
         return dict(self.processor(images, return_tensors="pt", **resize))
@@ -125,7 +125,7 @@ class ImageReader:
         decoded.load()
         if scale == 1 or not upright or not self.crop:
             return decoded
-        # Half of 749 pixels are 375, of which the last is half empty: places are found in the whole image.
+        # Half of 749 pixels are 375, and the last is half empty: positions are computed in the original image.
         return self._resized(decoded, whole[0] / scale, whole[1] / scale)
 
     def _cropped(self, image: Any) -> np.ndarray:

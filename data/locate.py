@@ -186,7 +186,7 @@ def _first_rows(shards: list[str], read: Reader) -> list[dict[str, Any]]:
             return found
     if unread:
         return []
-    more = f", nor have the {len(shards) - 1} files after it" if len(shards) > 1 else ""
+    more = f", and the {len(shards) - 1} files after it have none either" if len(shards) > 1 else ""
     raise DataError(f"{_empty(shards[0], read)}{more}.")
 
 

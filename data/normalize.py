@@ -119,7 +119,7 @@ class RowNormaliser:
         """Return the text or texts of a column.
 
         Raises:
-            RowError: if there is none, or none that can be used.
+            RowError: if the row has none, or none that can be used.
         """
         value = self._find(column, raw)
         if isinstance(value, list):

@@ -117,7 +117,7 @@ def load_encoder(path: str, batch_size: int = 64, device: str | None = None) -> 
     Args:
         path: local folder or Hub id.
         batch_size: texts or images per forward pass.
-        device: "cpu", "cuda", ... If None, a GPU where there is one.
+        device: "cpu", "cuda", ... If None, a GPU if there is one.
 
     Raises:
         EvaluationError: if there is no such model, or it belongs to none of the families.

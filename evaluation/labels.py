@@ -56,7 +56,7 @@ def class_numbers(rows: Rows, classes: Sequence[str]) -> dict[int, int]:
         if isinstance(label, str) and label.strip():
             if label.strip() not in number_of:
                 raise EvaluationError(
-                    f"{rows.name(number)} of '{rows.task}' has the label '{label}', which is no class."
+                    f"{rows.name(number)} of '{rows.task}' has the label '{label}', which is not a class."
                 )
             by_row[number] = number_of[label.strip()]
             continue

@@ -136,7 +136,7 @@ class Rows:
                 if not np.isfinite(by_row[number]):
                     raise ValueError
             except (TypeError, ValueError):
-                self.skipped[number] = RowError(f"no {column}", f"{value!r:.100} is no number")
+                self.skipped[number] = RowError(f"no {column}", f"{value!r:.100} is not a number")
         return {number: value for number, value in by_row.items() if number not in self.skipped}
 
     def images(self, encoder: Encoder) -> tuple[dict[int, np.ndarray], dict[int, str]]:

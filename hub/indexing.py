@@ -154,7 +154,8 @@ def _folder(source: Source) -> str | None:
 
 
 def _require_rows(path: str, kind: str | None) -> None:
-    """
+    """Raise an error if `path` means a file that is missing or empty.
+
     Raises:
         DataError: if a path that means a file has no file, or an empty one.
     """
@@ -185,7 +186,7 @@ class ItemReader:
         captions: whether captions are items as well.
         exclude: folders that are not read, such as the index itself.
         skipped: filled with name and reason of rows and files that cannot be read.
-        other_files: filled with the files of a folder that are no images, counted by suffix.
+        other_files: filled with the files of a folder that are not images, counted by suffix.
         hidden_files: set to the number of hidden files and folders.
         images_without_row: set to the number of images that the folder's table does not name.
     """

@@ -122,7 +122,7 @@ def _not_installed(report_to: Any) -> str | None:
     """Return the first of transformers' known integrations for reports that is not installed here."""
     available = get_available_reporting_integrations()
     names = [report_to] if isinstance(report_to, str) else report_to or []
-    # "flyte" and the like are in no list; transformers itself says what they lack.
+    # "flyte" and the like are in no list; transformers itself says what they need.
     known = ("clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio",
              "wandb")  # fmt: skip
     return next((n for n in names if n in known and n in INTEGRATION_TO_CALLBACK and n not in available), None)

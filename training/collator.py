@@ -25,9 +25,9 @@ Augmentation = Callable[[Image.Image, random.Random], Image.Image]
 Inputs = dict[str, torch.Tensor]
 
 # A bucket of texts ends where a text has fewer than this share of the tokens of the bucket's longest, if the bucket
-# holds at least so many texts.
+# holds at least this many texts.
 _SHORTEST, _FEWEST = 0.8, 8
-_TRIES = 100  # of finding a row in the place of one that cannot be used
+_TRIES = 100  # to replace a row that cannot be used by another one
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 
@@ -36,7 +36,7 @@ def fault_text(skip: SkippedRow) -> str:
 
 
 def content_id(text: str) -> int:
-    """A 63-bit number that equal texts share and different ones, for all practical purposes, do not."""
+    """Return a 63-bit number that equal texts share and different ones, for all practical purposes, do not."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
@@ -47,11 +47,11 @@ def _image_key(name: Any, image_id: Any) -> str:
 
 @dataclass
 class TaskBatch:
-    """Where a task's embeddings lie, and by which ids equal images and texts are known.
+    """The positions of a task's embeddings, and the ids by which equal images and texts are recognised.
 
     Args:
         rows: names of the rows, for errors.
-        spans: first and last place (exclusive) of each column among all texts or all images of the step.
+        spans: first and last position (exclusive) of each column among all texts or all images of the step.
         ids: (rows,) integers of each column, (rows, negatives) of the negatives.
     """
 
@@ -61,16 +61,16 @@ class TaskBatch:
 
 
 class JointBatch(dict):
-    """What a step embeds and how its losses are made of it.
+    """What a step embeds, and what its losses need.
 
     Items:
         texts: the tower's inputs for all texts of all tasks, sorted by length and cut into buckets, so that little is
             padded.
-        order: (texts,) the place of each text among the sorted ones.
+        order: (texts,) position of each text among the sorted ones.
         images: the tower's inputs for all images, one entry per task with images.
         tasks: `TaskBatch` by task.
         step, position: the step, and where the streams stand after it (see `JointBatchStream`).
-        skips: by task how many rows were looked at, those left out, and files read to their end.
+        skips: by task how many rows were read, the skipped ones, and files read to their end.
     """
 
     def to(self, device: Any, **options: Any) -> "JointBatch":
@@ -101,8 +101,8 @@ class MultiTaskCollator:
         seed: of the draws.
         augment: applied to each image with a random generator.
         rank: of the process.
-        exact: hand images to the processor whole (see `ImageReader`).
-        skip: put another row of the data set in the place of one that cannot be used.
+        exact: hand images to the processor in full size (see `ImageReader`).
+        skip: replace a row that cannot be used by another row of the data set.
         pad_to: tokens that every text is padded to, without an attention mask (see `padded_length`).
 
     Attributes:
@@ -132,7 +132,8 @@ class MultiTaskCollator:
         self.image_reader = ImageReader(processor.image_processor, exact, crop=augment is None)
 
     def __call__(self, items: Sequence[dict[str, Any] | None]) -> JointBatch | None:
-        """
+        """Return the batch of a step; None for a step before the one to resume from.
+
         Args:
             items: exactly one item of `JointBatchDataset` or `JointBatchStream`.
 
@@ -145,7 +146,7 @@ class MultiTaskCollator:
         texts: list[str] = []
         images: list[Inputs] = []
         tasks: dict[str, TaskBatch] = {}
-        images = 0
+        num_images = 0
         skips: dict[str, tuple[int, list[SkippedRow], int]] = dict(item.get("skips", {}))
         for task, names, columns in item["tasks"]:
             names, rows, skipped = self._whole(task, names, columns, item["step"])
@@ -156,8 +157,8 @@ class MultiTaskCollator:
                 values = [row[column] for row in rows]
                 if column == "image":
                     images.append(self._pixels(values, generator))
-                    found.spans[column] = (images, images + len(values))
-                    images += len(values)
+                    found.spans[column] = (num_images, num_images + len(values))
+                    num_images += len(values)
                     known = [_image_key(name, row.get("image_id")) for name, row in zip(names, rows, strict=True)]
                     found.ids[column] = torch.tensor([content_id(key) for key in known])
                 elif column == "negatives":
@@ -202,7 +203,7 @@ class MultiTaskCollator:
     def _whole(
         self, task: Task, names: Sequence[Any], columns: dict[str, Any], step: int
     ) -> tuple[list[Any], list[dict[str, Any]], list[SkippedRow]]:
-        """Names and rows of a batch; with `skip`, other rows of the data set in place of those that cannot be used."""
+        """Return the names and rows of a batch; with `skip`, other rows replace those that cannot be used."""
         names = list(names)
         rows, skipped = self.usable(task, names, columns)
         for place, row in enumerate(rows):
@@ -238,7 +239,7 @@ class MultiTaskCollator:
         return self.image_reader.inputs(chosen)
 
     def _buckets(self, texts: list[str]) -> tuple[list[Inputs], torch.Tensor]:
-        """Token ids and attention masks of the texts, longest first, in buckets of similar length."""
+        """Return token ids and attention masks of the texts, longest first, in buckets of similar length."""
         if not texts:
             return [], torch.empty(0, dtype=torch.long)
         tokenizer = self.processor.tokenizer

@@ -59,7 +59,7 @@ def mine_texts(pairs: Any, model: Any, settings: MiningSettings = MiningSettings
     """Mine negatives for text pairs with sentence-transformers' `mine_hard_negatives`.
 
     Texts that differ in case, spaces or punctuation only count as one, so neither a positive nor its duplicate comes
-    back as a negative; nor does the query itself.
+    back as a negative. The query itself does not either.
 
     Args:
         pairs: a `datasets.Dataset` with `query` and `positive`. Rows with the same query have several positives.
@@ -254,7 +254,7 @@ def _warn_of_skipped(rows: Sequence[int], total: int) -> None:
     if rows:
         shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
         logger.warning(
-            f"Mining skips {len(rows):,} of {total:,} rows, which lack a text or an image that can be read: "
+            f"Mining skips {len(rows):,} of {total:,} rows, which have no readable text or image: "
             f"{'row' if len(rows) == 1 else 'rows'} {shown}."
         )
 

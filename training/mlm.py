@@ -106,7 +106,7 @@ class WholeWordCollator(DataCollatorForLanguageModeling):
 def _processor(recipe: Recipe, data: Any) -> BifocalProcessor:
     if recipe.tokenizer_vocab_size is None:
         return load_processor(recipe, [])
-    # A tokenizer is trained on what tasks hold; the texts stand in for both sides of one.
+    # A tokenizer is trained on the columns of tasks; the texts serve as both sides of a pair.
     pairs = data.rename_column("text", "query")
     pairs = pairs.add_column("positive", pairs["query"])
     return load_processor(recipe, [Task("texts", "text-pair", pairs, 1)])

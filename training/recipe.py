@@ -63,7 +63,7 @@ class InitFrom(Strict):
 
 
 class Lora(Strict):
-    """Low-rank adapters in place of full training; the names are those of peft's `LoraConfig`.
+    """Low-rank adapters instead of full training; the names are those of peft's `LoraConfig`.
 
     Args:
         r: rank of the adapters.
@@ -94,8 +94,8 @@ class Recipe(Strict):
         max_length: longest text in tokens; longer ones are cut.
         augment: "shift" moves training images by up to two pixels.
         tasks, eval_tasks: data sets to train and to evaluate on.
-        mlm: masked language modeling in place of tasks.
-        lora: adapters in place of full training.
+        mlm: masked language modeling instead of tasks.
+        lora: adapters instead of full training.
         training: fields of `BifocalTrainingArguments`.
     """
 
@@ -191,8 +191,8 @@ def _missing_file(source: str) -> str | None:
     )
     if not local or "://" in source or any(sign in source for sign in "*?[{") or path.exists():
         return None
-    beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
-    closest = closest_name(path.name, beside, cutoff=0.8)
+    siblings = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+    closest = closest_name(path.name, siblings, cutoff=0.8)
     return f"there is nothing at '{source}'; " + (
         f"did you mean '{path.parent / closest}'?" if closest else "check the path"
     )

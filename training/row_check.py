@@ -50,7 +50,7 @@ def _negatives(value: Any, number: int) -> list[str]:
 
 
 def _as_list(value: Any) -> Any:
-    """Arrays and tuples as lists."""
+    """Return arrays and tuples as lists."""
     if isinstance(value, tuple):
         return list(value)
     return value.tolist() if hasattr(value, "tolist") and not isinstance(value, str) else value

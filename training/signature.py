@@ -11,7 +11,7 @@ _SAMPLED = 64  # rows of a data set whose texts are compared
 
 
 def run_signature(tasks: Sequence[Task], seed: int, accumulation: int, processes: int, workers: int) -> dict[str, Any]:
-    """In plain types, as a checkpoint keeps it.
+    """Return what must stay the same for a run to resume, in plain types as a checkpoint keeps it.
 
     Args:
         seed: of the order of the rows.
@@ -39,9 +39,9 @@ def run_signature(tasks: Sequence[Task], seed: int, accumulation: int, processes
 
 
 def content_digest(task: Task) -> str | None:
-    """Digest of a data set's texts and numbers in a sample of its rows; of a stream's columns and file names.
+    """Return a digest of texts and numbers in a sample of rows; for a stream, of its columns and file names.
 
-    Images and their paths are left out, and so is the folder of a file: a data set that was moved is still the same.
+    Images, their paths and the folder of a file do not count: a data set that was moved is still the same.
     None for objects with code of their own, such as a torch `Dataset`, whose rows may differ each time they are read.
     """
     data = task.dataset
@@ -61,7 +61,7 @@ def content_digest(task: Task) -> str | None:
 
 
 def _is_plain(kind: Any) -> bool:
-    """Whether a feature of `datasets` is text, a number, or a list of them."""
+    """Return whether a feature of `datasets` is text, a number, or a list of them."""
     from datasets import ClassLabel, Value
 
     inner = getattr(kind, "feature", kind[0] if isinstance(kind, list) else None)
@@ -83,7 +83,7 @@ def _digest(value: Any) -> str:
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What changed from one signature to another, each as "NAME was OLD and is now NEW"."""
+    """Return what changed from one signature to another, each as "NAME was OLD and is now NEW"."""
     old, new = ([task["name"] for task in signature["tasks"]] for signature in (before, now))
     if old != new:
         return [f"the tasks were {', '.join(old)} and are now {', '.join(new)}"]

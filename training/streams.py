@@ -49,10 +49,10 @@ class BlockReader:
         self._report: tuple[int, list[SkippedRow], int] = (0, [], 0)
 
     def take(self, count: int) -> tuple[list[str], dict[str, list[Any]]]:
-        """Names of the next `count` rows that can be used, and their columns, images decoded.
+        """Return the names of the next `count` rows that can be used, and their columns, images decoded.
 
         Raises:
-            TrainingError: the stream has no rows for this reader, or lacks a column.
+            TrainingError: if the stream has no rows for this reader, or a column is missing.
         """
         names: list[str] = []
         columns: dict[str, list[Any]] = {}
@@ -74,7 +74,7 @@ class BlockReader:
         return names, columns
 
     def report(self) -> tuple[int, list[SkippedRow], int]:
-        """Rows looked at since the last report, those left out, and files read to their end."""
+        """Return the number of rows read since the last report, the skipped ones, and the files read to their end."""
         found, self._report = self._report, (0, [], 0)
         return found
 
@@ -109,7 +109,7 @@ class BlockReader:
         missing = [column for column in COLUMNS[self.task.kind] if column not in block.columns]
         if missing:
             raise TrainingError(
-                f"The stream of task '{self.task.name}' lacks the column '{missing[0]}' (it has "
+                f"The stream of task '{self.task.name}' has no column '{missing[0]}' (it has "
                 f"{', '.join(block.columns)}); rename or add it."
             )
         self._columns, self.used = block.columns, 0
@@ -118,14 +118,14 @@ class BlockReader:
         self._order = np.random.default_rng([*self.key, self.epoch, self.block]).permutation(length)
 
     def state(self) -> dict[str, Any]:
-        """Where the reader stands, in plain types."""
+        """Return the reader's position, in plain types."""
         return {
             "epoch": self.epoch, "block": self.block, "used": self.used, "good": self.good, "opened": self.opened,
             "stream": self._before,
         }  # fmt: skip
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Stand where a reader of the same part stood."""
+        """Continue at the position of a reader of the same part."""
         self.epoch, self.block, self.good = state["epoch"], state["block"], state["good"]
         if not state["opened"]:  # nothing of this epoch was read yet
             return
@@ -133,7 +133,7 @@ class BlockReader:
         found = self.part.next(self.task.shuffle_buffer_size)
         if found is None:
             raise TrainingError(
-                f"The stream of task '{self.task.name}' ends before the place where the checkpoint was made; resume "
+                f"The stream of task '{self.task.name}' ends before the position of the checkpoint; resume "
                 "with the data it was made with."
             )
         self._before = state["stream"]
@@ -150,7 +150,7 @@ class _DatasetPart:
     def __init__(self, stream: Any, number: int, count: int, task: Task) -> None:
         from datasets.distributed import split_dataset_by_node
 
-        # With "auto", a number of shards that is no multiple of `count` would make every reader load every shard.
+        # With "auto", a number of shards that is not a multiple of `count` would make every reader load every shard.
         by_shards = stream.num_shards >= count
         strategy = "shards" if by_shards else "auto"
         self.stream = split_dataset_by_node(stream, number, count, strategy=strategy) if count > 1 else stream

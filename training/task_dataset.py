@@ -50,7 +50,7 @@ class RowsByNumber:
         return {name: None if is_missing(value) else value for name, value in found.items()}
 
     def __getitem__(self, rows: Any) -> dict[str, Any]:
-        """A row as a dict, or the columns of a list of rows."""
+        """Return a row as a dict, or the columns of a list of rows."""
         if isinstance(rows, int):
             return self.row(rows)
         found = [self.row(number) for number in rows]
@@ -71,7 +71,7 @@ def task_data(dataset: Any, name: str, kind: str) -> Any:
         A `datasets.Dataset`, a `datasets.IterableDataset`, a `ShardStream` or `RowsByNumber`.
 
     Raises:
-        TrainingError: if it cannot be read so, or has no rows.
+        TrainingError: if it cannot be read by number or as a stream, or has no rows.
     """
     import datasets
 
@@ -119,7 +119,7 @@ def _rows_by_number(dataset: Any, name: str, kind: str) -> RowsByNumber:
     if first is not None:
         names = list(map(str, dataset.columns)) if hasattr(dataset, "iloc") else list(first)
         if set(COLUMNS[kind]) <= set(names) and kind == "image-text":
-            names.append("image_id")  # later rows may have one where the first lacks it
+            names.append("image_id")  # later rows may have one if the first has none
         rows.column_names = [column for column in wanted if column in names] or names
     return rows
 
@@ -132,7 +132,7 @@ def _has_length(dataset: Any) -> bool:
 
 
 def _first_row(rows: RowsByNumber) -> tuple[dict[str, Any] | None, Exception | None]:
-    """The first row that can be read; why none can."""
+    """Return the first row that can be read, or the error of the first one if none can."""
     problem = None
     for number in range(min(len(rows), _PEEKED)):
         try:
@@ -165,7 +165,7 @@ def _line(error: BaseException) -> str:
 
 
 def column_names(dataset: Any) -> list[str] | None:
-    """The columns of what `task_data` returned; None for a stream that does not know them before it is read."""
+    """Return the columns of what `task_data` returned; None for a stream that does not know them before it is read."""
     if getattr(dataset, "format", {}).get("type") != "custom" or not len(dataset):
         return dataset.column_names
     names = list(read_rows(dataset, range(min(len(dataset), _PEEKED))))  # what the transform makes of them
@@ -206,13 +206,13 @@ def choose_negatives(dataset: Any, name: str, wanted: int | None, max_bad_fracti
     if (fewer or (more and wanted is None)) and os.environ.get("RANK", "0") == "0":
         logger.warning(
             f"Task '{name}' uses {number} negatives of each row: of {total:,} rows {fewer:,} have fewer and are "
-            f"skipped, {more:,} have more, of which the first are used. Set num_negatives for another number."
+            f"skipped, {more:,} have more, and the first ones are used. Set num_negatives for another number."
         )
     return number
 
 
 def _numbers_of_negatives(dataset: Any) -> tuple[Counter[int], bool]:
-    """How many rows have how many negatives, and whether these are all rows."""
+    """Return how many rows have how many negatives, and whether these are all rows."""
     import pyarrow as pa
     import pyarrow.compute as pc
 

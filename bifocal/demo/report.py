@@ -18,7 +18,7 @@ class Item:
     """A text, an image, or an image with a text under it, as it appears in a search.
 
     Args:
-        alt: what a reader who cannot see the image is told.
+        alt: alternative text, read to those who cannot see the image.
     """
 
     text: str | None = None
@@ -64,7 +64,7 @@ class Stage:
 
     Args:
         name: heading of its row.
-        steps, seconds: optimiser steps and the time they took, evaluation left out.
+        steps, seconds: optimiser steps and the time they took, without evaluation.
         metrics: by column of the table.
         losses: for each task the points (step, mean loss since the point before).
         recall: for each direction Recall@1, Recall@2, ...
@@ -101,7 +101,7 @@ def write_report(report: Report, path: Path) -> None:
     """Render the page. It needs no other file and asks for nothing over the network.
 
     Raises:
-        NotOursError: if a file is there that is no such page, or that was changed since it was written.
+        NotOursError: if the file exists and is not such a page, or was changed since it was written.
     """
     page = render(
         Path(__file__).parent / "templates",

@@ -37,7 +37,7 @@ class Evaluation:
     keys: dict[str, list[str]]
 
     def ranks(self, query: str, item: str) -> np.ndarray:
-        """The rank at which each symbol finds the first right answer."""
+        """Return the rank at which each symbol finds the first right answer."""
         return target_ranks(
             self.vectors[query], self.vectors[item], query_keys=self.keys[query], item_keys=self.keys[item]
         )
@@ -69,7 +69,7 @@ def evaluate_symbols(model: BifocalModel, symbols: Any) -> Evaluation:
 
 
 def example_searches(evaluation: Evaluation, symbols: Any, seed: int, count: int = 8) -> list[Gallery]:
-    """Searches drawn at random, so that what goes wrong is shown as often as it happens."""
+    """Return searches drawn at random, so that what goes wrong is shown as often as it happens."""
     first_images = [images[0] for images in symbols["images"]]
     signs = symbols["symbol"]
     items = {
@@ -122,7 +122,7 @@ def _search(
 
 
 def searches_as_text(galleries: Sequence[Gallery], each: int = 3) -> str:
-    """The first searches of each gallery for a terminal, images as the symbols they show."""
+    """Return the first searches of each gallery for a terminal, images as the symbols they show."""
     lines = []
     for gallery in galleries:
         lines.append(f"\n{gallery.title}")

@@ -74,7 +74,7 @@ class SearchIndex:
                 )
         for precision in precisions:
             if precision not in PRECISIONS:
-                raise SearchError(f"'{precision}' is no precision. Choose one of {', '.join(PRECISIONS)}.")
+                raise SearchError(f"'{precision}' is not a precision. Choose one of {', '.join(PRECISIONS)}.")
         variants = [(dim, precision) for dim in (dims or [dimensions]) for precision in precisions]
         if os.path.isdir(os.path.expanduser(model)):
             model = os.path.abspath(os.path.expanduser(model))
@@ -137,7 +137,8 @@ class SearchIndex:
                     folder.rmdir()
 
     def require_same_weights(self, weights: str, model: str) -> None:
-        """
+        """Check that the index was made with these weights.
+
         Raises:
             SearchError: if the index was made with other weights.
         """
@@ -260,7 +261,7 @@ class SearchIndex:
             numbers = {n for n, one in enumerate(sources) if paths & set(one["identity"].get("paths", ()))}
             if source is not None and not numbers:
                 known = ", ".join(sorted({str(path) for one in sources for path in one["identity"].get("paths", ())}))
-                raise SearchError(f"'{source}' is no source of '{self.folder}'. Its sources are {known or 'unknown'}.")
+                raise SearchError(f"'{source}' is not a source of '{self.folder}'. It has {known or 'none by name'}.")
             rows = [(key, one.name) for key, occurrences in all_occurrences(self.snapshot()) for one in occurrences]
             for name in names:
                 if not any(_matches(name, *row) for row in rows):
@@ -337,7 +338,8 @@ class SearchIndex:
             path.unlink(missing_ok=True)
 
     def _require_parts(self) -> None:
-        """
+        """Check that all parts of the table exist.
+
         Raises:
             SearchError: if parts of the table are missing.
         """

@@ -15,7 +15,7 @@ _MAX_PIXELS_IN_MEMORY = 2**28  # of decoded images, 0.8 GB; a whole part of phot
 
 
 class Ingestion:
-    """A run over items, which embeds and writes those that the table lacks and shows each one to the scan.
+    """A run over items, which embeds and writes those that are not in the table and shows each one to the scan.
 
     Args:
         table: table to add to; the caller holds its index's lock.

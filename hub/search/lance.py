@@ -162,7 +162,8 @@ def _errors_as_search_errors(uri: str) -> Iterator[None]:
 
 
 def _require_same_weights(table: Any, weights: str, uri: str) -> None:
-    """
+    """Check that a table is Bifocal's and was made with these weights.
+
     Raises:
         SearchError: if the table is of another model, version or program.
     """

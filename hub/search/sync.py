@@ -136,7 +136,7 @@ class SourceScan:
         """Return what happened to a name of some content.
 
         "seen", "kept" (unknown, so that it stays), "replaced", "lost" (the content exists, under another name) or
-        "missing". The number of a row is no stable name: after a row is deleted, it stands for the next row.
+        "missing". The number of a row is not a stable name: after a row is deleted, it stands for the next row.
         """
         if (key, name) in self.texts:
             return "seen"

@@ -73,7 +73,8 @@ class TableSnapshot:
 
 
 def require_unit_length(vectors: np.ndarray, part: Path) -> None:
-    """
+    """Check that all vectors of a part have length 1.
+
     Raises:
         SearchError: if vectors of a part have other lengths than 1.
     """

@@ -74,8 +74,8 @@ def test_two_processes_share_the_batches_of_one():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda data: Task("t", "text-triplet", data, 2), "task 't' lacks the column 'negatives' .it has query, pos"),
-        (lambda data: Task("t", "image-text", data, 2), "task 't' lacks the column 'image'"),
+        (lambda data: Task("t", "text-triplet", data, 2), "task 't' has no column 'negatives' .it has query, pos"),
+        (lambda data: Task("t", "image-text", data, 2), "task 't' has no column 'image'"),
         (lambda data: Task("t", "pairs", data, 2), "kind is 'pairs'"),
         (lambda data: Task("t", "text-pair", data, 2, loss="triplet"), "loss is 'triplet'"),
         (lambda data: Task("t", "text-pair", data, 2, loss="sigmoid"), "sigmoid loss is for image-text"),

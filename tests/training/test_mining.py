@@ -130,7 +130,7 @@ def test_rows_that_cannot_be_used_are_neither_mined_nor_found(model, tmp_path, c
         mined = mine_across(data, model, "text-to-image", tmp_path, MiningSettings(num_negatives=5, range_max=8))
         assert mined["row"][:] == [0, 1, 2, 4, 6, 7]
         assert all(not {3, 5} & set(row["negative_rows"]) for row in mined)
-    said = "Mining skips 2 of 8 rows, which lack a text or an image that can be read: rows 3, 5."
+    said = "Mining skips 2 of 8 rows, which have no readable text or image: rows 3, 5."
     assert caplog.text.count(said) == 2
 
 

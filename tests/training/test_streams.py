@@ -66,7 +66,7 @@ def test_a_stream_without_rows_and_one_without_a_column():
     with pytest.raises(ValueError, match="stream of task 's' has no rows for reader 0"):
         BlockReader(Task("s", "text-pair", empty, 1), 0, 0, 1).take(1)
     unknown = Dataset.from_dict({"query": ["a"]}).to_iterable_dataset().map(lambda row: {**row})
-    with pytest.raises(ValueError, match="lacks the column 'positive'"):
+    with pytest.raises(ValueError, match="has no column 'positive'"):
         BlockReader(Task("s", "text-pair", unknown, 1), 0, 0, 1).take(1)
 
 

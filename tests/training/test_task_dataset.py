@@ -189,11 +189,11 @@ def pairs(**columns) -> Dataset:
         ({"query": ["a"], "positive": ["b"]}, r"is a dict of query, positive; make one with datasets.Dataset.from_d"),
         (({"query": "a", "positive": "b"} for _ in range(3)), "can be read only once; give the function"),
         (Tuples(), r"cannot be read \(TypeError: the row is of type tuple and not a dict\); give dicts with query, po"),
-        ([{"query": "a", "answer": "b"}], "lacks the column 'positive' .it has query"),
+        ([{"query": "a", "answer": "b"}], "has no column 'positive' .it has query"),
         (pairs().select([]), "has no rows"),
         ([], "has no rows"),
         (7, "is of type int, which has no rows by number; give a datasets.Dataset"),
-        (pairs().with_transform(lambda b: {"q": b["query"]}), "lacks the column 'query' .it has q"),
+        (pairs().with_transform(lambda b: {"q": b["query"]}), "has no column 'query' .it has q"),
     ],
 )
 def test_what_cannot_be_read_is_refused_at_the_start(data, message):

@@ -11,7 +11,7 @@ from bifocal.training.tasks import Task
 
 
 def steps_per_epoch(tasks: Sequence[Task], processes: int, accumulation: int) -> int | None:
-    """Optimiser steps of an epoch; None where a task streams without saying how many rows it has.
+    """Return the optimiser steps of an epoch; None if a task streams without `num_rows`.
 
     An epoch has as many batches as the rows of the image-text tasks fill, or those of the text tasks, whichever are
     more. So a task that is the only one of its modality is passed through once (or more often, if the other has more

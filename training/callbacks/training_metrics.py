@@ -43,7 +43,7 @@ class TrainingMetrics:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Time within is time spent waiting for data."""
+        """Count the time within as time spent waiting for data."""
         before = time.monotonic()
         try:
             yield
@@ -92,7 +92,7 @@ class TrainingMetrics:
         return logs
 
     def total_seen(self, device: torch.device) -> float:
-        """Rows of all tasks and processes since training started."""
+        """Return the rows of all tasks and processes since training started."""
         return self.world.mean([float(self.seen)], device)[0] * self.world.size
 
     def state(self) -> dict[str, Any]:
@@ -105,7 +105,7 @@ class TrainingMetrics:
 
 
 def norms_by_tower(model: nn.Module) -> dict[str, float]:
-    """The gradient norm of each tower, before clipping."""
+    """Return the gradient norm of each tower, before clipping."""
     squares: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
         tower = tower_of(name)

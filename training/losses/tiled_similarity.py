@@ -1,8 +1,8 @@
 """Log-sum-exps of the rows and columns of a similarity matrix, whole or in tiles.
 
-The contrastive losses need nothing else of the N x M matrix of similarities. The tiled form never holds it: it passes
+The contrastive losses need only these of the N x M matrix of similarities. The tiled form never holds it: it passes
 over tiles, adds up exponentials, and makes the tiles again in the backward pass (arXiv 2410.17243 has the idea).
-Memory grows with N + M in place of N x M, and gradients are exact, the temperature's included. Plain torch on any
+Memory grows with N + M instead of N x M, and gradients are exact, the temperature's included. Plain torch on any
 device.
 """
 
@@ -113,7 +113,8 @@ def similarity_logsumexp(
 
 
 def is_tiled(impl: str, rows: int, columns: int) -> bool:
-    """
+    """Return whether the matrix is passed through in tiles.
+
     Raises:
         ValueError: if `impl` is unknown.
     """

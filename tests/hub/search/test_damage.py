@@ -128,7 +128,7 @@ def test_damaged_settings_are_named(folder, content):
     with pytest.raises(SearchError, match=r"index.json' is damaged|made by another version of Bifocal. Index again"):
         SearchIndex(folder)
     (folder / "index.json").unlink()
-    with pytest.raises(SearchError, match="is no index"):
+    with pytest.raises(SearchError, match="is not an index"):
         SearchIndex(folder)
 
 

@@ -130,7 +130,7 @@ def test_a_source_that_is_gone_can_be_forgotten(desk):
     said = index(desk, "two", "--prune")
     assert f"'{desk / 'one'}' was indexed but no longer exists. bifocal remove index --source PATH deletes" in said
     assert len(rows(desk)) == 3, "perhaps its disk is only not mounted"
-    assert "'three' is no source of 'index'" in error_of(desk, "remove", "index", "--source", "three")
+    assert "'three' is not a source of 'index'" in error_of(desk, "remove", "index", "--source", "three")
     assert "Nothing to delete" in error_of(desk, "remove", "index")
     assert "1 deleted; index has 2 left." in invoke(desk, "remove", "index", "--source", "one").stdout
     assert set(rows(desk)) == {"image 2.png", "image 3.png"}
