@@ -62,10 +62,10 @@ def require_columns(names: list[str] | None, source: Source, kind: str, rows: Se
             meant = f"; did you mean column_mapping.{closest}={ours}?" if closest else "; correct column_mapping."
             raise MissingColumnError(f"'{source.title}' has no column '{theirs}' (it has {has}){meant}", names)
     steps = RowNormaliser(kind, source.mapped_columns)
-    found = {ours: steps.column_of(ours, names) for ours in KINDS[kind]}
-    for ours, column in found.items():
+    columns = {ours: steps.column_of(ours, names) for ours in KINDS[kind]}
+    for ours, column in columns.items():
         if ours not in source.mapped_columns and column is None and not has_column(ours, names):
-            taken = [one for one in found.values() if one is not None]
+            taken = [name for name in columns.values() if name is not None]
             hint = column_hint(ours, names, rows, taken)
             raise MissingColumnError(f"'{source.title}' has no column '{ours}' (it has {has}){hint}.", names)
         if ours not in source.mapped_columns and f"{column}.1" in names:
@@ -88,10 +88,11 @@ def column_hint(ours: str, names: Sequence[str], rows: Sequence[Mapping[str, Any
     free = [name for name in names if name not in taken]
     known = [*NAMES[ours], *_SYNONYMS.get(ours, ())]
 
-    def rank(name: str) -> int:
-        plain = name.lower().replace("-", "_").replace(" ", "_")
-        exact = [place for place, one in enumerate(known) if one == plain]
-        within = [len(known) + place for place, one in enumerate(known) if len(one) > 2 and one in plain.split("_")]
+    def rank(column: str) -> int:
+        plain = column.lower().replace("-", "_").replace(" ", "_")
+        words = plain.split("_")
+        exact = [number for number, name in enumerate(known) if name == plain]
+        within = [len(known) + number for number, name in enumerate(known) if len(name) > 2 and name in words]
         return min(exact + within, default=10_000)
 
     fits = {name: _fits(ours, name, [row.get(name) for row in rows]) for name in free}

@@ -68,7 +68,7 @@ class ImageReader:
         if isinstance(value, list | tuple):
             if not value:
                 raise RowError("no image", "an empty list")
-            return [self.decode(one) for one in value]
+            return [self.decode(item) for item in value]
         if isinstance(value, Cropped):
             return value
         if isinstance(value, dict) and {"bytes", "path"} & set(value):
@@ -91,12 +91,12 @@ class ImageReader:
         """Return the image tower's inputs from what `decode` returns: pixel values and further outputs."""
         if self.exact:
             return self._processed(images)
-        found = np.empty((len(images), 3, self.side, self.side), dtype=np.float32)
-        for place, image in enumerate(images):
+        pixel_values = np.empty((len(images), 3, self.side, self.side), dtype=np.float32)
+        for number, image in enumerate(images):
             array: Any = self._cropped(image)
             for channel in range(3):
-                np.take(self._table[channel], array[channel], out=found[place, channel], mode="clip")
-        return {"pixel_values": torch.from_numpy(found)}
+                np.take(self._table[channel], array[channel], out=pixel_values[number, channel], mode="clip")
+        return {"pixel_values": torch.from_numpy(pixel_values)}
 
     def _processed(self, images: list[Image.Image]) -> dict[str, torch.Tensor]:
         # Images of the wanted size pass resizing and cropping unchanged; skipping both saves most of the time.
@@ -169,10 +169,10 @@ def _is_nested(value: list[Any]) -> bool:
 
 def _array(value: list[Any]) -> np.ndarray:
     try:
-        found = np.asarray(value)
+        array = np.asarray(value)
     except ValueError as error:
         raise RowError("broken image", "nested lists of different lengths") from error
-    return found.astype(np.uint8) if found.dtype == np.int64 and 0 <= found.min() <= found.max() < 256 else found
+    return array.astype(np.uint8) if array.dtype == np.int64 and 0 <= array.min() <= array.max() < 256 else array
 
 
 def _stored(value: dict[str, Any]) -> Any:
@@ -191,8 +191,8 @@ def _stored(value: dict[str, Any]) -> Any:
 def _table(processor: Any) -> np.ndarray:
     """Return (3, 256) normalised values of each byte and channel, computed by the processor and so equal to the bit."""
     values = np.repeat(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), 3, axis=2)
-    found = processor(Image.fromarray(values), do_resize=False, do_center_crop=False, return_tensors="np")
-    return np.ascontiguousarray(np.asarray(found["pixel_values"][0]).reshape(3, 256))
+    processed = processor(Image.fromarray(values), do_resize=False, do_center_crop=False, return_tensors="np")
+    return np.ascontiguousarray(np.asarray(processed["pixel_values"][0]).reshape(3, 256))
 
 
 def image_row_error(error: BaseException) -> RowError:

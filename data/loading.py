@@ -165,7 +165,8 @@ def infer_kind(source: Source) -> str:
             "with --kind, and the columns with column_mapping, such as column_mapping.title=query."
         )
     # Read as another kind, a row has a column missing; prefer an error that is about the row itself.
-    problem = next((one for one in problems if not one[1].cause.startswith("no ")), problems[0] if problems else None)
+    problem = next((problem for problem in problems if not problem[1].cause.startswith("no ")), None)
+    problem = problem or next(iter(problems), None)
     reason = f"; none of the first can be used ({problem[0]}: {problem[1]})" if problem is not None else ""
     raise DataError(f"Cannot infer the kind of rows of '{source.title}'{reason}. Name it with --kind.")
 

@@ -170,20 +170,20 @@ def _first_rows(shards: list[str], read: Reader) -> list[dict[str, Any]]:
     """
     unread = len(shards) > _PEEKED_FILES
     for shard in shards[:_PEEKED_FILES]:
-        found: list[dict[str, Any]] = []
+        rows: list[dict[str, Any]] = []
         seen = 0
         try:
             for _, row in zip(range(_PEEKED_ROWS), read(shard, None), strict=False):
                 seen += 1
                 if not isinstance(row.value, RowError):
-                    found.append(row.value)
+                    rows.append(row.value)
         except FileError as error:
             raise DataError(f"'{shard}' cannot be read ({error.cause}): {error.detail}.") from error
         except Exception:
             unread = True
             continue
         if seen and not _is_empty(shard):
-            return found
+            return rows
     if unread:
         return []
     more = f", and the {len(shards) - 1} files after it have none either" if len(shards) > 1 else ""

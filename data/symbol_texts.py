@@ -91,8 +91,8 @@ def facts(symbol: str, hidden: frozenset[str] = frozenset()) -> list[str]:
     if number is not None:
         known.append(f"its value is {Fraction(number).limit_denominator(1000)}")
     if unicodedata.combining(symbol):
-        place = {220: " below", 230: " above"}.get(unicodedata.combining(symbol), "")
-        known.append(f"it combines with the letter before it{place}")
+        position = {220: " below", 230: " above"}.get(unicodedata.combining(symbol), "")
+        known.append(f"it combines with the letter before it{position}")
     if unicodedata.mirrored(symbol):
         known.append("it turns around in text from right to left")
     if unicodedata.bidirectional(symbol) in ("R", "AL"):

@@ -117,8 +117,8 @@ def _features(stream: ShardStream, source: Source) -> dict[str, Any]:
     for column in stream.column_names:
         text = Value("string")
         lists = column in ("negatives", "caption") or any(isinstance(row[column], list) for row in first)
-        one = Value("float64") if column == "score" else text
-        features[column] = Image(decode=False) if column == "image" else List(text) if lists else one
+        single = Value("float64") if column == "score" else text
+        features[column] = Image(decode=False) if column == "image" else List(text) if lists else single
     return {**features, ERROR_COLUMN: Value("string"), ROW: Value("string")}
 
 

@@ -209,7 +209,7 @@ class ItemReader:
         paths = [self.source.path] if isinstance(self.source.path, str) else self.source.path
         parent = self.root or os.path.dirname(os.path.expanduser(paths[0])) or "."
         roots = [*AllowedRoots(self.source.image_root).roots.items(), ("", os.path.realpath(parent))]
-        self.roots = sorted(roots, key=lambda one: -len(one[1]))  # innermost first
+        self.roots = sorted(roots, key=lambda root: -len(root[1]))  # innermost first
         self.item_source = ItemSource(self._identity(), {"captions": self.captions}, complete=self.source.limit is None)
 
     def restore_options(self, index: SearchIndex) -> None:

@@ -130,11 +130,11 @@ def _not_installed(report_to: Any) -> str | None:
 
 def given_arguments(args: Any) -> dict[str, Any]:
     """Return the fields of transformers' arguments that are not at their default, as given to a new object."""
-    given = {}
+    values = {}
     for item in dataclasses.fields(args):
         if item.init and getattr(args, item.name) != item.default:
-            given[item.name] = getattr(args, item.name)
-    return given
+            values[item.name] = getattr(args, item.name)
+    return values
 
 
 def unsupported(args: TrainingArguments) -> str | None:

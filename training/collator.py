@@ -152,25 +152,25 @@ class MultiTaskCollator:
             names, rows, skipped = self._whole(task, names, columns, item["step"])
             skips.setdefault(task.name, (len(rows), skipped, 0))
             generator = random.Random(f"{self.seed}/{item['step']}/{task.name}/{self.rank}")
-            found = tasks[task.name] = TaskBatch(names)
+            task_batch = tasks[task.name] = TaskBatch(names)
             for column in COLUMNS[task.kind]:
                 values = [row[column] for row in rows]
                 if column == "image":
                     images.append(self._pixels(values, generator))
-                    found.spans[column] = (num_images, num_images + len(values))
+                    task_batch.spans[column] = (num_images, num_images + len(values))
                     num_images += len(values)
                     known = [_image_key(name, row.get("image_id")) for name, row in zip(names, rows, strict=True)]
-                    found.ids[column] = torch.tensor([content_id(key) for key in known])
+                    task_batch.ids[column] = torch.tensor([content_id(key) for key in known])
                 elif column == "negatives":
                     flat = [text for negatives in values for text in negatives]
-                    found.spans[column] = (len(texts), len(texts) + len(flat))
+                    task_batch.spans[column] = (len(texts), len(texts) + len(flat))
                     texts += flat
-                    found.ids[column] = torch.tensor([content_id(text) for text in flat]).view(len(values), -1)
+                    task_batch.ids[column] = torch.tensor([content_id(text) for text in flat]).view(len(values), -1)
                 else:
                     drawn = [self._one_of(task, column, value, generator) for value in values]
-                    found.spans[column] = (len(texts), len(texts) + len(drawn))
+                    task_batch.spans[column] = (len(texts), len(texts) + len(drawn))
                     texts += drawn
-                    found.ids[column] = torch.tensor([content_id(text) for text in drawn])
+                    task_batch.ids[column] = torch.tensor([content_id(text) for text in drawn])
         buckets, order = self._buckets(texts)
         return JointBatch(
             texts=buckets, order=order, images=images, tasks=tasks, step=item["step"], position=item.get("position"),
@@ -191,8 +191,8 @@ class MultiTaskCollator:
         """Return each row as the collator takes it, None for those that cannot be used, and why not."""
         rows: list[dict[str, Any] | None] = []
         skipped = []
-        for place, name in enumerate(names):
-            values = {column: found[place] for column, found in columns.items()}
+        for number, name in enumerate(names):
+            values = {column: values_of_column[number] for column, values_of_column in columns.items()}
             try:
                 rows.append(usable_row(task, values, self.image_reader.decode))
             except RowError as fault:
@@ -206,7 +206,7 @@ class MultiTaskCollator:
         """Return the names and rows of a batch; with `skip`, other rows replace those that cannot be used."""
         names = list(names)
         rows, skipped = self.usable(task, names, columns)
-        for place, row in enumerate(rows):
+        for number, row in enumerate(rows):
             if row is not None:
                 continue
             if task.streams or not self.skip:  # a stream skips such rows before they come here
@@ -214,15 +214,15 @@ class MultiTaskCollator:
                     f"Row {skipped[0].row} of task '{task.name}' cannot be used ({fault_text(skipped[0])}); "
                     "correct or remove it."
                 )
-            draws = random.Random(f"{self.seed}/{step}/{task.name}/{self.rank}/{names[place]}")
+            draws = random.Random(f"{self.seed}/{step}/{task.name}/{self.rank}/{names[number]}")
             for _ in range(_TRIES):
                 other = draws.randrange(len(task.dataset))
                 if other in names:
                     continue
-                (rows[place],), problems = self.usable(task, [other], read_rows(task.dataset, [other]))
+                (rows[number],), problems = self.usable(task, [other], read_rows(task.dataset, [other]))
                 skipped += problems
-                if rows[place] is not None:
-                    names[place] = other
+                if rows[number] is not None:
+                    names[number] = other
                     break
             else:
                 raise TrainingError(

@@ -62,7 +62,7 @@ def train_mlm(recipe: Recipe, arguments: BifocalTrainingArguments | None = None)
 
     def tokenize(rows: dict[str, list[Any]]) -> dict[str, Any]:
         good = [text for text in rows["text"] if text is not None]  # None: a bad row of a stream
-        texts = [one for text in good for one in (text if isinstance(text, list) else [text])]
+        texts = [wording for text in good for wording in (text if isinstance(text, list) else [text])]
         options = dict(truncation=True, max_length=recipe.max_length, return_special_tokens_mask=True)
         return dict(tokenizer(texts, return_offsets_mapping=True, **options))
 

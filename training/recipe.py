@@ -161,13 +161,13 @@ def load_recipe(path: Path, overrides: list[str] | None = None, files: bool = Fa
         _check_training(recipe.training)
     except ValidationError as error:
         # A misspelt key is missing under its right name, too; the misspelling says more.
-        first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
+        first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
         raise RecipeError(_sentence(path, node, by_key, first["loc"], problem_of(first, Recipe))) from error
     except _TrainingKeyError as error:
         raise RecipeError(_sentence(path, node, by_key, ("training", error.key), str(error))) from error
     for loc, source in _sources(recipe) if files else []:
-        for one in [source.path] if isinstance(source.path, str) else source.path:
-            missing = _missing_file(one)
+        for file in [source.path] if isinstance(source.path, str) else source.path:
+            missing = _missing_file(file)
             if missing:
                 raise RecipeError(_sentence(path, node, by_key, (*loc, "path"), missing))
     return recipe

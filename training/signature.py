@@ -53,7 +53,7 @@ def content_digest(task: Task) -> str | None:
         # As stored: nothing is decoded, and no transform of the user's is run.
         columns = [name for name, kind in data.features.items() if name != "image" and _is_plain(kind)]
         plain = data.with_format(None).select_columns(columns)
-        return _digest([{name: found[name] for name in columns} for found in plain.select(rows)])
+        return _digest([{name: stored[name] for name in columns} for stored in plain.select(rows)])
     source = getattr(data, "source", data)  # a list or a frame may be wrapped
     if hasattr(source, "iloc"):
         return _digest([_texts(source.iloc[row].to_dict()) for row in rows])
@@ -87,7 +87,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     old, new = ([task["name"] for task in signature["tasks"]] for signature in (before, now))
     if old != new:
         return [f"the tasks were {', '.join(old)} and are now {', '.join(new)}"]
-    found = [
+    changes = [
         _changed(name, before.get(name), now.get(name))
         for name in sorted(before.keys() | now.keys())
         if name != "tasks" and before.get(name) != now.get(name)
@@ -95,13 +95,13 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     for was, is_now in zip(before["tasks"], now["tasks"], strict=True):
         changed = [name for name in was.keys() | is_now.keys() if was.get(name) != is_now.get(name)]
         if changed == ["content"]:
-            found.append(f"the data set of task '{was['name']}' has other rows than before")
-        found += [
+            changes.append(f"the data set of task '{was['name']}' has other rows than before")
+        changes += [
             _changed(f"{name} of task '{was['name']}'", was.get(name), is_now.get(name))
             for name in sorted(changed)
             if name != "content"
         ]
-    return found
+    return changes
 
 
 def _changed(name: str, before: Any, now: Any) -> str:

@@ -75,8 +75,8 @@ class BlockReader:
 
     def report(self) -> tuple[int, list[SkippedRow], int]:
         """Return the number of rows read since the last report, the skipped ones, and the files read to their end."""
-        found, self._report = self._report, (0, [], 0)
-        return found
+        report, self._report = self._report, (0, [], 0)
+        return report
 
     def _add(self, rows: int, skips: list[SkippedRow], shards: int = 0) -> None:
         before = self._report
@@ -88,8 +88,8 @@ class BlockReader:
         else:
             self._open(None)
         self._before = self.part.state() if self.block else None
-        found = self.part.next(self.task.shuffle_buffer_size)
-        if found is None:  # the end of an epoch
+        block = self.part.next(self.task.shuffle_buffer_size)
+        if block is None:  # the end of an epoch
             if not self.good:
                 raise TrainingError(
                     f"The stream of task '{self.task.name}' has no rows for reader {self.key[1]} that can be used"
@@ -98,8 +98,8 @@ class BlockReader:
             self.epoch, self.block, self.good, self.opened = self.epoch + 1, 0, 0, False
             self._order, self.used = np.empty(0, dtype=np.int64), 0
             return
-        self._add(found.rows, found.skips, found.shards)
-        self._arrange(found)
+        self._add(block.rows, block.skips, block.shards)
+        self._arrange(block)
 
     def _open(self, state: Any) -> None:
         self.part.open(self.epoch, state)
@@ -130,14 +130,14 @@ class BlockReader:
         if not state["opened"]:  # nothing of this epoch was read yet
             return
         self._open(state["stream"])
-        found = self.part.next(self.task.shuffle_buffer_size)
-        if found is None:
+        block = self.part.next(self.task.shuffle_buffer_size)
+        if block is None:
             raise TrainingError(
                 f"The stream of task '{self.task.name}' ends before the position of the checkpoint; resume "
                 "with the data it was made with."
             )
         self._before = state["stream"]
-        self._arrange(found)  # and not into the report: these rows were counted before
+        self._arrange(block)  # and not into the report: these rows were counted before
         self.used = state["used"]
 
 

@@ -44,17 +44,17 @@ class RowsByNumber:
 
     def row(self, number: int) -> dict[str, Any]:
         """Return a row, with None for each missing value."""
-        found = self.source.iloc[number].to_dict() if hasattr(self.source, "iloc") else self.source[number]
-        if not isinstance(found, Mapping):
-            raise TypeError(f"the row is of type {type(found).__name__} and not a dict")
-        return {name: None if is_missing(value) else value for name, value in found.items()}
+        row = self.source.iloc[number].to_dict() if hasattr(self.source, "iloc") else self.source[number]
+        if not isinstance(row, Mapping):
+            raise TypeError(f"the row is of type {type(row).__name__} and not a dict")
+        return {name: None if is_missing(value) else value for name, value in row.items()}
 
     def __getitem__(self, rows: Any) -> dict[str, Any]:
         """Return a row as a dict, or the columns of a list of rows."""
         if isinstance(rows, int):
             return self.row(rows)
-        found = [self.row(number) for number in rows]
-        return {name: [row.get(name) for row in found] for name in self.column_names}
+        all_rows = [self.row(number) for number in rows]
+        return {name: [row.get(name) for row in all_rows] for name in self.column_names}
 
 
 def task_data(dataset: Any, name: str, kind: str) -> Any:
@@ -76,18 +76,18 @@ def task_data(dataset: Any, name: str, kind: str) -> Any:
     import datasets
 
     if isinstance(dataset, ShardStream | RowsByNumber):
-        found = dataset
+        data = dataset
     elif isinstance(dataset, datasets.Dataset):
         is_transformed = dataset.format["type"] == "custom"
         plain = dataset if dataset.format["type"] in (None, "custom") else dataset.with_format(None)
-        found = plain if is_transformed else disable_image_decoding(plain)
+        data = plain if is_transformed else disable_image_decoding(plain)
     elif isinstance(dataset, datasets.IterableDataset):
-        found = disable_image_decoding(dataset.with_format(None) if dataset._formatting is not None else dataset)
+        data = disable_image_decoding(dataset.with_format(None) if dataset._formatting is not None else dataset)
     else:
-        found = _rows_by_number(dataset, name, kind)
-    if hasattr(found, "__len__") and not len(found):
+        data = _rows_by_number(dataset, name, kind)
+    if hasattr(data, "__len__") and not len(data):
         raise TrainingError(f"The data set of task '{name}' has no rows.")
-    return found
+    return data
 
 
 def _rows_by_number(dataset: Any, name: str, kind: str) -> RowsByNumber:
@@ -147,9 +147,9 @@ def read_rows(dataset: Any, rows: Sequence[int]) -> dict[str, list[Any]]:
     try:
         return dict(dataset[list(rows)])
     except Exception:  # a transform, a user's own class, or a disk: find out which rows it is
-        found = [_read_alone(dataset, row) for row in rows]
-    names = next((list(row) for row in found if not isinstance(row, RowError)), list(dataset.column_names))
-    return {name: [row if isinstance(row, RowError) else row.get(name) for row in found] for name in names}
+        all_rows = [_read_alone(dataset, row) for row in rows]
+    names = next((list(row) for row in all_rows if not isinstance(row, RowError)), list(dataset.column_names))
+    return {name: [row if isinstance(row, RowError) else row.get(name) for row in all_rows] for name in names}
 
 
 def _read_alone(dataset: Any, row: int) -> dict[str, Any] | RowError:
@@ -223,7 +223,7 @@ def _numbers_of_negatives(dataset: Any) -> tuple[Counter[int], bool]:
             lengths = pc.list_value_length(column)
             lengths = lengths if dataset._indices is None else lengths.take(dataset._indices.column(0))
             counts = pc.value_counts(pc.fill_null(lengths, 0)).to_pylist()
-            return Counter({one["values"]: one["counts"] for one in counts}), True
+            return Counter({entry["values"]: entry["counts"] for entry in counts}), True
     if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
         values: list[Any] = read_rows(dataset, range(min(len(dataset), _PEEKED))).get("negatives", [])
     else:

@@ -59,8 +59,8 @@ def evaluate_symbols(model: BifocalModel, symbols: Any) -> Evaluation:
     found_by = Evaluation(vectors, metrics, recall, keys)
     for direction, (query, item) in DIRECTIONS.items():
         ranks = found_by.ranks(query, item)
-        found = retrieval_metrics(ranks)
-        metrics |= {f"{direction} R@{k}": found[f"recall@{k}"] for k in (1, 5, 10)}
+        at_k = retrieval_metrics(ranks)
+        metrics |= {f"{direction} R@{k}": at_k[f"recall@{k}"] for k in (1, 5, 10)}
         recall[direction] = recall_curve(ranks, _CURVE)
     metrics["long caption to image R@5"] = recall_at(found_by.ranks("long caption", "image"), 5)
     to_description = found_by.ranks("name", "description")
@@ -127,8 +127,8 @@ def searches_as_text(galleries: Sequence[Gallery], each: int = 3) -> str:
     for gallery in galleries:
         lines.append(f"\n{gallery.title}")
         for search in gallery.searches[:each]:
-            found = " | ".join(f"{'*' if hit.right else ''}{hit.item.label}" for hit in search.hits[:3])
-            lines.append(f"  {search.query.label}\n    -> {found}   (right answer at rank {search.rank})")
+            hits = " | ".join(f"{'*' if hit.right else ''}{hit.item.label}" for hit in search.hits[:3])
+            lines.append(f"  {search.query.label}\n    -> {hits}   (right answer at rank {search.rank})")
     return "\n".join(lines)
 
 

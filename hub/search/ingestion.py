@@ -90,7 +90,7 @@ class Ingestion:
                     continue
                 row["image"] = thumbnail(image)
                 images.append(image)
-                if sum(one.width * one.height for one in images) > _MAX_PIXELS_IN_MEMORY:
+                if sum(image.width * image.height for image in images) > _MAX_PIXELS_IN_MEMORY:
                     image_vectors += list(self.encode_image(images))
                     images = []
             rows.append(row)

@@ -58,11 +58,11 @@ def export_to_lancedb(index: SearchIndex, uri: str) -> int:
         for rows, vectors in zip(snapshot.tables, snapshot.vectors(), strict=True):
             if not len(rows):
                 continue
-            names = [[one["name"] for one in occurrences] for occurrences in rows.column("occurrences").to_pylist()]
+            names = [[item["name"] for item in items] for items in rows.column("occurrences").to_pylist()]
             columns = {name: rows.column(name) for name in ("key", "kind", "name", "text")}
             columns = {name: column.cast(text).combine_chunks() for name, column in columns.items()}
             columns |= {
-                "names": pa.array([list(dict.fromkeys(one)) for one in names], schema.field("names").type),
+                "names": pa.array([list(dict.fromkeys(of_row)) for of_row in names], schema.field("names").type),
                 "thumbnail": pc.struct_field(rows.column("image"), "bytes").combine_chunks(),
                 "vector": pa.FixedSizeListArray.from_arrays(vectors.ravel(), index.dimensions),
                 "weights": pa.array([index.weights] * len(rows), text),

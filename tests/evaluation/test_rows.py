@@ -188,7 +188,10 @@ def test_a_string_is_one_caption_and_a_name_one_label():
         (lambda e, i: zero_shot(e, "t", i, [0, 1], ["a", "b"], "a {}"), "The templates of 't' are a single str"),
         (lambda e, i: zero_shot(e, "t", i, [0, 1], ["a", "b"], ["a"]), "Each template of 't' needs {}"),
         (lambda e, i: zero_shot(e, "t", i, [0, 2], ["a", "b"]), "t:1 of 't' has the label 2, but there are 2 classes"),
-        (lambda e, i: zero_shot(e, "t", i, ["a", "c"], ["a", "b"]), "t:1 of 't' has the label 'c', which is not a class"),
+        (
+            lambda e, i: zero_shot(e, "t", i, ["a", "c"], ["a", "b"]),
+            "t:1 of 't' has the label 'c', which is not a class",
+        ),
         (lambda e, i: semantic_similarity(e, "t", ["a", "b"], ["a"], [1, 2]), "2 first texts and 1 second texts and"),
         (lambda e, i: semantic_similarity(e, "t", "ab", ["a", "b"], [1, 2]), "The first texts of 't' are a single str"),
         (lambda e, i: text_retrieval(e, "t", ["a"], {"1": "a"}, {}), "The queries of 't' are a list; give a dict"),
