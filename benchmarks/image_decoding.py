@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 
-from bifocal.data.images import PictureReader
+from bifocal.data.images import ImageReader
 from bifocal.modeling.processing_bifocal import image_processor_of_size
 
 SIDE = 224
@@ -44,7 +44,7 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
     clip = image_processor_of_size(SIDE)
-    reader = PictureReader(clip)
+    reader = ImageReader(clip)
 
     def usual(content: bytes) -> torch.Tensor:
         return clip([Image.open(io.BytesIO(content)).convert("RGB")], return_tensors="pt")["pixel_values"]

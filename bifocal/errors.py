@@ -1,5 +1,7 @@
 """Errors that end a command in one sentence, and sentences that several rooms share."""
 
+import difflib
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -52,6 +54,15 @@ def looks_like_path(given: str) -> bool:
     return plain or (bool(slash) and Path(first).is_dir())
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its class where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def closest_name(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Return the known name that a misspelt one most likely means; None if none is similar.
+
+    Args:
+        cutoff: least similarity, from 0 to 1.
+    """
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)

@@ -1,0 +1,15 @@
+"""The data room: from a source that a recipe or a command names to rows of one kind.
+
+It knows nothing of training, evaluation or the Hub's models; of Bifocal it uses only `load_image`.
+
+- What a user sets: `source` (and `schema`, which validates it), `filters`, `kinds`, `corpora`.
+- From a path to rows: `paths` (patterns, addresses, allowed roots), `locate` (files, reader, layout), `loading` (a
+  data set, a stream, or the kind of its rows).
+- Readers of one file: `readers` (Parquet, Arrow, image folders), `text_files` (JSON, JSONL), `delimited` (CSV, TSV),
+  `tar`, `beir`, `nli`.
+- From raw rows to rows of a kind: `columns`, `labels`, `normalize`; `row_names` for messages.
+- Many rows: `shards` (streams that resume), `tables` (cached data sets), `skips` (skipped rows), `consistency`.
+- Images: `images` (from a cell to pixel values), `image_files` (in folders), `image_decoding` (views of data sets).
+- Made from sources: `inspection` and `inspection_page`, `clean_copy`, `captioning`; `symbols` and `symbol_texts` make a
+  data set that needs no download.
+"""

@@ -1,4 +1,4 @@
-"""Long captions for one's own pictures, by any image-text model of transformers."""
+"""Generate long captions for images with any image-text model of transformers."""
 
 import hashlib
 from collections.abc import Iterator
@@ -11,26 +11,28 @@ from typing import Annotated, Any
 import torch
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from bifocal.data.images import fault_of
-from bifocal.data.inspection import rows_of
+from bifocal.data.images import image_row_error
+from bifocal.data.loading import iter_rows
 from bifocal.data.schema import read_yaml, validated
-from bifocal.data.skips import Fault, Skip, Skipped, start_log
+from bifocal.data.skips import RowError, SkipLog, SkippedRow, start_log
 from bifocal.data.source import Source
 from bifocal.errors import DataError, first_line
 from bifocal.files import replace_file
 from bifocal.modeling import load_image
 
-_PART = 256  # rows of a file; at most so many are lost when a run is killed
+_PART = 256  # rows per file; a killed run loses at most this many
 
 
 class CaptionRecipe(BaseModel):
-    """
+    """Settings of caption generation.
+
     Args:
         model, revision: an image-text model of transformers, by Hub id or folder.
-        prompt: what it is asked.
-        max_new_tokens, min_new_tokens: of a caption.
-        batch_size: pictures at once.
+        prompt: text that the model gets with each image.
+        max_new_tokens, min_new_tokens: bounds for the length of a caption.
+        batch_size: images per forward pass.
     """
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
@@ -43,10 +45,10 @@ class CaptionRecipe(BaseModel):
 
 
 def caption_recipe(model: str, path: Path | None = None) -> CaptionRecipe:
-    """The settings in a file, or those that come with Bifocal.
+    """Return the settings in a YAML file; without a file, the defaults of Bifocal.
 
     Raises:
-        DataError: if there is no such file, it is no YAML, or a key in it is wrong.
+        RecipeError: if the file cannot be read, is not valid YAML, or has a wrong key.
     """
     path = path or Path(__file__).parent / "recipes" / "caption.yaml"
     values = read_yaml(path)
@@ -54,49 +56,49 @@ def caption_recipe(model: str, path: Path | None = None) -> CaptionRecipe:
 
 
 @dataclass
-class Captioned:
-    """How many pictures were captioned now, how many before, and how many could not be read."""
+class CaptionCounts:
+    """Numbers of images that were captioned in this run, that had a caption before, and that were skipped."""
 
-    made: int = 0
-    before: int = 0
+    captioned: int = 0
+    existing: int = 0
     skipped: int = 0
 
 
-def caption_source(source: Source, out: Path, recipe: CaptionRecipe) -> Captioned:
-    """Write a caption for every picture of a source, greedily decoded; go on where a run was killed.
+def caption_source(source: Source, out: Path, recipe: CaptionRecipe) -> CaptionCounts:
+    """Write a greedily decoded caption for every image of a source; a killed run resumes.
 
-    The folder then is a source itself (`path: OUT/*.parquet`): Parquet files with `image`, `caption`, `image_id`, and
-    for each row the `model`, its `revision`, the `prompt` and when it was `made`. Pictures of files are named by their
-    paths, others are copied. What cannot be read is named in skipped.jsonl.
+    The folder is then a source itself (`path: OUT/*.parquet`): Parquet files with `image`, `caption`, `image_id`, and
+    for each row the `model`, its `revision`, the `prompt` and the time of creation, `created_at`. Image files are named
+    by their paths, other images are copied. Images that cannot be read are listed in skipped.jsonl.
 
     Raises:
-        DataError: no pictures, no such model, or a folder with captions of another model or prompt.
-        OSError: the folder cannot be written.
+        DataError: if there are no images or no such model, or the folder has captions by another model or prompt.
+        OSError: if the folder cannot be written.
     """
     captioner = _Captioner(recipe)
     out.mkdir(parents=True, exist_ok=True)
     done, parts = _done(out, captioner.provenance)
-    skipped = Skipped(start_log(out / "skipped.jsonl"))
-    result = Captioned(before=len(done))
-    pictures = _pictures(source, done, skipped, result)
-    while rows := list(islice(pictures, _PART)):
+    skipped = SkipLog(start_log(out / "skipped.jsonl"))
+    result = CaptionCounts(existing=len(done))
+    images = _images(source, done, skipped, result)
+    while rows := list(islice(images, _PART)):
         captioned: list[dict[str, Any]] = []
         for start in range(0, len(rows), recipe.batch_size):
             batch = rows[start : start + recipe.batch_size]
-            captions = captioner([picture for _, _, picture in batch])
+            captions = captioner([image for _, _, image in batch])
             captioned += [
                 {"row": name, **row, "caption": caption}
                 for (name, row, _), caption in zip(batch, captions, strict=True)
             ]
-        result.made += _write(captioned, out / f"part-{parts:05}.parquet", captioner.provenance, skipped, result)
+        result.captioned += _write(captioned, out / f"part-{parts:05}.parquet", captioner.provenance, skipped, result)
         parts += 1
-    if not result.made and not result.before:
-        raise DataError(f"'{source.title}' has no picture that could be captioned; look at its path and columns.")
+    if not result.captioned and not result.existing:
+        raise DataError(f"'{source.title}' has no image that could be captioned. Check path and column_mapping.")
     return result
 
 
 def _done(out: Path, provenance: dict[str, str]) -> tuple[set[str], int]:
-    """Names of the rows that have captions, and the first number that no file has."""
+    """Return the names of rows that have captions, and the first unused file number."""
     from pyarrow import ArrowInvalid
     from pyarrow.parquet import read_schema, read_table
 
@@ -109,38 +111,38 @@ def _done(out: Path, provenance: dict[str, str]) -> tuple[set[str], int]:
         except ArrowInvalid:
             ours = False
         if not ours:
-            raise DataError(f"'{path}' holds no captions by this command; choose another folder or move it away.")
+            raise DataError(f"'{path}' was not written by this command. Choose another folder or move it away.")
         numbers.append(int(path.stem.partition("-")[2]))
         table = read_table(path, columns=columns)
         for name, value in provenance.items():
-            other = next((found for found in table[name].unique().to_pylist() if found != value), None)
+            other = next((one for one in table[name].unique().to_pylist() if one != value), None)
             if other is not None:
-                raise DataError(f"'{out}' holds captions by another {name} ('{other}'); choose another folder.")
+                raise DataError(f"'{out}' holds captions by another {name} ('{other}'). Choose another folder.")
         done.update(table["row"].to_pylist())
     return done, max(numbers) + 1
 
 
-def _pictures(
-    source: Source, done: set[str], skipped: Skipped, result: Captioned
+def _images(
+    source: Source, done: set[str], skipped: SkipLog, result: CaptionCounts
 ) -> Iterator[tuple[str, dict[str, Any], Image.Image]]:
-    """(name, row, picture) of what has no caption yet."""
-    for name, row in rows_of(source, "image-only"):
+    """Yield name, row and image of each row that has no caption yet."""
+    for name, row in iter_rows(source, "image-only"):
         if name in done:
             continue
-        if not isinstance(row, Fault):
+        if not isinstance(row, RowError):
             try:
-                picture = load_image(row["image"])
-                skipped.add("pictures", 1)
-                yield name, row, picture
+                image = load_image(row["image"])
+                skipped.add("images", 1)
+                yield name, row, image
                 continue
             except Exception as error:
-                row = fault_of(error)
-        skipped.add("pictures", 1, [Skip.of(name, row)])
+                row = image_row_error(error)
+        skipped.add("images", 1, [SkippedRow.of(name, row)])
         result.skipped += 1
 
 
 def _write(
-    rows: list[dict[str, Any]], path: Path, provenance: dict[str, str], skipped: Skipped, result: Captioned
+    rows: list[dict[str, Any]], path: Path, provenance: dict[str, str], skipped: SkipLog, result: CaptionCounts
 ) -> int:
     import pyarrow as pa
     from pyarrow.parquet import write_table
@@ -148,16 +150,16 @@ def _write(
     kept = []
     for row in rows:
         if not row["caption"]:
-            skipped.add("pictures", 0, [Skip(row["row"], "empty caption")])
+            skipped.add("images", 0, [SkippedRow(row["row"], "empty caption")])
             result.skipped += 1
             continue
         image = row["image"]
         kind = "bytes" if isinstance(image, bytes) else "path"
-        kept.append({**row, "image": {"bytes": None, "path": None, kind: image}, **provenance, "made": _now()})
+        kept.append({**row, "image": {"bytes": None, "path": None, kind: image}, **provenance, "created_at": _now()})
     if not kept:
         return 0
     image_type = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    texts = [(name, pa.string()) for name in ("row", "image_id", "caption", *provenance, "made")]
+    texts = [(name, pa.string()) for name in ("row", "image_id", "caption", *provenance, "created_at")]
     with replace_file(path) as scratch:
         write_table(pa.Table.from_pylist(kept, schema=pa.schema([("image", image_type), *texts])), scratch)
     return len(kept)
@@ -171,8 +173,6 @@ class _Captioner:
     """An image-text model with its processor."""
 
     def __init__(self, recipe: CaptionRecipe) -> None:
-        from transformers import AutoModelForImageTextToText, AutoProcessor
-
         self.recipe = recipe
         cuda = torch.cuda.is_available()
         self.device = "cuda" if cuda else "cpu"
@@ -183,11 +183,11 @@ class _Captioner:
             )
         except (OSError, ValueError, KeyError) as error:
             raise DataError(
-                f"'{recipe.model}' is no image-text model that transformers can load ({first_line(error)})."
+                f"'{recipe.model}' is not an image-text model that transformers can load ({first_line(error)})."
             ) from error
         self.model = model.to(self.device).eval()
         if getattr(self.processor, "tokenizer", None) is not None:
-            self.processor.tokenizer.padding_side = "left"  # what is generated follows the prompt
+            self.processor.tokenizer.padding_side = "left"  # generated text follows the prompt
         self.provenance = {
             "model": recipe.model,
             "revision": _revision(recipe.model, self.model),
@@ -195,19 +195,19 @@ class _Captioner:
         }
 
     @torch.inference_mode()
-    def __call__(self, pictures: list[Image.Image]) -> list[str]:
+    def __call__(self, images: list[Image.Image]) -> list[str]:
         prompt = self.recipe.prompt
         if getattr(self.processor, "chat_template", None):
-            talks = [
-                [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": prompt}]}]
-                for picture in pictures
+            conversations = [
+                [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": prompt}]}]
+                for image in images
             ]
             inputs = self.processor.apply_chat_template(
-                talks, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+                conversations, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
                 processor_kwargs={"padding": True},
             )  # fmt: skip
         else:
-            inputs = self.processor(images=pictures, text=[prompt] * len(pictures), return_tensors="pt", padding=True)
+            inputs = self.processor(images=images, text=[prompt] * len(images), return_tensors="pt", padding=True)
         inputs = inputs.to(self.device)
         for name, value in inputs.items():
             if torch.is_floating_point(value):
@@ -216,15 +216,19 @@ class _Captioner:
         ids = self.model.generate(
             **inputs, do_sample=False, max_new_tokens=recipe.max_new_tokens, min_new_tokens=recipe.min_new_tokens
         )
-        asked = inputs.get("input_ids")
-        if asked is not None and ids.shape[1] > asked.shape[1] and torch.equal(ids[:, : asked.shape[1]], asked):
-            ids = ids[:, asked.shape[1] :]  # decoder-only models repeat what they were asked
+        prompt_ids = inputs.get("input_ids")
+        if (
+            prompt_ids is not None
+            and ids.shape[1] > prompt_ids.shape[1]
+            and torch.equal(ids[:, : prompt_ids.shape[1]], prompt_ids)
+        ):
+            ids = ids[:, prompt_ids.shape[1] :]  # decoder-only models repeat the prompt
         texts = self.processor.batch_decode(ids, skip_special_tokens=True)
         return [text.strip().removeprefix(prompt).strip() for text in texts]
 
 
 def _revision(name: str, model: Any) -> str:
-    """The commit on the Hub; of a folder, a digest of its configuration and of the sizes and times of its weights."""
+    """Return the commit on the Hub; for a folder, a digest of its configuration and of the sizes of its weights."""
     commit = getattr(model.config, "_commit_hash", None)
     if commit:
         return str(commit)

@@ -1,17 +1,16 @@
-"""The columns that a kind of rows needs of a source, and which may be meant where one is missing."""
+"""The columns that a kind of rows needs, and which may be meant if one is missing."""
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from bifocal.data.kinds import KINDS
-from bifocal.data.normalize import NAMES, Normaliser, has_column
-from bifocal.data.readers import PICTURES
+from bifocal.data.normalize import NAMES, RowNormaliser, has_column
+from bifocal.data.readers import IMAGE_SUFFIXES
 from bifocal.data.source import Source
-from bifocal.errors import DataError
+from bifocal.errors import DataError, closest_name
 
-# Beside the names that are found without being told; the likeliest first.
+# Suggestions besides the names that are found without a mapping; the likeliest first.
 _SYNONYMS: dict[str, tuple[str, ...]] = {
     "image": ("img", "picture", "photo", "filename", "file", "image_file", "image_url", "url", "jpg", "png"),
     "caption": ("title", "description", "alt", "alt_text", "sentence", "sentences", "label", "prompt", "raw", "tags"),
@@ -29,14 +28,14 @@ _WHAT = {"image": "images", "score": "numbers", "label": "labels"}
 _ID = re.compile(r"(^|_)(id|idx|index|uuid|uid|guid|key|hash|md5|sha\d*)$", re.IGNORECASE)
 _NUMBER = re.compile(r"\s*[-+]?\d+([.,]\d+)*([eE][-+]?\d+)?\s*$")
 _ADDRESS = re.compile(r"\s*[a-z]+://\S+\s*$", re.IGNORECASE)
-_PICTURE = re.compile(rf"\S.*\.({'|'.join(PICTURES)})(\?\S*)?\s*$", re.IGNORECASE)
+_IMAGE_FILE = re.compile(rf"\S.*\.({'|'.join(IMAGE_SUFFIXES)})(\?\S*)?\s*$", re.IGNORECASE)
 
 
 class MissingColumnError(DataError):
-    """A source lacks a column.
+    """A column is missing in a source.
 
     Args:
-        names: of those that it has.
+        names: names of the columns that it has.
     """
 
     def __init__(self, message: str, names: Sequence[str] = ()) -> None:
@@ -45,45 +44,46 @@ class MissingColumnError(DataError):
 
 
 def require_columns(names: list[str] | None, source: Source, kind: str, rows: Sequence[Mapping[str, Any]] = ()) -> None:
-    """
+    """Require that a source has the columns that its mapping names and the kind needs.
+
     Args:
-        names: of the columns that a source has; None if they are not known before it is read.
-        rows: some of its rows, by which a column is suggested.
+        names: names of the source's columns; None if they are only known when it is read.
+        rows: some of its rows, used to suggest a column.
 
     Raises:
-        MissingColumnError: if it lacks one that is named, or that the kind needs, or has two of one name.
+        MissingColumnError: if a column is missing, or there are two of one name.
     """
     if names is None:
         return
     has = ", ".join(names)
-    for ours, theirs in source.columns.items():
+    for ours, theirs in source.mapped_columns.items():
         if theirs not in names and theirs.partition(".")[0] not in names:
-            near = difflib.get_close_matches(theirs, names, n=1)
-            meant = f"; did you mean columns.{ours}: {near[0]}?" if near else f"; correct columns.{ours}."
+            closest = closest_name(theirs, names)
+            meant = f"; did you mean column_mapping.{closest}={ours}?" if closest else "; correct column_mapping."
             raise MissingColumnError(f"'{source.title}' has no column '{theirs}' (it has {has}){meant}", names)
-    steps = Normaliser(kind, source.columns)
+    steps = RowNormaliser(kind, source.mapped_columns)
     found = {ours: steps.column_of(ours, names) for ours in KINDS[kind]}
     for ours, column in found.items():
-        if ours not in source.columns and column is None and not has_column(ours, names):
+        if ours not in source.mapped_columns and column is None and not has_column(ours, names):
             taken = [one for one in found.values() if one is not None]
             hint = column_hint(ours, names, rows, taken)
             raise MissingColumnError(f"'{source.title}' has no column '{ours}' (it has {has}){hint}.", names)
-        if ours not in source.columns and f"{column}.1" in names:
+        if ours not in source.mapped_columns and f"{column}.1" in names:
             raise MissingColumnError(
-                f"'{source.title}' has two columns '{column}' (the second is read as '{column}.1'); say which under "
-                f"columns, such as {ours}: {column}.1.",
+                f"'{source.title}' has two columns '{column}' (the second is read as '{column}.1'); choose one "
+                f"with column_mapping, such as column_mapping.{column}.1={ours}.",
                 names,
             )
 
 
 def column_hint(ours: str, names: Sequence[str], rows: Sequence[Mapping[str, Any]], taken: Iterable[str] = ()) -> str:
-    """Return what to say of a missing column: one that may be meant, or that none looks like it.
+    """Return the end of a sentence on a missing column: one that may be meant, or that none looks like it.
 
     Args:
         ours: the column that a kind needs.
-        names: of the columns that the source has.
-        rows: some of its rows; without them only the names can be judged.
-        taken: columns that are known to be other ones of ours.
+        names: names of the source's columns.
+        rows: some of its rows; without them only the names are judged.
+        taken: columns that are already read as another column.
     """
     free = [name for name in names if name not in taken]
     known = [*NAMES[ours], *_SYNONYMS.get(ours, ())]
@@ -98,11 +98,11 @@ def column_hint(ours: str, names: Sequence[str], rows: Sequence[Mapping[str, Any
     fitting = [name for name in free if fits[name] is True or (fits[name] is None and rank(name) < 10_000)]
     if not fitting:
         return f"; none of them looks like {_WHAT.get(ours, 'texts')}"
-    return f"; name the right one under columns, such as {ours}: {min(fitting, key=rank)}"
+    return f"; set column_mapping, such as column_mapping.{min(fitting, key=rank)}={ours}"
 
 
 def _fits(ours: str, name: str, values: list[Any]) -> bool | None:
-    """Whether a column may hold what is wanted, by its values; None if there are none."""
+    """Return whether a column may hold what is wanted, by its values; None without values."""
     values = [value[0] if isinstance(value, list) and value else value for value in values]
     values = [value for value in values if value not in (None, "", [])]
     if not values:
@@ -114,7 +114,7 @@ def _fits(ours: str, name: str, values: list[Any]) -> bool | None:
 def _is_image(value: Any) -> bool:
     if isinstance(value, Mapping):
         return {"bytes", "path"} & set(value) != set()
-    return isinstance(value, bytes) or (isinstance(value, str) and bool(_PICTURE.match(value)))
+    return isinstance(value, bytes) or (isinstance(value, str) and bool(_IMAGE_FILE.match(value)))
 
 
 def _is_number(value: Any) -> bool:
@@ -122,12 +122,12 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_label(value: Any) -> bool:
-    return isinstance(value, int) or (isinstance(value, str) and len(value) < 100 and not _PICTURE.match(value))
+    return isinstance(value, int) or (isinstance(value, str) and len(value) < 100 and not _IMAGE_FILE.match(value))
 
 
 def _is_text(value: Any) -> bool:
-    """Whether a value is a text that is no number, address or file of an image."""
+    """Return whether a value is text, but not a number, an address or the path of an image."""
     return (
         isinstance(value, str) and any(map(str.isalpha, value))
-        and not (_NUMBER.match(value) or _ADDRESS.match(value) or _PICTURE.match(value))
+        and not (_NUMBER.match(value) or _ADDRESS.match(value) or _IMAGE_FILE.match(value))
     )  # fmt: skip

@@ -1,6 +1,5 @@
-"""The registry of public corpora: `data/recipes/corpora.yaml`."""
+"""The registry of public corpora, `data/recipes/corpora.yaml`."""
 
-import difflib
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +8,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict
 
 from bifocal.data.source import Source
-from bifocal.errors import DataError
+from bifocal.errors import DataError, closest_name
 
 REGISTRY = Path(__file__).parent / "recipes" / "corpora.yaml"
 
@@ -18,74 +17,76 @@ class Corpus(BaseModel):
     """A public corpus.
 
     Args:
-        kind: of its rows.
-        used: where the paper, or today's practice, has it.
-        about: in a sentence.
-        id: of its data set on the Hub.
-        path: its files, where they are not loaded by the id.
-        format, name, split, columns: as of a `Source`.
-        rows: about how many.
-        licence: as its publisher says.
-        download: how to get what is not on the Hub; the source then needs a path of one's own.
+        kind: kind of its rows.
+        usage: stage of the paper, or today's practice, that uses it.
+        description: what it holds, in a sentence.
+        dataset_id: Hub id of its data set.
+        path: its files, if they are not loaded by the id.
+        format, name, split, column_mapping: as in `Source`.
+        num_rows: approximate number of rows.
+        licence: licence that its publisher states.
+        download: how to get files that are not on the Hub; a source then names their path.
         verified: what these facts were checked against.
     """
 
     model_config = ConfigDict(extra="forbid")
     kind: Literal["image-text", "text-pair", "text-triplet", "text-only"]
-    used: str
-    about: str
-    id: str | None = None
+    usage: str
+    description: str
+    dataset_id: str | None = None
     path: str | None = None
     format: str | None = None
     name: str | None = None
     split: str = "train"
-    columns: dict[str, str] = {}
-    rows: int
+    column_mapping: dict[str, str] = {}
+    num_rows: int
     licence: str
     download: str | None = None
     verified: str
 
-    def source(self, given: Source) -> Source:
-        """The source of a recipe that named this corpus, with what the recipe says of it besides."""
-        place = self.path or self.id
-        if self.download is not None or place is None:
-            raise DataError(f"'{given.path}' must be fetched first: {self.download}.")
+    def source(self, requested: Source) -> Source:
+        """Return the source of this corpus, with the other keys that a recipe sets."""
+        path = self.path or self.dataset_id
+        if self.download is not None or path is None:
+            raise DataError(f"'{requested.path}' must be downloaded first: {self.download}.")
         own: dict[str, Any] = {
-            "path": place, "format": self.format, "name": self.name, "split": self.split, "columns": self.columns,
+            "path": path, "format": self.format, "name": self.name, "split": self.split,
+            "column_mapping": self.column_mapping,
         }  # fmt: skip
-        said = {key: getattr(given, key) for key in given.model_fields_set if key != "path"}
-        return Source(**{**own, **said})
+        settings = {key: getattr(requested, key) for key in requested.model_fields_set if key != "path"}
+        return Source(**{**own, **settings})
 
 
 @cache
 def corpora() -> dict[str, Corpus]:
-    """Every corpus by its name."""
+    """Return every corpus by its name."""
     return {name: Corpus(**entry) for name, entry in yaml.safe_load(REGISTRY.read_text(encoding="utf-8")).items()}
 
 
 def corpus(name: str) -> Corpus:
-    """
+    """Return a corpus by its name.
+
     Raises:
-        DataError: there is none of this name; the nearest is named.
+        DataError: if there is no corpus of this name; it suggests the closest one.
     """
     known = corpora()
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        said = f"did you mean '{near[0]}'?" if near else "see bifocal data list."
-        raise DataError(f"There is no corpus '{name}'; {said}")
+        closest = closest_name(name, known)
+        hint = f"did you mean '{closest}'?" if closest else "see `bifocal data list`."
+        raise DataError(f"There is no corpus '{name}'; {hint}")
     return known[name]
 
 
 def listing() -> str:
-    """A table of all, one line each."""
+    """Return a table of all corpora, one line each."""
     rows = [
         (
             name,
             c.kind,
-            f"{c.rows:,}",
+            f"{c.num_rows:,}",
             c.licence,
             "not verified" if c.verified.startswith("not verified") else "in part",
-            "fetch first" if c.download else (c.path or c.id or ""),
+            "download first" if c.download else (c.path or c.dataset_id or ""),
         )
         for name, c in corpora().items()
     ]
@@ -99,15 +100,16 @@ def listing() -> str:
 
 
 def explained(name: str) -> str:
-    """What is known of one, and the lines that a recipe needs for it."""
+    """Return what is known about a corpus, and the lines that a recipe needs for it."""
     found = corpus(name)
     facts = {
-        "kind": found.kind, "used": found.used, "on the Hub": found.id or "no", "rows": f"about {found.rows:,}",
+        "kind": found.kind, "used": found.usage, "on the Hub": found.dataset_id or "no",
+        "rows": f"about {found.num_rows:,}",
         "licence": found.licence, "verified": found.verified,
     }  # fmt: skip
-    lines = [f"{name}: {found.about}", ""] + [f"  {key:<11} {value}" for key, value in facts.items()]
+    lines = [f"{name}: {found.description}", ""] + [f"  {key:<11} {value}" for key, value in facts.items()]
     if found.download is not None:
-        return "\n".join([*lines, "", f"To fetch: {found.download}."])
+        return "\n".join([*lines, "", f"To download: {found.download}."])
     streaming = ", streaming: true" if found.path else ""
     data = f"data: {{path: corpus:{name}{streaming}}}"
     if found.kind == "text-only":

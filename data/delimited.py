@@ -1,8 +1,8 @@
-"""CSV and TSV: every line belongs to a row that is read, or to a bad one that is named by the line it begins in.
+"""CSV and TSV: every line belongs to a row that is read, or to a bad row named by its first line.
 
-`csv` alone loses rows without a word where a quote never closes: all lines up to the next quote become one field. Here
-the row with such a quote is bad, and reading goes on in the line after it. Where a quote does close, at the end of a
-field, and what it encloses looks like rows, it may be one row or several: then each of its lines is bad.
+`csv` alone silently loses rows if a quote never closes: all lines up to the next quote become one field. Here the row
+with such a quote is bad, and reading continues in the next line. If a quote closes at the end of a field and encloses
+what looks like rows, it may be one row or several: then each of its lines is bad.
 """
 
 import csv
@@ -12,8 +12,8 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from bifocal.data.skips import Fault
-from bifocal.data.text_files import OTHER_ENCODING, FileFault, Row, lost, open_text, short, wrong_encoding
+from bifocal.data.skips import RowError
+from bifocal.data.text_files import OTHER_ENCODING, FileError, Row, file_error, file_name, open_text, wrong_encoding
 
 QUOTINGS = ("minimal", "all", "none")
 _LONGEST_ROW = 2**24  # characters
@@ -28,40 +28,39 @@ _SURROGATE = re.compile(r"[\ud800-\udfff]")
 def read_csv(
     path: str,
     start: Any = None,
-    header: Sequence[str] = (),
+    column_names: Sequence[str] = (),
     delimiter: str | None = None,
     quoting: str | None = None,
     encoding: str | None = None,
     tabs: bool = False,
 ) -> Iterator[Row]:
-    """Yield the rows of a CSV or TSV file; blank lines are none. A position is the number of lines before it.
+    """Yield the rows of a CSV or TSV file; blank lines are not rows. A position is the number of lines before it.
 
     Args:
-        header: names of the columns, if the file has no line with them.
+        column_names: names of the columns, if the file has no line with them.
         delimiter: a comma if None, a tab with `tabs`.
         quoting: "minimal" or "all": quotes enclose fields, as `csv` reads them; "none": a quote is a character like
-            others. None means "none" for tab-separated files. For others, quotes enclose fields, but a field is not
-            believed if what it encloses looks like rows; of a single line it is only told where the line with the
-            opening quote is a row by itself, too.
+            others. None means "none" for tab-separated files. In others, quotes enclose fields, but the lines of a
+            field that looks like rows are bad; a single line only if the line with the opening quote is a row, too.
         encoding: UTF-8 if None.
 
     Raises:
-        FileFault: if the file is in another encoding, or its first line has another delimiter or other quotes.
+        FileError: if the file is in another encoding, or its first line has another delimiter or other quotes.
     """
     with open_text(path, encoding) as text:
         try:
             lines, records = _opened(text, delimiter or ("\t" if tabs else ","), quoting)
-            names = list(header) or _header(records, delimiter is None)
+            names = list(column_names) or _header(records, delimiter is None)
             records.columns = len(names)
             after = start["line"] if start else 0
             lines.skip(after)
             records.doubt = tuple(start.get("doubt", (0, 0))) if start else (0, 0)
             for line, fields in records:
                 position: dict[str, Any] = {"line": lines.number}
-                if lines.number < records.doubt[1]:  # who goes on here must know that the next lines are in doubt
+                if lines.number < records.doubt[1]:  # a resumed reader must know that the next lines are in doubt
                     position["doubt"] = list(records.doubt)
-                name = f"{short(path)}:{line}"
-                if isinstance(fields, Fault):
+                name = f"{file_name(path)}:{line}"
+                if isinstance(fields, RowError):
                     yield Row(position, name, fields)
                 elif len(fields) != len(names):
                     if line == 1 and len(fields) == 1 and delimiter is None:
@@ -73,22 +72,22 @@ def read_csv(
                     yield Row(position, name, value)
         except UnicodeError as error:
             raise wrong_encoding(encoding, error) from error
-        except (OSError, EOFError) as error:  # gzip says EOFError where it was cut
-            yield Row(None, f"{short(path)}:{lines.number + 1}", lost(error))
+        except (OSError, EOFError) as error:  # gzip raises EOFError if the file was cut
+            yield Row(None, f"{file_name(path)}:{lines.number + 1}", file_error(error))
 
 
 def header_of(
     path: str,
-    header: Sequence[str] = (),
+    column_names: Sequence[str] = (),
     delimiter: str | None = None,
     quoting: str | None = None,
     encoding: str | None = None,
     tabs: bool = False,
 ) -> list[str]:
-    """Return the names in a file's first line; none if its columns are named otherwise."""
+    """Return the names in a file's first line; an empty list if `column_names` are set."""
     with open_text(path, encoding) as text:
         records = _opened(text, delimiter or ("\t" if tabs else ","), quoting)[1]
-        return [] if header else _header(records, delimiter is None)
+        return [] if column_names else _header(records, delimiter is None)
 
 
 def _opened(text: Any, delimiter: str, quoting: str | None) -> "tuple[_Lines, _Records]":
@@ -98,14 +97,14 @@ def _opened(text: Any, delimiter: str, quoting: str | None) -> "tuple[_Lines, _R
 
 
 def _header(records: "_Records", guessed: bool) -> list[str]:
-    """Return the names of the columns; of two columns with one name, the second is `NAME.1`, as pandas has it.
+    """Return the names of the columns; of two columns with one name, the second is `NAME.1`, as in pandas.
 
     Raises:
-        FileFault: if the first line has another delimiter, a quote that does not close, or is in another encoding.
+        FileError: if the first line has another delimiter, a quote that does not close, or is in another encoding.
     """
     _, fields = next(records, (0, []))
-    if isinstance(fields, Fault):
-        raise FileFault(fields.cause, f"in the header: {fields.detail}")
+    if isinstance(fields, RowError):
+        raise FileError(fields.cause, f"in the header: {fields.detail}")
     names: list[str] = []
     for field in fields:
         name, number = field.strip(), 0
@@ -114,36 +113,37 @@ def _header(records: "_Records", guessed: bool) -> list[str]:
             name = f"{field.strip()}.{number}"
         names.append(name)
     if any(map(_SURROGATE.search, names)):
-        raise FileFault("not UTF-8", f"in the header: {names[:20]!r:.200}; {OTHER_ENCODING}")
+        raise FileError("not UTF-8", f"in the header: {names[:20]!r:.200}; {OTHER_ENCODING}")
     if len(names) == 1 and guessed:
         _require_delimiter(names[0], records.delimiter)
     if names and records.quoting == "none" and records.guessed and all(map(_QUOTED.fullmatch, names)):
-        raise FileFault(
+        raise FileError(
             "quoted header", f"quotes enclose the names in its first line, {names!r:.200}; set quoting=minimal"
         )
     return names
 
 
 def _require_delimiter(line: str, delimiter: str) -> None:
-    """
+    """Require that the first line has the expected delimiter.
+
     Raises:
-        FileFault: if a line that is one field has other usual delimiters.
+        FileError: if a line that is one field has other usual delimiters.
     """
     other = max(_OTHERS, key=line.count)
     if other != delimiter and other in line:
         shown = "'\\t'" if other == "\t" else f"'{other}'"
-        raise FileFault(
+        raise FileError(
             "another delimiter",
             f"the first line, {line[:80]!r}, has a {_SIGNS[other]} where a {_SIGNS.get(delimiter, delimiter)} was "
             f"expected; set delimiter={shown}",
         )
 
 
-def _miscounted(fields: list[str], names: list[str], records: "_Records") -> Fault:
-    said = f"{len(fields)} fields, but the file has {len(names)} columns"
+def _miscounted(fields: list[str], names: list[str], records: "_Records") -> RowError:
+    problem = f"{len(fields)} fields, but the file has {len(names)} columns"
     if records.quoting == "none" and any(field.startswith('"') for field in fields):
-        said += "; set quoting=minimal if quotes enclose fields here"
-    return Fault("broken CSV", said)
+        problem += "; set quoting=minimal if quotes enclose fields here"
+    return RowError("broken CSV", problem)
 
 
 class _Lines:
@@ -152,7 +152,7 @@ class _Lines:
     Attributes:
         number: lines taken so far.
         taken: the lines of the record at hand.
-        ended: the record at hand was stopped by the end of the file, or since it is too long.
+        ended: whether the end of the file, or its own length, ended the record at hand.
     """
 
     def __init__(self, text: Any) -> None:
@@ -166,7 +166,7 @@ class _Lines:
         self.size, self.ended = 0, False
 
     def skip(self, number: int) -> None:
-        """Go on after the line of this number."""
+        """Skip lines up to the one with this number."""
         while self.number < number and self._line():
             self.number += 1
 
@@ -199,7 +199,7 @@ class _Lines:
 
 
 class _Records:
-    """(line it begins in, fields or why it has none) of each record.
+    """Iterates over records: the first line's number, and the fields or a `RowError`.
 
     Attributes:
         doubt: first and last line of a record that may be one row or several.
@@ -220,31 +220,31 @@ class _Records:
     def __iter__(self) -> "_Records":
         return self
 
-    def __next__(self) -> tuple[int, list[str] | Fault]:
+    def __next__(self) -> tuple[int, list[str] | RowError]:
         while True:
             self.lines.begin()
             line = self.lines.number + 1
             if line <= self.doubt[1]:
                 return line, self._doubtful(next(self.lines))
-            found: list[str] | Fault
+            found: list[str] | RowError
             try:
                 found = next(self.reader)
             except csv.Error as error:
-                found = Fault("broken CSV", str(error))
-            if not isinstance(found, Fault):
+                found = RowError("broken CSV", str(error))
+            if not isinstance(found, RowError):
                 found = self._believed(found)
-            if isinstance(found, Fault):
+            if isinstance(found, RowError):
                 self.lines.put_back(1)
                 return line, found
             blank = not found or (len(found) == 1 != self.columns and not found[0].strip())
             if not blank:
                 return line, found
 
-    def _believed(self, found: list[str]) -> list[str] | Fault:
-        """The record, or the fault of its first line, where a quote opens that is not meant to enclose the others."""
+    def _believed(self, found: list[str]) -> list[str] | RowError:
+        """Return the record, or the error of its first line if its quote is not meant to enclose the others."""
         taken = self.lines.taken
         if len(taken) == 1 and self.lines.size >= _LONGEST_ROW:
-            return Fault("row too long", f"more than {_LONGEST_ROW:,} characters")
+            return RowError("row too long", f"more than {_LONGEST_ROW:,} characters")
         remedy = "correct it, or set quoting=none if quotes are part of the texts"
         if self.lines.ended:
             where = "the end of the file" if self.lines.size <= _LONGEST_ROW else f"{self.lines.size:,} characters"
@@ -259,18 +259,18 @@ class _Records:
             remedy += ", or quoting=minimal if the lines are one field"
         else:
             return found
-        return Fault("open quote", f"{problem}, in {taken[0].strip()[:100]!r}; {remedy}")
+        return RowError("open quote", f"{problem}, in {taken[0].strip()[:100]!r}; {remedy}")
 
-    def _doubtful(self, line: str) -> Fault:
+    def _doubtful(self, line: str) -> RowError:
         first, last = self.doubt
-        return Fault(
+        return RowError(
             "ambiguous quote",
             f"a quote encloses what looks like rows, from line {first} to {last}, here {line.strip()[:100]!r}; set "
             "quoting=minimal if it is one field, or quoting=none if quotes are part of the texts",
         )
 
     def _strict(self, taken: list[str]) -> bool:
-        """Whether after each closing quote comes a delimiter or the end of the line, as it must."""
+        """Return whether a delimiter or the end of the line follows each closing quote."""
         try:
             next(csv.reader(iter(taken), strict=True, **self.options))
         except csv.Error:
@@ -278,11 +278,10 @@ class _Records:
         return True
 
     def _encloses_rows(self) -> bool:
-        """Whether the lines after the first one have as many fields as the file has columns.
+        """Return whether the lines after the first one have as many fields as the file has columns.
 
-        Prose may have as many commas; but after a comma of prose comes a space, and of so many lines hardly all have
-        them. A single line says something only if the first one is a row as well, which it is not where a text of two
-        lines stands before other fields.
+        Prose may have as many commas, but a space follows them, and hardly every line has them. A single line counts
+        only if the first line is a row, too, which it is not if a text of two lines comes before other fields.
         """
         first, *inner, last = (line.rstrip("\r\n") for line in self.lines.taken)
         columns = self.columns or len(first.split(self.delimiter))

@@ -1,4 +1,4 @@
-"""The image files of a folder, and what else lies there: nothing is passed over without being counted."""
+"""Find the image files of a folder, and count everything else in it."""
 
 import os
 import re
@@ -11,9 +11,9 @@ from pathlib import Path
 
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-# Pillow registers these, too, but they need other programs, or are no images: PostScript, films, IPTC blocks.
+# Pillow registers these, too, but they need other programs, or are not images: PostScript, films, IPTC blocks.
 _NO_IMAGES = ("EPS", "MPEG", "IPTC")
-# A file without a suffix is looked into; only formats that begin with a signature, since others accept any bytes.
+# Formats that a file without a suffix is checked for: those with a signature, since others accept any bytes.
 _WITH_SIGNATURE = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000")
 # Control characters, line ends, and marks that turn the direction of what follows.
 _CONTROL = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028-\\u202e\\u2066-\\u2069]")
@@ -38,7 +38,7 @@ class FoundImages:
 
     Args:
         names: image files relative to the folder, with slashes, sorted; those below linked folders too.
-        others: files that are no images, counted by suffix ("" without one).
+        others: files that are not images, counted by suffix ("" without one).
         hidden: files and folders whose name begins with a dot; such folders are not entered.
         unreadable: (name, reason) of links without a target, folders that cannot be entered, devices and pipes.
         complete: whether every folder could be entered.
@@ -59,11 +59,11 @@ def find_images(folder: str | Path, skip: Iterable[str | Path] = ()) -> FoundIma
     Args:
         skip: folders and files that are neither entered nor counted, such as the index that is being written.
     """
-    found = FoundImages()
+    images = FoundImages()
     skipped = {os.path.realpath(path) for path in skip}
     names = {os.path.basename(path) for path in skipped}
     entered: set[tuple[int, int]] = set()
-    # Real folders come before links to them, so that a file has the name of its own place.
+    # Real folders come before links to them, so that a file is named by its own folder.
     folders: list[str] = [""]
     links: list[str] = []
     while folders or links:
@@ -76,46 +76,46 @@ def find_images(folder: str | Path, skip: Iterable[str | Path] = ()) -> FoundIma
             entered.add((about.st_dev, about.st_ino))
             entries = sorted(os.scandir(path), key=lambda entry: entry.name)
         except OSError as error:
-            found.unreadable.append((inner or str(folder), f"cannot be read ({error.strerror})"))
-            found.complete = False
+            images.unreadable.append((inner or str(folder), f"cannot be read ({error.strerror})"))
+            images.complete = False
             continue
         for entry in entries:
             name = f"{inner}/{entry.name}" if inner else entry.name
             if entry.name.startswith("."):
-                found.hidden += 1
+                images.hidden += 1
             elif _is_folder(entry):
                 (links if entry.is_symlink() else folders).append(name)
             elif entry.name not in names or os.path.realpath(entry.path) not in skipped:
-                _look(entry, name, found)
-    found.names.sort()
-    return found
+                _sort_entry(entry, name, images)
+    images.names.sort()
+    return images
 
 
 def _is_folder(entry: "os.DirEntry[str]") -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself, or into a folder that may not be entered; it is named as unreadable
+    except OSError:  # a link to itself, or into a folder without permission; it is listed as unreadable
         return False
 
 
-def _look(entry: "os.DirEntry[str]", name: str, found: FoundImages) -> None:
+def _sort_entry(entry: "os.DirEntry[str]", name: str, images: FoundImages) -> None:
     try:
         regular = stat.S_ISREG(entry.stat().st_mode)
     except FileNotFoundError:
-        found.unreadable.append((name, "a link without a target"))
-        found.complete = False  # a folder that was there may be on a disk that is not mounted now
+        images.unreadable.append((name, "a link without a target"))
+        images.complete = False  # a folder that was there may be on a disk that is not mounted now
         return
     except OSError as error:
-        found.unreadable.append((name, f"cannot be read ({error.strerror})"))
-        found.complete = False  # behind it there may be a folder
+        images.unreadable.append((name, f"cannot be read ({error.strerror})"))
+        images.complete = False  # it may be a folder
         return
     suffix = os.path.splitext(entry.name)[1].lower()
     if not regular:
-        found.unreadable.append((name, "no regular file"))
+        images.unreadable.append((name, "no regular file"))
     elif suffix[1:] in image_suffixes() or (not suffix and _is_image(entry.path)):
-        found.names.append(name)
+        images.names.append(name)
     else:
-        found.others[suffix] += 1
+        images.others[suffix] += 1
 
 
 def _is_image(path: str) -> bool:
@@ -127,7 +127,7 @@ def _is_image(path: str) -> bool:
 
 
 def printable(name: str) -> str:
-    """Return a name that can be stored and printed: bytes that are no UTF-8 and control characters are escaped."""
+    """Return a name that can be stored and printed: bytes that are not UTF-8 and control characters are escaped."""
     try:
         text = os.fsencode(name).decode("utf-8", "backslashreplace")
     except UnicodeEncodeError:  # a lone surrogate that stands for no byte

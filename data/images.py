@@ -1,4 +1,4 @@
-"""From what a row holds of a picture to pixel values; JPEGs decoded at reduced scale where the target is small."""
+"""Turn the image of a row into pixel values; JPEGs are decoded at reduced scale if the target is small."""
 
 import io
 import os
@@ -11,7 +11,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch.nn.functional import interpolate
 
-from bifocal.data.skips import Fault
+from bifocal.data.skips import RowError
 from bifocal.modeling import load_image
 
 # A JPEG is decoded at a half, a quarter or an eighth of its size as long as its shorter side stays at least so many
@@ -28,15 +28,15 @@ class Cropped:
     pixels: np.ndarray
 
 
-class PictureReader:
+class ImageReader:
     """Decodes, resizes, crops and normalises as an image processor of transformers does.
 
     Args:
-        processor: of any family. Only `CLIPImageProcessor` with its usual steps has the faster way below.
-        exact: decode images whole and hand them to the processor, as evaluation does. Otherwise JPEGs are decoded at
+        processor: an image processor of any family. Only `CLIPImageProcessor` with its usual steps takes the fast way.
+        exact: decode at full scale and hand images to the processor, as evaluation does. Otherwise JPEGs are decoded at
             reduced scale: mean pixel differences are below 1 % of the range (0.1 % for images too small to be
             reduced), at a fraction of the time.
-        crop: resize and crop when decoding, not later; for images that nothing is done to in between.
+        crop: resize and crop when decoding; for images that are not augmented in between.
     """
 
     def __init__(self, processor: Any, exact: bool = False, crop: bool = True) -> None:
@@ -54,58 +54,58 @@ class PictureReader:
         self._table: Any = None if self.exact else _table(processor)
 
     def decode(self, value: Any) -> Any:
-        """An upright RGB image of whatever `load_image` reads or an undecoded `datasets.Image`; of a list each.
+        """Return an upright RGB image of whatever `load_image` reads or an undecoded `datasets.Image`, one by one.
 
-        What was decoded before is returned as it is.
+        A decoded image is returned unchanged.
 
         Raises:
-            Fault: if there is none, or it cannot be read, and why.
+            RowError: if there is no image, or it cannot be read.
         """
-        if isinstance(value, Fault):
+        if isinstance(value, RowError):
             raise value
         if isinstance(value, list) and _is_nested(value):
             value = _array(value)
         if isinstance(value, list | tuple):
             if not value:
-                raise Fault("no image", "an empty list")
+                raise RowError("no image", "an empty list")
             return [self.decode(one) for one in value]
         if isinstance(value, Cropped):
             return value
         if isinstance(value, dict) and {"bytes", "path"} & set(value):
             value = _stored(value)
         if value is None or (isinstance(value, str | bytes) and not value):
-            raise Fault("no image", f"{value!r}")
+            raise RowError("no image", f"{value!r}")
         try:
-            picture = None if self.exact else self._reduced(value)
-            if picture is None:
-                picture = load_image(value)
+            image = None if self.exact else self._reduced(value)
+            if image is None:
+                image = load_image(value)
         except Exception as error:
-            raise fault_of(error) from error
-        return Cropped(self._cropped(picture)) if self.crop else picture
+            raise image_row_error(error) from error
+        return Cropped(self._cropped(image)) if self.crop else image
 
-    def pixels(self, pictures: list[Any]) -> torch.Tensor:
-        """(images, 3, height, width) normalised float32, of what `decode` returns."""
-        return self.inputs(pictures)["pixel_values"]
+    def pixels(self, images: list[Any]) -> torch.Tensor:
+        """Return normalised float32 of shape (images, 3, height, width), from what `decode` returns."""
+        return self.inputs(images)["pixel_values"]
 
-    def inputs(self, pictures: list[Any]) -> dict[str, torch.Tensor]:
-        """What an image tower takes of what `decode` returns: pixel values, and what else the processor makes."""
+    def inputs(self, images: list[Any]) -> dict[str, torch.Tensor]:
+        """Return the image tower's inputs from what `decode` returns: pixel values and further outputs."""
         if self.exact:
-            return self._processed(pictures)
-        found = np.empty((len(pictures), 3, self.side, self.side), dtype=np.float32)
-        for place, picture in enumerate(pictures):
-            array: Any = self._cropped(picture)
+            return self._processed(images)
+        found = np.empty((len(images), 3, self.side, self.side), dtype=np.float32)
+        for place, image in enumerate(images):
+            array: Any = self._cropped(image)
             for channel in range(3):
                 np.take(self._table[channel], array[channel], out=found[place, channel], mode="clip")
         return {"pixel_values": torch.from_numpy(found)}
 
-    def _processed(self, pictures: list[Image.Image]) -> dict[str, torch.Tensor]:
+    def _processed(self, images: list[Image.Image]) -> dict[str, torch.Tensor]:
         # Images of the wanted size pass resizing and cropping unchanged; leaving both out saves most of the time.
-        fits = self.usual and all(picture.size == (self.side, self.side) for picture in pictures)
+        fits = self.usual and all(image.size == (self.side, self.side) for image in images)
         resize = {"do_resize": False, "do_center_crop": False} if fits else {}
-        return dict(self.processor(pictures, return_tensors="pt", **resize))
+        return dict(self.processor(images, return_tensors="pt", **resize))
 
     def _reduced(self, value: Any) -> Any:
-        """A JPEG at the smallest scale that serves; None where the general way is to be taken."""
+        """Return a JPEG at the smallest sufficient scale; None for what `load_image` has to read."""
         if isinstance(value, str) and (value.startswith("data:") or "://" in value):
             return None
         if not isinstance(value, bytes | str):
@@ -120,26 +120,26 @@ class PictureReader:
         image.draft(None, (wanted, wanted))
         scale = round(whole[0] / image.size[0])
         upright = image.getexif().get(_ORIENTATION, 1) == 1
-        # What load_image would do to an upright RGB picture is to copy it.
-        picture = load_image(image) if image.mode != "RGB" or not upright else image
-        picture.load()
+        # What load_image would do to an upright RGB image is to copy it.
+        decoded = load_image(image) if image.mode != "RGB" or not upright else image
+        decoded.load()
         if scale == 1 or not upright or not self.crop:
-            return picture
-        # Half of 749 pixels are 375, of which the last is half empty: places are found in the whole picture.
-        return self._resized(picture, whole[0] / scale, whole[1] / scale)
+            return decoded
+        # Half of 749 pixels are 375, of which the last is half empty: places are found in the whole image.
+        return self._resized(decoded, whole[0] / scale, whole[1] / scale)
 
-    def _cropped(self, picture: Any) -> np.ndarray:
-        if isinstance(picture, Cropped | np.ndarray):
-            return picture.pixels if isinstance(picture, Cropped) else picture
-        if picture.size == (self.side, self.side):
-            return np.asarray(picture).transpose(2, 0, 1)
-        return self._resized(picture, *picture.size)
+    def _cropped(self, image: Any) -> np.ndarray:
+        if isinstance(image, Cropped | np.ndarray):
+            return image.pixels if isinstance(image, Cropped) else image
+        if image.size == (self.side, self.side):
+            return np.asarray(image).transpose(2, 0, 1)
+        return self._resized(image, *image.size)
 
-    def _resized(self, picture: Image.Image, width: float, height: float) -> np.ndarray:
-        """The processor's resize of the shorter side and its centre crop, as (3, height, width) bytes.
+    def _resized(self, image: Image.Image, width: float, height: float) -> np.ndarray:
+        """Return an image resized and centre-cropped as the processor does, as (3, height, width) bytes.
 
         Args:
-            width, height: of the picture without what reduction has added at its right and lower edges.
+            width, height: of the image without what reduction has added at its right and lower edges.
         """
         side = self.side
         longer = int(side * max(width, height) / min(width, height))
@@ -147,8 +147,8 @@ class PictureReader:
         left, top = (wide - side) // 2, (high - side) // 2
         if self.processor.resample == Image.Resampling.BICUBIC:
             # torch's resize of bytes gives what Pillow's does, to one step of rounding, in a third of the time.
-            pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
-            if (width, height) == picture.size:
+            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+            if (width, height) == image.size:
                 scaled = interpolate(pixels, (high, wide), mode="bicubic", antialias=True)
             else:
                 factors = (high / height, wide / width)
@@ -158,12 +158,12 @@ class PictureReader:
                 return kept.contiguous().numpy()
         across, down = width / wide, height / high
         box = (left * across, top * down, (left + side) * across, (top + side) * down)
-        small = picture.resize((side, side), Image.Resampling(int(self.processor.resample)), box=box)
+        small = image.resize((side, side), Image.Resampling(int(self.processor.resample)), box=box)
         return np.asarray(small).transpose(2, 0, 1)
 
 
 def _is_nested(value: list[Any]) -> bool:
-    """Whether a list is an array, as `datasets` gives one back, and not several images."""
+    """Return whether a list is one image as nested lists, as `datasets` returns it, and not several images."""
     return bool(value) and isinstance(value[0], list) and bool(value[0]) and isinstance(value[0][0], list | int | float)
 
 
@@ -171,12 +171,12 @@ def _array(value: list[Any]) -> np.ndarray:
     try:
         found = np.asarray(value)
     except ValueError as error:
-        raise Fault("broken picture", "nested lists of different lengths") from error
+        raise RowError("broken image", "nested lists of different lengths") from error
     return found.astype(np.uint8) if found.dtype == np.int64 and 0 <= found.min() <= found.max() < 256 else found
 
 
 def _stored(value: dict[str, Any]) -> Any:
-    """What an undecoded `datasets.Image` holds; an address within an archive or a hub is read as `datasets` does."""
+    """Return what an undecoded `datasets.Image` holds; addresses in archives or hubs are read by `datasets`."""
     content, path = value.get("bytes"), value.get("path")
     if content is None and isinstance(path, str) and "://" in path and not path.startswith(("http://", "https://")):
         import datasets
@@ -184,31 +184,31 @@ def _stored(value: dict[str, Any]) -> Any:
         try:
             return datasets.Image().decode_example({"bytes": None, "path": path})
         except Exception as error:  # each protocol has its own
-            raise fault_of(error) from error
+            raise image_row_error(error) from error
     return path if content is None else content
 
 
 def _table(processor: Any) -> np.ndarray:
-    """(3, 256) what each value of each channel becomes: asked of the processor, so that it is the same to the bit."""
+    """Return (3, 256) normalised values of each byte and channel, computed by the processor and so equal to the bit."""
     values = np.repeat(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), 3, axis=2)
     found = processor(Image.fromarray(values), do_resize=False, do_center_crop=False, return_tensors="np")
     return np.ascontiguousarray(np.asarray(found["pixel_values"][0]).reshape(3, 256))
 
 
-def fault_of(error: BaseException) -> Fault:
-    """The fault of a row whose picture could not be read."""
-    said = _ADDRESS.sub("the bytes", str(error).removesuffix("; replace or remove it."))
-    return Fault(_cause(error), said[:300])
+def image_row_error(error: BaseException) -> RowError:
+    """Return the error of a row whose image could not be read."""
+    message = _ADDRESS.sub("the bytes", str(error).removesuffix("; replace or remove it."))
+    return RowError(_cause(error), message[:300])
 
 
 def _cause(error: BaseException) -> str:
     inner: BaseException | None = error
     while inner is not None:
         if isinstance(inner, FileNotFoundError):
-            return "missing picture"
+            return "missing image"
         if isinstance(inner, UnidentifiedImageError):
-            return "not a picture"
+            return "not an image"
         if isinstance(inner, Image.DecompressionBombError | Image.DecompressionBombWarning):
             return "decompression bomb"
         inner = inner.__cause__
-    return "broken picture"
+    return "broken image"

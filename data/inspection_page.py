@@ -1,4 +1,4 @@
-"""One self-contained HTML page about a source of training data."""
+"""A self-contained HTML page about a source."""
 
 import statistics
 from collections import Counter
@@ -13,43 +13,43 @@ PAGE = "page about data"
 
 
 def write_data_page(inspection: Mapping[str, Any], path: Path) -> None:
-    """Render the page. It needs no other file and asks for nothing over the network.
+    """Write the page. It needs no other file and no network.
 
     Args:
         inspection: the fields of `bifocal.data.inspection.Inspection`.
 
     Raises:
-        NotOursError: if a file is there that is no such page, or that was changed since it was written.
+        NotOursError: if the path has another file, or a page that was changed since it was written.
         OSError: if the page cannot be written.
     """
-    bad = sum(cause["count"] for cause in inspection["left_out"] if not cause["dropped"])
-    dropped = sum(cause["count"] for cause in inspection["left_out"] if cause["dropped"])
+    bad = sum(cause["count"] for cause in inspection["skipped"] if not cause["filtered"])
+    filtered = sum(cause["count"] for cause in inspection["skipped"] if cause["filtered"])
     page = render(
         Path(__file__).parent / "templates",
         "inspection.html.j2",
         data=inspection,
-        figures=_figures(inspection, bad, dropped),
+        figures=_figures(inspection, bad, filtered),
         plots=_plots(inspection),
         bad=bad,
-        dropped=dropped,
+        filtered=filtered,
     )
     with overwrite(path, PAGE) as scratch:
         scratch.write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
-def _figures(data: Mapping[str, Any], bad: int, dropped: int) -> dict[str, str]:
+def _figures(data: Mapping[str, Any], bad: int, filtered: int) -> dict[str, str]:
     rows = data["rows"]
 
     counts = {"usable": data["good"], "bad": bad}
-    if dropped:
-        counts["dropped by filters"] = dropped
+    if filtered:
+        counts["filtered out"] = filtered
     counts |= {f"repeated {what}": count for what, count in data["duplicates"].items()}
-    figures = {"rows looked at" + ("" if data["complete"] else ", of more"): f"{rows:,}"}
+    figures = {"rows inspected" + ("" if data["complete"] else ", of more"): f"{rows:,}"}
     for name, count in counts.items():
         share = f", {count / rows:.1%}" if rows and count else ""
         figures[name + share.replace(", 0.0%", ", under 0.1%")] = f"{count:,}"
     if data["sizes"]:
-        figures["of pictures"] = f"{data['megabytes']:,.1f} MB"
+        figures["of images"] = f"{data['megabytes']:,.1f} MB"
     return figures
 
 
@@ -86,7 +86,7 @@ def _lengths(lengths: Mapping[str, Sequence[int]]) -> dict[str, str]:
 
 def _sizes(sizes: Sequence[tuple[int, int]]) -> dict[str, str]:
     figure, axes = new_figure()
-    many = Counter(sizes)  # many pictures of one size are one larger point
+    many = Counter(sizes)  # many images of one size are one larger point
     area = [min(400, 9 * count**0.7) for count in many.values()]
     axes.scatter([w for w, _ in many], [h for _, h in many], s=area, alpha=0.4, color=COLOURS[0], linewidths=0)
     axes.set_xlim(left=0)
@@ -94,10 +94,8 @@ def _sizes(sizes: Sequence[tuple[int, int]]) -> dict[str, str]:
     axes.set_xlabel("width, pixels")
     axes.set_ylabel("height, pixels")
     sides = [min(size) for size in sizes]
-    alt = (
-        f"Width and height of each picture. Shorter side: median {statistics.median(sides):,.0f}, least {min(sides):,}."
-    )
-    return {"title": "Sizes of pictures", "uri": svg(figure), "alt": alt}
+    alt = f"Width and height of each image. Shorter side: median {statistics.median(sides):,.0f}, least {min(sides):,}."
+    return {"title": "Sizes of images", "uri": svg(figure), "alt": alt}
 
 
 def _counts(counts: Sequence[int], what: str) -> dict[str, str]:

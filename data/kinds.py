@@ -1,11 +1,11 @@
-"""Kinds of rows: what a source can be read as, and the columns of each."""
+"""Kinds of rows that a source can be read as, and their columns."""
 
 COLUMNS = {
     "image-text": ("image", "caption"),
     "text-pair": ("query", "positive"),
     "text-triplet": ("query", "positive", "negatives"),
 }
-# Besides the kinds of training tasks: texts for masked language modelling, images for captioning, labelled images and
+# The kinds of training tasks, and: texts for masked language modelling, images for captioning, labelled images and
 # scored pairs of texts for evaluation.
 KINDS = {
     **COLUMNS,

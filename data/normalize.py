@@ -1,4 +1,4 @@
-"""The one normalised row of each kind, made of whatever columns a source has."""
+"""Turn a row of any source into a normalised row of a kind."""
 
 import base64
 import math
@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from bifocal.data.kinds import KINDS
-from bifocal.data.paths import Fence, is_remote
-from bifocal.data.skips import Fault
+from bifocal.data.paths import AllowedRoots, is_remote
+from bifocal.data.skips import RowError
 from bifocal.data.text_files import OTHER_ENCODING
 
-# Columns that a source may have for ours, in the order in which they are looked for: sentence-transformers' names for
-# texts, those of LAION, img2dataset, imagefolder and the Hub's captioned pictures for images.
+# Names that a source may use for each of our columns, in the order of the search: sentence-transformers' names for
+# texts; those of LAION, img2dataset, imagefolder and the Hub's captioned images for images.
 NAMES: dict[str, tuple[str, ...]] = {
     "image": ("image", "file_name", "image_path", "filepath", "path"),
     "caption": ("caption", "captions", "txt", "text", "json.caption"),
@@ -26,47 +26,53 @@ NAMES: dict[str, tuple[str, ...]] = {
     "second": ("sentence2", "text2", "second"),
     "score": ("score", "label"),
 }
-DPR_NEGATIVES = 7  # of the hundred that DPR's files hold of a row, where a source does not say how many it takes
+DPR_NEGATIVES = 7  # of the hundred per row in DPR's files, if a source does not set num_negatives
 _NUMBERED = re.compile(r"negative_(\d+)$")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
-_BYTES = re.compile(r"[\udc80-\udcff]")  # what a reader has in place of bytes that it could not decode
+_BYTES = re.compile(r"[\udc80-\udcff]")  # what readers put in place of bytes that they cannot decode
 _BASE64_IMAGES = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk0", "SUkq", "TU0AK")  # JPEG, PNG, GIF, WebP, BMP, TIFF
 _SHORTEST_BASE64 = 100  # characters; a shorter text is a path
 _LONGEST_PATH = 4096
 
 
-class Normaliser:
-    """From a row of a source to a row of a kind.
+class RowNormaliser:
+    """Turns a row of a source into a row of a kind.
 
-    - image-text: `image` (bytes, or the path of a file within the fence), `caption` (a string or a list of them) and
-      `image_id`, equal for rows with the same picture;
+    - image-text: `image` (bytes, or the path of a file within the allowed roots), `caption` (a string or a list of
+      them) and `image_id`, equal for rows that show the same image;
     - text-pair: `query`, `positive`; text-triplet: also `negatives`, one at least;
     - text-only: `text`; image-only: `image` and `image_id`;
     - image-label: `image`, `label`, a string; scored-pair: `first`, `second`, `score`, a number.
 
     Args:
-        kind: of the rows to make.
-        columns: theirs for each of ours, where they are not among `NAMES`; `json.FIELD` is a field of a sample's JSON.
-        fence: of the pictures.
-        negatives: how many each row has; rows with fewer are faults, more are cut. None takes what is there.
+        kind: kind of the rows.
+        columns: the source's column for each of ours that is not found by `NAMES`; `json.FIELD` is a field of a
+            sample's JSON.
+        fence: of the images.
+        negatives: hard negatives per row; rows with fewer are bad, further ones are cut. None takes all.
     """
 
     def __init__(
-        self, kind: str, columns: Mapping[str, str] = {}, fence: Fence | None = None, negatives: int | None = None
+        self,
+        kind: str,
+        columns: Mapping[str, str] = {},
+        allowed_roots: AllowedRoots | None = None,
+        negatives: int | None = None,
     ) -> None:
         self.kind = kind
         self.columns = dict(columns)
-        self.fence = fence or Fence(None)
+        self.allowed_roots = allowed_roots or AllowedRoots(None)
         self.negatives = negatives
 
     def __call__(self, name: str, raw: Mapping[str, Any]) -> dict[str, Any]:
-        """
+        """Return a row of the kind.
+
         Args:
-            name: of the row.
+            name: name of the row, the `image_id` of an image without another one.
 
         Raises:
-            Fault: what the row lacks, or what is wrong with it.
+            RowError: if a column is missing or its value cannot be used.
         """
         row: dict[str, Any] = {}
         for column in KINDS[self.kind]:
@@ -81,13 +87,13 @@ class Normaliser:
         return row
 
     def column_of(self, column: str, names: Iterable[str]) -> str | None:
-        """Which of a source's columns is ours."""
+        """Return which of a source's columns is read as ours; None if there is none."""
         names = list(names)
         return self.columns.get(column) or next((name for name in NAMES[column] if name in names), None)
 
     def _find(self, column: str, raw: Mapping[str, Any], required: bool = True) -> Any:
-        given = self.columns.get(column)
-        for name in (given,) if given else NAMES[column]:
+        mapped = self.columns.get(column)
+        for name in (mapped,) if mapped else NAMES[column]:
             if name in raw:
                 return raw[name]
             outer, dot, inner = name.partition(".")
@@ -95,47 +101,47 @@ class Normaliser:
                 return raw[outer][inner]
         if required:
             has = ", ".join(map(str, list(raw)[:12]))
-            raise Fault(f"no {column}", f"there is no column '{given or column}' (there are {has})")
+            raise RowError(f"no {column}", f"there is no column '{mapped or column}' (there are {has})")
         return None
 
     @staticmethod
     def _fetched(address: str) -> bytes:
-        """A picture that a streamed data set of the Hub names by an address."""
+        """Return the bytes of an image that a streamed data set of the Hub names by an address."""
         import fsspec
 
         try:
             with fsspec.open(address, "rb") as file:
                 return file.read()
         except Exception as error:  # each protocol has its own
-            raise Fault("missing picture", str(error)[:300]) from error
+            raise RowError("missing image", str(error)[:300]) from error
 
     def texts(self, column: str, raw: Mapping[str, Any]) -> str | list[str]:
-        """One column of texts.
+        """Return the text or texts of a column.
 
         Raises:
-            Fault: there is none, or none that can be used.
+            RowError: if there is none, or none that can be used.
         """
         value = self._find(column, raw)
         if isinstance(value, list):
             if not value:
-                raise Fault(f"no {column}", "an empty list")
+                raise RowError(f"no {column}", "an empty list")
             return [_text(column, one) for one in value]
         return _text(column, value)
 
     def _plain(self, column: str, raw: Mapping[str, Any]) -> Any:
-        """A label as a string, or a score as a number."""
+        """Return a label as a string, or a score as a number."""
         value = self._find(column, raw)
         if column == "label":
             # Unlabelled splits of the Hub have -1.
             if isinstance(value, str | int) and value != -1 and str(value).strip():
                 return str(value).strip()
-            raise Fault("no label", f"{value!r:.100}")
+            raise RowError("no label", f"{value!r:.100}")
         try:
             number = float(value)
         except (TypeError, ValueError):
-            raise Fault("no score", f"{value!r:.100} is no number") from None
+            raise RowError("no score", f"{value!r:.100} is not a number") from None
         if not math.isfinite(number):
-            raise Fault("no score", f"{number} is not finite")
+            raise RowError("no score", f"{number} is not finite")
         return number
 
     def _negatives(self, raw: Mapping[str, Any]) -> list[str]:
@@ -147,31 +153,31 @@ class Normaliser:
         found = [_text("negatives", one) for one in values]
         wanted = self.negatives
         if len(found) < (wanted or 1):
-            raise Fault("too few negatives", f"{len(found)} of {wanted or 1}")
+            raise RowError("too few negatives", f"{len(found)} of {wanted or 1}")
         return found[:wanted]
 
     def _image(self, raw: Mapping[str, Any]) -> tuple[Any, str | None]:
-        """The picture, and what it is known by."""
+        """Return the image as bytes or path, and its id if it has a path."""
         value = self._find("image", raw)
         if isinstance(value, Mapping):  # an undecoded `datasets.Image`
             value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
         if isinstance(value, bytes | bytearray):
             if not value:
-                raise Fault("no image", "0 bytes")
+                raise RowError("no image", "0 bytes")
             return bytes(value), None
         if isinstance(value, str) and value.strip():
             content = _embedded(value)
             if content is not None:
                 return content, None
             if len(value) > _LONGEST_PATH:
-                raise Fault("no image", f"a text of {len(value):,} characters is no path: {value[:40]!r}...")
+                raise RowError("no image", f"a text of {len(value):,} characters is not a path: {value[:40]!r}...")
             if _CONTROL.search(value):
-                raise Fault("control characters", f"in the path {value[:200]!r}")
-            path = self.fence.resolve(value)
+                raise RowError("control characters", f"in the path {value[:200]!r}")
+            path = self.allowed_roots.resolve(value)
             return (self._fetched(path) if is_remote(path) else path), path
         if value is None or isinstance(value, str):
-            raise Fault("no image", "the cell is empty")
-        raise Fault("no image", f"it is neither bytes nor a path, but of type {type(value).__name__}")
+            raise RowError("no image", "the cell is empty")
+        raise RowError("no image", f"it is neither bytes nor a path, but of type {type(value).__name__}")
 
 
 def _embedded(value: str) -> bytes | None:
@@ -182,11 +188,11 @@ def _embedded(value: str) -> bytes | None:
     try:
         return base64.b64decode("".join(content.split()), validate=True)
     except ValueError as error:
-        raise Fault("no image", f"{len(value):,} characters that are no base64 ({error})") from error
+        raise RowError("no image", f"{len(value):,} characters that are not base64 ({error})") from error
 
 
 def has_column(column: str, names: Iterable[str]) -> bool:
-    """Whether a source with columns of these names has one for ours."""
+    """Return whether a source with columns of these names has one for ours."""
     names = list(names)
     numbered = column == "negatives" and any(map(_NUMBERED.match, names))
     return numbered or any(name.partition(".")[0] in names for name in NAMES[column])
@@ -194,40 +200,40 @@ def has_column(column: str, names: Iterable[str]) -> bool:
 
 def _text(column: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise Fault(f"no {column}", f"a {type(value).__name__} is no text")
+        raise RowError(f"no {column}", f"a {type(value).__name__} is not text")
     if not value.strip():
-        raise Fault(f"no {column}", "an empty text")
+        raise RowError(f"no {column}", "an empty text")
     if _SURROGATE.search(value):
         remedy = f"; {OTHER_ENCODING}" if _BYTES.search(value) else ""
-        raise Fault("not UTF-8", f"in {column}: {value[:100]!r}{remedy}")
+        raise RowError("not UTF-8", f"in {column}: {value[:100]!r}{remedy}")
     if _CONTROL.search(value):
-        raise Fault("control characters", f"in {column}: {value[:100]!r}")
+        raise RowError("control characters", f"in {column}: {value[:100]!r}")
     return value.strip()
 
 
-Layout = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+ColumnLayout = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
 def sharegpt4v(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """ShareGPT4V's `image` and `conversations` (arXiv 2311.12793): what the model answered, without the image token."""
+    """Return ShareGPT4V's (arXiv 2311.12793) image with the model's answers as captions, without the image token."""
     turns = raw.get("conversations")
     if not isinstance(turns, list) or not turns:
-        raise Fault("no caption", "no conversations")
-    said = [
+        raise RowError("no caption", "no conversations")
+    answers = [
         str(turn.get("value", "")) for turn in turns
         if isinstance(turn, Mapping) and turn.get("from") in ("gpt", "assistant")
     ]  # fmt: skip
-    captions = [text for text in (re.sub(r"\s*<image>\s*", " ", one).strip() for one in said) if text]
+    captions = [text for text in (re.sub(r"\s*<image>\s*", " ", one).strip() for one in answers) if text]
     if not captions:
-        raise Fault("no caption", "no answer in the conversations")
+        raise RowError("no caption", "no answer in the conversations")
     return {"image": raw.get("image"), "caption": captions[0] if len(captions) == 1 else captions}
 
 
 def dpr(raw: Mapping[str, Any], negatives: int | None = None) -> dict[str, Any]:
-    """DPR's Natural Questions (arXiv 2004.04906): the first positive passage, hard negatives before others."""
+    """Return a row of DPR's Natural Questions (arXiv 2004.04906): the first positive, hard negatives before others."""
     positives = raw.get("positive_ctxs") or []
     if not positives:
-        raise Fault("no positive", "no positive_ctxs")
+        raise RowError("no positive", "no positive_ctxs")
     others = [*(raw.get("hard_negative_ctxs") or []), *(raw.get("negative_ctxs") or [])]
     return {
         "query": raw.get("question"),
@@ -237,19 +243,20 @@ def dpr(raw: Mapping[str, Any], negatives: int | None = None) -> dict[str, Any]:
 
 
 def passage(document: Mapping[str, Any]) -> str:
-    """Title and text, as BEIR joins them."""
+    """Return title and text, joined as BEIR does."""
     return f"{document.get('title') or ''} {document.get('text') or ''}".strip()
 
 
 def as_is(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a row of no published layout unchanged."""
     return raw
 
 
-LAYOUTS: dict[str, Layout] = {"sharegpt4v": sharegpt4v, "dpr": dpr}
+COLUMN_LAYOUTS: dict[str, ColumnLayout] = {"sharegpt4v": sharegpt4v, "dpr": dpr}
 
 
-def layout_of(raw: Mapping[str, Any]) -> str | None:
-    """The published layout that a row is in, by its columns."""
+def detect_layout(raw: Mapping[str, Any]) -> str | None:
+    """Return the published layout that a row has, by its columns; None for others."""
     if "conversations" in raw and "image" in raw:
         return "sharegpt4v"
     if "positive_ctxs" in raw:

@@ -1,4 +1,4 @@
-"""From a path, a pattern or an address to files, and the fence: nothing outside the given roots is read."""
+"""Turn paths, patterns and addresses into files; images are read from allowed roots only."""
 
 import contextlib
 import glob
@@ -13,13 +13,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from bifocal.data.skips import Fault
+from bifocal.data.skips import RowError
 
 _PATTERN = frozenset("*?[")
 _SPOOLED = 64 * 2**20  # bytes of a fetched file that are held in memory, not on disk
 _TIMEOUT = 60.0  # seconds for a server to answer, and between two pieces
 GZIP = (".gz", ".tgz")
-MISSING = "missing picture"  # the cause of a row whose image is not there
+MISSING = "missing image"  # the cause of a row whose image is not there
 
 
 def is_remote(path: str) -> bool:
@@ -27,9 +27,9 @@ def is_remote(path: str) -> bool:
 
 
 def expand(paths: str | Sequence[str]) -> list[str]:
-    """Every file that paths, brace patterns (`{00000..00041}`) and globs name, in order.
+    """Return every file that paths, brace patterns (`{00000..00041}`) and globs name, in order.
 
-    A brace pattern names its files whether they are there or not; a glob only those that are. Patterns may be local, or
+    A brace pattern names its files whether they exist or not, a glob only existing ones. Patterns may be local, or
     begin with `hf://`; addresses beginning with `https://` take braces only.
     """
     from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]
@@ -54,10 +54,10 @@ def expand(paths: str | Sequence[str]) -> list[str]:
 
 
 def open_file(path: str) -> BinaryIO:
-    """A file here or elsewhere, uncompressed where its name ends in .gz, that can be sought in.
+    """Open a local or remote file for reading, decompressed if its name ends in .gz; it can be sought in.
 
     Raises:
-        OSError: it is not there or cannot be read.
+        OSError: if it does not exist or cannot be read.
     """
     if not is_remote(path):
         if os.path.isdir(path):
@@ -92,58 +92,58 @@ def _fetch(address: str) -> Any:
         return file
 
 
-class Fence:
-    """The folders that pictures may be read from.
+class AllowedRoots:
+    """The folders that images may be read from, and how paths are resolved in them.
 
     Args:
         roots: a folder, or for each first part of a path the folder that holds the rest (ShareGPT4V's `coco/...`,
-            `sam/...`); the key "" stands for all others. None: no picture may be named by a path.
+            `sam/...`); the key "" stands for all others. None means that no image may be named by a path.
     """
 
     def __init__(self, roots: str | Mapping[str, str] | None) -> None:
         given = {"": roots} if isinstance(roots, str) else dict(roots or {})
         self.roots = {prefix.strip("/"): os.path.realpath(os.path.expanduser(root)) for prefix, root in given.items()}
 
-    def resolve(self, given: str) -> str:
-        """The file that a path names.
+    def resolve(self, name: str) -> str:
+        """Return the file that a path names.
 
         Raises:
-            Fault: if it is an address, leads out of its root (also through a link), has no root, or no file is there.
+            RowError: if it is an address, leads out of its root (also through a link), has no root or does not exist.
         """
-        if is_remote(given) or given.startswith("data:"):
-            raise Fault(
+        if is_remote(name) or name.startswith("data:"):
+            raise RowError(
                 "path outside the roots",
-                f"{shown(given)} is an address; download the images, and name them by their files",
+                f"{shown(name)} is an address; download the images, and name them by their files",
             )
-        prefix = max((p for p in self.roots if not p or given.startswith(f"{p}/")), key=len, default=None)
+        prefix = max((p for p in self.roots if not p or name.startswith(f"{p}/")), key=len, default=None)
         if prefix is None:
-            known = ", ".join(self.roots) or "none is given"
-            raise Fault(
+            known = ", ".join(self.roots) or "none is set"
+            raise RowError(
                 "path outside the roots",
-                f"{shown(given)} is below none of the folders of images ({known}); set images=FOLDER",
+                f"{shown(name)} is below none of the folders of images ({known}); set image_root=FOLDER",
             )
         root = self.roots[prefix]
-        path = os.path.realpath(os.path.join(root, given[len(prefix) :].lstrip("/") if prefix else given))
+        path = os.path.realpath(os.path.join(root, name[len(prefix) :].lstrip("/") if prefix else name))
         found = existing(path, root) if Path(path).is_relative_to(root) else None
         if not Path(found or path).is_relative_to(root):
-            raise Fault(
+            raise RowError(
                 "path outside the roots",
-                f"{shown(given)} is not below {root}; set images to the folder that holds the images, such as "
-                "images=FOLDER",
+                f"{shown(name)} is not below {root}; set image_root to the folder that holds the images, such as "
+                "image_root=FOLDER",
             )
         if found is None:
-            raise Fault(MISSING, path)
+            raise RowError(MISSING, path)
         return found
 
 
 def existing(path: str, root: str = "") -> str | None:
-    """Return the file that a path names, also where its name is spelt otherwise on disk; None if there is none.
+    """Return the file that a path names, also where its name is spelt differently on disk; None if there is none.
 
     Names with accents come in two forms of Unicode (macOS writes NFD, most others NFC), and tables made on Windows have
     backslashes.
 
     Args:
-        root: the beginning of the path that is spelt right.
+        root: the beginning of the path, which is spelt correctly.
     """
     if os.path.exists(path):
         return path
@@ -160,11 +160,11 @@ def shown(path: str) -> str:
     return path if len(path) <= 300 else f"{path[:40]}... ({len(path):,} characters)"
 
 
-class LoadedFence(Fence):
-    """The places that `datasets` itself has put pictures into: its caches, and the folder that it was told to load.
+class DatasetsRoots(AllowedRoots):
+    """The folders that `datasets` reads images from: its caches, and the folder that it loads.
 
     Args:
-        folder: that folder; None for a data set of the Hub.
+        folder: the loaded folder; None for a data set of the Hub.
     """
 
     def __init__(self, folder: str | None) -> None:
@@ -172,22 +172,22 @@ class LoadedFence(Fence):
         from huggingface_hub import constants
 
         super().__init__(None)
-        places = [
+        folders = [
             datasets.config.HF_DATASETS_CACHE,
             constants.HF_HUB_CACHE,
             constants.HF_HOME,
             *([folder] if folder else []),
         ]
-        self.places = [os.path.realpath(os.path.expanduser(place)) for place in places]
+        self.folders = [os.path.realpath(os.path.expanduser(folder)) for folder in folders]
 
-    def resolve(self, given: str) -> str:
-        if is_remote(given):
-            if "hf://" in given:
-                return given
-            raise Fault("path outside the roots", f"{shown(given)} is not on the Hub")
-        path = os.path.realpath(given)
-        if not os.path.isabs(given) or not any(Path(path).is_relative_to(place) for place in self.places):
-            raise Fault("path outside the roots", f"{shown(given)} is not a file that datasets has loaded")
+    def resolve(self, name: str) -> str:
+        if is_remote(name):
+            if "hf://" in name:
+                return name
+            raise RowError("path outside the roots", f"{shown(name)} is not on the Hub")
+        path = os.path.realpath(name)
+        if not os.path.isabs(name) or not any(Path(path).is_relative_to(folder) for folder in self.folders):
+            raise RowError("path outside the roots", f"{shown(name)} is not a file that datasets has loaded")
         if not os.path.exists(path):
-            raise Fault(MISSING, path)
+            raise RowError(MISSING, path)
         return path

@@ -1,7 +1,6 @@
-"""The rows of one file, from a position on; what is broken comes as a fault in the place of its row.
+"""Read the rows of one file from a position on; a broken row is a `RowError` in its place.
 
-`datasets` has readers for these formats, and reads what is on the Hub here; but they stop at the first broken row, or
-pass over rows in silence.
+The readers of `datasets`, which read data sets of the Hub, stop at the first broken row or silently skip rows.
 """
 
 from collections.abc import Iterator
@@ -13,17 +12,17 @@ from bifocal.data.delimited import read_csv
 from bifocal.data.image_files import find_images, image_suffixes
 from bifocal.data.labels import schema_class_names, with_class_names
 from bifocal.data.paths import GZIP, open_file
-from bifocal.data.skips import Fault
-from bifocal.data.text_files import Reader, Row, lost, read_json, read_json_lines, short
+from bifocal.data.skips import RowError
+from bifocal.data.text_files import Reader, Row, file_error, file_name, read_json, read_json_lines
 
-PICTURES = image_suffixes()
+IMAGE_SUFFIXES = image_suffixes()
 
 
 def read_parquet(path: str, start: Any = None, labels: bool = True) -> Iterator[Row]:
-    """Parquet; a position is a number of rows.
+    """Yield the rows of a Parquet file; a position is a number of rows.
 
     Args:
-        labels: give the names of classes, where the file knows them, in place of their numbers.
+        labels: replace class numbers with their names, if the file has them.
     """
     import pyarrow as pa
     from pyarrow.parquet import ParquetFile
@@ -40,16 +39,16 @@ def read_parquet(path: str, start: Any = None, labels: bool = True) -> Iterator[
             names = schema_class_names(parquet.schema_arrow) if labels else {}
             for value in islice(_arrow_rows(batches, names), number - first, None):
                 number += 1
-                yield Row(number, f"{short(path)}:{number}", value)
+                yield Row(number, f"{file_name(path)}:{number}", value)
         except (pa.ArrowException, OSError, EOFError) as error:
-            yield Row(None, f"{short(path)}:{number + 1}", lost(error))
+            yield Row(None, f"{file_name(path)}:{number + 1}", file_error(error))
 
 
 def read_arrow(path: str, start: Any = None, labels: bool = True) -> Iterator[Row]:
-    """Arrow, as a stream (what `datasets` writes) or as a file; a position is a number of rows.
+    """Yield the rows of an Arrow stream (which `datasets` writes) or file; a position is a number of rows.
 
     Args:
-        labels: as of `read_parquet`.
+        labels: as in `read_parquet`.
     """
     import pyarrow as pa
 
@@ -67,9 +66,9 @@ def read_arrow(path: str, start: Any = None, labels: bool = True) -> Iterator[Ro
             names = schema_class_names(schema) if labels else {}
             for value in islice(_arrow_rows(batches, names), number, None):
                 number += 1
-                yield Row(number, f"{short(path)}:{number}", value)
+                yield Row(number, f"{file_name(path)}:{number}", value)
         except (pa.ArrowException, OSError, EOFError) as error:
-            yield Row(None, f"{short(path)}:{number + 1}", lost(error))
+            yield Row(None, f"{file_name(path)}:{number + 1}", file_error(error))
 
 
 def _arrow_rows(batches: Any, names: dict[str, list[str]]) -> Iterator[Any]:
@@ -77,23 +76,23 @@ def _arrow_rows(batches: Any, names: dict[str, list[str]]) -> Iterator[Any]:
         for piece in range(0, batch.num_rows, 256):
             try:
                 found = batch.slice(piece, 256).to_pylist()
-            except UnicodeDecodeError:  # a string column with bytes that are no UTF-8: row by row
+            except UnicodeDecodeError:  # a string column with bytes that are not UTF-8: row by row
                 found = [_arrow_row(batch, row) for row in range(piece, min(piece + 256, batch.num_rows))]
             if not names:
                 yield from found
                 continue
-            yield from (row if isinstance(row, Fault) else with_class_names(row, names) for row in found)
+            yield from (row if isinstance(row, RowError) else with_class_names(row, names) for row in found)
 
 
 def _arrow_row(batch: Any, row: int) -> Any:
     try:
         return batch.slice(row, 1).to_pylist()[0]
     except UnicodeDecodeError as error:
-        return Fault("not UTF-8", str(error)[:200])
+        return RowError("not UTF-8", str(error)[:200])
 
 
-def read_pictures(folder: str, start: Any = None) -> Iterator[Row]:
-    """Every picture in a folder and its subfolders, by name; a position is a number of rows."""
+def read_image_folder(folder: str, start: Any = None) -> Iterator[Row]:
+    """Yield every image of a folder and its subfolders, by name; a position is a number of rows."""
     for number, name in islice(enumerate(find_images(folder).names, 1), start or 0, None):
         yield Row(number, name, {"image": name})
 
@@ -105,7 +104,7 @@ READERS: dict[str, Reader] = {
 
 
 def format_of(path: str) -> str | None:
-    """The format of a file by its name."""
+    """Return the format of a file by its name; None if it is unknown."""
     name = path.partition("?")[0].lower()
     for ending in GZIP:
         name = name.removesuffix(ending)

@@ -1,17 +1,17 @@
-"""By which names a log or an error lets one find a row of a data set that was read from files."""
+"""Names of rows in logs and errors: the file and number that a row was read from."""
 
 from collections.abc import Sequence
 from typing import Any
 
-ROW = "_row"  # a column with the names, in the cache
+ROW = "_row"  # column of the cache with the names
 
 
 class RowNames:
     """The names of the rows of a data set.
 
     Args:
-        source: a `datasets.Dataset` with the column `ROW`, or a title that is followed by the number of the row.
-        rows: which rows of the source these are.
+        source: a `datasets.Dataset` with the column `ROW`, or a title that comes before the row's number.
+        rows: numbers of the rows in the source.
     """
 
     def __init__(self, source: Any, rows: Sequence[int]) -> None:
@@ -27,16 +27,16 @@ class RowNames:
 
 
 def with_row_names(dataset: Any, names: RowNames) -> Any:
-    """Return a `datasets.Dataset` that knows the names of its rows; what `map` or `shuffle` makes of it does not."""
+    """Attach row names to a `datasets.Dataset` and return it; results of `map` or `shuffle` lose them."""
     dataset.row_names = names
     return dataset
 
 
 def row_name(dataset: Any, row: Any) -> str:
-    """Return the name of a row: file and number where they are known, such as `pairs.csv:17`, or else its number.
+    """Return the name of a row, such as `pairs.csv:17`; its number if the data set has no names.
 
     Args:
-        row: its number, or the name that a stream has given it.
+        row: number of the row, or its name from a stream.
     """
     names = getattr(dataset, "row_names", None)
     if names is None or not isinstance(row, int) or len(names) != len(dataset):
@@ -45,7 +45,7 @@ def row_name(dataset: Any, row: Any) -> str:
 
 
 def select_rows(dataset: Any, rows: Sequence[int]) -> Any:
-    """Return some rows of a `datasets.Dataset`, their names kept."""
+    """Return some rows of a `datasets.Dataset` with their names."""
     names = getattr(dataset, "row_names", None)
     selected = dataset.select(rows)
     if names is None:

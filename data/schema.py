@@ -1,17 +1,17 @@
-"""Settings from YAML and from key=value on the command line, checked against a schema, with errors in one sentence."""
+"""Settings from YAML and from key=value on the command line, validated against a schema."""
 
-import difflib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from bifocal.errors import RecipeError
+from bifocal.errors import RecipeError, closest_name, first_line
 
 
 class Strict(BaseModel):
-    """A part of a recipe, in which an unknown key is an error."""
+    """A part of a recipe. An unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
@@ -20,7 +20,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping in a YAML file.
 
     Raises:
-        RecipeError: if the file cannot be read, is not UTF-8, not YAML or not a mapping; with the line.
+        RecipeError: if the file cannot be read, is not UTF-8, not YAML or not a mapping.
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -31,54 +31,64 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        problem = getattr(error, "problem", None) or first_line(error)
         raise RecipeError(f"{path}{line}: this is not valid YAML ({problem}).") from error
     if not isinstance(values, dict):
-        raise RecipeError(f"{path} does not hold a mapping of keys to values, as a recipe does.")
+        raise RecipeError(f"{path} is not a mapping of keys to values, as a recipe is.")
     return values
 
 
 def validated(model: Any, values: dict[str, Any], overrides: list[str]) -> Any:
-    """An object of a schema.
+    """Return an object of a schema.
 
     Raises:
-        RecipeError: an unknown key or a wrong value, in one sentence with the override it came by.
+        RecipeError: if a key is unknown or a value is wrong; it names the override that set it.
     """
     try:
         return model(**values)
     except ValidationError as error:
-        first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
+        first = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
         where = ".".join(map(str, first["loc"]))
-        given = next((o for o in overrides if o.partition("=")[0] == where), where)
-        raise RecipeError(f"'{given}': {ended(problem_of(first, model))}") from error
+        setting = next((o for o in overrides if o.partition("=")[0] == where), where)
+        raise RecipeError(f"'{setting}': {ended(problem_of(first, model))}") from error
 
 
 def set_override(values: dict[str, Any], override: str) -> tuple[Any, ...]:
-    """Set a value; returns where."""
+    """Set a value in nested settings and return its position, such as `("tasks", 0, "batch_size")`.
+
+    Args:
+        override: `key=value` with dots between nested keys. In a list, a part is an item's name or number. What follows
+            `column_mapping.` is one column, dots included; it replaces the column that had the same new name.
+    """
     key, equals, text = override.partition("=")
     if not equals:
-        raise RecipeError(f"'{override}' is no override; write key=value, such as training.max_steps=100.")
-    place: Any = values
+        raise RecipeError(f"'{override}' is not an override; write key=value, such as training.max_steps=100.")
+    parent: Any = values
     where: list[Any] = []
-    parts = key.split(".")
+    outer, mapping, column = key.partition("column_mapping.")
+    parts = [*outer.split(".")[:-1], "column_mapping", column] if mapping else key.split(".")
     for number, part in enumerate(parts):
         step: Any = part
-        if isinstance(place, list):
-            names = [item.get("name") for item in place]
+        if isinstance(parent, list):
+            names = [item.get("name") for item in parent]
             if part in names:
                 step = names.index(part)
-            elif part.isdigit() and int(part) < len(place):
+            elif part.isdigit() and int(part) < len(parent):
                 step = int(part)
             else:
                 raise RecipeError(f"'{override}': there is no '{part}' among {', '.join(map(str, names))}.")
         where.append(step)
         if number == len(parts) - 1:
-            # To YAML a pipe and a tab are signs of its own.
-            place[step] = text.strip("'\"") if step == "delimiter" else _yaml_value(override, text)
+            # A pipe and a tab have a meaning in YAML.
+            value = text.strip("'\"") if step == "delimiter" else _yaml_value(override, text)
+            if mapping:
+                for replaced in [column for column, name in parent.items() if name == value]:
+                    del parent[replaced]
+            parent[step] = value
         else:
-            if isinstance(place, dict) and not isinstance(place.get(step), dict | list):
-                place[step] = {}
-            place = place[step]
+            if isinstance(parent, dict) and not isinstance(parent.get(step), dict | list):
+                parent[step] = {}
+            parent = parent[step]
     return tuple(where)
 
 
@@ -86,15 +96,15 @@ def _yaml_value(override: str, text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise RecipeError(f"'{override}': '{text}' is no YAML ({getattr(error, 'problem', error)}).") from error
+        raise RecipeError(f"'{override}': '{text}' is not valid YAML ({getattr(error, 'problem', error)}).") from error
 
 
 def problem_of(error: Any, model: type[BaseModel]) -> str:
-    """The first of pydantic's errors in our words."""
+    """Return one of pydantic's errors as part of a sentence."""
     loc = error["loc"]
     key = next((str(part) for part in reversed(loc) if isinstance(part, str)), "the recipe")
     if error["type"] == "extra_forbidden":
-        return f"unknown key '{key}'{nearest(key, _known(loc, model))}"
+        return f"unknown key '{key}'{key_hint(key, _known(loc, model))}"
     if error["type"] == "missing":
         return f"the key '{key}' is missing"
     if error["type"] == "value_error":
@@ -103,7 +113,7 @@ def problem_of(error: Any, model: type[BaseModel]) -> str:
 
 
 def _known(loc: tuple[Any, ...], model: type[BaseModel]) -> list[str]:
-    """The keys of the part of a schema in which an unknown key was given."""
+    """Return the keys of the part of a schema that has an unknown key."""
     for part in loc[:-1]:
         field = model.model_fields.get(part) if isinstance(part, str) else None
         model = (_schema_in(field.annotation) if field is not None else None) or model
@@ -111,16 +121,19 @@ def _known(loc: tuple[Any, ...], model: type[BaseModel]) -> list[str]:
 
 
 def _schema_in(annotation: Any) -> type[BaseModel] | None:
-    """The schema in a type such as `Schema`, `list[Schema]` or `str | Schema | None`."""
+    """Return the schema in a type such as `Schema`, `list[Schema]` or `str | Schema | None`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((schema for part in get_args(annotation) if (schema := _schema_in(part)) is not None), None)
 
 
-def nearest(key: str, known: Any) -> str:
-    near = difflib.get_close_matches(key, list(known), n=1)
-    return f"; did you mean '{near[0]}'?" if near else f"; the keys here are {', '.join(list(known)[:20])}"
+def key_hint(key: str, known: Iterable[str]) -> str:
+    """Return the end of a sentence on an unknown key: the key that it may mean, or the keys that there are."""
+    names = list(known)
+    closest = closest_name(key, names)
+    return f"; did you mean '{closest}'?" if closest else f"; the keys here are {', '.join(names[:20])}"
 
 
 def ended(sentence: str) -> str:
+    """Return a sentence with a full stop, unless it ends with one or with a question mark."""
     return sentence if sentence.endswith(("?", ".")) else f"{sentence}."

@@ -1,4 +1,4 @@
-"""Rows that are left out: why, how many, named in a log, and when they are too many to go on."""
+"""Skipped rows: reasons, counts, log file, and the limit at which a run stops."""
 
 import json
 import os
@@ -10,48 +10,48 @@ from typing import Any, NamedTuple
 from bifocal.errors import DataError
 from bifocal.files import NotOursError
 
-# Below so many rows a share says little; small sources are judged when they end.
+# Rows read before a fraction of bad rows is judged; smaller sources are judged at their end.
 FIRST = 1000
-FAULT = "_fault"  # a column with a `Skip` in JSON for rows that are left out
+ERROR_COLUMN = "_row_error"  # a column that holds a `SkippedRow` as JSON for each bad row
 
 
-class Fault(Exception):  # noqa: N818  # not an error of the program, but a row's
-    """Why a row is left out.
+class RowError(Exception):  # a row's error, not the program's
+    """Why a row is skipped.
 
     Args:
-        cause: in a few words, the same for all rows with this fault: they are counted by it.
-        detail: what is particular about this row.
-        dropped: asked for by a filter, and not counted as bad.
-        shard: the rest of the file is lost with it.
+        cause: a few words that all rows with this problem share; rows are counted by it.
+        detail: what is wrong with this row.
+        filtered: whether a filter removed the row, so that it does not count as bad.
+        file_lost: whether the rest of the file is lost, too.
     """
 
-    def __init__(self, cause: str, detail: str = "", dropped: bool = False, shard: bool = False) -> None:
-        super().__init__(cause, detail, dropped, shard)
-        self.cause, self.detail, self.dropped, self.shard = cause, detail, dropped, shard
+    def __init__(self, cause: str, detail: str = "", filtered: bool = False, file_lost: bool = False) -> None:
+        super().__init__(cause, detail, filtered, file_lost)
+        self.cause, self.detail, self.filtered, self.file_lost = cause, detail, filtered, file_lost
 
     def __str__(self) -> str:
         return f"{self.cause}: {self.detail}" if self.detail else self.cause
 
 
-class Skip(NamedTuple):
-    """A row that was left out. Its fields are those of `Fault`, with the name of the row."""
+class SkippedRow(NamedTuple):
+    """A skipped row: its name, and the fields of its `RowError`."""
 
     row: str
     cause: str
     detail: str = ""
-    dropped: bool = False
-    shard: bool = False
+    filtered: bool = False
+    file_lost: bool = False
 
     @classmethod
-    def of(cls, row: str, fault: Fault) -> "Skip":
-        return cls(row, fault.cause, fault.detail, fault.dropped, fault.shard)
+    def of(cls, row: str, row_error: RowError) -> "SkippedRow":
+        return cls(row, row_error.cause, row_error.detail, row_error.filtered, row_error.file_lost)
 
 
 def start_log(path: Path) -> Path:
-    """Return the place of a log that begins now; one that an earlier run wrote there is removed.
+    """Remove the log of an earlier run and return the path for a new one.
 
     Raises:
-        NotOursError: if the file there is no such log.
+        NotOursError: if the file is not such a log.
     """
     require_log(path)
     path.unlink(missing_ok=True)
@@ -59,30 +59,31 @@ def start_log(path: Path) -> Path:
 
 
 def require_log(path: Path) -> None:
-    """
+    """Require that a path is free or holds a log of skipped rows.
+
     Raises:
-        NotOursError: if there is a file that is no log of skipped rows.
+        NotOursError: if it holds another file.
     """
     if path.exists():
         try:
             with path.open(encoding="utf-8") as file:
                 first = file.readline()
-            ours = not first or {"task", "row", "cause", "detail", "dropped"} == set(json.loads(first))
+            ours = not first or {"task", "row", "cause", "detail", "filtered"} == set(json.loads(first))
         except (OSError, ValueError, TypeError):
             ours = False
         if not ours:
-            raise NotOursError(f"'{path}' is no log of skipped rows, and one would be written there; move it away.")
+            raise NotOursError(f"'{path}' is not a log of skipped rows, which would be written there. Move it away.")
 
 
 class BadRowsError(DataError):
-    """More rows are bad than the source may have."""
+    """More rows are bad than a source's `max_bad_fraction` allows."""
 
 
-class Skipped:
-    """Counts by task what was left out, and names it in a log, one JSON line a row.
+class SkipLog:
+    """Counts skipped rows by task, and lists them in a log, one JSON line per row.
 
-    A file that is missing or breaks off counts as so many bad rows as the other files have on average, less those that
-    were read of it.
+    A file that is missing or breaks off counts as many bad rows as the other files have on average, less the rows that
+    were read from it.
 
     Args:
         log: file to append to; None keeps counts only.
@@ -92,38 +93,39 @@ class Skipped:
         self.log = log
         self.rows: Counter[str] = Counter()
         self.bad: dict[str, Counter[str]] = {}
-        self.dropped: dict[str, Counter[str]] = {}
+        self.filtered: dict[str, Counter[str]] = {}
         self.shards: Counter[str] = Counter()
         self.lost: Counter[str] = Counter()
-        self.first: dict[tuple[str, str], Skip] = {}  # by task and cause
+        self.first: dict[tuple[str, str], SkippedRow] = {}  # by task and cause
 
-    def add(self, task: str, rows: int, skips: Iterable[Skip] = (), shards: int = 0) -> None:
-        """
+    def add(self, task: str, rows: int, skips: Iterable[SkippedRow] = (), shards: int = 0) -> None:
+        """Add rows to the counts, and skipped ones to the log.
+
         Args:
             task: name of the task or source.
-            rows: how many rows were looked at, bad ones included.
-            shards: how many files were read to their end.
+            rows: number of rows read, bad ones included.
+            shards: number of files read to their end.
 
         Raises:
-            OSError: the log cannot be written.
+            OSError: if the log cannot be written.
         """
         self.rows[task] += rows
         self.shards[task] += shards
         lines = []
         for skip in skips:
-            counts = (self.dropped if skip.dropped else self.bad).setdefault(task, Counter())
+            counts = (self.filtered if skip.filtered else self.bad).setdefault(task, Counter())
             counts[skip.cause] += 1
             self.first.setdefault((task, skip.cause), skip)
-            self.lost[task] += skip.shard
+            self.lost[task] += skip.file_lost
             entry = {"task": task, "row": skip.row, "cause": skip.cause, "detail": skip.detail}
-            lines.append(json.dumps({**entry, "dropped": skip.dropped}, ensure_ascii=False) + "\n")
+            lines.append(json.dumps({**entry, "filtered": skip.filtered}, ensure_ascii=False) + "\n")
         if lines and self.log is not None:
             self.log.parent.mkdir(parents=True, exist_ok=True)
             with self.log.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.writelines(lines)
 
     def share(self, task: str) -> float:
-        """The share of a task's rows that are bad, lost files estimated."""
+        """Return the fraction of a task's rows that are bad, lost files estimated."""
         lost, shards = self.lost[task], self.shards[task]
         read, bad = self.rows[task] - lost, self.bad.get(task, Counter()).total() - lost
         if lost:
@@ -133,21 +135,23 @@ class Skipped:
         return bad / read if read else 0.0
 
     def check(self, task: str, most: float, ended: bool = False) -> None:
-        """
+        """Stop if too many rows are bad.
+
         Args:
-            most: the share of bad rows that may be.
-            ended: the source was read to its end, so that a share means something however few rows it has.
+            most: largest fraction of bad rows that is allowed.
+            ended: whether the source was read to its end; before that, a few rows are not judged.
 
         Raises:
-            BadRowsError: there are more, with the causes and the log.
+            BadRowsError: if more rows are bad; it names the causes and the log.
         """
         share = self.share(task)
         if share <= most or not (ended or self.rows[task] >= FIRST or (self.lost[task] and self.shards[task])):
             return
         where = f"; they are named in {self.log}" if self.log is not None else ""
         raise BadRowsError(
-            f"'{task}': {share:.1%} of {self.rows[task]:,} rows are bad, more than max_bad={most:g} allows"
-            f" ({summary(self.bad[task])}){where}{self.example(task)}. Mend or remove them, or raise max_bad."
+            f"'{task}': {share:.1%} of {self.rows[task]:,} rows are bad, more than max_bad_fraction={most:g} allows"
+            f" ({summary(self.bad[task])}){where}{self.example(task)}. Correct or remove them, or raise "
+            "max_bad_fraction."
         )
 
     def example(self, task: str) -> str:
@@ -157,24 +161,24 @@ class Skipped:
         return f", such as {first.row}: {first.detail[:300]}" if first is not None and first.detail else ""
 
     def state(self) -> dict[str, Any]:
-        """Counts, and how long the log is, in plain types."""
+        """Return the counts and the length of the log, in plain types."""
         size = self.log.stat().st_size if self.log is not None and self.log.exists() else 0
         return {
             "rows": dict(self.rows), "shards": dict(self.shards), "lost": dict(self.lost), "log": size,
             "bad": {task: dict(counts) for task, counts in self.bad.items()},
-            "dropped": {task: dict(counts) for task, counts in self.dropped.items()},
+            "filtered": {task: dict(counts) for task, counts in self.filtered.items()},
         }  # fmt: skip
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from a state; what the log held beyond it is cut off, since it will come again."""
+        """Resume from a state; later lines of the log are cut off, since these rows will be read again."""
         self.rows, self.shards, self.lost = (Counter(state[name]) for name in ("rows", "shards", "lost"))
         self.bad = {task: Counter(counts) for task, counts in state["bad"].items()}
-        self.dropped = {task: Counter(counts) for task, counts in state["dropped"].items()}
+        self.filtered = {task: Counter(counts) for task, counts in state["filtered"].items()}
         if self.log is not None and self.log.exists() and self.log.stat().st_size > state["log"]:
             os.truncate(self.log, state["log"])
 
 
 def summary(counts: Counter[str], most: int = 6) -> str:
-    """ "20 broken picture, 11 no caption" """
+    """Return counts as text, such as "20 broken image, 11 no caption"."""
     shown = ", ".join(f"{count:,} {cause}" for cause, count in counts.most_common(most))
     return shown + (f" and {len(counts) - most} other causes" if len(counts) > most else "")

@@ -1,4 +1,4 @@
-"""Real pictures with names and no download: the symbols of the DejaVu faces that matplotlib carries.
+"""Real images with names and no download: the symbols of the DejaVu faces that matplotlib carries.
 
 Every printable symbol is drawn by Pillow in every face that has it. Its Unicode name in plain words is the short
 caption; `symbol_texts` composes long captions, descriptions and confusable names from further Unicode properties.
@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from bifocal.data import symbol_texts
 from bifocal.data.symbol_texts import confusable_names, describe, long_caption, plain_name
 
-# The upright sans face comes first: a symbol is judged by the picture in the first face that has it.
+# The upright sans face comes first: a symbol is judged by the image in the first face that has it.
 FACES = (
     "DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-BoldOblique", "DejaVuSerif", "DejaVuSerif-Bold",
     "DejaVuSerif-Italic", "DejaVuSerif-BoldItalic", "DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSansMono-Oblique",
@@ -33,14 +33,14 @@ NEGATIVES = 7
 
 @dataclass(frozen=True)
 class SymbolsConfig:
-    """What the data set is a function of.
+    """Settings that determine the data set.
 
     Args:
-        image_size: side of the square pictures in pixels.
-        test_symbols, validation_symbols: how many symbols training never sees, in any face.
-        wordings: long captions and descriptions composed for each symbol.
-        limit: take only so many symbols, drawn at random; all when None.
-        seed: of the split, the wordings and the limit.
+        image_size: side of the square images in pixels.
+        test_symbols, validation_symbols: numbers of symbols that training never sees, in any face.
+        wordings: numbers of long captions and of descriptions per symbol.
+        limit: number of symbols, drawn at random; None means all.
+        seed: seed of the split, the wordings and the limit.
     """
 
     image_size: int = 48
@@ -52,10 +52,10 @@ class SymbolsConfig:
 
 
 def font_files() -> dict[str, Path]:
-    """The faces installed with matplotlib, by name.
+    """Return the font files installed with matplotlib, by face.
 
     Raises:
-        FileNotFoundError: matplotlib's own fonts have been taken out, as some distributions do.
+        FileNotFoundError: if matplotlib's own fonts were removed, as some distributions do.
     """
     import matplotlib
 
@@ -67,7 +67,7 @@ def font_files() -> dict[str, Path]:
 
 
 def covered_symbols(path: Path) -> set[str]:
-    """The printable symbols of a font: named, and neither control, format, unassigned nor space characters."""
+    """Return the printable symbols of a font: named, and neither control, format, unassigned nor space characters."""
     from matplotlib.ft2font import FT2Font
 
     symbols = {chr(code) for code in FT2Font(str(path)).get_charmap()}
@@ -109,18 +109,18 @@ def _png(image: Image.Image) -> bytes:
 
 
 def build_symbols(config: SymbolsConfig = SymbolsConfig(), cache: Path | None = None) -> Any:
-    """Draw and caption every symbol, or read what an earlier call with the same configuration made.
+    """Draw and caption every symbol, or load the result of an earlier call with the same settings.
 
     Args:
-        cache: folder for finished data sets; the environment variable BIFOCAL_CACHE or ~/.cache/bifocal when None.
+        cache: folder for finished data sets; None means the environment variable BIFOCAL_CACHE, or ~/.cache/bifocal.
 
     Returns:
         A `datasets.DatasetDict` with splits train, validation and test, split by symbol, one row each: `symbol`,
-        `codepoint`, `name` (the short caption), `images` and `faces` (its pictures, that to judge by first),
+        `codepoint`, `name` (the short caption), `images` and `faces` (its images, the one for evaluation first),
         `long_captions`, `descriptions` (in other words) and `negatives` (the 7 most confusable names of its split).
 
     Raises:
-        ValueError: fewer symbols than the splits need.
+        ValueError: if there are fewer symbols than the splits need.
     """
     from datasets import DatasetDict, load_from_disk
 
@@ -129,7 +129,7 @@ def build_symbols(config: SymbolsConfig = SymbolsConfig(), cache: Path | None = 
     if not folder.exists():
         rows = _rows(config, fonts)
         splits = DatasetDict({split: _as_dataset(part) for split, part in _split(rows, config).items()})
-        # Beside its place and then moved there, so that a killed run leaves nothing half made.
+        # Written next to its folder and then moved, so that a killed run leaves nothing unfinished.
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=folder.name, dir=folder.parent))
         try:
@@ -137,7 +137,7 @@ def build_symbols(config: SymbolsConfig = SymbolsConfig(), cache: Path | None = 
             try:
                 os.replace(scratch / "data", folder)
             except OSError:
-                if not folder.exists():  # not another process that was quicker
+                if not folder.exists():  # another process was not faster
                     raise
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -149,7 +149,7 @@ def default_cache() -> Path:
 
 
 def _fingerprint(config: SymbolsConfig, fonts: dict[str, Path]) -> str:
-    """Of all the data set is made from: configuration, fonts, Unicode version, and the code itself."""
+    """Return a digest of all that the data set is made from: settings, fonts, Unicode version, and the code."""
     digest = hashlib.sha256(json.dumps([asdict(config), unicodedata.unidata_version], sort_keys=True).encode())
     for path in [*fonts.values(), Path(__file__), Path(symbol_texts.__file__)]:
         digest.update(path.read_bytes())
@@ -157,7 +157,7 @@ def _fingerprint(config: SymbolsConfig, fonts: dict[str, Path]) -> str:
 
 
 def _rows(config: SymbolsConfig, fonts: dict[str, Path]) -> list[dict[str, Any]]:
-    """Symbols with at least one picture, drawn in every face, in the order of their code points."""
+    """Return the symbols with at least one image, drawn in every face, in the order of their code points."""
     from tqdm.auto import tqdm
 
     covered = {face: covered_symbols(path) for face, path in fonts.items()}
@@ -171,10 +171,10 @@ def _rows(config: SymbolsConfig, fonts: dict[str, Path]) -> list[dict[str, Any]]
         for symbol in symbols:
             faces, images = [], []
             for face, path in fonts.items():
-                picture = draw(symbol, path, config.image_size) if symbol in covered[face] else None
-                if picture is not None:
+                image = draw(symbol, path, config.image_size) if symbol in covered[face] else None
+                if image is not None:
                     faces.append(face)
-                    images.append({"bytes": _png(picture), "path": None})
+                    images.append({"bytes": _png(image), "path": None})
             if images:  # some, such as the empty braille cell, have no ink
                 rows.append({"symbol": symbol, "faces": faces, "images": images})
                 bar.update()
@@ -232,6 +232,6 @@ def _as_dataset(rows: list[dict[str, Any]]) -> Any:
 
 
 def random_shift(image: Image.Image, generator: random.Random, pixels: int = 2) -> Image.Image:
-    """Move a picture by up to `pixels` in each direction; white comes in at the edge."""
+    """Move an image by up to `pixels` in each direction; white comes in at the edge."""
     offset = generator.randint(-pixels, pixels), generator.randint(-pixels, pixels)
     return image.rotate(0, translate=offset, fillcolor="white")

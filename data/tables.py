@@ -1,4 +1,4 @@
-"""Rows on disk: a stream written once to `datasets`' cache, its bad rows with their causes beside the good ones."""
+"""Rows on disk: a stream written once to the cache of `datasets`, bad rows with their causes included."""
 
 import hashlib
 import json
@@ -10,54 +10,54 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from bifocal.data.consistency import filter_consistent
 from bifocal.data.kinds import KINDS
 from bifocal.data.labels import class_names, with_class_names
 from bifocal.data.paths import MISSING, existing, is_remote
 from bifocal.data.row_names import ROW, RowNames, with_row_names
 from bifocal.data.shards import ShardStream
-from bifocal.data.skips import FAULT, Fault, Skip, Skipped
+from bifocal.data.skips import ERROR_COLUMN, RowError, SkipLog, SkippedRow
 from bifocal.data.source import Source
 from bifocal.data.text_files import Row
 from bifocal.errors import DataError
 
-_VERSION = 2  # of how rows are made; a change here makes caches of before useless
-_PEEKED = 100  # rows that are looked at to know whether a column holds lists
+_VERSION = 3  # of the cached rows; raise it when they change
+_PEEKED = 100  # rows read to learn whether a column holds lists
 
 
-def materialise(stream: ShardStream, source: Source, skipped: Skipped, name: str, mark: str | None = None) -> Any:
-    """All good rows of a stream as a `datasets.Dataset`, cached as long as the files stay as they are.
+def to_dataset(stream: ShardStream, source: Source, skipped: SkipLog, name: str, mark: str | None = None) -> Any:
+    """Return the good rows of a stream as a `datasets.Dataset`, cached until a file changes.
 
     Args:
-        mark: what changes when the rows do, beside the source; the files' sizes and times when None.
+        mark: a fingerprint of the rows, which with the source is the key of the cache; None takes the files' sizes and
+            times.
 
     Raises:
-        BadRowsError: more than the source's `max_bad`.
-        DataError: no row, or no good one.
-        OSError: the cache cannot be written.
+        BadRowsError: if more rows are bad than the source's `max_bad_fraction` allows.
+        DataError: if there are no rows, or no good ones.
+        OSError: if the cache cannot be written.
     """
     from datasets import Features, List
 
-    settings = source.model_dump(mode="json", exclude={"streaming", "max_bad"})
+    settings = source.model_dump(mode="json", exclude={"streaming", "max_bad_fraction"})
     # Relative paths mean other files in another working directory, also if these have the same sizes and times.
-    roots = source.images.values() if isinstance(source.images, dict) else filter(None, [source.images])
+    roots = source.image_root.values() if isinstance(source.image_root, dict) else filter(None, [source.image_root])
     absolute = [os.path.abspath(os.path.expanduser(root)) for root in roots]
     about = [_VERSION, settings, stream.kind, mark or [_stamp(shard) for shard in stream.shards], absolute]
     fingerprint = hashlib.blake2b(json.dumps(about).encode(), digest_size=12).hexdigest()
     features = _features(stream, source)
     lists = {column for column, feature in features.items() if isinstance(feature, List)}
     arguments = {"stream": stream, "limit": source.limit, "lists": lists}
-    found = _cached(Features(features), arguments, fingerprint)
+    dataset = _cached(Features(features), arguments, fingerprint)
     # Images that were missing when the rows were cached may be there now.
-    returned = [skip.row for skip in _skips(found) if skip.cause == MISSING and existing(skip.detail) is not None]
+    returned = [skip.row for skip in _skips(dataset) if skip.cause == MISSING and existing(skip.detail) is not None]
     if returned:
         salted = hashlib.blake2b(json.dumps([fingerprint, returned]).encode(), digest_size=12).hexdigest()
-        found = _cached(Features(features), arguments, salted)
-    found = _account(found, source, skipped, name, len(stream.shards))
+        dataset = _cached(Features(features), arguments, salted)
+    dataset = _good_rows(dataset, source, skipped, name, len(stream.shards))
     if source.clean is not None and source.clean.consistency is not None:
-        from bifocal.data.consistency import consistent
-
-        found = consistent(found, source.clean.consistency, skipped, name)
-    return found
+        dataset = filter_consistent(dataset, source.clean.consistency, skipped, name)
+    return dataset
 
 
 def _cached(features: Any, arguments: dict[str, Any], fingerprint: str) -> Any:
@@ -72,7 +72,7 @@ def _cached(features: Any, arguments: dict[str, Any], fingerprint: str) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars where nobody watches them."""
+    """Hide progress bars if the output is not a terminal."""
     from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     was_off = are_progress_bars_disabled()
@@ -85,23 +85,23 @@ def _quiet() -> Iterator[None]:
             enable_progress_bars()
 
 
-def _account(found: Any, source: Source, skipped: Skipped, name: str, shards: int) -> Any:
-    """The good rows; the others go into the account."""
-    skips = _skips(found)
-    lost = sum(skip.shard for skip in skips)
-    skipped.add(name, len(found), skips, shards=shards - lost)
-    skipped.check(name, source.max_bad, ended=True)
-    faults = found.select_columns([FAULT])[FAULT]
-    kept = [row for row, fault in enumerate(faults) if fault is None] if skips else range(len(found))
+def _good_rows(dataset: Any, source: Source, skipped: SkipLog, name: str, shards: int) -> Any:
+    """Return the good rows and log the others."""
+    skips = _skips(dataset)
+    lost = sum(skip.file_lost for skip in skips)
+    skipped.add(name, len(dataset), skips, shards=shards - lost)
+    skipped.check(name, source.max_bad_fraction, ended=True)
+    row_errors = dataset.select_columns([ERROR_COLUMN])[ERROR_COLUMN]
+    kept = [row for row, row_error in enumerate(row_errors) if row_error is None] if skips else range(len(dataset))
     if not kept:
-        raise DataError(f"'{source.title}' has no row that can be used{skipped.example(name)}.")
-    good = found.remove_columns([FAULT, ROW])
-    return with_row_names(good.select(kept) if skips else good, RowNames(found.select_columns([ROW]), kept))
+        raise DataError(f"'{source.title}' has no usable row{skipped.example(name)}.")
+    good = dataset.remove_columns([ERROR_COLUMN, ROW])
+    return with_row_names(good.select(kept) if skips else good, RowNames(dataset.select_columns([ROW]), kept))
 
 
-def _skips(found: Any) -> list[Skip]:
-    faults = found.select_columns([FAULT])[FAULT]
-    return [Skip(*json.loads(fault)) for fault in faults if fault is not None]
+def _skips(dataset: Any) -> list[SkippedRow]:
+    row_errors = dataset.select_columns([ERROR_COLUMN])[ERROR_COLUMN]
+    return [SkippedRow(*json.loads(row_error)) for row_error in row_errors if row_error is not None]
 
 
 def _features(stream: ShardStream, source: Source) -> dict[str, Any]:
@@ -110,86 +110,86 @@ def _features(stream: ShardStream, source: Source) -> dict[str, Any]:
     rows = [row for _, row in islice(stream.rows(), _PEEKED)]
     if not rows:
         raise DataError(f"'{source.title}' has no rows.")
-    first = [row for row in rows if not isinstance(row, Fault)]
-    if getattr(stream.normalise, "keep", None) is not None:
-        stream.normalise.keep.seen.clear()  # type: ignore[attr-defined]  # what was only peeked at comes again
+    first = [row for row in rows if not isinstance(row, RowError)]
+    if getattr(stream.normalise, "filter", None) is not None:
+        stream.normalise.filter.seen.clear()  # type: ignore[attr-defined]  # these rows come again
     features: dict[str, Any] = {}
     for column in stream.column_names:
         text = Value("string")
         lists = column in ("negatives", "caption") or any(isinstance(row[column], list) for row in first)
         one = Value("float64") if column == "score" else text
         features[column] = Image(decode=False) if column == "image" else List(text) if lists else one
-    return {**features, FAULT: Value("string"), ROW: Value("string")}
+    return {**features, ERROR_COLUMN: Value("string"), ROW: Value("string")}
 
 
 def _rows(stream: ShardStream, limit: int | None, lists: set[str]) -> Iterator[dict[str, Any]]:
-    """Rows for `Dataset.from_generator`: good ones, and empty ones with the cause."""
+    """Yield rows for `Dataset.from_generator`: good ones, and empty ones with the cause."""
     empty = dict.fromkeys(stream.column_names)
     good = 0
     for name, row in stream.rows():
         if limit is not None and good >= limit:
             return
-        if not isinstance(row, Fault):
+        if not isinstance(row, RowError):
             mixed = next((c for c, v in row.items() if isinstance(v, list) and c not in lists), None)
             if mixed is not None:
-                row = Fault(f"a list as {mixed}", "other rows have one text")
-        if isinstance(row, Fault):
-            yield {**empty, FAULT: json.dumps(Skip.of(name, row)), ROW: name}
+                row = RowError(f"a list as {mixed}", "other rows have one text")
+        if isinstance(row, RowError):
+            yield {**empty, ERROR_COLUMN: json.dumps(SkippedRow.of(name, row)), ROW: name}
             continue
         good += 1
         values = {c: [v] if c in lists and not isinstance(v, list) else v for c, v in row.items()}
         if "image" in values:
             kept = "bytes" if isinstance(values["image"], bytes) else "path"
             values["image"] = {"bytes": None, "path": None, kept: values["image"]}
-        yield {**values, FAULT: None, ROW: name}
+        yield {**values, ERROR_COLUMN: None, ROW: name}
 
 
-def checked(
-    found: Any, source: Source, normalise: Callable[[str, Any], dict[str, Any]], skipped: Skipped, name: str
+def normalise_dataset(
+    dataset: Any, source: Source, normalise: Callable[[str, Any], dict[str, Any]], skipped: SkipLog, name: str
 ) -> Any:
-    """A data set that `datasets` loaded, with the columns of the kind and without its bad rows."""
-    kind = normalise.steps.kind  # type: ignore[attr-defined]
+    """Return the good rows of a data set that `datasets` loaded, with the columns of the kind."""
+    kind = normalise.normalise.kind  # type: ignore[attr-defined]
     if source.streaming:
-        columns = [*KINDS[kind], *(["image_id"] if "image" in KINDS[kind] else []), FAULT]
-        drop = [column for column in found.column_names or [] if column not in columns]
-        batch = _Batch(normalise, columns, source.title, {} if kind == "scored-pair" else class_names(found.features))
-        return found.map(batch, batched=True, with_indices=True, remove_columns=drop)
-    named = normalise.steps.column_of("caption", found.column_names) in class_names(found.features)  # type: ignore[attr-defined]
+        columns = [*KINDS[kind], *(["image_id"] if "image" in KINDS[kind] else []), ERROR_COLUMN]
+        drop = [column for column in dataset.column_names or [] if column not in columns]
+        batch = _Batch(normalise, columns, source.title, {} if kind == "scored-pair" else class_names(dataset.features))
+        return dataset.map(batch, batched=True, with_indices=True, remove_columns=drop)
+    named = normalise.normalise.column_of("caption", dataset.column_names) in class_names(dataset.features)  # type: ignore[attr-defined]
     if kind == "image-text" and source.clean is None and not named:
-        return _with_captions(found, source, normalise, skipped, name)
-    names = {} if kind == "scored-pair" else class_names(found.features)
-    stream = ShardStream([source.title], _TableReader(found, names), normalise, kind, None)
-    return materialise(stream, source, skipped, name, mark=found._fingerprint)
+        return _with_captions(dataset, source, normalise, skipped, name)
+    names = {} if kind == "scored-pair" else class_names(dataset.features)
+    stream = ShardStream([source.title], _TableReader(dataset, names), normalise, kind, None)
+    return to_dataset(stream, source, skipped, name, mark=dataset._fingerprint)
 
 
-def _with_captions(found: Any, source: Source, normalise: Any, skipped: Skipped, name: str) -> Any:
-    """The rows with good captions; pictures are neither looked at nor copied, they may be many gigabytes."""
-    steps = normalise.steps
-    named = {ours: steps.column_of(ours, found.column_names) for ours in ("image", "caption", "image_id")}
+def _with_captions(dataset: Any, source: Source, normalise: Any, skipped: SkipLog, name: str) -> Any:
+    """Return the rows with good captions; images, which may be many gigabytes, are neither read nor copied."""
+    steps = normalise.normalise
+    named = {ours: steps.column_of(ours, dataset.column_names) for ours in ("image", "caption", "image_id")}
     good, skips = [], []
-    paths = _paths(found, named["image"])
-    for number, value in enumerate(found.select_columns([named["caption"]])[named["caption"]]):
+    paths = _paths(dataset, named["image"])
+    for number, value in enumerate(dataset.select_columns([named["caption"]])[named["caption"]]):
         try:
             steps.texts("caption", {named["caption"]: value})
             if paths is not None and paths[number] is not None:
-                steps.fence.resolve(paths[number])
+                steps.allowed_roots.resolve(paths[number])
             good.append(number)
-        except Fault as fault:
-            skips.append(Skip.of(f"{source.title}:{number}", fault))
-    skipped.add(name, len(found), skips)
-    skipped.check(name, source.max_bad, ended=True)
-    found = found.select_columns([theirs for theirs in named.values() if theirs is not None])
-    found = found if not skips else found.select(good)
-    found = found.rename_columns({theirs: ours for ours, theirs in named.items() if theirs not in (None, ours)})
-    return with_row_names(found, RowNames(source.title, good))
+        except RowError as row_error:
+            skips.append(SkippedRow.of(f"{source.title}:{number}", row_error))
+    skipped.add(name, len(dataset), skips)
+    skipped.check(name, source.max_bad_fraction, ended=True)
+    dataset = dataset.select_columns([theirs for theirs in named.values() if theirs is not None])
+    dataset = dataset if not skips else dataset.select(good)
+    dataset = dataset.rename_columns({theirs: ours for ours, theirs in named.items() if theirs not in (None, ours)})
+    return with_row_names(dataset, RowNames(source.title, good))
 
 
-def _paths(found: Any, column: str) -> list[str | None] | None:
-    """Where pictures are that a data set does not hold as bytes; their bytes, where it does, are not looked at."""
+def _paths(dataset: Any, column: str) -> list[str | None] | None:
+    """Return the paths of images that a data set does not hold as bytes; None for one that it holds."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    values = found.with_format("arrow").select_columns([column])[:][column]
+    values = dataset.with_format("arrow").select_columns([column])[:][column]
     if not pa.types.is_struct(values.type):
         return values.to_pylist() if pa.types.is_string(values.type) else None
     held = pc.is_valid(pc.struct_field(values, "bytes"))
@@ -197,18 +197,18 @@ def _paths(found: Any, column: str) -> list[str | None] | None:
 
 
 class _TableReader:
-    """The rows of a `datasets.Dataset`; a position is a number of rows."""
+    """Reads the rows of a `datasets.Dataset`; a position is a number of rows."""
 
-    def __init__(self, found: Any, names: dict[str, list[str]]) -> None:
-        self.found, self.names = found, names
+    def __init__(self, dataset: Any, names: dict[str, list[str]]) -> None:
+        self.dataset, self.names = dataset, names
 
     def __call__(self, title: str, start: Any = None) -> Iterator[Row]:
-        for number in range(start or 0, len(self.found)):
-            yield Row(number + 1, f"{title}:{number}", with_class_names(self.found[number], self.names))
+        for number in range(start or 0, len(self.dataset)):
+            yield Row(number + 1, f"{title}:{number}", with_class_names(self.dataset[number], self.names))
 
 
 class _Batch:
-    """Normalises rows of an `IterableDataset`; a bad row stays, with its cause in a column of its own."""
+    """Normalises rows of an `IterableDataset`; a bad row stays, with its cause in `ERROR_COLUMN`."""
 
     def __init__(
         self,
@@ -220,22 +220,22 @@ class _Batch:
         self.normalise, self.columns, self.title, self.names = normalise, columns, title, names
 
     def __call__(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        made: dict[str, list[Any]] = {column: [] for column in self.columns}
-        for place, index in enumerate(indices):
+        normalised: dict[str, list[Any]] = {column: [] for column in self.columns}
+        for number, index in enumerate(indices):
             name = f"{self.title}:{index}"
             row: dict[str, Any]
             try:
-                raw = {column: values[place] for column, values in batch.items()}
+                raw = {column: values[number] for column, values in batch.items()}
                 row = self.normalise(name, with_class_names(raw, self.names))
-            except Fault as fault:
-                row = {FAULT: json.dumps(Skip.of(name, fault))}
-            for column, values in made.items():
+            except RowError as row_error:
+                row = {ERROR_COLUMN: json.dumps(SkippedRow.of(name, row_error))}
+            for column, values in normalised.items():
                 values.append(row.get(column))
-        return made
+        return normalised
 
 
 def _stamp(shard: str) -> list[Any]:
-    """What changes when a file does."""
+    """Return what changes when a file does: its size and time."""
     try:
         if is_remote(shard):
             import fsspec
@@ -244,17 +244,17 @@ def _stamp(shard: str) -> list[Any]:
             info = filesystem.info(inner)
             return [shard, info.get("size"), str(info.get("ETag") or info.get("last_commit") or info.get("mtime"))]
         shard = os.path.abspath(os.path.expanduser(shard))
-        if os.path.isdir(shard):  # a folder that is read as one: what it holds, for it does not change with its files
+        if os.path.isdir(shard):  # a folder's own time does not change with its files
             inside = sorted(path for path in Path(shard).rglob("*") if path.is_file())
             return [shard, [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in inside]]
-        found = os.stat(shard)
-        return [shard, found.st_size, found.st_mtime_ns]
+        status = os.stat(shard)
+        return [shard, status.st_size, status.st_mtime_ns]
     except OSError:
         return [shard, None]
 
 
 def _root(error: BaseException) -> BaseException:
-    """What `datasets` wraps into its own error."""
+    """Return the error that `datasets` wrapped into its own."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error

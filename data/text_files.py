@@ -1,18 +1,20 @@
-"""JSON and JSON Lines row by row, and what all text files share: encodings, byte order marks, names of rows."""
+"""Read JSON and JSON Lines row by row; encodings, byte order marks and row names for all text files."""
 
 import codecs
 import io
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import Any, BinaryIO, NamedTuple
 
 from bifocal.data.paths import open_file
-from bifocal.data.skips import Fault
+from bifocal.data.skips import RowError
+from bifocal.errors import first_line
 
 LONGEST_LINE = 64 * 2**20  # bytes; a longer line is one bad row
 _CHUNK = 2**18  # characters read at once
-_HEAD = 4096  # bytes looked at to tell UTF-16 and UTF-32 from UTF-8
+_HEAD = 4096  # bytes read to tell UTF-16 and UTF-32 from UTF-8
 _BOMS = {  # the longer marks first: that of UTF-32 begins with that of UTF-16
     codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
@@ -27,42 +29,39 @@ class Row(NamedTuple):
     """A row of a file.
 
     Args:
-        position: where to begin for the rows after this one; plain JSON.
-        name: of the row, for logs: the file's name and what finds the row in it.
-        value: its columns, or why it has none.
+        position: where to resume after this row, in plain JSON types.
+        name: name for logs: the file's name and the row's place in it.
+        value: its columns, or why it cannot be read.
     """
 
     position: Any
     name: str
-    value: dict[str, Any] | Fault
+    value: dict[str, Any] | RowError
 
 
 Reader = Callable[[str, Any], Iterator[Row]]
 
 
-class FileFault(Fault):
+class FileError(RowError):
     """Why a whole file cannot be read as its source says, such as another encoding or delimiter."""
 
     def __init__(self, cause: str, detail: str) -> None:
-        super().__init__(cause, detail, shard=True)
+        super().__init__(cause, detail, file_lost=True)
 
     def __reduce__(self) -> Any:
-        return FileFault, (self.cause, self.detail)
+        return FileError, (self.cause, self.detail)
 
 
-def short(path: str) -> str:
+def file_name(path: str) -> str:
+    """Return the last part of a path."""
     return path.rstrip("/").rpartition("/")[2]
 
 
-def lost(error: Exception) -> Fault:
-    """Return the fault of a file that cannot be read, or not further."""
+def file_error(error: Exception) -> RowError:
+    """Return the error of a file that cannot be read, or not to its end."""
     if isinstance(error, FileNotFoundError):
-        return Fault("missing file", _said(error), shard=True)
-    return Fault("file breaks off", _said(error), shard=True)
-
-
-def _said(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        return RowError("missing file", first_line(error)[:300], file_lost=True)
+    return RowError("file breaks off", first_line(error)[:300], file_lost=True)
 
 
 def _lone_surrogate(error: UnicodeError) -> tuple[str, int]:
@@ -74,7 +73,14 @@ def _lone_surrogate(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error(_LONE, _lone_surrogate)
 
 
+def numbered(rows: Iterable[Row], start: Any) -> Iterator[Row]:
+    """Yield rows after the first `start`, each with its number as the position."""
+    for number, row in islice(enumerate(rows, 1), start or 0, None):
+        yield row._replace(position=number)
+
+
 def is_utf8(encoding: str | None) -> bool:
+    """Return whether an encoding is UTF-8, with or without a byte order mark."""
     return encoding is None or codecs.lookup(encoding).name in ("utf-8", "utf-8-sig")
 
 
@@ -85,52 +91,58 @@ def open_text(path: str, encoding: str | None) -> io.TextIOWrapper:
         encoding: a codec of Python; UTF-8, with or without a byte order mark, if None.
 
     Raises:
-        FileFault: if no encoding is given and the file is in UTF-16 or UTF-32.
+        FileError: if no encoding is given and the file is in UTF-16 or UTF-32.
         OSError: if the file cannot be read.
     """
     file = open_file(path)
-    if is_utf8(encoding):
-        _require_utf8(file)
+    try:
+        if is_utf8(encoding):
+            _require_utf8(file)
+    except BaseException:
+        file.close()
+        raise
     return io.TextIOWrapper(file, "utf-8-sig" if is_utf8(encoding) else encoding, errors=_LONE, newline="")
 
 
 def _require_utf8(file: BinaryIO) -> None:
-    """
+    """Require that a file is not in UTF-16 or UTF-32.
+
     Raises:
-        FileFault: if the file begins with the byte order mark of another encoding, or with many zero bytes.
+        FileError: if the file begins with the byte order mark of another encoding, or with many zero bytes.
     """
     head = file.read(_HEAD)
     file.seek(0)
     for mark, encoding in _BOMS.items():
         if head.startswith(mark):
-            raise FileFault(
+            raise FileError(
                 "not UTF-8", f"it begins with the byte order mark of {encoding.upper()}; set encoding={encoding}"
             )
     zeros = [head[first::4].count(0) for first in range(4)]
-    if 4 * sum(zeros) >= len(head) > 0:  # in UTF-8 a zero byte is rare
+    if 4 * sum(zeros) >= len(head) > 0:  # zero bytes are rare in UTF-8
         width = 32 if 3 * sum(zeros) >= 2 * len(head) else 16
         encoding = f"utf-{width}-{'be' if zeros[0] > zeros[3] else 'le'}"
-        raise FileFault("not UTF-8", f"it begins with zero bytes as {encoding} has them; set encoding={encoding}")
+        raise FileError("not UTF-8", f"it begins with zero bytes as {encoding} has them; set encoding={encoding}")
 
 
-def wrong_encoding(encoding: str | None, error: UnicodeError) -> FileFault:
-    return FileFault(f"not {encoding}", f"{_said(error)}; set another encoding, or none for UTF-8")
+def wrong_encoding(encoding: str | None, error: UnicodeError) -> FileError:
+    """Return the error of a file that is not in the encoding that its source sets."""
+    return FileError(f"not {encoding}", f"{first_line(error)[:300]}; set another encoding, or none for UTF-8")
 
 
 def read_json_lines(path: str, start: Any = None, encoding: str | None = None) -> Iterator[Row]:
-    """JSONL, plain or gzipped; a position is [bytes, lines]. A file that holds an array is read as one.
+    """Yield the rows of a JSONL file, plain or gzipped; a position is [bytes, lines]. An array is read, too.
 
     Raises:
-        FileFault: if the file is in another encoding, or holds one object over several lines.
+        FileError: if the file is in another encoding, or holds one object over several lines.
     """
     return _read_json(path, start, encoding, ("[{", "[]"))
 
 
 def read_json(path: str, start: Any = None, encoding: str | None = None) -> Iterator[Row]:
-    """A JSON file: an array of objects, read piece by piece, or lines. A position in an array is a number of rows.
+    """Yield the rows of a JSON file: an array of objects, or lines. A position in an array is a number of rows.
 
     Raises:
-        FileFault: as `read_json_lines`.
+        FileError: as `read_json_lines`.
     """
     return _read_json(path, start, encoding, ("[",))
 
@@ -141,13 +153,13 @@ def _read_json(path: str, start: Any, encoding: str | None, arrays: tuple[str, .
             head = text.read(_HEAD).lstrip()
     except UnicodeError as error:
         raise wrong_encoding(encoding, error) from error
-    except EOFError:  # of gzip; said when the lines are read
+    except EOFError:  # of gzip; reported when the lines are read
         head = ""
     if "".join(head.split())[:2].startswith(arrays):
         yield from _read_array(path, start, encoding)
         return
     if re.match(r"\{[ \t]*[\r\n]", head):
-        raise FileFault(
+        raise FileError(
             "broken JSON", "it holds an object over several lines; write one object a line, or an array of objects"
         )
     position, number = start or (0, 0)
@@ -158,12 +170,12 @@ def _read_json(path: str, start: Any, encoding: str | None, arrays: tuple[str, .
             for line, length in _lines(file):
                 position, number = position + length, number + 1
                 if line is None:
-                    fault = Fault("line too long", f"{length:,} bytes")
-                    yield Row((position, number), f"{short(path)}:{number}", fault)
+                    row_error = RowError("line too long", f"{length:,} bytes")
+                    yield Row((position, number), f"{file_name(path)}:{number}", row_error)
                 elif line.strip():
-                    yield Row((position, number), f"{short(path)}:{number}", _parsed(line))
-        except (OSError, EOFError) as error:  # gzip says EOFError where it was cut
-            yield Row(None, f"{short(path)}:{number + 1}", lost(error))
+                    yield Row((position, number), f"{file_name(path)}:{number}", _parsed(line))
+        except (OSError, EOFError) as error:  # gzip raises EOFError if the file was cut
+            yield Row(None, f"{file_name(path)}:{number + 1}", file_error(error))
 
 
 def _skip(file: Any, position: int, seekable: bool) -> None:
@@ -175,7 +187,7 @@ def _skip(file: Any, position: int, seekable: bool) -> None:
 
 
 class _Recoded(io.RawIOBase):
-    """A text file in another encoding as bytes in UTF-8."""
+    """A text file in another encoding, as bytes in UTF-8."""
 
     def __init__(self, file: BinaryIO, encoding: str) -> None:
         self.text = io.TextIOWrapper(file, encoding, errors=_LONE, newline="")
@@ -193,7 +205,7 @@ class _Recoded(io.RawIOBase):
 
 
 def _lines(file: Any) -> Iterator[tuple[bytes | None, int]]:
-    """Lines and their lengths in bytes, also where they end in carriage returns; None in place of one too long."""
+    """Yield lines with their lengths in bytes; None for a line that is too long. A carriage return ends a line, too."""
     while line := file.readline(LONGEST_LINE):
         if len(line) < LONGEST_LINE or line.endswith(b"\n"):
             # Within a line of JSON there is no carriage return, so it can only be the end of one.
@@ -206,14 +218,14 @@ def _lines(file: Any) -> Iterator[tuple[bytes | None, int]]:
         yield None, length
 
 
-def _parsed(line: bytes) -> dict[str, Any] | Fault:
+def _parsed(line: bytes) -> dict[str, Any] | RowError:
     try:
         value = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        return Fault("not UTF-8", f"{str(error)[:200]}; {OTHER_ENCODING}")
+        return RowError("not UTF-8", f"{str(error)[:200]}; {OTHER_ENCODING}")
     except (ValueError, RecursionError) as error:
-        return Fault("broken JSON", str(error)[:200])
-    return value if isinstance(value, dict) else Fault("broken JSON", f"a {type(value).__name__} and no object")
+        return RowError("broken JSON", str(error)[:200])
+    return value if isinstance(value, dict) else RowError("broken JSON", f"a {type(value).__name__}, not an object")
 
 
 def _read_array(path: str, start: Any, encoding: str | None) -> Iterator[Row]:
@@ -224,17 +236,17 @@ def _read_array(path: str, start: Any, encoding: str | None) -> Iterator[Row]:
                 number += 1
                 if number <= (start or 0):
                     continue
-                found = value if isinstance(value, dict) else Fault("broken JSON", "an entry that is no object")
-                yield Row(number, f"{short(path)}:{number}", found)
+                entry = value if isinstance(value, dict) else RowError("broken JSON", "an entry that is not an object")
+                yield Row(number, f"{file_name(path)}:{number}", entry)
         except (ValueError, RecursionError, OSError, EOFError) as error:
-            said = (
+            problem = (
                 ValueError(f"in entry {number + 1}: {error.msg}") if isinstance(error, json.JSONDecodeError) else error
             )
-            yield Row(None, f"{short(path)}:{number + 1}", lost(said))
+            yield Row(None, f"{file_name(path)}:{number + 1}", file_error(problem))
 
 
 class _Array:
-    """The entries of a JSON array, of which only a piece is held. (ijson, made for this, ends at the first NaN.)"""
+    """Iterates over the entries of a JSON array with only a piece in memory (ijson would stop at the first NaN)."""
 
     def __init__(self, text: Any) -> None:
         self.text = text
@@ -257,13 +269,13 @@ class _Array:
             raise ValueError(f"there is more after the end of the array: {rest!r}")
 
     def _more(self) -> bool:
-        """Read on; twice as much each time, so that a long entry is not parsed too often."""
+        """Read more, twice as much each time, so that a long entry is not parsed too often."""
         piece = self.text.read(max(_CHUNK, len(self.held) - self.at))
         self.held, self.at = self.held[self.at :] + piece, 0
         return bool(piece)
 
     def _sign(self) -> str:
-        """Take the next character that is no space; an empty string at the end."""
+        """Take the next character that is not a space; an empty string at the end."""
         while True:
             match = _BLANK.match(self.held, self.at)
             self.at = match.end() if match else self.at
@@ -274,9 +286,10 @@ class _Array:
                 return ""
 
     def _entry(self) -> Any:
-        """
+        """Take the next entry.
+
         Raises:
-            ValueError: if the entry is no JSON, or does not end.
+            ValueError: if the entry is not valid JSON, or does not end.
         """
         if self._sign():
             self.at -= 1

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bifocal.data.skips import Fault
+from bifocal.data.skips import RowError
 from bifocal.errors import EvaluationError
 from bifocal.evaluation.rows import Rows, as_sequence
 
@@ -62,7 +62,7 @@ def class_numbers(rows: Rows, classes: Sequence[str]) -> dict[int, int]:
             continue
         label_number = _as_whole_number(label)
         if label_number is None or is_unlabelled(label):
-            rows.skipped[number] = Fault("no label", f"{label!r:.100}")
+            rows.skipped[number] = RowError("no label", f"{label!r:.100}")
         elif not 0 <= label_number < len(classes):
             raise EvaluationError(
                 f"{rows.name(number)} of '{rows.task}' has the label {label_number}, but there are {len(classes)} "

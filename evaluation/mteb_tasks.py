@@ -1,6 +1,5 @@
 """MTEB (arXiv 2210.07316) and its image tasks (arXiv 2504.10471), run and cached by the mteb library."""
 
-import difflib
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from bifocal.errors import EvaluationError, first_line
+from bifocal.errors import EvaluationError, closest_name, first_line
 from bifocal.evaluation.encoders import Encoder, load_encoder, sentence_transformer
 from bifocal.evaluation.protocols import Result
 
@@ -35,8 +34,8 @@ def find_tasks(names: Sequence[str]) -> list[Any]:
     known = {task.metadata.name for task in mteb.get_tasks(exclude_superseded=False)}
     unknown = next((name for name in names if name not in known), None)
     if unknown is not None:
-        near = difflib.get_close_matches(unknown, known, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else "see mteb's list of tasks."
+        closest = closest_name(unknown, known)
+        hint = f"did you mean '{closest}'?" if closest else "see mteb's list of tasks."
         raise EvaluationError(f"mteb has no task '{unknown}'; {hint}")
     return [mteb.get_task(name) for name in names]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from bifocal.data.skips import Fault, Skip
+from bifocal.data.skips import RowError, SkippedRow
 from bifocal.errors import EvaluationError
 from bifocal.evaluation.encoders import Encoder
 from bifocal.evaluation.failures import worst_searches
@@ -50,7 +50,7 @@ class Result:
     sizes: dict[str, int]
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
     examples: list[dict[str, Any]] = field(default_factory=list)
-    skips: list[Skip] = field(default_factory=list)
+    skips: list[SkippedRow] = field(default_factory=list)
     seconds: float = 0.0
     parameters: int = 0
     speed: dict[str, float] = field(default_factory=dict)
@@ -203,7 +203,7 @@ def linear_probe(
         for number in rows.good:
             label = rows.columns["labels"][number]
             if is_unlabelled(label):
-                rows.skipped[number] = Fault("no label", f"{label!r:.100}")
+                rows.skipped[number] = RowError("no label", f"{label!r:.100}")
         by_row, _ = rows.images(encoder)
         rows.require_some()
         vectors.append(np.stack([by_row[number] for number in rows.good]))

@@ -9,9 +9,9 @@ import numpy as np
 from PIL import Image
 from transformers.utils import logging
 
-from bifocal.data.images import fault_of
-from bifocal.data.normalize import Normaliser
-from bifocal.data.skips import Fault, Skip, summary
+from bifocal.data.images import image_row_error
+from bifocal.data.normalize import RowNormaliser
+from bifocal.data.skips import RowError, SkippedRow, summary
 from bifocal.errors import EvaluationError
 from bifocal.evaluation.encoders import Encoder
 from bifocal.modeling import load_image
@@ -79,8 +79,8 @@ class Rows:
             counts = " and ".join(f"{count:,} {what}" for what, count in lengths.items())
             raise EvaluationError(f"'{task}' has {counts}; give one of each per row.")
         self.count = next(iter(lengths.values()))
-        self.skipped: dict[int, Fault] = {}
-        self._normalise = Normaliser("image-text")
+        self.skipped: dict[int, RowError] = {}
+        self._normalise = RowNormaliser("image-text")
         if not self.count:
             raise EvaluationError(f"'{task}' has no rows; check the source of its {next(iter(lengths))}.")
 
@@ -90,9 +90,9 @@ class Rows:
         return [number for number in range(self.count) if number not in self.skipped]
 
     @property
-    def skips(self) -> list[Skip]:
+    def skips(self) -> list[SkippedRow]:
         """The skipped rows with their names."""
-        return [Skip.of(self.name(number), self.skipped[number]) for number in sorted(self.skipped)]
+        return [SkippedRow.of(self.name(number), self.skipped[number]) for number in sorted(self.skipped)]
 
     def name(self, number: int) -> str:
         return str(self.names[number]) if self.names is not None else f"{self.task}:{number}"
@@ -114,8 +114,8 @@ class Rows:
                 normalised = self._normalise.texts(column, {column: value})
                 texts = [normalised] if isinstance(normalised, str) else normalised
                 if most is not None and len(texts) > most:
-                    raise Fault(f"a list as {column}", f"{len(texts)} texts instead of one")
-            except Fault as fault:
+                    raise RowError(f"a list as {column}", f"{len(texts)} texts instead of one")
+            except RowError as fault:
                 self.skipped[number] = fault
             else:
                 by_row[number] = texts
@@ -136,7 +136,7 @@ class Rows:
                 if not np.isfinite(by_row[number]):
                     raise ValueError
             except (TypeError, ValueError):
-                self.skipped[number] = Fault(f"no {column}", f"{value!r:.100} is no number")
+                self.skipped[number] = RowError(f"no {column}", f"{value!r:.100} is no number")
         return {number: value for number, value in by_row.items() if number not in self.skipped}
 
     def images(self, encoder: Encoder) -> tuple[dict[int, np.ndarray], dict[int, str]]:
@@ -161,7 +161,7 @@ class Rows:
             try:
                 image = load_image(image_source(images[number]))
             except Exception as error:  # a decoding column of `datasets` raises whatever Pillow does
-                self.skipped[number] = error if isinstance(error, Fault) else fault_of(error)
+                self.skipped[number] = error if isinstance(error, RowError) else image_row_error(error)
                 continue
             digests[number] = image_digest(image)
             batch[number] = image
@@ -199,12 +199,12 @@ def image_source(value: Any) -> Any:
     """Return what `load_image` reads: the bytes or path of an undecoded `datasets.Image`, or the value itself.
 
     Raises:
-        Fault: if there is no image.
+        RowError: if there is no image.
     """
     if value is None:
-        raise Fault("no image", "None")
+        raise RowError("no image", "None")
     if isinstance(value, Mapping):
         value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
         if value is None:
-            raise Fault("no image", "neither bytes nor a path")
+            raise RowError("no image", "neither bytes nor a path")
     return value

@@ -13,7 +13,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from bifocal.data.evaluation_protocols import PROTOCOLS
-from bifocal.data.skips import Skip, Skipped, start_log
+from bifocal.data.skips import SkipLog, SkippedRow, start_log
 from bifocal.errors import EvaluationError
 from bifocal.evaluation.encoders import Encoder, load_encoder, require_model
 from bifocal.evaluation.mteb_tasks import find_tasks, run_mteb
@@ -101,7 +101,7 @@ def evaluate(
 
     Raises:
         EvaluationError, RecipeError: if there is no such task or model, or nothing to evaluate on.
-        BadRowsError: if more rows are bad than a source's `max_bad` allows.
+        BadRowsError: if more rows are bad than a source's `max_bad_fraction` allows.
         OSError: if the folder cannot be written.
     """
     models, only, mteb = ([one] if isinstance(one, str) else list(one) for one in (models, only, mteb))
@@ -112,7 +112,7 @@ def evaluate(
     for model in models:
         require_model(model)
     results: dict[str, list[Result]] = {model: [] for model in models}
-    skipped = Skipped(start_log(out / "skipped.jsonl"))
+    skipped = SkipLog(start_log(out / "skipped.jsonl"))
     with tempfile.TemporaryDirectory(prefix="bifocal-evaluate-") as scratch:
         runs = [_TaskRun(task, models, out / "results", Path(scratch), skipped) for task in tasks]
         for model in models:
@@ -140,7 +140,7 @@ class _TaskRun:
     """
 
     def __init__(
-        self, task: EvaluationTask, models: Sequence[str], cache: Path, scratch: Path, skipped: Skipped
+        self, task: EvaluationTask, models: Sequence[str], cache: Path, scratch: Path, skipped: SkipLog
     ) -> None:
         self.task, self.skipped, self.skips_logged = task, skipped, False
         self.paths = {model: cache / _cache_key(model, task) for model in models}
@@ -209,7 +209,7 @@ def _load_cached(path: Path) -> Result | None:
         return None
     try:
         result = Result(**json.loads(facts.read_text(encoding="utf-8")))
-        result.skips = [Skip(*skip) for skip in result.skips]
+        result.skips = [SkippedRow(*skip) for skip in result.skips]
         with np.load(path.with_name(path.name + ".npz")) as arrays:
             result.arrays |= {name: arrays[name] for name in arrays.files}
     except (OSError, ValueError, TypeError, EOFError, BadZipFile):

@@ -1,6 +1,5 @@
 """Evaluation suites: which data sets to evaluate on, and by which protocols."""
 
-import difflib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from pydantic import Field
 from bifocal.data.evaluation_protocols import ProtocolName
 from bifocal.data.schema import Strict, read_yaml, validated
 from bifocal.data.source import Source
-from bifocal.errors import RecipeError
+from bifocal.errors import RecipeError, closest_name
 from bifocal.evaluation.protocols import TEMPLATES
 
 SHIPPED = Path(__file__).parent / "suites"
@@ -73,8 +72,8 @@ class EvaluationSuite(Strict):
         known = [task.name for task in self.tasks]
         unknown = next((name for name in names if name not in known), None)
         if unknown is not None:
-            near = difflib.get_close_matches(unknown, known, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"its tasks are {', '.join(known)}."
+            closest = closest_name(unknown, known)
+            hint = f"did you mean '{closest}'?" if closest else f"its tasks are {', '.join(known)}."
             raise RecipeError(f"There is no task '{unknown}' in '{self.name}'; {hint}")
         return [task for task in self.tasks if not names or task.name in names]
 

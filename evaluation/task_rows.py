@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bifocal.data.beir import is_beir, whole_beir
+from bifocal.data.beir import is_beir, load_beir
 from bifocal.data.evaluation_protocols import PROTOCOLS
-from bifocal.data.inspection import rows_of
-from bifocal.data.skips import Fault, Skip, Skipped
+from bifocal.data.loading import iter_rows
+from bifocal.data.skips import RowError, SkipLog, SkippedRow
 from bifocal.data.source import Source
 from bifocal.errors import EvaluationError, RecipeError
 from bifocal.evaluation import protocols
@@ -36,7 +36,7 @@ class TaskRows:
 
     names: list[str] = field(default_factory=list)
     columns: dict[str, Any] = field(default_factory=dict)
-    skips: list[Skip] = field(default_factory=list)
+    skips: list[SkippedRow] = field(default_factory=list)
     count: int = 0
     digest: str = ""
     joined: dict[str, list[str]] = field(default_factory=dict)
@@ -116,7 +116,7 @@ class TaskData:
         return protocols.pair_classification(encoder, task.name, first, second, labels, names)
 
 
-def read_task(task: EvaluationTask, scratch: Path, skipped: Skipped) -> TaskData:
+def read_task(task: EvaluationTask, scratch: Path, skipped: SkipLog) -> TaskData:
     """Read the rows of a task.
 
     Args:
@@ -127,7 +127,7 @@ def read_task(task: EvaluationTask, scratch: Path, skipped: Skipped) -> TaskData
     Raises:
         EvaluationError: if no row can be used.
         RecipeError: if there is nothing at the path, or no such column.
-        BadRowsError: if more rows are bad than the source's `max_bad` allows.
+        BadRowsError: if more rows are bad than the source's `max_bad_fraction` allows.
     """
     if task.kind == "text-retrieval":
         rows = _read_retrieval(task)
@@ -145,22 +145,22 @@ def read_task(task: EvaluationTask, scratch: Path, skipped: Skipped) -> TaskData
     return TaskData(task, rows, train)
 
 
-def log_skips(data: TaskData, result: Result, skipped: Skipped) -> None:
+def log_skips(data: TaskData, result: Result, skipped: SkipLog) -> None:
     """Log the rows that were skipped.
 
     Raises:
-        BadRowsError: if more rows are bad than the source's `max_bad` allows.
+        BadRowsError: if more rows are bad than the source's `max_bad_fraction` allows.
     """
     skipped.add(data.task.name, data.count, result.skips)
-    skipped.check(data.task.name, data.task.data.max_bad, ended=True)
+    skipped.check(data.task.name, data.task.data.max_bad_fraction, ended=True)
 
 
-def _require_good_rows(rows: TaskRows, source: Source, name: str, skipped: Skipped) -> None:
-    counts = Skipped()
+def _require_good_rows(rows: TaskRows, source: Source, name: str, skipped: SkipLog) -> None:
+    counts = SkipLog()
     counts.add(name, rows.count, rows.skips)
-    if counts.share(name) > source.max_bad:
+    if counts.share(name) > source.max_bad_fraction:
         skipped.add(name, rows.count, rows.skips)
-        skipped.check(name, source.max_bad, ended=True)
+        skipped.check(name, source.max_bad_fraction, ended=True)
     if rows.count == len(rows.skips):
         raise EvaluationError(f"'{name}' has no row that can be used; look at {source.title}.")
 
@@ -168,12 +168,12 @@ def _require_good_rows(rows: TaskRows, source: Source, name: str, skipped: Skipp
 def _read(source: Source, row_kind: str, scratch: Path) -> TaskRows:
     rows = TaskRows()
     digest = hashlib.blake2b(digest_size=16)
-    for row_name, row in rows_of(source, row_kind):
+    for row_name, row in iter_rows(source, row_kind):
         if source.limit is not None and len(rows.names) >= source.limit:
             break
         rows.count += 1
-        if isinstance(row, Fault):
-            rows.skips.append(Skip.of(row_name, row))
+        if isinstance(row, RowError):
+            rows.skips.append(SkippedRow.of(row_name, row))
             continue
         if "image" in row:
             row["image"], fingerprint = _store_image(row["image"], scratch)
@@ -220,8 +220,8 @@ def _read_retrieval(task: EvaluationTask) -> TaskRows:
     """Read queries, corpus and relevant passages from a BEIR folder, or from pairs, where equal texts are one."""
     folder = os.path.expanduser(task.data.path) if isinstance(task.data.path, str) else ""
     if os.path.isdir(folder) and is_beir(folder):
-        queries, corpus, relevant, faults = whole_beir(folder, task.data.split)
-        rows = TaskRows(skips=[Skip.of(*fault) for fault in faults], count=len(faults) + len(queries) + len(corpus))
+        queries, corpus, relevant, skips = load_beir(folder, task.data.split)
+        rows = TaskRows(skips=skips, count=len(skips) + len(queries) + len(corpus))
     else:
         rows = _read(task.data, PROTOCOLS[task.kind].row_kind, Path())
         columns = rows.columns or {"query": [], "positive": []}

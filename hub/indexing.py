@@ -10,10 +10,11 @@ from typing import Any
 
 from bifocal.data.filters import RowFilter
 from bifocal.data.image_files import FoundImages, by_suffix, find_images, image_suffixes, printable
-from bifocal.data.inspection import rows_of
-from bifocal.data.loading import METADATA, guess_kind
-from bifocal.data.paths import Fence, expand, is_remote
-from bifocal.data.skips import Fault
+from bifocal.data.loading import infer_kind as infer_row_kind
+from bifocal.data.loading import iter_rows
+from bifocal.data.locate import METADATA_FILES
+from bifocal.data.paths import AllowedRoots, expand, is_remote
+from bifocal.data.skips import RowError
 from bifocal.data.source import Source
 from bifocal.errors import DataError
 from bifocal.hub.search.index import SearchIndex
@@ -120,7 +121,7 @@ def infer_kind(source: Source, kind: str | None = None) -> str:
     if _image_files(source) is not None:
         return "image-only"
     try:
-        kind = guess_kind(source)
+        kind = infer_row_kind(source)
     except DataError:
         if folder is None:
             raise
@@ -170,7 +171,7 @@ def _require_rows(path: str, kind: str | None) -> None:
 
 def _table_of(folder: str, split: str) -> str | None:
     """Return the table of a folder's images; None if it has none."""
-    paths = (os.path.join(folder, inner, name) for inner in ("", split) for name in METADATA)
+    paths = (os.path.join(folder, inner, name) for inner in ("", split) for name in METADATA_FILES)
     return next(filter(os.path.exists, paths), None)
 
 
@@ -206,7 +207,7 @@ class ItemReader:
         self.root = os.path.dirname(self.table) if self.table is not None else self.folder
         paths = [self.source.path] if isinstance(self.source.path, str) else self.source.path
         parent = self.root or os.path.dirname(os.path.expanduser(paths[0])) or "."
-        roots = [*Fence(self.source.images).roots.items(), ("", os.path.realpath(parent))]
+        roots = [*AllowedRoots(self.source.image_root).roots.items(), ("", os.path.realpath(parent))]
         self.roots = sorted(roots, key=lambda one: -len(one[1]))  # innermost first
         self.item_source = ItemSource(self._identity(), {"captions": self.captions}, complete=self.source.limit is None)
 
@@ -229,7 +230,7 @@ class ItemReader:
             "items": "images" if images else content,
             "name": source.name,
             "split": source.split,
-            "column": source.columns.get(content),
+            "column": source.mapped_columns.get(content),
         }
 
     def items(self) -> Iterator[Item]:
@@ -246,14 +247,14 @@ class ItemReader:
             return
         image_paths: set[str] = set()
         count = 0
-        for name, row in rows_of(self.source, self.kind):
+        for name, row in iter_rows(self.source, self.kind):
             if self.source.limit is not None and count >= self.source.limit:
                 return
-            if isinstance(row, Fault):
+            if isinstance(row, RowError):
                 name = printable(self._name(name))
                 self.skipped.append((name, str(row)))
-                self.item_source.complete &= not row.shard
-                if not row.dropped:  # what a filter excludes may be deleted
+                self.item_source.complete &= not row.file_lost
+                if not row.filtered:  # what a filter excludes may be deleted
                     self.item_source.unread.add(name)
                     # An image has the name of its file, and which file this row names is unknown. In a folder, images
                     # are read without their rows, but captions are not.
@@ -282,8 +283,10 @@ class ItemReader:
             self.skipped.append((printable(name), reason))
             self.item_source.unread.add(printable(name))
         self.item_source.complete &= files.complete
-        if self.source.columns and self.table is None:
-            raise DataError(f"'{self.source.title}' has images and no table, so it has no columns. Remove columns.")
+        if self.source.column_mapping and self.table is None:
+            raise DataError(
+                f"'{self.source.title}' has images and no table, so it has no columns. Remove column_mapping."
+            )
         row_filter = RowFilter(self.source.clean) if self.source.clean is not None else None
         for number, name in enumerate(files.names):
             path = os.path.join(root, name)
@@ -292,9 +295,9 @@ class ItemReader:
             try:
                 if row_filter is not None:
                     row_filter({"image": path})
-            except Fault as fault:
+            except RowError as fault:
                 self.skipped.append((printable(name), str(fault)))
-                if not fault.dropped:
+                if not fault.filtered:
                     self.item_source.unread.add(printable(name))
                 continue
             yield Item(printable(name), "", path, has_stable_name=True)

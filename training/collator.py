@@ -10,10 +10,10 @@ from typing import Any, cast
 import torch
 from PIL import Image
 
-from bifocal.data.images import PictureReader
+from bifocal.data.images import ImageReader
 from bifocal.data.kinds import COLUMNS
 from bifocal.data.row_names import row_name
-from bifocal.data.skips import Fault, Skip
+from bifocal.data.skips import RowError, SkippedRow
 from bifocal.errors import TrainingError
 from bifocal.modeling import BifocalProcessor
 from bifocal.modeling.processing_bifocal import private_tokenizer, token_ids
@@ -31,7 +31,7 @@ _TRIES = 100  # of finding a row in the place of one that cannot be used
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 
-def fault_text(skip: Skip) -> str:
+def fault_text(skip: SkippedRow) -> str:
     return f"{skip.cause}: {skip.detail}" if skip.detail else skip.cause
 
 
@@ -101,7 +101,7 @@ class MultiTaskCollator:
         seed: of the draws.
         augment: applied to each picture with a random generator.
         rank: of the process.
-        exact: hand pictures to the processor whole (see `PictureReader`).
+        exact: hand pictures to the processor whole (see `ImageReader`).
         skip: put another row of the data set in the place of one that cannot be used.
         pad_to: tokens that every text is padded to, without an attention mask (see `padded_length`).
 
@@ -129,7 +129,7 @@ class MultiTaskCollator:
         self.rank = rank
         self.skip = skip
         self.pad_to = pad_to
-        self.pictures = PictureReader(processor.image_processor, exact, crop=augment is None)
+        self.pictures = ImageReader(processor.image_processor, exact, crop=augment is None)
 
     def __call__(self, items: Sequence[dict[str, Any] | None]) -> StepInputs | None:
         """
@@ -146,7 +146,7 @@ class MultiTaskCollator:
         images: list[Inputs] = []
         tasks: dict[str, Columns] = {}
         pictures = 0
-        skips: dict[str, tuple[int, list[Skip], int]] = dict(item.get("skips", {}))
+        skips: dict[str, tuple[int, list[SkippedRow], int]] = dict(item.get("skips", {}))
         for task, names, columns in item["tasks"]:
             names, rows, skipped = self._whole(task, names, columns, item["step"])
             skips.setdefault(task.name, (len(rows), skipped, 0))
@@ -186,7 +186,7 @@ class MultiTaskCollator:
 
     def usable(
         self, task: Task, names: Sequence[Any], columns: dict[str, Any]
-    ) -> tuple[list[dict[str, Any] | None], list[Skip]]:
+    ) -> tuple[list[dict[str, Any] | None], list[SkippedRow]]:
         """Return each row as the collator takes it, None for those that cannot be used, and why not."""
         rows: list[dict[str, Any] | None] = []
         skipped = []
@@ -194,14 +194,14 @@ class MultiTaskCollator:
             values = {column: found[place] for column, found in columns.items()}
             try:
                 rows.append(usable_row(task, values, self.pictures.decode))
-            except Fault as fault:
+            except RowError as fault:
                 rows.append(None)
-                skipped.append(Skip.of(row_name(task.dataset, name), fault))
+                skipped.append(SkippedRow.of(row_name(task.dataset, name), fault))
         return rows, skipped
 
     def _whole(
         self, task: Task, names: Sequence[Any], columns: dict[str, Any], step: int
-    ) -> tuple[list[Any], list[dict[str, Any]], list[Skip]]:
+    ) -> tuple[list[Any], list[dict[str, Any]], list[SkippedRow]]:
         """Names and rows of a batch; with `skip`, other rows of the data set in place of those that cannot be used."""
         names = list(names)
         rows, skipped = self.usable(task, names, columns)

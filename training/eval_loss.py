@@ -11,7 +11,7 @@ from PIL import Image
 from transformers.utils import logging
 
 from bifocal.data.kinds import COLUMNS
-from bifocal.data.skips import Skip, Skipped, summary
+from bifocal.data.skips import SkipLog, SkippedRow, summary
 from bifocal.errors import TrainingError
 from bifocal.training.collator import MultiTaskCollator
 from bifocal.training.engine.distributed import World
@@ -87,7 +87,7 @@ def evaluate_tasks(trainer: Any, tasks: Sequence[Task], prefix: str) -> dict[str
         for task in tasks:
             objective = Objective({task.name: task}, World(), trainer.args.loss_form, trainer.args.loss_reduction)
             sums = np.zeros(3)  # of rows, losses and accuracies, the latter two times the rows
-            skipped: list[Skip] = []
+            skipped: list[SkippedRow] = []
             batches = np.array_split(np.arange(len(task.dataset)), -(-len(task.dataset) // task.batch_size))
             # Where a forward pass is a collective, all make as many: the last ones again, counted by none.
             for turn in range(-(-len(batches) // world.size)):
@@ -136,11 +136,11 @@ def _stand_in(task: Task) -> dict[str, Any]:
     return row
 
 
-def _report(task: Task, skipped: Sequence[Skip]) -> int:
+def _report(task: Task, skipped: Sequence[SkippedRow]) -> int:
     """Say once which rows are skipped; returns their number."""
     if not skipped:
         return 0
-    counts = Skipped()
+    counts = SkipLog()
     counts.add(task.name, len(task.dataset), skipped)
     counts.check(task.name, task.max_bad, ended=True)
     rows = list(dict.fromkeys(skip.row for skip in skipped))

@@ -20,6 +20,7 @@ def mine_source(
         MiningError, NotOursError, DataError: if the settings, the data or the model cannot be used.
     """
     from bifocal.data.loading import load_source
+    from bifocal.data.schema import validated
     from bifocal.data.source import Source
     from bifocal.training import mining
 
@@ -29,13 +30,13 @@ def mine_source(
         theirs, equals, ours = column.partition("=")
         if not equals:
             raise RecipeError(f"'{column}' names no column. Write it as in question=query, yours first.")
-        renamed[ours] = theirs
+        renamed[theirs] = ours
     if direction not in mining.DIRECTIONS:
         raise mining.MiningError(f"direction must be one of {', '.join(mining.DIRECTIONS)}, but it is '{direction}'.")
     if out.is_dir():
         raise mining.MiningError(f"'{out}' is a folder. Give the Parquet file to write.")
     kind = "text-pair" if direction == "text-to-text" else "image-text"
-    data = load_source(Source(path=source, columns=renamed), kind)
+    data = load_source(validated(Source, {"path": source, "column_mapping": renamed}, []), kind)
     chosen = mining.MiningSettings(**settings)
     if direction == "text-to-text":
         mined = mining.mine_texts(data, _load_model(model, across=False), chosen, cache)

@@ -9,7 +9,7 @@ from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArgum
 
 from bifocal.data.loading import load_source
 from bifocal.data.shards import ShardStream
-from bifocal.data.skips import FAULT, Skipped
+from bifocal.data.skips import ERROR_COLUMN, SkipLog
 from bifocal.errors import RecipeError
 from bifocal.files import RUN, replace_folder
 from bifocal.modeling import BifocalProcessor, BifocalTextConfig, BifocalTextForMaskedLM
@@ -45,12 +45,12 @@ def train_mlm(recipe: Recipe, arguments: BifocalTrainingArguments | None = None)
         )
     if recipe.mlm.data.streaming and "max_steps" not in recipe.training:
         raise RecipeError(f"Recipe '{recipe.name}': an epoch of a stream has no length. Set training.max_steps.")
-    data = load_source(recipe.mlm.data, "text-only", recipe.seed, Skipped(loading_log(recipe)), "mlm")
+    data = load_source(recipe.mlm.data, "text-only", recipe.seed, SkipLog(loading_log(recipe)), "mlm")
     columns = ["text"]
     if isinstance(data, ShardStream):
         data = data.as_iterable()
     elif recipe.mlm.data.streaming:
-        columns.append(FAULT)
+        columns.append(ERROR_COLUMN)
     if recipe.mlm.data.streaming and recipe.tokenizer_vocab_size is not None:
         raise RecipeError(
             f"Recipe '{recipe.name}' trains a tokenizer, which a stream cannot. Set processor, or streaming: false."

@@ -1,7 +1,6 @@
 """Recipes: what a training stage starts from, trains on, and how. Read from YAML and checked before loading data."""
 
 import dataclasses
-import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -9,9 +8,9 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from bifocal.data.readers import format_of
-from bifocal.data.schema import Strict, ended, nearest, problem_of, read_yaml, set_override
+from bifocal.data.schema import Strict, ended, key_hint, problem_of, read_yaml, set_override
 from bifocal.data.source import Source
-from bifocal.errors import RecipeError
+from bifocal.errors import RecipeError, closest_name
 from bifocal.training.arguments import BifocalTrainingArguments
 from bifocal.training.shipped_recipes import shipped_recipe
 
@@ -196,9 +195,9 @@ def _missing_file(source: str) -> str | None:
     if not local or "://" in source or any(sign in source for sign in "*?[{") or path.exists():
         return None
     beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, beside, n=1, cutoff=0.8)
+    closest = closest_name(path.name, beside, cutoff=0.8)
     return f"there is nothing at '{source}'; " + (
-        f"did you mean '{path.parent / near[0]}'?" if near else "check the path"
+        f"did you mean '{path.parent / closest}'?" if closest else "check the path"
     )
 
 
@@ -217,7 +216,7 @@ def _check_training(training: dict[str, Any]) -> None:
         if key == "resume_from_checkpoint":
             raise _TrainingKeyError(key, f"'{key}' has no effect; a run resumes from its last checkpoint by itself")
         if key not in fields:
-            raise _TrainingKeyError(key, f"unknown key '{key}'{nearest(key, fields)}")
+            raise _TrainingKeyError(key, f"unknown key '{key}'{key_hint(key, fields)}")
         try:
             adapter: TypeAdapter[Any] = TypeAdapter(fields[key].type)  # type: ignore[arg-type]
         except Exception:  # a type that pydantic has no schema for; TrainingArguments checks it

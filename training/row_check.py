@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from bifocal.data.kinds import COLUMNS
-from bifocal.data.skips import Fault
+from bifocal.data.skips import RowError
 from bifocal.training.tasks import Task
 
 
@@ -12,16 +12,16 @@ def usable_row(task: Task, values: Mapping[str, Any], decode: Callable[[Any], An
     """Return a row as the collator takes it: texts as strings or lists of them, images decoded.
 
     Args:
-        values: by column; a `Fault` stands for what could not be read.
+        values: by column; a `RowError` stands for what could not be read.
         decode: reads an image, or a list of them; images stay as they are when None.
 
     Raises:
-        Fault: if the row cannot be used, and why.
+        RowError: if the row cannot be used, and why.
     """
     row = dict(values)
     for column in COLUMNS[task.kind]:
         value = row.get(column)
-        if isinstance(value, Fault):
+        if isinstance(value, RowError):
             raise value
         if column == "image":
             row[column] = value if decode is None else decode(value)
@@ -37,7 +37,7 @@ def _texts(column: str, value: Any) -> str | list[str]:
     if not isinstance(value, list):
         return _text(column, value)
     if not value:
-        raise Fault(f"no {column}", "an empty list")
+        raise RowError(f"no {column}", "an empty list")
     return [_text(column, one) for one in value]
 
 
@@ -45,7 +45,7 @@ def _negatives(value: Any, number: int) -> list[str]:
     value = _as_list(value)
     values = value if isinstance(value, list) else [] if value is None else [value]
     if len(values) < number:
-        raise Fault("too few negatives", f"{len(values)} of {number}")
+        raise RowError("too few negatives", f"{len(values)} of {number}")
     return [_text("negatives", one) for one in values[:number]]
 
 
@@ -58,11 +58,11 @@ def _as_list(value: Any) -> Any:
 
 def _text(column: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise Fault(f"no {column}", f"{value!r:.40} is not text")
+        raise RowError(f"no {column}", f"{value!r:.40} is not text")
     if not value.strip():
-        raise Fault(f"no {column}", "an empty text")
+        raise RowError(f"no {column}", "an empty text")
     try:
         value.encode()
     except UnicodeEncodeError:  # half of a surrogate pair, which no tokenizer takes
-        raise Fault("not UTF-8", f"in {column}: {value[:100]!r}") from None
+        raise RowError("not UTF-8", f"in {column}: {value[:100]!r}") from None
     return str(value)

@@ -13,7 +13,7 @@ from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import ProgressCallback
 
 from bifocal.data.loading import load_source
-from bifocal.data.skips import Skipped
+from bifocal.data.skips import SkipLog
 from bifocal.data.symbols import random_shift
 from bifocal.errors import RecipeError, TrainingError
 from bifocal.files import (
@@ -84,7 +84,7 @@ def prepare(
     # Before loading: under torchrun the arguments start the process group, and the first process prepares data alone.
     arguments = arguments or training_arguments(recipe, **changes)
     with arguments.main_process_first(desc="loading data"):
-        skipped = Skipped(loading_log(recipe))
+        skipped = SkipLog(loading_log(recipe))
         tasks = _tasks(recipe, recipe.tasks, load, skipped)
         eval_tasks = _tasks(recipe, recipe.eval_tasks, load, skipped)
         processor = load_processor(recipe, tasks)
@@ -105,13 +105,13 @@ def prepare(
     return Prepared(recipe, tasks, processor, trainer)
 
 
-def _tasks(recipe: Recipe, task_recipes: Sequence[Any], load: Callable[..., Any], skipped: Skipped) -> list[Task]:
+def _tasks(recipe: Recipe, task_recipes: Sequence[Any], load: Callable[..., Any], skipped: SkipLog) -> list[Task]:
     tasks = []
     for item in task_recipes:
         options = item.model_dump(exclude={"data"})
         try:
             data = load(item.data, item.kind, recipe.seed, skipped, item.name)
-            tasks.append(Task(dataset=data, max_bad=item.data.max_bad, **options))
+            tasks.append(Task(dataset=data, max_bad=item.data.max_bad_fraction, **options))
         except ValueError as error:
             raise RecipeError(f"Recipe '{recipe.name}', task '{item.name}': {error}") from error
     return tasks

@@ -9,8 +9,8 @@ import numpy as np
 
 from bifocal.data.kinds import COLUMNS
 from bifocal.data.shards import Block, ShardStream
-from bifocal.data.skips import FAULT, Fault, Skip, summary
-from bifocal.errors import TrainingError
+from bifocal.data.skips import ERROR_COLUMN, RowError, SkippedRow, summary
+from bifocal.errors import TrainingError, first_line
 from bifocal.training.row_check import usable_row
 from bifocal.training.tasks import Task
 
@@ -26,7 +26,7 @@ class BlockReader:
         task: whose data set is read: a `ShardStream` or a `datasets.IterableDataset`.
         seed: of the order in each block.
         number, count: this reader takes part `number` of `count`.
-        decode: reads the value of an `image` column, and raises `Fault` where it cannot.
+        decode: reads the value of an `image` column, and raises `RowError` where it cannot.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class BlockReader:
         self._names: list[str] = []
         self._columns: dict[str, list[Any]] = {}
         self._order: np.ndarray = np.empty(0, dtype=np.int64)
-        self._report: tuple[int, list[Skip], int] = (0, [], 0)
+        self._report: tuple[int, list[SkippedRow], int] = (0, [], 0)
 
     def take(self, count: int) -> tuple[list[str], dict[str, list[Any]]]:
         """Names of the next `count` rows that can be used, and their columns, pictures decoded.
@@ -64,8 +64,8 @@ class BlockReader:
             self.used += 1
             try:
                 values = usable_row(self.task, {name: found[row] for name, found in self._columns.items()}, self.decode)
-            except Fault as fault:
-                self._add(0, [Skip.of(self._names[row], fault)])
+            except RowError as fault:
+                self._add(0, [SkippedRow.of(self._names[row], fault)])
                 continue
             self.good += 1
             names.append(self._names[row])
@@ -73,12 +73,12 @@ class BlockReader:
                 columns.setdefault(column, []).append(value)
         return names, columns
 
-    def report(self) -> tuple[int, list[Skip], int]:
+    def report(self) -> tuple[int, list[SkippedRow], int]:
         """Rows looked at since the last report, those left out, and files read to their end."""
         found, self._report = self._report, (0, [], 0)
         return found
 
-    def _add(self, rows: int, skips: list[Skip], shards: int = 0) -> None:
+    def _add(self, rows: int, skips: list[SkippedRow], shards: int = 0) -> None:
         before = self._report
         self._report = (before[0] + rows, before[1] + skips, before[2] + shards)
 
@@ -175,7 +175,7 @@ class _DatasetPart:
         try:
             rows = next(self._blocks, None)
         except Exception as error:  # of the code that makes the rows, or of the place where they are read
-            line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+            line = first_line(error)[:300]
             raise TrainingError(
                 f"The stream of task '{self.task.name}' cannot be read beyond row {self._name(self.row)} "
                 f"({type(error).__name__}: {line}). Make it skip such rows, or keep images undecoded."
@@ -183,8 +183,8 @@ class _DatasetPart:
         if rows is None:
             return None
         total = len(next(iter(rows.values())))
-        faults = rows.pop(FAULT, None) or [None] * total
-        skips = [Skip(*json.loads(fault)) for fault in faults if fault is not None]
+        faults = rows.pop(ERROR_COLUMN, None) or [None] * total
+        skips = [SkippedRow(*json.loads(fault)) for fault in faults if fault is not None]
         kept = [row for row, fault in enumerate(faults) if fault is None]
         columns = rows if len(kept) == total else {name: [v[row] for row in kept] for name, v in rows.items()}
         names = [self._name(self.row + row) for row in kept]
@@ -196,5 +196,5 @@ class _DatasetPart:
         return f"{row * self.step + self.first}{self.suffix}{again}"
 
 
-def _causes(skips: list[Skip]) -> str:
+def _causes(skips: list[SkippedRow]) -> str:
     return f" ({summary(Counter(skip.cause for skip in skips))})" if skips else ""

@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from bifocal.data.image_decoding import disable_image_decoding
 from bifocal.data.kinds import COLUMNS
-from bifocal.data.skips import Fault
+from bifocal.data.skips import RowError
 from bifocal.errors import TrainingError
 
 logger = logging.get_logger(__name__)
@@ -144,20 +144,20 @@ def _first_row(rows: RowsByNumber) -> tuple[dict[str, Any] | None, Exception | N
 
 
 def read_rows(dataset: Any, rows: Sequence[int]) -> dict[str, list[Any]]:
-    """Return the columns of some rows; a row that cannot be read has a `Fault` in each."""
+    """Return the columns of some rows; a row that cannot be read has a `RowError` in each."""
     try:
         return dict(dataset[list(rows)])
     except Exception:  # a transform, a user's own class, or a disk: find out which rows it is
         found = [_read_alone(dataset, row) for row in rows]
-    names = next((list(row) for row in found if not isinstance(row, Fault)), list(dataset.column_names))
-    return {name: [row if isinstance(row, Fault) else row.get(name) for row in found] for name in names}
+    names = next((list(row) for row in found if not isinstance(row, RowError)), list(dataset.column_names))
+    return {name: [row if isinstance(row, RowError) else row.get(name) for row in found] for name in names}
 
 
-def _read_alone(dataset: Any, row: int) -> dict[str, Any] | Fault:
+def _read_alone(dataset: Any, row: int) -> dict[str, Any] | RowError:
     try:
         return {name: values[0] for name, values in dataset[[row]].items()}
     except Exception as error:
-        return Fault("row cannot be read", _line(error))
+        return RowError("row cannot be read", _line(error))
 
 
 def _line(error: BaseException) -> str:

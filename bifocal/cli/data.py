@@ -1,4 +1,4 @@
-"""The commands `bifocal data ...`: look at corpora and sources, clean them, caption pictures."""
+"""The commands `bifocal data ...`: list corpora, inspect and clean sources, caption images."""
 
 from collections import Counter
 from dataclasses import asdict
@@ -10,23 +10,25 @@ import typer
 from bifocal.cli.console import require, writes_into
 from bifocal.errors import BifocalError
 
-data = typer.Typer(name="data", help="Look at training data, clean it, caption pictures.", no_args_is_help=True)
+data = typer.Typer(name="data", help="Inspect and clean training data, caption images.", no_args_is_help=True)
 
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        help="key=value of a source, such as columns.caption=title, images=FOLDER, delimiter=';' or clean.min_side=64."
+        help="key=value of a source, such as column_mapping.title=caption, image_root=FOLDER, delimiter=';' or "
+        "clean.min_image_size=64."
     ),
 ]
 SourceArgument = Annotated[str, typer.Argument(help="Files, a pattern, a folder, a Hub id or corpus:NAME.")]
 Kind = Annotated[
-    str | None, typer.Option(help="image-text, text-pair, text-triplet or text-only; told by the columns if not given.")
+    str | None,
+    typer.Option(help="image-text, text-pair, text-triplet or text-only; inferred from the columns if omitted."),
 ]
 
 
 @data.command("list")
 def list_corpora() -> None:
-    """Print the public corpora that a recipe can name."""
+    """List the public corpora that a recipe can name."""
     require("pydantic", "yaml")
     from bifocal.data.corpora import listing
 
@@ -34,8 +36,8 @@ def list_corpora() -> None:
 
 
 @data.command()
-def show(name: Annotated[str, typer.Argument(help="One that `bifocal data list` prints.")]) -> None:
-    """Explain one corpus, and print what a recipe needs for it."""
+def show(name: Annotated[str, typer.Argument(help="Name of a corpus, from `bifocal data list`.")]) -> None:
+    """Show what is known about a corpus, and the lines that a recipe needs for it."""
     require("pydantic", "yaml")
     from bifocal.data.corpora import explained
 
@@ -47,25 +49,25 @@ def inspect(
     source: SourceArgument,
     overrides: Overrides = None,
     kind: Kind = None,
-    rows: Annotated[int, typer.Option(min=0, help="Look at so many rows; 0 means all.")] = 10_000,
+    rows: Annotated[int, typer.Option(min=0, help="Number of rows to inspect; 0 means all.")] = 10_000,
     out: Annotated[Path, typer.Option(help="HTML page to write.")] = Path("runs/data.html"),
 ) -> None:
-    """Write a page about a source: counts, lengths, sizes, duplicates, a sample, what is left out and why."""
+    """Write a page about a source: counts, lengths, sizes, duplicates, a sample, skipped rows and their causes."""
     require("datasets", "jinja2", "matplotlib", "pydantic")
     from bifocal.data.inspection import inspect_source
     from bifocal.data.inspection_page import PAGE, write_data_page
-    from bifocal.data.loading import guess_kind
-    from bifocal.data.source import source_of
+    from bifocal.data.loading import infer_kind
+    from bifocal.data.source import parse_source
     from bifocal.files import require_overwritable
 
     if out.is_dir():
         raise BifocalError(f"'{out}' is a folder. Give the HTML file to write with --out.")
     writes_into(out.parent)
     require_overwritable(out, PAGE)
-    given = source_of(source, overrides)
-    found = inspect_source(given, _kind(kind) or guess_kind(given), rows or None)
-    write_data_page(asdict(found), out)
-    typer.echo(f"{found.good:,} of {found.rows:,} rows can be used; see {out}.")
+    parsed = parse_source(source, overrides)
+    inspection = inspect_source(parsed, _kind(kind) or infer_kind(parsed), rows or None)
+    write_data_page(asdict(inspection), out)
+    typer.echo(f"{inspection.good:,} of {inspection.rows:,} rows can be used; see {out}.")
 
 
 @data.command()
@@ -75,49 +77,50 @@ def clean(
     overrides: Overrides = None,
     kind: Kind = None,
 ) -> None:
-    """Write the rows of a source that pass its filters into a folder of Parquet files, which may be streamed."""
+    """Write the rows of a source that pass its filters as Parquet files, which can be streamed."""
     require("datasets", "pydantic")
     from bifocal.data.clean_copy import write_clean
-    from bifocal.data.loading import guess_kind
-    from bifocal.data.skips import Skipped, summary
-    from bifocal.data.source import source_of
+    from bifocal.data.loading import infer_kind
+    from bifocal.data.skips import SkipLog, summary
+    from bifocal.data.source import parse_source
 
     writes_into(out)
-    skipped = Skipped(out / "skipped.jsonl")
-    given = source_of(source, overrides)
-    rows = write_clean(given, _kind(kind) or guess_kind(given), out, skipped)
-    left_out: Counter[str] = Counter()
-    for counts in [*skipped.bad.values(), *skipped.dropped.values()]:
-        left_out += counts
-    said = f"; left out: {summary(left_out)} (see {out / 'skipped.jsonl'})" if left_out else ""
-    typer.echo(f"{rows:,} rows are in {out}{said}.")
+    skipped = SkipLog(out / "skipped.jsonl")
+    parsed = parse_source(source, overrides)
+    rows = write_clean(parsed, _kind(kind) or infer_kind(parsed), out, skipped)
+    skips: Counter[str] = Counter()
+    for counts in [*skipped.bad.values(), *skipped.filtered.values()]:
+        skips += counts
+    note = f"; skipped: {summary(skips)} (see {out / 'skipped.jsonl'})" if skips else ""
+    typer.echo(f"{rows:,} rows are in {out}{note}.")
 
 
 @data.command()
 def caption(
     source: SourceArgument,
-    out: Annotated[Path, typer.Argument(help="Folder for the captions; a killed run there goes on.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the captions; a killed run resumes.")],
     model: Annotated[str, typer.Option(help="An image-text model of transformers, by Hub id or folder.")],
     overrides: Overrides = None,
-    recipe: Annotated[
-        Path | None, typer.Option(help="YAML with the prompt; the one that comes with Bifocal if none.")
-    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="YAML file with the prompt; Bifocal's own if omitted.")] = None,
 ) -> None:
-    """Write long captions for pictures, so that stage 2 has something to train on."""
+    """Generate long captions for images with any image-text model, as training data for stage 2."""
     require("datasets", "pydantic")
     from bifocal.data.captioning import caption_recipe, caption_source
-    from bifocal.data.source import source_of
+    from bifocal.data.source import parse_source
 
     writes_into(out, "free space and run the command again; it resumes")
-    made = caption_source(source_of(source, overrides), out, caption_recipe(model, recipe))
-    before = f", {made.before:,} were there before" if made.before else ""
-    skipped = f", {made.skipped:,} left out (see {out / 'skipped.jsonl'})" if made.skipped else ""
-    typer.echo(f"{made.made:,} captions are in {out}{before}{skipped}; in a recipe: path: {out}/*.parquet, images: /.")
+    counts = caption_source(parse_source(source, overrides), out, caption_recipe(model, recipe))
+    before = f", {counts.existing:,} existed before" if counts.existing else ""
+    skipped = f", {counts.skipped:,} skipped (see {out / 'skipped.jsonl'})" if counts.skipped else ""
+    typer.echo(
+        f"{counts.captioned:,} captions are in {out}{before}{skipped}; in a recipe: "
+        f"path: {out}/*.parquet, image_root: /."
+    )
 
 
-def _kind(given: str | None) -> str | None:
+def _kind(kind: str | None) -> str | None:
     from bifocal.data.kinds import KINDS
 
-    if given is not None and given not in KINDS:
-        raise BifocalError(f"'{given}' is no kind of rows; it must be one of {', '.join(KINDS)}.")
-    return given
+    if kind is not None and kind not in KINDS:
+        raise BifocalError(f"'{kind}' is not a kind of rows. Use one of {', '.join(KINDS)}.")
+    return kind

@@ -52,13 +52,13 @@ def index(
     from tqdm import tqdm
 
     from bifocal.data.image_files import printable
-    from bifocal.data.source import source_of
+    from bifocal.data.source import parse_source
     from bifocal.hub.indexing import index_source
 
     writes_into(out, "free space and run the command again; it resumes")
     with tqdm(desc="Reading items", unit="", leave=False) as bar:
         summary = index_source(
-            source_of(source, overrides), out, model, kind, captions, prune, dim or [], precision or ["float32"],
+            parse_source(source, overrides), out, model, kind, captions, prune, dim or [], precision or ["float32"],
             batch_size, progress=lambda count: bar.update(count - bar.n),
         )  # fmt: skip
     _print_summary(summary, printable(source), printable(str(out)), prune)
@@ -77,11 +77,11 @@ def _print_summary(
     """
     result, skipped = summary.result, summary.skipped
     for name, reason in skipped[:_MAX_NAMED]:
-        typer.echo(f"Skipped: {name}: {reason}", err=True)
+        typer.echo(f"SkipLog: {name}: {reason}", err=True)
     if len(skipped) > _MAX_NAMED:
         typer.echo(f"... and {len(skipped) - _MAX_NAMED} more.", err=True)
     for files in summary.ignored:
-        typer.echo(f"Skipped: {files}.", err=True)
+        typer.echo(f"SkipLog: {files}.", err=True)
     if not result.new + result.known + result.duplicates:
         raise BifocalError(f"Nothing in '{source}' could be indexed.")
     counted = [

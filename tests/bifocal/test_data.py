@@ -39,9 +39,9 @@ def test_inspect_and_clean(here):
     done = run("inspect", "a.jsonl", "clean.max_characters=15")
     assert done.stdout == "14 of 20 rows can be used; see runs/data.html.\n"
     assert "long positive" in (here / "runs" / "data.html").read_text()
-    cleaned = run("clean", "a.jsonl", "out", "clean.max_characters=15", "max_bad=0.1")
+    cleaned = run("clean", "a.jsonl", "out", "clean.max_characters=15", "max_bad_fraction=0.1")
     assert cleaned.exit_code == 0, cleaned.stderr
-    assert cleaned.stdout == "14 rows are in out; left out: 5 long positive, 1 no query (see out/skipped.jsonl).\n"
+    assert cleaned.stdout == "14 rows are in out; skipped: 5 long positive, 1 no query (see out/skipped.jsonl).\n"
     assert len((here / "out" / "skipped.jsonl").read_text().splitlines()) == 6
     assert run("inspect", "out/*.parquet").stdout == "14 of 14 rows can be used; see runs/data.html.\n"
 
@@ -55,12 +55,12 @@ def test_inspect_and_clean(here):
         (["inspect", "empty.csv"], "'empty.csv' is empty (0 bytes) and has no rows."),
         (["inspect", "s.csv"], "has a semicolon where a comma was expected; set delimiter=';'."),
         (["inspect", "s.csv", "delimiter=;;"], "'delimiter=;;': the delimiter must be one character, such as ';'"),
-        (["inspect", "a.jsonl", "clean.min_sid=3"], "'clean.min_sid=3': unknown key 'min_sid'; did you mean"),
-        (["inspect", "a.jsonl", "--kind", "images"], "'images' is no kind of rows; it must be one of image-text"),
+        (["inspect", "a.jsonl", "clean.min_image_siz=3"], "unknown key 'min_image_siz'; did you mean"),
+        (["inspect", "a.jsonl", "--kind", "images"], "'images' is not a kind of rows. Use one of image-text"),
         (["inspect", "a.jsonl", "--kind", "image-text"], "'a.jsonl' has no column 'image' (it has query, positive)"),
         (["inspect", "x.jsonl"], "Cannot infer the kind of rows of 'x.jsonl' from its columns (a). Name it with"),
-        (["clean", "bad.jsonl", "out"], "50.0% of 2 rows are bad, more than max_bad=0.01 allows (1 no query)"),
-        (["caption", "photos", "out", "--model", "photos"], "'photos' is no image-text model that transformers"),
+        (["clean", "bad.jsonl", "out"], "50.0% of 2 rows are bad, more than max_bad_fraction=0.01 allows (1 no query)"),
+        (["caption", "photos", "out", "--model", "photos"], "'photos' is not an image-text model that transformers"),
     ],
 )  # fmt: skip
 def test_bad_input_gets_one_sentence(here, command, message):
@@ -97,14 +97,14 @@ def test_what_is_in_the_way_is_left_alone(here):
     refused = run("inspect", "a.jsonl", "--out", "page.html")
     assert refused.stderr.startswith("Error: 'page.html' exists and is not known as a file of Bifocal's")
     assert (here / "page.html").read_text() == "my own page"
-    refused = run("clean", "a.jsonl", "clean", "max_bad=0.5")
+    refused = run("clean", "a.jsonl", "clean", "max_bad_fraction=0.5")
     assert refused.stderr == (
-        "Error: 'clean/skipped.jsonl' is no log of skipped rows, and one would be written there; move it away.\n"
+        "Error: 'clean/skipped.jsonl' is not a log of skipped rows, which would be written there. Move it away.\n"
     )
     assert (here / "clean" / "skipped.jsonl").read_text() == '{"id": 1, "reason": "mine"}'
     for _ in range(2):  # the log of a run that failed is ours
-        assert "are bad, more than max_bad" in run("clean", "a.jsonl", "out").stderr
-    assert run("clean", "a.jsonl", "out", "max_bad=0.5").exit_code == 0
+        assert "are bad, more than max_bad_fraction" in run("clean", "a.jsonl", "out").stderr
+    assert run("clean", "a.jsonl", "out", "max_bad_fraction=0.5").exit_code == 0
     assert (here / ".out" / "mine.parquet").exists()
     before = (here / "out" / "skipped.jsonl").read_text()
     assert "'out' is not empty" in run("clean", "a.jsonl", "out").stderr
@@ -127,9 +127,10 @@ def test_a_recipe_reads_shards_from_a_pattern(here):
     recipe = {
         "name": "r", "init_from": "m", "training": {"max_steps": 1},
         "tasks": [{"name": "laion", "kind": "image-text", "batch_size": 4, "rows": 5, "data": {
-            "path": shards(here / "laion", [3, 2]), "streaming": True, "clean": {"min_side": 8}, "max_bad": 0.02,
+            "path": shards(here / "laion", [3, 2]), "streaming": True, "clean": {"min_image_size": 8},
+            "max_bad_fraction": 0.02,
         }}],
     }  # fmt: skip
     (here / "r.yaml").write_text(json.dumps(recipe))
     loaded = load_recipe(here / "r.yaml", files=True)
-    assert loaded.tasks[0].data.clean.min_side == 8
+    assert loaded.tasks[0].data.clean.min_image_size == 8

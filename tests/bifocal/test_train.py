@@ -180,7 +180,7 @@ tokenizer_vocab_size: 300
 max_length: 32
 model: {hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 48}
 mlm:
-  data: {path: texts.csv, columns: {text: sentence}}
+  data: {path: texts.csv, column_mapping: {sentence: text}}
   batch_size: 8
 training: {max_steps: 100, learning_rate: 5e-3, logging_steps: 10, save_steps: 20}
 """
@@ -229,7 +229,10 @@ def test_stage_0_and_a_stage_that_starts_from_it(reader):
             "'tasks.pairs.data.path=nothing.jsonl': there is nothing at 'nothing.jsonl'; check the path.",
         ),
         ("tasks.pairs.data.path=pairs.json", "there is nothing at 'pairs.json'; did you mean 'pairs.jsonl'?"),
-        ("tasks.pairs.data.columns.query=question", "'pairs.jsonl' has no column 'question' (it has query, positive)"),
+        (
+            "tasks.pairs.data.column_mapping.question=query",
+            "'pairs.jsonl' has no column 'question' (it has query, positive)",
+        ),
         ("tasks.pairs.kind=text-triplet", "has no column 'negatives' (it has query, positive); none of them"),
         (
             "tasks.pairs.batch_size=71",
@@ -238,9 +241,12 @@ def test_stage_0_and_a_stage_that_starts_from_it(reader):
         ("tasks.pairs.data.limit=1", "has 1 rows, fewer than its batch of 64; give a smaller batch_size or more rows."),
         (
             "tasks.pairs.data.path=broken.jsonl",
-            "100.0% of 1 rows are bad, more than max_bad=0.01 allows (1 broken JSON); they are named in runs/bad/",
+            "100.0% of 1 rows are bad, more than max_bad_fraction=0.01 allows (1 broken JSON); they are named in runs",
         ),
-        ("tasks.pairs.data.path=empty.jsonl", "1.6% of 64 rows are bad, more than max_bad=0.01 allows (1 no positive)"),
+        (
+            "tasks.pairs.data.path=empty.jsonl",
+            "1.6% of 64 rows are bad, more than max_bad_fraction=0.01 allows (1 no positive)",
+        ),
         ("device=cuda", "needs CUDA, but this machine has none. Set device=cpu or auto."),
         ("init_from=runs/nothing", "there is no processor at 'runs/nothing'"),
         ("init_from.stage=stage7", "but runs/stage7/model does not exist. Run `bifocal train stage7` first."),

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from bifocal.data.loading import open_stream
-from bifocal.data.skips import Fault
+from bifocal.data.skips import RowError
 from bifocal.data.source import Source
 
 
@@ -57,9 +57,9 @@ def lines(path: Path, rows: list) -> Path:
     return path
 
 
-def faults(stream) -> dict[str, str]:
+def row_errors(stream) -> dict[str, str]:
     """Cause by row name of what a stream leaves out."""
-    return {name: row.cause for name, row in stream.rows() if isinstance(row, Fault)}
+    return {name: row.cause for name, row in stream.rows() if isinstance(row, RowError)}
 
 
 def good(stream) -> list[dict]:

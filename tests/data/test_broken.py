@@ -16,18 +16,18 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from bifocal.data.images import PictureReader
+from bifocal.data.images import ImageReader
 from bifocal.data.loading import load_source
-from bifocal.data.skips import BadRowsError, Fault, Skip, Skipped
+from bifocal.data.skips import BadRowsError, RowError, SkipLog, SkippedRow
 from bifocal.data.source import Source
-from tests.data.files import add, faults, good, lines, picture, shard, shards, stream
+from tests.data.files import add, good, lines, picture, row_errors, shard, shards, stream
 
 # Pictures
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["reduced", "exact"])
-def reader(request, processor) -> PictureReader:
-    return PictureReader(processor.image_processor, exact=request.param, crop=False)
+def reader(request, processor) -> ImageReader:
+    return ImageReader(processor.image_processor, exact=request.param, crop=False)
 
 
 def bomb() -> bytes:
@@ -49,20 +49,20 @@ def bomb() -> bytes:
 @pytest.mark.parametrize(
     ("content", "cause"),
     [
-        (picture((400, 300))[:5000], "broken picture"),
-        (picture()[:100] + b"\0" * 200 + picture()[300:], "not a picture"),
-        (picture((400, 300), "PNG")[:3000], "broken picture"),
-        (b"<!doctype html><html><body>404 Not Found</body></html>", "not a picture"),
-        (b"\xff\xd8\xff\xe0 no JPEG after this", "broken picture"),
+        (picture((400, 300))[:5000], "broken image"),
+        (picture()[:100] + b"\0" * 200 + picture()[300:], "not an image"),
+        (picture((400, 300), "PNG")[:3000], "broken image"),
+        (b"<!doctype html><html><body>404 Not Found</body></html>", "not an image"),
+        (b"\xff\xd8\xff\xe0 no JPEG after this", "broken image"),
         (bomb(), "decompression bomb"),
-        ("/no/such/picture.jpg", "missing picture"),
+        ("/no/such/picture.jpg", "missing image"),
     ],
 )
 def test_broken_pictures_by_cause(reader, content, cause):
-    with pytest.raises(Fault) as fault:
+    with pytest.raises(RowError) as row_error:
         reader.decode(content)
-    assert fault.value.cause == cause
-    assert "\n" not in fault.value.detail
+    assert row_error.value.cause == cause
+    assert "\n" not in row_error.value.detail
 
 
 def saved(image: Image.Image, form: str, **options) -> bytes:
@@ -101,7 +101,7 @@ def test_a_tar_cut_in_the_middle(tmp_path):
         kept = good(found)
         assert 0 < len(kept) < 9
         assert kept == rows[: len(kept)], "what came before the cut, and nothing half"
-        assert list(faults(found).values()) == ["file breaks off"]
+        assert list(row_errors(found).values()) == ["file breaks off"]
 
 
 def test_a_tar_cut_between_two_members_or_with_a_broken_header(tmp_path):
@@ -111,11 +111,11 @@ def test_a_tar_cut_between_two_members_or_with_a_broken_header(tmp_path):
     with tarfile.open(path) as tar:
         place = tar.getmembers()[6].offset
     path.write_bytes(whole[:place])
-    assert list(faults(stream(path)).values()) == ["file breaks off"]
+    assert list(row_errors(stream(path)).values()) == ["file breaks off"]
     path.write_bytes(whole[:place] + b"\x55" * 512 + whole[place + 512 :])
-    assert list(faults(stream(path)).values()) == ["file breaks off"]
+    assert list(row_errors(stream(path)).values()) == ["file breaks off"]
     path.write_bytes(b"no tar at all" * 100)
-    assert list(faults(stream(path)).values()) == ["file breaks off"]
+    assert list(row_errors(stream(path)).values()) == ["file breaks off"]
 
 
 def test_members_that_are_not_as_they_should_be(tmp_path):
@@ -143,7 +143,7 @@ def test_members_that_are_not_as_they_should_be(tmp_path):
         add(tar, "11.txt", b"good")
     found = stream(tmp_path / "a.tar")
     assert [row["caption"] for row in good(found)] == ["good"]
-    assert {name.partition("/")[2]: cause for name, cause in faults(found).items()} == {
+    assert {name.partition("/")[2]: cause for name, cause in row_errors(found).items()} == {
         "00": "no caption", "01": "no image", "../02": "path out of the shard", "/03": "path out of the shard",
         "04": "link in the shard", "05": "link in the shard", "06": "link in the shard", "07": "not UTF-8",
         "08": "control characters", "09": "broken JSON", "10": "no image",
@@ -155,11 +155,11 @@ def test_a_missing_shard_in_the_middle_of_a_pattern(tmp_path):
     (tmp_path / "s" / "00001.tar").unlink()
     found = stream(pattern)
     assert len(good(found)) == 6
-    assert faults(found) == {"00001.tar": "missing file"}
-    skipped = Skipped(tmp_path / "skipped.jsonl")
+    assert row_errors(found) == {"00001.tar": "missing file"}
+    skipped = SkipLog(tmp_path / "skipped.jsonl")
     with pytest.raises(BadRowsError, match=r"'s': 33.3% of 7 rows are bad.*1 missing file.*skipped.jsonl"):
         load_source(Source(path=pattern), "image-text", 0, skipped, "s")
-    assert len(load_source(Source(path=pattern, max_bad=0.4), "image-text")) == 6
+    assert len(load_source(Source(path=pattern, max_bad_fraction=0.4), "image-text")) == 6
 
 
 def test_a_shard_that_vanishes_while_it_is_read(tmp_path):
@@ -169,10 +169,10 @@ def test_a_shard_that_vanishes_while_it_is_read(tmp_path):
     first = [next(rows) for _ in range(3)]
     os.truncate(path, 30_000)
     rest = list(rows)
-    assert all(not isinstance(row, Fault) for _, row in first)
+    assert all(not isinstance(row, RowError) for _, row in first)
     assert rest[-1][1].cause == "file breaks off"
     path.unlink()
-    assert faults(stream(path.parent / "{a..b}.tar")) == {"a.tar": "missing file", "b.tar": "missing file"}
+    assert row_errors(stream(path.parent / "{a..b}.tar")) == {"a.tar": "missing file", "b.tar": "missing file"}
 
 
 class _Cut(http.server.BaseHTTPRequestHandler):
@@ -200,7 +200,7 @@ def test_a_connection_that_is_cut(tmp_path, monkeypatch, cuts, rows):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         found = stream(f"http://127.0.0.1:{server.server_address[1]}/a.tar")
         assert len(good(found)) == rows
-        assert list(faults(found).values()) == ([] if rows else ["file breaks off"])
+        assert list(row_errors(found).values()) == ([] if rows else ["file breaks off"])
         server.shutdown()
 
 
@@ -225,7 +225,7 @@ def test_json_lines(tmp_path):
     )
     found = stream(path, "text-pair")
     assert [row["query"] for row in good(found)] == ["a", "last"]
-    assert {int(name.rpartition(":")[2]): cause for name, cause in faults(found).items()} == {
+    assert {int(name.rpartition(":")[2]): cause for name, cause in row_errors(found).items()} == {
         2: "not UTF-8", 3: "broken JSON", 4: "broken JSON", 6: "control characters", 7: "not UTF-8", 8: "no query",
         9: "no query", 10: "no query", 11: "no query",
     }  # fmt: skip
@@ -240,9 +240,9 @@ def test_a_gz_cut_short(tmp_path):
     kept = good(found)
     assert 1000 < len(kept) < 2000
     assert [row["query"] for row in kept] == [row["query"] for row in rows[: len(kept)]]
-    assert list(faults(found).values()) == ["file breaks off"]
+    assert list(row_errors(found).values()) == ["file breaks off"]
     path.write_bytes(b"no gzip")
-    assert list(faults(stream(path, "text-pair")).values()) == ["file breaks off"]
+    assert list(row_errors(stream(path, "text-pair")).values()) == ["file breaks off"]
 
 
 def test_a_json_array_cut_short_or_with_a_broken_byte(tmp_path):
@@ -251,11 +251,11 @@ def test_a_json_array_cut_short_or_with_a_broken_byte(tmp_path):
     path.write_bytes(whole[: len(whole) // 2])
     found = stream(path, "text-pair")
     assert 20 < len(good(found)) < 26
-    assert list(faults(found).values()) == ["file breaks off"]
+    assert list(row_errors(found).values()) == ["file breaks off"]
     path.write_bytes(whole.replace(b"q 7", b"q \xff"))
     found = stream(path, "text-pair")
     assert len(good(found)) == 49
-    assert faults(found) == {"a.json:8": "not UTF-8"}
+    assert row_errors(found) == {"a.json:8": "not UTF-8"}
 
 
 def test_csv(tmp_path):
@@ -263,7 +263,7 @@ def test_csv(tmp_path):
     path.write_bytes(b'query,positive\na,b\nc\nd,e,f\ncaf\xe9,b\n"x\ny",z\n')
     found = stream(path, "text-pair")
     assert [row["query"] for row in good(found)] == ["a", "x\ny"]
-    assert list(faults(found).values()) == ["broken CSV", "broken CSV", "not UTF-8"]
+    assert list(row_errors(found).values()) == ["broken CSV", "broken CSV", "not UTF-8"]
 
 
 def test_a_parquet_with_a_changed_schema_and_one_cut_short(tmp_path):
@@ -278,7 +278,7 @@ def test_a_parquet_with_a_changed_schema_and_one_cut_short(tmp_path):
     pq.write_table(raw, tmp_path / "4.parquet")
     found = stream(tmp_path / "{0..4}.parquet", "text-pair")
     assert [row["query"] for row in good(found)] == [*(f"q {n}" for n in range(5)), "ok"]
-    causes = list(faults(found).values())
+    causes = list(row_errors(found).values())
     assert causes == ["no query"] * 4 + ["no query"] * 3 + ["file breaks off", "not UTF-8"]
 
 
@@ -291,7 +291,7 @@ def test_a_disk_that_fills(tmp_path):
         pytest.skip("there is no /dev/full here")
     (tmp_path / "s.jsonl").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left"):
-        Skipped(tmp_path / "s.jsonl").add("t", 1, [Skip("a", "x")])
+        SkipLog(tmp_path / "s.jsonl").add("t", 1, [SkippedRow("a", "x")])
 
 
 def test_gzip_bombs_and_long_lines_end(tmp_path):

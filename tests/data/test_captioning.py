@@ -24,7 +24,7 @@ from transformers.models.clip import CLIPImageProcessorPil
 from bifocal.data.captioning import caption_recipe, caption_source
 from bifocal.data.loading import load_source
 from bifocal.data.source import Source
-from bifocal.errors import DataError
+from bifocal.errors import RecipeError
 from tests.data.files import good, picture
 from tests.processes import run
 
@@ -94,7 +94,7 @@ def test_every_picture_gets_a_caption_and_its_origin(request, captioner, picture
     model = request.getfixturevalue(captioner)
     recipe = settings(model, prompt="black star")
     made = caption_source(Source(path=str(pictures)), tmp_path / "out", recipe)
-    assert (made.made, made.before, made.skipped) == (6, 0, 1)
+    assert (made.captioned, made.existing, made.skipped) == (6, 0, 1)
     rows = read_table(tmp_path / "out" / "part-00000.parquet").to_pylist()
     assert [row["row"] for row in rows] == [f"{n}.jpg" for n in range(7) if n != 3]
     for row in rows:
@@ -103,13 +103,13 @@ def test_every_picture_gets_a_caption_and_its_origin(request, captioner, picture
         assert row["model"] == str(model)
         assert row["revision"].startswith("folder-")
         assert row["prompt"] == "black star"
-        assert row["made"].endswith("+00:00")
-    assert '"not a picture"' in (tmp_path / "out" / "skipped.jsonl").read_text()
+        assert row["created_at"].endswith("+00:00")
+    assert '"not an image"' in (tmp_path / "out" / "skipped.jsonl").read_text()
     again = caption_source(Source(path=str(pictures)), tmp_path / "out", recipe)
-    assert (again.made, again.before, again.skipped) == (0, 6, 1)
-    data = load_source(Source(path=f"{tmp_path}/out/*.parquet", images="/", streaming=True), "image-text")
+    assert (again.captioned, again.existing, again.skipped) == (0, 6, 1)
+    data = load_source(Source(path=f"{tmp_path}/out/*.parquet", image_root="/", streaming=True), "image-text")
     assert [row["image"] for row in good(data)] == [str(pictures / f"{n}.jpg") for n in range(7) if n != 3]
-    with pytest.raises(ValueError, match=r"holds captions by another prompt .'black star'.; choose another folder"):
+    with pytest.raises(ValueError, match=r"holds captions by another prompt .'black star'.. Choose another folder"):
         caption_source(Source(path=str(pictures)), tmp_path / "out", settings(model))
 
 
@@ -159,7 +159,7 @@ print(c.caption_source(Source(path={str(folder)!r}), Path({str(tmp_path / "out")
     assert len(parts) == 2
     done = run("-c", script, AT="-1")
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "made=5, before=4" in done.stdout
+    assert "captioned=5, existing=4" in done.stdout
     assert [path.read_bytes() for path in parts] == first
     names = [
         name
@@ -175,12 +175,12 @@ def test_captions_that_are_there_are_never_overwritten(blip, pictures, tmp_path)
     (out / "part-00000.parquet").rename(out / "part-00001.parquet")
     kept = (out / "part-00001.parquet").read_bytes()
     (pictures / "9.jpg").write_bytes(picture(seed=9))
-    assert caption_source(Source(path=str(pictures)), out, settings(blip)).made == 1
+    assert caption_source(Source(path=str(pictures)), out, settings(blip)).captioned == 1
     assert (out / "part-00001.parquet").read_bytes() == kept
     assert sorted(path.name for path in out.glob("*.parquet")) == ["part-00001.parquet", "part-00002.parquet"]
     for content in (b"words", (tmp_path / "out" / "part-00001.parquet").read_bytes()):
         (out / "part-mine.parquet").write_bytes(content)
-        with pytest.raises(ValueError, match=r"part-mine.parquet' holds no captions by this command; choose another"):
+        with pytest.raises(ValueError, match=r"part-mine.parquet' was not written by this command. Choose another"):
             caption_source(Source(path=str(pictures)), out, settings(blip))
 
 
@@ -188,8 +188,8 @@ def test_what_cannot_be_done(blip, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="is an empty folder"):
         caption_source(Source(path=str(tmp_path / "empty")), tmp_path / "out", settings(blip))
-    with pytest.raises(ValueError, match="is no image-text model that transformers can load"):
+    with pytest.raises(ValueError, match="is not an image-text model that transformers can load"):
         caption_source(Source(path=str(tmp_path / "empty")), tmp_path / "out", settings(tmp_path / "empty"))
     (tmp_path / "r.yaml").write_text("prompt: hello\nmax_tokens: 3\n")
-    with pytest.raises(DataError, match=r"unknown key 'max_tokens'; did you mean 'max_new_tokens'\?"):
+    with pytest.raises(RecipeError, match=r"unknown key 'max_tokens'; did you mean 'max_new_tokens'\?"):
         caption_recipe("m", tmp_path / "r.yaml")

@@ -12,12 +12,12 @@ def test_every_entry_is_complete_and_printed():
     table = listing().splitlines()
     assert len(table) == len(corpora()) + 1 > 10
     for name, found in corpora().items():
-        assert all((found.licence, found.rows, found.verified))
-        assert found.id or found.download, "it comes from somewhere"
+        assert all((found.licence, found.num_rows, found.verified))
+        assert found.dataset_id or found.download, "it comes from somewhere"
         assert any(line.startswith(name) for line in table)
         text = explained(name)
         assert found.licence in text
-        assert ("To fetch" in text) == (found.download is not None)
+        assert ("To download" in text) == (found.download is not None)
     kinds = {found.kind for found in corpora().values()}
     assert kinds == {"image-text", "text-pair", "text-triplet", "text-only"}
 
@@ -25,7 +25,7 @@ def test_every_entry_is_complete_and_printed():
 def test_a_recipe_names_one():
     made = corpus("all-nli").source(Source(path="corpus:all-nli", split="dev", limit=5))
     assert (made.path, made.name, made.split, made.limit) == ("sentence-transformers/all-nli", "pair", "dev", 5)
-    assert made.columns == {"query": "anchor"}
+    assert made.column_mapping == {"anchor": "query"}
     shards = corpus("cc3m").source(Source(path="corpus:cc3m", streaming=True))
     assert shards.path.startswith("hf://")
     assert shards.streaming
@@ -34,5 +34,5 @@ def test_a_recipe_names_one():
 def test_unknown_ones_and_those_to_fetch():
     with pytest.raises(DataError, match=r"There is no corpus 'all-nil'; did you mean 'all-nli'\?"):
         corpus("all-nil")
-    with pytest.raises(DataError, match="'corpus:laion-400m' must be fetched first: img2dataset"):
+    with pytest.raises(DataError, match="'corpus:laion-400m' must be downloaded first: img2dataset"):
         load_source(Source(path="corpus:laion-400m"), "image-text")

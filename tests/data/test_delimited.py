@@ -10,10 +10,10 @@ import pytest
 
 from bifocal.data.delimited import read_csv
 from bifocal.data.loading import load_source, open_stream
-from bifocal.data.skips import Fault, Skipped
-from bifocal.data.source import Source, source_of
+from bifocal.data.skips import RowError, SkipLog
+from bifocal.data.source import Source, parse_source
 from bifocal.errors import DataError, RecipeError
-from tests.data.files import faults, good
+from tests.data.files import good, row_errors
 
 
 def stream(path, kind: str = "text-pair", **options):
@@ -29,7 +29,7 @@ def plain(rows) -> list:
 
 
 def values(rows) -> list[list[str]]:
-    return [list(row.value.values()) for row in rows if not isinstance(row.value, Fault)]
+    return [list(row.value.values()) for row in rows if not isinstance(row.value, RowError)]
 
 
 PIECES = [
@@ -123,7 +123,7 @@ def test_a_quote_that_never_closes_costs_its_own_row_and_no_other(tmp_path, seed
     path = tmp_path / "a.csv"
     path.write_text(text.getvalue(), encoding="utf-8")
     found = read(path)
-    bad = {row.name: row.value.cause for row in found if isinstance(row.value, Fault)}
+    bad = {row.name: row.value.cause for row in found if isinstance(row.value, RowError)}
     assert {f"a.csv:{first[number]}" for number in stray} <= set(bad)
     assert values(found) == [row for n, row in enumerate(rows) if f"a.csv:{first[n]}" not in bad]
     # Where an inch sign closes a stray quote, the rows between may be one field.
@@ -139,7 +139,7 @@ def test_streamed_and_not_the_same_rows_are_read_and_the_same_are_bad(tmp_path):
     lines[7] = 'q 7,"a caption, quoted,\nof three lines,\nand right"'
     path = tmp_path / "a.csv"
     path.write_text("query,positive\n" + "\n".join(lines), encoding="utf-8")
-    skipped = Skipped(tmp_path / "skipped.jsonl")
+    skipped = SkipLog(tmp_path / "skipped.jsonl")
     data = load_source(Source(path=str(path)), "text-pair", 0, skipped, "t")
     assert len(data) == 496
     assert skipped.bad == {"t": {"open quote": 2, "broken CSV": 2}}
@@ -148,7 +148,7 @@ def test_streamed_and_not_the_same_rows_are_read_and_the_same_are_bad(tmp_path):
     assert "'q 20,\"p 20'" in logged[0]["detail"]
     streamed = stream(path, streaming=True)
     assert good(streamed) == data.to_list()
-    assert list(faults(streamed)) == [line["row"] for line in logged]
+    assert list(row_errors(streamed)) == [line["row"] for line in logged]
     assert data[7]["positive"].count("\n") == 2
     for readers in (1, 2, 3):  # in parts, each stopped after every block and gone on with from its state
         names = []
@@ -167,7 +167,7 @@ def test_what_quotes_enclose_is_one_field_if_one_says_so(tmp_path):
     """Rows within a field, as in a column that holds tables, look like a quote that never closes."""
     path = tmp_path / "a.csv"
     path.write_text('query,positive\nq,"a,b\n1,2\n3,4\n5,6"\nlast,row\n')
-    assert list(faults(stream(path))) == ["a.csv:2", "a.csv:3", "a.csv:4", "a.csv:5"]
+    assert list(row_errors(stream(path))) == ["a.csv:2", "a.csv:3", "a.csv:4", "a.csv:5"]
     assert [row["query"] for row in good(stream(path))] == ["last"]
     assert [row["query"] for row in good(stream(path, quoting="minimal"))] == ["q", "last"]
     path.write_text('query,positive\nq 1,"p 1\nq 2,p "2"\n')
@@ -193,7 +193,7 @@ def test_what_may_be_one_row_or_several_is_neither(tmp_path, record, label):
     found = read(path)
     lines = record.count("\n") + 1
     assert [row[0] for row in values(found)] == ["0", "9"]
-    bad = [row for row in found if isinstance(row.value, Fault)]
+    bad = [row for row in found if isinstance(row.value, RowError)]
     assert [row.name for row in bad] == [f"a.csv:{3 + number}" for number in range(lines)]
     assert {row.value.cause for row in bad} == {"ambiguous quote"}
     assert all("set quoting=minimal if it is one field, or quoting=none" in row.value.detail for row in bad)
@@ -222,7 +222,7 @@ def test_tabs_and_quotes(tmp_path):
     path.write_text('query\tpositive\n"q\t12" disc\n"a\nb"\tp\n')
     found = stream(path)
     assert good(found) == [{"query": '"q', "positive": '12" disc'}, {"query": 'b"', "positive": "p"}]
-    (row,) = [row for _, row in found.rows() if isinstance(row, Fault)]
+    (row,) = [row for _, row in found.rows() if isinstance(row, RowError)]
     assert "1 fields, but the file has 2 columns; set quoting=minimal" in row.detail
     path.write_text('query\tpositive\n"a\nb"\tp\n')
     assert good(stream(path, quoting="minimal")) == [{"query": "a\nb", "positive": "p"}]
@@ -241,11 +241,13 @@ def test_odd_but_right(tmp_path):
     path.write_bytes(b"query,positive\na,b\0c\nlong," + b"x" * 200_000 + b"\nd,e")
     found = stream(path)
     assert [row["query"] for row in good(found)] == ["long", "d"]
-    assert list(faults(found)) == ["a.csv:2"]
+    assert list(row_errors(found)) == ["a.csv:2"]
     path.write_text("query,query,positive\na,b,c\n")
-    with pytest.raises(DataError, match=r"two columns 'query' \(the second is read as 'query.1'\).*query: query.1"):
+    with pytest.raises(
+        DataError, match=r"two columns 'query' \(the second is read as 'query.1'\).*mapping.query.1=query"
+    ):
         stream(path)
-    assert good(stream(path, columns={"query": "query.1"}))[0]["query"] == "b"
+    assert good(stream(path, column_mapping={"query.1": "query"}))[0]["query"] == "b"
 
 
 def test_a_row_that_is_longer_than_any(tmp_path, monkeypatch):
@@ -253,7 +255,7 @@ def test_a_row_that_is_longer_than_any(tmp_path, monkeypatch):
     path = tmp_path / "a.csv"
     path.write_text("query,positive\na," + "x" * 3500 + '\nb,c\nd,"e\n' + "f,g\n" * 400 + "h,i\n")
     found = read(path)
-    assert {row.name: row.value.cause for row in found if isinstance(row.value, Fault)} == {
+    assert {row.name: row.value.cause for row in found if isinstance(row.value, RowError)} == {
         "a.csv:2": "row too long", "a.csv:4": "open quote",
     }  # fmt: skip
     assert len(values(found)) == 402
@@ -310,9 +312,9 @@ def test_the_settings_do_what_they_say(tmp_path):
     (tmp_path / "a.csv").write_text(TEXT.replace(",", "|"), encoding="utf-8")
     assert good(stream(tmp_path / "a.csv", delimiter="|")) == expected
     (tmp_path / "a.csv").write_text("a;b\nc;d\n")
-    assert len(good(stream(tmp_path / "a.csv", delimiter=";", header=["query", "positive"]))) == 2
+    assert len(good(stream(tmp_path / "a.csv", delimiter=";", column_names=["query", "positive"]))) == 2
     with pytest.raises(DataError, match="set delimiter=';'"):
-        load_source(Source(path=str(tmp_path / "a.csv"), header=["query", "positive"]), "text-pair")
+        load_source(Source(path=str(tmp_path / "a.csv"), column_names=["query", "positive"]), "text-pair")
     (tmp_path / "a.csv").write_bytes(TEXT.encode("cp1252"))
     with pytest.raises(ValueError, match=r"1 not UTF-8\), such as a.csv:2: in query: 'f\\udcfcr'; set encoding"):
         load_source(str(tmp_path / "a.csv"), "text-pair")
@@ -329,20 +331,20 @@ def test_the_settings_do_what_they_say(tmp_path):
     ],
 )  # fmt: skip
 def test_the_settings_as_they_are_typed(given, key, value):
-    assert getattr(source_of("a.csv", [given]), key) == value
+    assert getattr(parse_source("a.csv", [given]), key) == value
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ("delimiter=;;", "must be one character"), ("quoting=some", "'quoting=some'"),
-        ("encoding=utf-61", "'utf-61' is no encoding that Python knows"), ("encoding=base64", "no encoding"),
-        ("columns={", "is no YAML"),
+        ("encoding=utf-61", "'utf-61' is not an encoding that Python knows"), ("encoding=base64", "not an encoding"),
+        ("column_mapping={", "is not valid YAML"),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_be(given, message):
     with pytest.raises(RecipeError, match=message):
-        source_of("a.csv", [given])
+        parse_source("a.csv", [given])
 
 
 def test_a_setting_that_a_format_does_not_have(tmp_path):
@@ -362,7 +364,7 @@ def test_json_lines_that_are_none(tmp_path):
     )
     found = stream(path)
     assert [row["query"] for row in good(found)] == ["a", "c", "last"], "of equal keys the last, as json has it"
-    assert faults(found) == dict.fromkeys([f"a.jsonl:{n}" for n in (3, 4, 5, 6, 8)], "broken JSON")
+    assert row_errors(found) == dict.fromkeys([f"a.jsonl:{n}" for n in (3, 4, 5, 6, 8)], "broken JSON")
     rows = list(found.read(str(path), None))
     for number, row in enumerate(rows):
         assert plain(found.read(str(path), row.position)) == plain(rows[number + 1 :])
@@ -375,7 +377,7 @@ def test_a_line_that_is_too_long_is_one_bad_row(tmp_path, monkeypatch):
     path.write_text(good_line + json.dumps({"query": "x" * 950, "positive": "b"}) + "\n" + good_line)
     found = stream(path)
     assert len(good(found)) == 2
-    assert faults(found) == {"a.jsonl:2": "line too long"}
+    assert row_errors(found) == {"a.jsonl:2": "line too long"}
     rows = list(found.read(str(path), None))
     assert list(found.read(str(path), rows[1].position)) == rows[2:]
 
@@ -395,13 +397,13 @@ def test_json_arrays(tmp_path, name, monkeypatch):
         monkeypatch.setattr("bifocal.data.text_files._CHUNK", chunk)
         found = stream(path)
         assert good(found) == expected
-        assert not faults(found)
+        assert not row_errors(found)
     read_rows = list(found.read(str(path), None))
     assert list(found.read(str(path), read_rows[9].position)) == read_rows[10:]
     for cut in (whole[:-1], whole[: len(whole) // 2], whole + "{}", whole.replace(",", "", 1), whole[:-1] + ", ]"):
         path.write_text(cut)
         found = stream(path)
         assert good(found) == expected[: len(good(found))]
-        assert list(faults(found).values()) == ["file breaks off"], cut[-40:]
+        assert list(row_errors(found).values()) == ["file breaks off"], cut[-40:]
     path.write_text('[{"query": "a", "positive": "b"}, 3, "x"]')
-    assert faults(stream(path)) == {f"{name}:2": "broken JSON", f"{name}:3": "broken JSON"}
+    assert row_errors(stream(path)) == {f"{name}:2": "broken JSON", f"{name}:3": "broken JSON"}

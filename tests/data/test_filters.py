@@ -8,11 +8,11 @@ import pytest
 from bifocal.data.clean_copy import write_clean
 from bifocal.data.filters import Cleaning, RowFilter
 from bifocal.data.loading import load_source, open_stream
-from bifocal.data.skips import Fault, Skipped
-from bifocal.data.source import Source, source_of
+from bifocal.data.skips import RowError, SkipLog
+from bifocal.data.source import Source, parse_source
 from bifocal.errors import DataError, RecipeError
 from tests.conftest import SHARED
-from tests.data.files import faults, good, lines, picture
+from tests.data.files import good, lines, picture, row_errors
 
 
 def test_filters_of_texts(tmp_path):
@@ -27,15 +27,20 @@ def test_filters_of_texts(tmp_path):
     ]
     path = lines(tmp_path / "a.jsonl", [{"text": text} for text in texts])
     cleaning = Cleaning(
-        min_characters=2, max_characters=45, drop=["https?://"], duplicate_texts=True, languages=["en"], keep="[a-z]"
+        min_characters=2,
+        max_characters=45,
+        exclude=["https?://"],
+        deduplicate_texts=True,
+        languages=["en"],
+        include="[a-z]",
     )
     found = open_stream(Source(path=str(path), clean=cleaning), "text-only")
     assert [row["text"] for row in good(found)] == [dog]
     found = open_stream(Source(path=str(path), clean=cleaning), "text-only")
-    assert list(faults(found).values()) == [
+    assert list(row_errors(found).values()) == [
         "short text", "long text", "text with a pattern", "duplicate text", "text in another language",
     ]  # fmt: skip
-    keep = open_stream(Source(path=str(path), clean=Cleaning(keep="dog")), "text-only")
+    keep = open_stream(Source(path=str(path), clean=Cleaning(include="dog")), "text-only")
     assert [row["text"] for row in good(keep)] == [dog]
 
 
@@ -45,22 +50,22 @@ def test_filters_of_pictures(tmp_path):
         (tmp_path / f"{number}.jpg").write_bytes(picture(size, seed=0 if number == 3 else number))
     (tmp_path / "5.jpg").write_bytes(b"no picture")
     lines(tmp_path / "metadata.jsonl", [{"file_name": f"{n}.jpg", "caption": f"c {n}"} for n in range(7)])
-    cleaning = Cleaning(min_side=32, max_ratio=3, duplicate_images=True)
+    cleaning = Cleaning(min_image_size=32, max_aspect_ratio=3, deduplicate_images=True)
     found = open_stream(Source(path=str(tmp_path), clean=cleaning), "image-text")
     assert [row["caption"] for row in good(found)] == ["c 0", "c 4"]
     found = open_stream(Source(path=str(tmp_path), clean=cleaning), "image-text")
-    assert list(faults(found).values()) == [
-        "small picture", "extreme ratio", "duplicate image", "not a picture", "missing picture",
+    assert list(row_errors(found).values()) == [
+        "small image", "extreme ratio", "duplicate image", "not an image", "missing image",
     ]  # fmt: skip
-    dropped = [row.dropped for _, row in open_stream(Source(path=str(tmp_path), clean=cleaning), "image-text").rows()
-               if isinstance(row, Fault)]  # fmt: skip
-    assert dropped == [True, True, True, False, False], "what cannot be read is bad, not filtered"
+    filtered = [row.filtered for _, row in open_stream(Source(path=str(tmp_path), clean=cleaning), "image-text").rows()
+               if isinstance(row, RowError)]  # fmt: skip
+    assert filtered == [True, True, True, False, False], "what cannot be read is bad, not filtered"
 
 
 def test_a_picture_keeps_the_captions_that_pass():
     keep = RowFilter(Cleaning(min_characters=3))
     assert keep({"image": b"", "caption": ["a", "a dog", "dogs"]})["caption"] == ["a dog", "dogs"]
-    with pytest.raises(Fault, match="short caption: b"):
+    with pytest.raises(RowError, match="short caption: b"):
         keep({"image": b"", "caption": ["a", "b"]})
 
 
@@ -71,30 +76,33 @@ def test_nothing_is_filtered_unless_asked(tmp_path):
 
 def test_what_compares_rows_cannot_stream(tmp_path):
     path = lines(tmp_path / "a.jsonl", [{"query": "a", "positive": "b"}])
-    for change in ({"duplicate_texts": True}, {"consistency": {"model": "m"}}):
-        with pytest.raises(DataError, match="clean it first with bifocal data clean"):
+    for change in ({"deduplicate_texts": True}, {"consistency": {"model": "m"}}):
+        with pytest.raises(DataError, match="Run `bifocal data clean` first"):
             load_source(Source(path=str(path), streaming=True, clean=change), "text-pair")
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("clean.min_sid=3", r"'clean.min_sid=3': unknown key 'min_sid'; did you mean 'min_side'\?"),
-        ("clean.drop=[(]", "is no regular expression"),
         (
-            "clean.max_ratio=0.5",
-            "'clean.max_ratio=0.5': 'max_ratio' is 0.5, but: input should be greater than or equal",
+            "clean.min_image_siz=3",
+            r"'clean.min_image_siz=3': unknown key 'min_image_siz'; did you mean 'min_image_size'\?",
         ),
-        ("max_bad=2", "'max_bad=2': 'max_bad' is 2, but"),
+        ("clean.exclude=[(]", "is not a regular expression"),
+        (
+            "clean.max_aspect_ratio=0.5",
+            "'clean.max_aspect_ratio=0.5': 'max_aspect_ratio' is 0.5, but: input should be greater than or equal",
+        ),
+        ("max_bad_fraction=2", "'max_bad_fraction=2': 'max_bad_fraction' is 2, but"),
     ],
 )
 def test_wrong_settings_are_named(override, message):
     with pytest.raises(RecipeError, match=message):
-        source_of("a.jsonl", [override])
+        parse_source("a.jsonl", [override])
 
 
 def test_an_unknown_language():
-    with pytest.raises(ValueError, match="knows no language 'english'"):
+    with pytest.raises(ValueError, match="does not know the language 'english'"):
         RowFilter(Cleaning(languages=["english"]))
 
 
@@ -107,21 +115,24 @@ def test_consistency_on_real_captions(tmp_path, minilm):
     """Pairs of captions of one photo, and among them pairs of two photos: most of these go, few of the others."""
     if not SHARED.exists():
         pytest.skip("the shared data are not here")
-    photos = [json.loads(line)["captions"] for line in (SHARED / "captions/flickr30k-val.jsonl").open()][:300]
+    photos = [
+        json.loads(line)["captions"]
+        for line in (SHARED / "captions/flickr30k-val.jsonl").read_text(encoding="utf-8").splitlines()
+    ][:300]
     rows = [{"query": c[0], "positive": photos[n - 40][1] if n % 10 == 0 else c[1]} for n, c in enumerate(photos)]
     path = lines(tmp_path / "a.jsonl", rows)
-    skipped = Skipped()
-    source = Source(path=str(path), clean={"consistency": {"model": model_folder(minilm), "nearest": 2}})
+    skipped = SkipLog()
+    source = Source(path=str(path), clean={"consistency": {"model": model_folder(minilm), "top_k": 2}})
     data = load_source(source, "text-pair", 0, skipped, "pairs")
     kept = set(data["query"])
     wrong = [row["query"] for row in rows[::10]]
     right = [row["query"] for n, row in enumerate(rows) if n % 10]
     assert sum(query in kept for query in wrong) <= 1
     assert np.mean([query in kept for query in right]) > 0.75
-    assert skipped.dropped["pairs"] == {"inconsistent pair": len(rows) - len(data)}
-    again = Skipped()
+    assert skipped.filtered["pairs"] == {"inconsistent pair": len(rows) - len(data)}
+    again = SkipLog()
     assert len(load_source(source, "text-pair", 0, again, "pairs")) == len(data)
-    assert again.dropped == skipped.dropped, "from what was kept of it"
+    assert again.filtered == skipped.filtered, "from what was kept of it"
 
 
 def model_folder(package: str) -> str:
@@ -134,8 +145,8 @@ def test_a_cleaned_copy_may_be_streamed(tmp_path):
     for number in range(4):
         (tmp_path / f"{number}.jpg").write_bytes(picture(seed=number % 3))
     lines(tmp_path / "metadata.jsonl", [{"file_name": f"{n}.jpg", "caption": [f"c {n}", "x"]} for n in range(4)])
-    source = Source(path=str(tmp_path), clean={"duplicate_images": True})
-    skipped = Skipped(tmp_path / "out" / "skipped.jsonl")
+    source = Source(path=str(tmp_path), clean={"deduplicate_images": True})
+    skipped = SkipLog(tmp_path / "out" / "skipped.jsonl")
     assert write_clean(source, "image-text", tmp_path / "out", skipped) == 3
     (tmp_path / "0.jpg").unlink()  # the copy holds its pictures
     found = load_source(Source(path=f"{tmp_path}/out/*.parquet", streaming=True), "image-text")

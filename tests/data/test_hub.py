@@ -50,10 +50,10 @@ def test_a_corpus_of_the_registry(tmp_path):
     )
     script = """
 import json
-from bifocal.data.skips import Skipped
+from bifocal.data.skips import SkipLog
 from bifocal.data.source import Source
 from bifocal.data.loading import load_source
-skipped = Skipped()
+skipped = SkipLog()
 data = load_source(Source(path="corpus:all-nli"), "text-pair", 0, skipped, "nli")
 print(json.dumps([len(data), data[0], skipped.bad]))
 stream = load_source(Source(path="corpus:all-nli", streaming=True), "text-pair")

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from transformers.models.clip import CLIPImageProcessorPil
 
-from bifocal.data.images import PictureReader
+from bifocal.data.images import ImageReader
 from bifocal.modeling import load_image
 from bifocal.modeling.processing_bifocal import image_processor_of_size
 
@@ -43,7 +43,7 @@ def photo(width: int, height: int, mode: str = "RGB", form: str = "JPEG", **opti
 
 
 def both(clip, content: bytes) -> tuple[torch.Tensor, torch.Tensor]:
-    reader = PictureReader(clip)
+    reader = ImageReader(clip)
     return reader.pixels([reader.decode(content)]), clip([load_image(content)], return_tensors="pt")["pixel_values"]
 
 
@@ -73,7 +73,7 @@ def test_pictures_of_the_wanted_size_are_the_processors_to_the_bit(clip):
 
 def test_exact_is_the_processors_to_the_bit(clip):
     content = photo(1000, 750)
-    reader = PictureReader(clip, exact=True)
+    reader = ImageReader(clip, exact=True)
     whole = clip([load_image(content)], return_tensors="pt")["pixel_values"]
     assert torch.equal(reader.pixels([reader.decode(content)]), whole)
 
@@ -81,7 +81,7 @@ def test_exact_is_the_processors_to_the_bit(clip):
 def test_a_processor_with_other_steps_is_obeyed():
     square = CLIPImageProcessorPil(size={"height": 64, "width": 64}, crop_size={"height": 64, "width": 64})
     content = photo(300, 200)
-    reader = PictureReader(square)
+    reader = ImageReader(square)
     assert torch.equal(
         reader.pixels([reader.decode(content)]), square([load_image(content)], return_tensors="pt")["pixel_values"]
     )
@@ -92,8 +92,8 @@ def test_a_processor_with_other_steps_is_obeyed():
 )
 def test_a_jpeg_is_decoded_at_the_smallest_scale_that_serves(clip, monkeypatch, size, decoded):
     seen = []
-    real = PictureReader._resized
-    monkeypatch.setattr(PictureReader, "_resized", lambda self, p, *a: seen.append(p.size) or real(self, p, *a))
+    real = ImageReader._resized
+    monkeypatch.setattr(ImageReader, "_resized", lambda self, p, *a: seen.append(p.size) or real(self, p, *a))
     content = photo(*size)
     fast, whole = both(clip, content)
     assert seen == [decoded]

@@ -15,8 +15,8 @@ from tests.modeling.test_images import photo
     "source",
     [
         {"path": "images"},
-        {"path": "table.jsonl", "images": "images"},
-        {"path": "table.jsonl", "images": {"": "images"}},
+        {"path": "table.jsonl", "image_root": "images"},
+        {"path": "table.jsonl", "image_root": {"": "images"}},
     ],
     ids=["folder", "image root", "image roots"],
 )

@@ -7,9 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from bifocal.data.loading import load_source
-from bifocal.data.skips import Skipped
+from bifocal.data.skips import SkipLog
 from bifocal.data.source import Source
-from tests.data.files import faults, good, lines, picture, stream
+from tests.data.files import good, lines, picture, row_errors, stream
 
 
 def test_nothing_outside_the_roots_is_read(tmp_path, monkeypatch):
@@ -33,7 +33,7 @@ def test_nothing_outside_the_roots_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.open", lambda file, *a, **k: opened.append(str(file)) or real(file, *a, **k))
     found = stream(path)
     assert [row["caption"] for row in good(found)] == ["a.jpg", "inside.jpg"]
-    causes = list(faults(found).values())
+    causes = list(row_errors(found).values())
     assert causes == ["path outside the roots"] * 8 + ["control characters"]
     assert not any("secret" in name or "root2" in name for name in opened)
 
@@ -50,11 +50,11 @@ def test_a_data_set_that_is_loaded_names_no_file_elsewhere(tmp_path, streaming, 
     paths = [str(inside), str(secret), "../secret.jpg", "http://127.0.0.1:9/a.jpg"]
     rows = [{"image": {"bytes": None, "path": path} if as_struct else path, "caption": "c"} for path in paths]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "repo" / "train.parquet")
-    source = Source(path=str(tmp_path / "repo"), format="hub", streaming=streaming, max_bad=0.9)
-    skipped = Skipped()
+    source = Source(path=str(tmp_path / "repo"), format="hub", streaming=streaming, max_bad_fraction=0.9)
+    skipped = SkipLog()
     data = load_source(source, "image-text", 0, skipped, "t")
     if streaming:
-        assert [json.loads(row["_fault"])[1] if row["_fault"] else "" for row in data] == [
+        assert [json.loads(row["_row_error"])[1] if row["_row_error"] else "" for row in data] == [
             "",
             *["path outside the roots"] * 3,
         ]
@@ -70,9 +70,9 @@ def test_paths_in_shares_of_sharegpt4v_stay_in_their_root(tmp_path):
     rows = [{"image": name, "conversations": answer} for name in ("coco/../../etc/passwd", "/etc/passwd", "coco/1.jpg")]
     path = tmp_path / "s.json"
     path.write_text(json.dumps(rows))
-    found = stream(path, images={"coco": str(tmp_path / "coco")})
+    found = stream(path, image_root={"coco": str(tmp_path / "coco")})
     assert [row["image"] for row in good(found)] == [str(tmp_path / "coco" / "1.jpg")]
-    assert set(faults(found).values()) == {"path outside the roots"}
+    assert set(row_errors(found).values()) == {"path outside the roots"}
 
 
 # Counts, the log, the limit

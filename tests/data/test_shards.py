@@ -10,7 +10,7 @@ import pytest
 from bifocal.data.loading import open_stream
 from bifocal.data.readers import Row
 from bifocal.data.shards import ShardStream
-from bifocal.data.skips import Fault
+from bifocal.data.skips import RowError
 from bifocal.data.source import Source
 from bifocal.training.streams import BlockReader
 from bifocal.training.tasks import Task
@@ -26,7 +26,7 @@ def numbered(path: str, start=None):
     number, count = map(int, path.split("-"))
     for row in range(start or 0, count):
         name = f"{number}:{row}"
-        yield Row(row + 1, name, Fault("odd one") if row % 11 == 10 else {"query": name, "positive": "p"})
+        yield Row(row + 1, name, RowError("odd one") if row % 11 == 10 else {"query": name, "positive": "p"})
 
 
 def simulated(counts: list[int], seed: int | None = 0) -> ShardStream:

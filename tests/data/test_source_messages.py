@@ -7,15 +7,15 @@ import unicodedata
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image, Value
 
-from bifocal.data.consistency import consistent
+from bifocal.data.consistency import filter_consistent
 from bifocal.data.filters import Consistency
 from bifocal.data.inspection import inspect_source
-from bifocal.data.loading import guess_kind, load_source, open_stream
+from bifocal.data.loading import infer_kind, load_source, open_stream
 from bifocal.data.row_names import row_name
-from bifocal.data.skips import Skipped
+from bifocal.data.skips import SkipLog
 from bifocal.data.source import Source
 from bifocal.errors import DataError
-from tests.data.files import faults, good, lines, picture, shard
+from tests.data.files import good, lines, picture, row_errors, shard
 
 
 @pytest.fixture(autouse=True)
@@ -30,17 +30,33 @@ def cache(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("row", "kind", "said"),
     [
-        ({"id": 7, "uuid": "a-b", "body": "some text", "price": "3.50"}, "text-only", "such as text: body"),
-        ({"id": "x1", "url": "https://a.b/c", "Title": "some text"}, "text-only", "such as text: Title"),
-        ({"title": "a b", "abstract": "c d"}, "text-pair", "such as query: title"),
-        ({"question": "a b", "url": "https://a.b/c", "body": "c d"}, "text-pair", "such as positive: body"),
-        ({"query": "a", "text": "b"}, "text-triplet", "such as positive: text"),
-        ({"query": "a", "positive": "b", "hard_negatives": ["c"]}, "text-triplet", "such as negatives: hard_negatives"),
-        ({"img": "a/b.JPG", "title": "a b"}, "image-text", "such as image: img"),
-        ({"photo": {"bytes": b"x", "path": None}, "title": "a b"}, "image-text", "such as image: photo"),
-        ({"image": "a.png", "id": 3, "description": "a b"}, "image-text", "such as caption: description"),
-        ({"image": "a.png", "species": "cat"}, "image-label", "such as label: species"),
-        ({"sentence1": "a", "sentence2": "b", "similarity_score": 0.3}, "scored-pair", "score: similarity_score"),
+        (
+            {"id": 7, "uuid": "a-b", "body": "some text", "price": "3.50"},
+            "text-only",
+            "column_mapping.body=text",
+        ),
+        ({"id": "x1", "url": "https://a.b/c", "Title": "some text"}, "text-only", "such as column_mapping.Title=text"),
+        ({"title": "a b", "abstract": "c d"}, "text-pair", "such as column_mapping.title=query"),
+        (
+            {"question": "a b", "url": "https://a.b/c", "body": "c d"},
+            "text-pair",
+            "column_mapping.body=positive",
+        ),
+        ({"query": "a", "text": "b"}, "text-triplet", "such as column_mapping.text=positive"),
+        (
+            {"query": "a", "positive": "b", "hard_negatives": ["c"]},
+            "text-triplet",
+            "column_mapping.hard_negatives=negatives",
+        ),
+        ({"img": "a/b.JPG", "title": "a b"}, "image-text", "such as column_mapping.img=image"),
+        ({"photo": {"bytes": b"x", "path": None}, "title": "a b"}, "image-text", "such as column_mapping.photo=image"),
+        ({"image": "a.png", "id": 3, "description": "a b"}, "image-text", "such as column_mapping.description=caption"),
+        ({"image": "a.png", "species": "cat"}, "image-label", "such as column_mapping.species=label"),
+        (
+            {"sentence1": "a", "sentence2": "b", "similarity_score": 0.3},
+            "scored-pair",
+            "mapping.similarity_score=score",
+        ),
         ({"query": "a", "positive": "b"}, "image-text", "none of them looks like images"),
         ({"id": 7, "n": "12"}, "text-only", "none of them looks like texts"),
         ({"sentence1": "a", "sentence2": "b"}, "scored-pair", "none of them looks like numbers"),
@@ -71,15 +87,15 @@ def test_the_kind_of_rows_that_cannot_be_told(tmp_path):
         ("photos", "'photos' is .* it holds 1 images, but no metadata.jsonl or metadata.csv"),
         ("x.jsonl", r"from its columns \(a, b\)"),
         ("nothing.csv", r"'nothing.csv' is empty \(0 bytes\)"),
-        ("mine.data", "'mine.data' is of no format that is known by its name .*; name one with format"),
+        ("mine.data", "'mine.data' has an unknown format .known by name: .*Set format"),
         ("none/such/file", "There is nothing at 'none/such/file'"),
         ("nosuch", "no file or folder 'nosuch'"),
-        ("root/m.jsonl", "none of the first can be used .m.jsonl:1: path outside the roots: .*images=FOLDER"),
+        ("root/m.jsonl", "none of the first can be used .m.jsonl:1: path outside the roots: .*image_root=FOLDER"),
     ):
         with pytest.raises(DataError, match=message):
-            guess_kind(Source(path=path))
-    assert guess_kind(Source(path="root/m.jsonl", images="photos")) == "image-text"
-    assert guess_kind(Source(path="mine.data", format="csv")) == "text-pair"
+            infer_kind(Source(path=path))
+    assert infer_kind(Source(path="root/m.jsonl", image_root="photos")) == "image-text"
+    assert infer_kind(Source(path="mine.data", format="csv")) == "text-pair"
 
 
 def test_a_folder_of_tables_is_read_here_and_not_by_datasets(tmp_path):
@@ -89,12 +105,12 @@ def test_a_folder_of_tables_is_read_here_and_not_by_datasets(tmp_path):
     rows = [f"q {n},{quotes.get(n, '')}p {n}\n" for n in range(100)]
     (tmp_path / "data" / "train.csv").write_text("query,positive\n" + "".join(rows))
     (tmp_path / "data" / "test.csv").write_text("query,positive\nq,p\n")
-    skipped = Skipped()
-    assert len(load_source(Source(path="data", max_bad=0.05), "text-pair", 0, skipped, "t")) == 98
+    skipped = SkipLog()
+    assert len(load_source(Source(path="data", max_bad_fraction=0.05), "text-pair", 0, skipped, "t")) == 98
     assert skipped.bad == {"t": {"open quote": 2}}
     assert len(good(load_source(Source(path="data", streaming=True), "text-pair"))) == 98
     assert len(load_source(Source(path="data", split="test"), "text-pair")) == 1
-    assert guess_kind(Source(path="data")) == "text-pair"
+    assert infer_kind(Source(path="data")) == "text-pair"
     with pytest.raises(DataError, match=r"'data' has no split 'dev' \(it has train, test\)"):
         load_source(Source(path="data", split="dev"), "text-pair")
 
@@ -107,18 +123,18 @@ def test_rows_are_named_by_file_and_number(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "p.csv").write_text("query,positive\nq,p\n,p\nq 2,p\n")
-    data = load_source(Source(path="{a,b}/p.csv", max_bad=0.5), "text-pair")
+    data = load_source(Source(path="{a,b}/p.csv", max_bad_fraction=0.5), "text-pair")
     assert [row_name(data, n) for n in range(4)] == ["a/p.csv:2", "a/p.csv:4", "b/p.csv:2", "b/p.csv:4"]
     stream = open_stream(Source(path="{a,b}/p.csv"), "text-pair")
-    assert list(faults(stream)) == ["a/p.csv:3", "b/p.csv:3"]
-    assert row_name(load_source(Source(path="a/p.csv", max_bad=0.5), "text-pair"), 1) == "p.csv:4"
+    assert list(row_errors(stream)) == ["a/p.csv:3", "b/p.csv:3"]
+    assert row_name(load_source(Source(path="a/p.csv", max_bad_fraction=0.5), "text-pair"), 1) == "p.csv:4"
     for folder in ("c", "d"):
         shard(tmp_path / folder / "0.tar", 0, 2)
     data = load_source("{c,d}/0.tar", "image-text")
     assert len(set(data["image_id"])) == 4, "or images of one shard would count as those of the other"
     (tmp_path / "e").mkdir()
     Dataset.from_list([{"query": q, "positive": "p"} for q in ("a", " ", "b")]).to_parquet("e/train.parquet")
-    assert row_name(load_source(Source(path="e", max_bad=0.5), "text-pair"), 1) == "e:2"
+    assert row_name(load_source(Source(path="e", max_bad_fraction=0.5), "text-pair"), 1) == "e:2"
     assert row_name(Dataset.from_list([{"query": "a"}] * 3), 2) == "2"
 
 
@@ -138,14 +154,14 @@ def test_images_by_other_spellings_of_their_paths(tmp_path):
         "sub/none.jpg",
     ]
     lines(tmp_path / "metadata.jsonl", [{"file_name": name, "caption": "c"} for name in given])
-    source = Source(path=str(tmp_path), max_bad=0.5)
+    source = Source(path=str(tmp_path), max_bad_fraction=0.5)
     expected = [str(tmp_path / name) for name in names]
     assert [row["image"] for row in good(open_stream(source, "image-text"))] == expected
-    assert faults(open_stream(source, "image-text")) == {"metadata.jsonl:4": "missing picture"}
-    skipped = Skipped()
+    assert row_errors(open_stream(source, "image-text")) == {"metadata.jsonl:4": "missing image"}
+    skipped = SkipLog()
     data = load_source(source, "image-text", 0, skipped, "t")
     assert [image["path"] for image in data["image"]] == expected
-    assert skipped.bad == {"t": {"missing picture": 1}}
+    assert skipped.bad == {"t": {"missing image": 1}}
     assert inspect_source(source, "image-text").good == 3
     for there in (True, False, True):  # a file that is put there is found, whatever the cache remembers
         (tmp_path / "sub" / "none.jpg").write_bytes(picture()) if there else (tmp_path / "sub" / "none.jpg").unlink()
@@ -173,10 +189,10 @@ def test_cells_that_hold_no_path(tmp_path):
     said = {int(name.rpartition(":")[2]): str(row) for name, row in stream.rows() if not isinstance(row, dict)}
     assert said[1] == said[2] == "no image: the cell is empty"
     assert said[3] == "no image: it is neither bytes nor a path, but of type int"
-    assert said[4].startswith("no image: a text of 5,000 characters is no path")
-    assert "set images to the folder that holds the images" in said[5]
+    assert said[4].startswith("no image: a text of 5,000 characters is not a path")
+    assert "set image_root to the folder that holds the images" in said[5]
     assert "download the images" in said[6]
-    assert "no base64" in said[9]
+    assert "not base64" in said[9]
     assert max(map(len, said.values())) < 400
 
 
@@ -196,10 +212,10 @@ def test_labels_are_the_names_of_classes(tmp_path, form):
     else:
         data.to_parquet("f/train.parquet")
     path = {"parquet": "a.parquet", "saved": "a"}.get(form, "f")
-    source = Source(path=path, max_bad=0.5, streaming="streamed" in form)
+    source = Source(path=path, max_bad_fraction=0.5, streaming="streamed" in form)
     expected = ["tabby cat", "beagle", "beagle"]
     assert [row["label"] for row in load_source(source, "image-label") if row["label"]] == expected
-    captioned = source.model_copy(update={"columns": {"caption": "label"}})
+    captioned = source.model_copy(update={"column_mapping": {"label": "caption"}})
     captions = [row["caption"] for row in load_source(captioned, "image-text") if row["caption"]]
     assert [caption if isinstance(caption, str) else caption[0] for caption in captions] == expected
     assert inspect_source(source.model_copy(update={"streaming": False}), "image-label").good == 3
@@ -230,7 +246,7 @@ def test_minus_one_is_no_label(tmp_path):
     lines(tmp_path / "a.jsonl", [{"image": "a.png", "label": 1}, {"image": "b.png", "label": -1}])
     stream = open_stream(Source(path="a.jsonl"), "image-label")
     assert [row["label"] for row in good(stream)] == ["1"]
-    assert list(faults(stream)) == ["a.jsonl:2"]
+    assert list(row_errors(stream)) == ["a.jsonl:2"]
 
 
 def test_an_error_without_a_message_is_told_by_its_class(monkeypatch):
@@ -239,5 +255,5 @@ def test_an_error_without_a_message_is_told_by_its_class(monkeypatch):
 
     monkeypatch.setattr("sentence_transformers.SentenceTransformer", fail)
     data = Dataset.from_dict({"query": ["q"], "positive": ["p"]})
-    with pytest.raises(DataError, match=r"'odd' is no sentence-transformers model \(OSError\)"):
-        consistent(data, Consistency(model="odd"), Skipped(), "t")
+    with pytest.raises(DataError, match=r"'odd' is not a sentence-transformers model \(OSError\)"):
+        filter_consistent(data, Consistency(model="odd"), SkipLog(), "t")

@@ -13,10 +13,10 @@ import pytest
 from datasets import Dataset
 
 from bifocal.data.loading import load_source, open_stream
-from bifocal.data.skips import Skipped
+from bifocal.data.skips import SkipLog
 from bifocal.data.source import Source
 from bifocal.errors import DataError
-from tests.data.files import faults, good, lines, picture, shard, shards
+from tests.data.files import good, lines, picture, row_errors, shard, shards
 
 
 def stream(path, kind: str, **options):
@@ -33,7 +33,7 @@ def test_tar_shards_in_laions_layout(tmp_path):
     assert [row["caption"] for row in rows] == [f"caption {n}" for n in range(5)]
     assert [row["image"] for row in rows] == [picture(form=("JPEG", "PNG", "WEBP")[n % 3], seed=n) for n in range(5)]
     assert rows[3]["image_id"] == "00001.tar/000003"
-    by_glob = good(stream(tmp_path / "laion" / "*.tar", "image-text", columns={"caption": "json.alt"}))
+    by_glob = good(stream(tmp_path / "laion" / "*.tar", "image-text", column_mapping={"json.alt": "caption"}))
     assert [row["caption"] for row in by_glob] == [f"alt {n}" for n in range(5)]
     assert good(stream(tmp_path / "laion", "image-text")) == rows, "a folder of shards"
     packed = shard(tmp_path / "packed.tar.gz", 0, 3)
@@ -70,7 +70,7 @@ def test_shards_behind_an_address(tmp_path):
         address = f"http://127.0.0.1:{server.server_address[1]}/{{00000..00002}}.tar"
         found = stream(address, "image-text", streaming=True)
         assert [row["caption"] for row in found] == [f"caption {n}" for n in range(5)]
-        assert faults(found) == {"00002.tar": "missing file"}
+        assert row_errors(found) == {"00002.tar": "missing file"}
         server.shutdown()
 
 
@@ -117,7 +117,7 @@ def test_a_table_of_paths_and_captions(tmp_path):
     (tmp_path / "photos" / "a.jpg").write_bytes(picture())
     rows = [{"filepath": "a.jpg", "title": "one"}, {"filepath": "a.jpg", "title": "two"}]
     path = write_table(tmp_path / "list.csv", rows)
-    found = good(stream(path, "image-text", images=str(tmp_path / "photos"), columns={"caption": "title"}))
+    found = good(stream(path, "image-text", image_root=str(tmp_path / "photos"), column_mapping={"title": "caption"}))
     assert [row["caption"] for row in found] == ["one", "two"]
     assert found[0]["image_id"] == found[1]["image_id"]
 
@@ -142,12 +142,12 @@ def test_sharegpt4v(tmp_path):
     ]
     path = tmp_path / "sharegpt4v_instruct_gpt4-vision_cap100k.json"
     path.write_text(json.dumps(rows))
-    found = stream(path, "image-text", images={"coco": str(tmp_path / "coco"), "sam": str(tmp_path / "sam")})
+    found = stream(path, "image-text", image_root={"coco": str(tmp_path / "coco"), "sam": str(tmp_path / "sam")})
     assert [(row["image"], row["caption"]) for row in found] == [
         (str(tmp_path / "coco/train2017/1.jpg"), "A long caption of a street."),
         (str(tmp_path / "sam/images/sa_2.jpg"), ["A harbour.", "Three boats."]),
     ]
-    assert list(faults(found).values()) == ["path outside the roots", "no caption"]
+    assert list(row_errors(found).values()) == ["path outside the roots", "no caption"]
 
 
 @pytest.mark.parametrize("name", ["p.jsonl", "p.jsonl.gz", "p.csv", "p.tsv", "p.parquet", "p.json"])
@@ -175,9 +175,9 @@ def test_triplets_by_sentence_transformers_names(tmp_path):
     path = lines(tmp_path / "c.jsonl", many)
     found = stream(path, "text-triplet")
     assert [len(row["negatives"]) for row in found] == [2, 7, 9]
-    assert list(faults(found).values()) == ["too few negatives"]
+    assert list(row_errors(found).values()) == ["too few negatives"]
     for number, rows in ((5, 2), (8, 1)):
-        assert [len(row["negatives"]) for row in stream(path, "text-triplet", negatives=number)] == [number] * rows
+        assert [len(row["negatives"]) for row in stream(path, "text-triplet", num_negatives=number)] == [number] * rows
 
 
 def test_a_beir_folder(tmp_path):
@@ -193,13 +193,13 @@ def test_a_beir_folder(tmp_path):
     assert good(found) == [
         {"query": "last letter?", "positive": "Omega the last letter"}, {"query": "what shines?", "positive": "a star"},
     ]  # fmt: skip
-    assert list(faults(found).values()) == ["judgement of a missing text"]
-    with pytest.raises(ValueError, match=r"1 missing file.*Mend"):
+    assert list(row_errors(found).values()) == ["judgement of a missing text"]
+    with pytest.raises(ValueError, match=r"1 missing file.*Correct or remove"):
         load(tmp_path, "text-pair", split="test")
-    assert len(load(tmp_path, "text-pair", max_bad=0.5)) == 2
+    assert len(load(tmp_path, "text-pair", max_bad_fraction=0.5)) == 2
     (tmp_path / "qrels" / "train.tsv").write_text("1\td1\t1\n2\td2\t1\n2\td2\tmuch\n")
     assert len(good(stream(tmp_path, "text-pair"))) == 2, "a file without a line of names loses none of its rows"
-    assert faults(stream(tmp_path, "text-pair")) == {"train.tsv:3": "broken judgement"}
+    assert row_errors(stream(tmp_path, "text-pair")) == {"train.tsv:3": "broken judgement"}
     (tmp_path / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\n1\td1\t1\n")
     assert len(load(tmp_path, "text-pair")) == 1, "a changed file in the folder is read again"
 
@@ -212,7 +212,7 @@ def test_dprs_natural_questions(tmp_path):
     (tmp_path / "biencoder-nq-train.json").write_text(json.dumps([row, {**row, "positive_ctxs": []}]))
     found = stream(tmp_path / "biencoder-nq-train.json", "text-triplet")
     assert good(found) == [{"query": "who?", "positive": "T me", "negatives": ["H h", "N n"]}]
-    assert list(faults(found).values()) == ["no positive"]
+    assert list(row_errors(found).values()) == ["no positive"]
 
 
 def test_ms_marcos_triplets_have_no_header_and_no_quotes(tmp_path):
@@ -254,7 +254,7 @@ def test_a_data_set_of_the_hub_by_its_folder(tmp_path):
             {"question": f"q{n}", "answer": "a"} for n in range(300)
         ]), tmp_path / "data" / "train-00000-of-00001.parquet",
     )  # fmt: skip
-    skipped = Skipped(tmp_path / "skipped.jsonl")
+    skipped = SkipLog(tmp_path / "skipped.jsonl")
     data = load_source(Source(path=str(tmp_path)), "text-pair", 0, skipped, "qa")
     assert len(data) == 301
     assert data[0] == {"query": "q", "positive": "a"}
@@ -264,11 +264,12 @@ def test_a_data_set_of_the_hub_by_its_folder(tmp_path):
     streamed = load_source(Source(path=str(tmp_path), streaming=True), "text-pair")
     rows = list(streamed)
     assert [row["query"] for row in rows[:3]] == ["q", None, "q0"]
-    assert json.loads(rows[1]["_fault"])[1] == "no query"
+    assert json.loads(rows[1]["_row_error"])[1] == "no query"
     with pytest.raises(
-        DataError, match=r"has no column 'answr' \(it has question, answer\); did you mean columns.positive: answer"
+        DataError,
+        match=r"has no column 'answr' \(it has question, answer\); did you mean .*mapping.answer=positive",
     ):
-        load_source(Source(path=str(tmp_path), columns={"positive": "answr"}), "text-pair")
+        load_source(Source(path=str(tmp_path), column_mapping={"answr": "positive"}), "text-pair")
     with pytest.raises(DataError, match=r"has no column 'image'.*; none of them looks like images"):
         load_source(Source(path=str(tmp_path)), "image-text")
 
@@ -279,7 +280,7 @@ def test_what_is_not_there(tmp_path):
     with pytest.raises(DataError, match=r"There is nothing at '.*\*.tar'"):
         load(tmp_path / "*.tar", "image-text")
     (tmp_path / "a.xyz").write_text("?")
-    with pytest.raises(DataError, match=r"a.xyz' is of no format that is known by its name \(tar, jsonl"):
+    with pytest.raises(DataError, match=r"a.xyz' has an unknown format \(known by name: tar, jsonl"):
         load(tmp_path / "a.xyz", "text-pair")
     with pytest.raises(DataError, match="no file or folder 'nobody/nothing', and no data set of this name"):
         load("nobody/nothing", "text-pair")

@@ -124,8 +124,8 @@ def test_bad_rows_are_skipped_counted_and_named(model):
     found = image_text_retrieval(encoder, "photos", images, captions, names=[f"file:{n}" for n in range(9)])
     assert found.sizes == {"images": 4, "captions": 5, "shared rows": 0, "dimensions": 40}
     assert found.skipped == {
-        "broken picture": 1, "no image": 1, "missing picture": 1, "no caption": 2,
-    } or found.skipped == {"not a picture": 1, "no image": 1, "missing picture": 1, "no caption": 2}  # fmt: skip
+        "broken image": 1, "no image": 1, "missing image": 1, "no caption": 2,
+    } or found.skipped == {"not an image": 1, "no image": 1, "missing image": 1, "no caption": 2}  # fmt: skip
     assert [skip.row for skip in found.skips] == ["file:1", "file:3", "file:5", "file:6", "file:7"]
     good = image_text_retrieval(encoder, "photos", [images[n] for n in (0, 2, 4, 8)], ["a", ["c", "d"], "f", "i"])
     assert found.metrics == pytest.approx(good.metrics)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from bifocal.cli import app
 from bifocal.data.evaluation_protocols import PROTOCOLS, ProtocolName
 from bifocal.data.kinds import KINDS
-from bifocal.data.skips import BadRowsError, Skipped
+from bifocal.data.skips import BadRowsError, SkipLog
 from bifocal.evaluation.encoders import load_encoder
 from bifocal.evaluation.suites import EvaluationTask
 from bifocal.evaluation.task_rows import read_task
@@ -32,11 +32,11 @@ tasks:
   - {name: photos, kind: image-text-retrieval, data: {path: photos}, ks: [1, 5]}
   - {name: kinds, kind: zero-shot, data: {path: labels.jsonl}, classes: {"0": black star, "1": omega}}
   - {name: probe, kind: linear-probe, data: {path: labels.jsonl}, train: {path: labels.jsonl}}
-  - {name: scores, kind: sts, data: {path: scores.csv, header: [sentence1, sentence2, score]}}
+  - {name: scores, kind: sts, data: {path: scores.csv, column_names: [sentence1, sentence2, score]}}
   - name: same
     kind: pair-classification
     threshold: 3
-    data: {path: scores.csv, header: [sentence1, sentence2, score]}
+    data: {path: scores.csv, column_names: [sentence1, sentence2, score]}
   - {name: pairs, kind: text-retrieval, data: {path: pairs.jsonl}}
   - {name: beir, kind: text-retrieval, data: {path: beir, split: test}}
 """
@@ -171,7 +171,8 @@ def test_models_are_measured_on_the_same_good_rows(here, tmp_path):
     rows = [{"image": f"{n}.jpg", "caption": f"star {n}"} for n in images]
     lines(tmp_path / "rows.jsonl", [*rows, {"image": "5.jpg", "caption": None}, {"image": "none.jpg", "caption": "a"}])
     (tmp_path / "suite.yaml").write_text(
-        "name: bad rows\ntasks: [{name: rows, kind: image-text-retrieval, data: {path: rows.jsonl, max_bad: 0.5}}]\n"
+        "name: bad rows\ntasks: [{name: rows, kind: image-text-retrieval, "
+        "data: {path: rows.jsonl, max_bad_fraction: 0.5}}]\n"
     )
 
     def measured(*models: str):
@@ -200,7 +201,7 @@ def test_models_are_measured_on_the_same_good_rows(here, tmp_path):
     said, numbers = measured("ours", "clip")
     assert [numbers[str(here / model)]["rows"]["sizes"]["images"] for model in ("ours", "clip")] == [11, 11]
     lines(tmp_path / "rows.jsonl", [{"image": "none.jpg", "caption": "a"}] * 3 + rows[:2])
-    assert "60.0% of 5 rows are bad, more than max_bad=0.5" in error_of(
+    assert "60.0% of 5 rows are bad, more than max_bad_fraction=0.5" in error_of(
         tmp_path, "evaluate", str(here / "ours"), "--suite", "suite.yaml", "--out", "out"
     )
 
@@ -211,14 +212,14 @@ def test_bad_lines_of_a_beir_folder(here, tmp_path):
         file.write('{"title": "nameless", "text": "x"}\n{"_id": "d99", "te\n')
     with (tmp_path / "beir" / "qrels" / "test.tsv").open("a") as file:
         file.write("q1\td77\t1\nq2\td4\thigh\nq2\td5\t0\n")
-    data = {"path": str(tmp_path / "beir"), "split": "test", "max_bad": 0.5}
-    rows = read_task(EvaluationTask(name="b", kind="text-retrieval", data=data), tmp_path, Skipped()).rows
+    data = {"path": str(tmp_path / "beir"), "split": "test", "max_bad_fraction": 0.5}
+    rows = read_task(EvaluationTask(name="b", kind="text-retrieval", data=data), tmp_path, SkipLog()).rows
     assert rows.columns["relevant"] == {"q0": ["d1", "d2"], "q1": ["d3"]}
     assert len(rows.skips) == 4
     assert {"no _id", "judgement of a missing text", "broken judgement"} < {skip.cause for skip in rows.skips}
-    strict = EvaluationTask(name="b", kind="text-retrieval", data={**data, "max_bad": 0.0})
+    strict = EvaluationTask(name="b", kind="text-retrieval", data={**data, "max_bad_fraction": 0.0})
     with pytest.raises(BadRowsError, match="are bad, more than"):
-        read_task(strict, tmp_path, Skipped())
+        read_task(strict, tmp_path, SkipLog())
 
 
 @pytest.mark.parametrize(
@@ -242,7 +243,7 @@ def test_bad_lines_of_a_beir_folder(here, tmp_path):
         (["ours", "--mteb", "SciFac"], "mteb has no task 'SciFac'; did you mean 'SciFact'?"),
         (["ours", "--suite", "empty.yaml"], "'captions' has no column 'image'"),
         (["ours", "--suite", "kind.yaml"], "'kind' is 'retrieval', but: input should be"),
-        (["ours", "--suite", "bad.yaml"], "of 2 rows are bad, more than max_bad=0.01 allows (1 no score)"),
+        (["ours", "--suite", "bad.yaml"], "of 2 rows are bad, more than max_bad_fraction=0.01 allows (1 no score)"),
         (["ours", "--suite", "split.yaml"], "'beir' has no judgements of the split 'dev' (there are test)"),
     ],
 )  # fmt: skip
@@ -256,7 +257,7 @@ def test_bad_input_gets_one_sentence(here, monkeypatch, tmp_path, command, messa
     for name, task in (
         ("empty", "{name: t, kind: image-text-retrieval, data: {path: captions, format: jsonl}}"),
         ("kind", "{name: t, kind: retrieval, data: {path: photos}}"),
-        ("bad", "{name: t, kind: sts, data: {path: bad.csv, header: [sentence1, sentence2, score]}}"),
+        ("bad", "{name: t, kind: sts, data: {path: bad.csv, column_names: [sentence1, sentence2, score]}}"),
         ("nobody", "{name: t, kind: sts, data: {path: nobody.jsonl}}"),
         ("ints", "{name: t, kind: zero-shot, data: {path: labels.jsonl}}"),
         ("wrong", "{name: t, kind: zero-shot, data: {path: labels.jsonl}, classes: {cat: tabby}}"),

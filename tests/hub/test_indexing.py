@@ -62,10 +62,12 @@ def test_images_by_pattern_and_filters(desk):
     assert "1 known before, 1 pruned" in index(desk, "photos/*.png", "--prune", out="some")
     assert set(rows(desk, "some")) == {"image b.png"}
     assert "0 new, 1 known" in index(desk, "photos/b.png", out="some")
-    assert "1 new, 0 known before, 1 skipped" in index(desk, "photos", "clean.min_side=24", "clean.max_ratio=2.2")
+    assert "1 new, 0 known before, 1 skipped" in index(
+        desk, "photos", "clean.min_image_size=24", "clean.max_aspect_ratio=2.2"
+    )
     assert "image b.png" in rows(desk)
-    said = error_of(desk, "index", "photos", "index", "columns.image=photo")
-    assert "'photos' has images and no table, so it has no columns" in said
+    said = error_of(desk, "index", "photos", "index", "column_mapping.photo=image")
+    assert "'photos' has images and no table" in said
 
 
 def test_a_folder_with_a_name_that_is_no_text(desk):

@@ -199,7 +199,7 @@ def test_pictures(processor):
 
 def test_a_row_that_cannot_be_used_is_named(processor):
     data = Dataset.from_dict({"image": [b"no picture"] * 2, "caption": ["a", "b"]})
-    with pytest.raises(ValueError, match=r"Row \d of task 't' cannot be used \(not a picture: .*; correct or"):
+    with pytest.raises(ValueError, match=r"Row \d of task 't' cannot be used \(not an image: .*; correct or"):
         collate(processor, Task("t", "image-text", data, 2))
 
 

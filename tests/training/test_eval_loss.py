@@ -10,6 +10,7 @@ from torch.nn.functional import normalize
 from transformers import SiglipConfig, SiglipModel, SiglipProcessor
 from transformers.models.siglip import SiglipImageProcessorPil
 
+from bifocal.data.skips import BadRowsError
 from bifocal.errors import TrainingError
 from bifocal.evaluation.encoders import load_encoder
 from bifocal.training.losses.info_nce import info_nce
@@ -64,7 +65,7 @@ def test_bad_rows_are_said_once(tmp_path, processor, caplog):
     alone = Task("v", "image-text", task.dataset.select(good), 18)
     assert "eval_v_skipped" not in it.evaluate(alone)
     assert it.evaluate(replace(task, batch_size=64))["eval_v_loss"] == pytest.approx(it.evaluate(alone)["eval_v_loss"])
-    with pytest.raises(TrainingError, match=r"'v': 25.0% of 24 rows are bad, more than max_bad=0.01 allows"):
+    with pytest.raises(BadRowsError, match=r"'v': 25.0% of 24 rows are bad, more than max_bad_fraction=0.01 allows"):
         it.evaluate(replace(task, max_bad=0.01))
 
 

@@ -17,7 +17,7 @@ def recipe(folder, source: dict, **changes) -> Recipe:
     size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
     values = {
         "name": "words", "output_dir": str(folder / "run"), "processor": str(folder / "processor"), "max_length": 32,
-        "model": size, "mlm": {"data": {**source, "streaming": True, "max_bad": 0.2}, "batch_size": 4},
+        "model": size, "mlm": {"data": {**source, "streaming": True, "max_bad_fraction": 0.2}, "batch_size": 4},
         "training": {"max_steps": 3, "disable_tqdm": True}, **changes,
     }  # fmt: skip
     return Recipe(**values)

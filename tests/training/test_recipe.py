@@ -125,7 +125,7 @@ def test_wrong_overrides(tmp_path):
         RecipeError, match=r"^'training.max_step=3': unknown key 'max_step'; did you mean 'max_steps'\?$"
     ):
         load_recipe(path, ["training.max_step=3"])
-    with pytest.raises(RecipeError, match="'max_steps' is no override; write key=value"):
+    with pytest.raises(RecipeError, match="'max_steps' is not an override; write key=value"):
         load_recipe(path, ["max_steps"])
     with pytest.raises(RecipeError, match="there is no 'photos' among pictures"):
         load_recipe(path, ["tasks.photos.batch_size=3"])

@@ -33,7 +33,7 @@ def test_another_row_stands_in_for_a_broken_picture(model, processor, tmp_path):
     assert [b["tasks"]["pictures"].rows for b in again] == [b["tasks"]["pictures"].rows for b in batches]
     trainer.train()
     log = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
-    assert {(line["row"], line["cause"]) for line in log} == {("3", "not a picture"), ("23", "not a picture")}
+    assert {(line["row"], line["cause"]) for line in log} == {("3", "not an image"), ("23", "not an image")}
     last = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
     assert last["skipped/pictures"] == len(log) >= 4
 
@@ -43,9 +43,7 @@ def test_too_many_broken_pictures_stop_the_run(model, processor, tmp_path):
     args = BifocalTrainingArguments(
         output_dir=str(tmp_path), max_steps=10, report_to="none", use_cpu=True, disable_tqdm=True
     )
-    with pytest.raises(
-        BadRowsError, match=r"'pictures': .*% of 40 rows are bad, .* not a picture\); they are named in"
-    ):
+    with pytest.raises(BadRowsError, match=r"'pictures': .*% of 40 rows are bad, .* not an image\); they are named in"):
         MultiTaskTrainer(model, args, [task], processor, 32).train()
 
 
@@ -55,5 +53,5 @@ def test_pictures_that_are_all_broken(model, processor, tmp_path):
     with pytest.raises(ValueError, match="Task 'p' has too few rows that can be used"):
         MultiTaskTrainer(model, args, [Task("p", "image-text", data, 4)], processor, 32).train()
     stream = data.to_iterable_dataset()
-    with pytest.raises(ValueError, match=r"has no rows for reader 0 that can be used \(16 not a picture\)"):
+    with pytest.raises(ValueError, match=r"has no rows for reader 0 that can be used \(16 not an image\)"):
         MultiTaskTrainer(model, args, [Task("p", "image-text", stream, 4)], processor, 32).train()

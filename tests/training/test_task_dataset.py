@@ -111,7 +111,7 @@ def test_nothing_is_read_before_it_is_used():
     assert batches[1]["tasks"][0][1] == seen[1:]
 
 
-BAD = {2: "broken picture", 5: "no image", 7: "no caption", 11: "no caption", 13: "no caption", 20: "not a picture"}
+BAD = {2: "broken image", 5: "no image", 7: "no caption", 11: "no caption", 13: "no caption", 20: "not an image"}
 
 
 def with_bad_rows() -> Dataset:
@@ -171,7 +171,9 @@ def test_a_decoded_column_with_a_broken_image_trains(model, processor, tmp_path)
     assert trained(tmp_path / "some", max_bad=0.05)["skipped/p"] == 1.0
     (line,) = (tmp_path / "some" / "skipped.jsonl").read_text().splitlines()
     assert json.loads(line)["row"] == "3"
-    with pytest.raises(BadRowsError, match=r"'p': 4.2% of 24 rows are bad, more than max_bad=0 allows .1 broken pict"):
+    with pytest.raises(
+        BadRowsError, match=r"'p': 4.2% of 24 rows are bad, more than max_bad_fraction=0 allows .1 broken imag"
+    ):
         trained(tmp_path / "none", max_bad=0.0)
 
 
@@ -239,7 +241,7 @@ def test_rows_with_other_numbers_of_negatives(processor, caplog):
 def test_a_base64_string_is_not_printed(processor):
     text = "iVBORw0KGgo" * 200
     task = Task("t", "image-text", [{"image": text, "caption": "star"}] * 2, 2)
-    with pytest.raises(TrainingError, match=r"broken picture") as caught:
+    with pytest.raises(TrainingError, match=r"broken image") as caught:
         MultiTaskCollator(processor, 16, 0, exact=False)([StepBatches([task], 1, 0)[0]])
     assert len(str(caught.value)) < 300
     assert text[:100] not in str(caught.value)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bifocal.data.skips import Skipped
+from bifocal.data.skips import SkipLog
 from bifocal.training.collator import StepInputs
 from bifocal.training.engine.distributed import World
 from bifocal.training.param_groups import tower_of
@@ -28,7 +28,7 @@ class Meters:
     def __init__(self, world: World, tasks: Mapping[str, Task], log: Path | None = None) -> None:
         self.world = world
         self.tasks = tasks
-        self.skipped = Skipped(log)
+        self.skipped = SkipLog(log)
         self.losses: dict[str, list[float]] = {}
         self.accuracies: dict[str, list[float]] = {}
         self.totals: list[float] = []
@@ -81,7 +81,7 @@ class Meters:
             logs["padding"] = 1.0 - self.tokens / self.places
         logs |= {"data_wait": self.waited / seconds}
         for name in self.tasks:
-            left_out = [c.get(name, Counter()).total() for c in (self.skipped.bad, self.skipped.dropped)]
+            left_out = [c.get(name, Counter()).total() for c in (self.skipped.bad, self.skipped.filtered)]
             logs |= {f"skipped/{name}": float(sum(left_out))} if name in self.skipped.rows else {}
         names = sorted(logs)
         logs = dict(zip(names, self.world.mean([logs[name] for name in names], device), strict=True))
