@@ -255,11 +255,10 @@ def _finish(
 def _check_folder(folder: Path, test: Any) -> float:
     """Load the exported folder in both ways and return the largest difference between their vectors."""
     from sentence_transformers import SentenceTransformer
-    from transformers import AutoModel
 
     names = list(test["name"][:16])
     first_images = [images[0] for images in test["images"][:16]]
-    model = AutoModel.from_pretrained(folder)
+    model = transformers.AutoModel.from_pretrained(folder)
     sentences = SentenceTransformer(str(folder), device="cpu")
     return max(
         float(abs(model.encode_text(names) - sentences.encode(names)).max()),
