@@ -19,7 +19,7 @@ from bifocal.modeling import BifocalConfig, BifocalModel, BifocalProcessor
 from bifocal.training.tokenizer import train_wordpiece
 from tests import processes
 
-# Real data beside the project, for those who have it; tests that need it are skipped elsewhere.
+# Real data next to the project, for those who have it; tests that need it are skipped elsewhere.
 SHARED = Path(os.environ.get("BIFOCAL_SHARED_DATA") or Path(__file__).parents[2] / "shared" / "data")
 
 TEXTS = [
@@ -85,7 +85,7 @@ def saved(processor, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def desk(tmp_path, saved) -> Path:
-    """A working directory beside a model, where commands are called."""
+    """A working directory next to a model, where commands are called."""
     (tmp_path / "model").symlink_to(saved)
     return tmp_path
 

@@ -60,7 +60,7 @@ def test_ours_is_replaced_whole_and_only_by_its_kind(tmp_path):
     write(folder, new="1")
     assert "old" not in state(folder)
     assert folder.stat().st_mode & 0o777 == 0o750
-    assert [path.name for path in tmp_path.iterdir()] == ["out"], "nothing is left beside it"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"], "no other file is left"
     refused(folder, "'config' in '.*out' belongs to a model, not a Space; choose another folder", "Space")
     (folder / "weights").unlink()  # somebody removed a file: nothing is lost by replacing the rest
     write(folder)

@@ -43,7 +43,7 @@ def shard(path: Path, first: int, count: int) -> Path:
 
 
 def shards(folder: Path, counts: list[int]) -> str:
-    """A brace pattern of shards with so many samples each, numbered through."""
+    """A brace pattern of shards with these numbers of samples, numbered consecutively."""
     for number, count in enumerate(counts):
         shard(folder / f"{number:05}.tar", sum(counts[:number]), count)
     return f"{folder}/{{00000..{len(counts) - 1:05}}}.tar"
@@ -58,7 +58,7 @@ def lines(path: Path, rows: list) -> Path:
 
 
 def row_errors(stream) -> dict[str, str]:
-    """Cause by row name of what a stream leaves out."""
+    """Return the cause of each row that a stream skips, by row name."""
     return {name: row.cause for name, row in stream.rows() if isinstance(row, RowError)}
 
 

@@ -1,4 +1,4 @@
-"""Broken input, each with a real such file: left out, counted by cause, and named."""
+"""Broken input, each with a real file: skipped, counted by cause, and named."""
 
 import gzip
 import http.server
@@ -176,7 +176,7 @@ def test_a_shard_that_vanishes_while_it_is_read(tmp_path):
 
 
 class _Cut(http.server.BaseHTTPRequestHandler):
-    """Sends half of what it promised, so many times."""
+    """Sends half of what it promised, a number of times."""
 
     content, cuts, asked = b"", 0, 0
 
@@ -286,7 +286,7 @@ def test_a_parquet_with_a_changed_schema_and_one_cut_short(tmp_path):
 
 
 def test_a_disk_that_fills(tmp_path):
-    """The device that is always full; the error says so, and is no row's fault."""
+    """The device that is always full; the error says so and blames no row."""
     if not Path("/dev/full").exists():
         pytest.skip("there is no /dev/full here")
     (tmp_path / "s.jsonl").symlink_to("/dev/full")
@@ -295,7 +295,7 @@ def test_a_disk_that_fills(tmp_path):
 
 
 def test_gzip_bombs_and_long_lines_end(tmp_path):
-    """A line of 100 MB is one bad row, and no more than 64 MiB of it are ever held."""
+    """A line of 100 MB is one bad row, and at most 64 MiB are ever in memory."""
     with gzip.open(tmp_path / "a.jsonl.gz", "wb", compresslevel=1) as file:
         for _ in range(100):
             file.write(b" " * 2**20)

@@ -1,4 +1,4 @@
-"""Filters leave out what they are asked to, and count it."""
+"""Filters skip the rows they are set to skip, and count them."""
 
 import json
 
@@ -132,7 +132,7 @@ def test_consistency_on_real_captions(tmp_path, minilm):
     assert skipped.filtered["pairs"] == {"inconsistent pair": len(rows) - len(data)}
     again = SkipLog()
     assert len(load_source(source, "text-pair", 0, again, "pairs")) == len(data)
-    assert again.filtered == skipped.filtered, "from what was kept of it"
+    assert again.filtered == skipped.filtered, "from the stored counts"
 
 
 def model_folder(package: str) -> str:

@@ -1,4 +1,4 @@
-"""Images are read below the roots that a recipe names, and nowhere else."""
+"""Images are read only below the roots that a recipe names."""
 
 import json
 
@@ -41,7 +41,7 @@ def test_nothing_outside_the_roots_is_read(tmp_path, monkeypatch):
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("as_struct", [False, True])
 def test_a_data_set_that_is_loaded_names_no_file_elsewhere(tmp_path, streaming, as_struct):
-    """What datasets loads may hold paths, too; they lead nowhere but to what it has loaded."""
+    """What datasets loads may hold paths, too; they lead only to what it has loaded."""
     secret = tmp_path / "secret.jpg"
     secret.write_bytes(image_bytes())
     (tmp_path / "repo").mkdir()

@@ -83,7 +83,7 @@ def test_a_reader_goes_on_with_what_was_not_seen(used, readers, counts):
     whole.report()
     for count in (3, 500, 2000):
         assert again.take(count) == whole.take(count)
-        assert again.report() == whole.report(), "and what is left out is counted once"
+        assert again.report() == whole.report(), "and skipped rows are counted once"
 
 
 @pytest.mark.parametrize("layout", ["tar", "tar.gz", "jsonl", "jsonl.gz", "csv", "parquet", "json"])

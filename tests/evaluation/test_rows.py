@@ -147,7 +147,7 @@ def test_a_decoded_column_with_a_broken_image(model):
     assert (found.sizes["classes"], [skip.row for skip in found.skips]) == (2, ["t:2", "t:4"])
     half = data.select([0, 1, 3])
     found = linear_probe(encoder, "t", (data["image"], data["label"]), (half["image"], half["label"]))
-    assert (found.sizes["train"], found.sizes["test"]) == (4, 3), "not the broken image, nor the row without a label"
+    assert (found.sizes["train"], found.sizes["test"]) == (4, 3), "neither the broken image nor the row without a label"
     arrays = data.select([0, 1]).with_format("numpy")
     assert image_text_retrieval(encoder, "t", arrays["image"], ["a", "b"]).sizes["images"] == 2
 

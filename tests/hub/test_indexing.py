@@ -125,7 +125,7 @@ def test_a_kind_that_is_not_there_is_said_to_be_missing(desk):
     assert said == "Error: 'index' has no texts. Add some with bifocal index, or omit --only."
 
 
-def test_links_that_lead_nowhere_are_named(tmp_path):
+def test_broken_links_are_named(tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "gone.png").symlink_to("nothing")
     save_image(tmp_path / "a.png", 1)

@@ -10,7 +10,7 @@ from bifocal.hub.source_config import ConversionError
 from tests.hub.sources import Eva, FlashBert
 from tests.hub.test_convert import IDS, PIXELS, TEXT, source, text_of
 
-# What a configuration may say of an image tower, and what comes of it.
+# What a configuration may say about an image tower, and the result.
 GRID = 4  # of the sources, whose images have 32 pixels and patches of 8
 
 

@@ -92,7 +92,7 @@ def test_unknown_keys_of_a_saved_config_are_kept_with_a_warning(config_class, tm
             name = type(part).__name__
             assert f"The saved {name} has an unknown key 'made_by', which is kept." in caplog.text
             assert f"{name} has an unknown key 'hiden_size', which is kept" in caplog.text
-        assert "token_id" not in caplog.text, "a trainer's keys are no news"
+        assert "token_id" not in caplog.text, "a trainer's keys need no warning"
     if "hidden_size" in plain:
         assert "the nearest known key is 'hidden_size'" in caplog.text
 

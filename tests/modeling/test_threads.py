@@ -61,7 +61,7 @@ def meanwhile(work: Callable[[], Any]) -> Iterator[list[Any]]:
 
 
 def in_threads(calls: list[Callable[[], Any]], times: int) -> list[list[Any]]:
-    """Run the calls in turn, so many times in all, in 8 threads; the results of each call."""
+    """Run the calls in turn, `times` in all, in 8 threads, and return the results of each call."""
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda number: calls[number % len(calls)](), range(times)))
     return [found[start :: len(calls)] for start in range(len(calls))]

@@ -30,7 +30,7 @@ WORKS = """
     ddp_static_graph ddp_backend ddp_timeout fsdp fsdp_config deepspeed debug skip_memory_metrics local_rank
 """
 # What they speak of does not exist here: columns, predictions, losses by tokens, losses that are not finite, a cache of
-# keys, batches that are not whole; or only scripts read them.
+# keys, incomplete batches; or only scripts read them.
 HARMLESS = """
     average_tokens_across_devices use_cache logging_nan_inf_filter prediction_loss_only eval_do_concat_batches
     eval_use_gather_object eval_accumulation_steps dataloader_drop_last remove_unused_columns label_names

@@ -59,7 +59,7 @@ def test_a_step_has_one_batch_of_each_sort_drawn_by_size_times_weight():
     assert counts["large"] / 4000 == pytest.approx(0.6, abs=0.03)
     assert batches.schedule.shares["light"] == pytest.approx(0.2)
     uses = [use for step in range(4000) for number, use in batches.schedule.at(step) if number == 2]
-    assert uses == list(range(counts["large"])), "each use goes on where the last one ended"
+    assert uses == list(range(counts["large"])), "each use continues where the last one ended"
 
 
 def test_two_processes_share_the_batches_of_one():
@@ -128,7 +128,7 @@ def test_texts_are_tokenised_and_known_by_id(processor):
     assert found.ids["negatives"].shape == (5, 3)
 
 
-def test_one_of_several_wordings_is_drawn_anew_at_each_use(processor):
+def test_one_of_several_wordings_is_drawn_again_at_each_use(processor):
     data = Dataset.from_dict({"query": ["a"] * 4, "positive": [TEXTS] * 4})
     task = Task("t", "text-pair", data, 4)
     drawn = [collate(processor, task, step)["tasks"]["t"].ids["positive"].tolist() for step in range(6)]
@@ -210,7 +210,7 @@ def test_a_row_that_cannot_be_used_is_named(processor):
 
 
 def test_streams_are_mixed_by_rows_times_weight():
-    """Each batch comes from one stream; how often is in proportion, and every stream goes on where it was."""
+    """Each batch comes from one stream; how often is in proportion, and every stream continues where it was."""
     from bifocal.training.joint_batches import JointBatchStream
     from tests.data.test_shards import simulated
 
@@ -229,7 +229,7 @@ def test_streams_are_mixed_by_rows_times_weight():
 @pytest.mark.parametrize("missing", [None, float("nan"), np.float32("nan"), pd.NA, pd.NaT])
 @pytest.mark.parametrize("form", [list, pd.DataFrame])
 def test_rows_without_an_image_id_show_images_of_their_own(processor, form, missing):
-    """They are no false negatives of each other, nor of the row whose image_id is their number."""
+    """They are not false negatives of each other or of the row whose image_id is their number."""
     rows = [{"image": png(photo(32, 32)), "caption": text} for text in TEXTS[:4]]
     ids = [missing, missing, 0, 0]
     task = Task("t", "image-text", form([{**row, "image_id": one} for row, one in zip(rows, ids, strict=True)]), 4)

@@ -29,7 +29,7 @@ def minilm():
 def captions(count: int) -> list[list[str]]:
     path = SHARED / "captions" / "flickr30k-val.jsonl"
     if not path.exists():
-        pytest.skip("the captions of Flickr30k are not beside the project")
+        pytest.skip("the captions of Flickr30k are not next to the project")
     return [json.loads(line)["captions"] for line in path.read_text().splitlines()[:count]]
 
 

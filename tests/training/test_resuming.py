@@ -35,7 +35,7 @@ def assert_equal(left, right, name: str = "") -> None:
 
 
 def spoilt_shards(folder: Path) -> None:
-    """Three tar shards, of whose 70 samples six are no images and three have no caption."""
+    """Three tar shards with 70 samples: six are not images and three have no caption."""
     folder.mkdir()
     for number, (first, count) in enumerate([(0, 30), (30, 25), (55, 15)]):
         with tarfile.open(folder / f"{number}.tar", "w") as tar:

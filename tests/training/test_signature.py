@@ -132,7 +132,7 @@ def test_a_data_set_is_known_by_its_texts(tmp_path):
     assert digest(Subset(rows, range(3))) is None, "what a torch Dataset gives may be drawn at each look"
 
 
-def test_images_that_were_moved_are_no_other_rows():
+def test_images_that_were_moved_are_the_same_rows():
     def digests(folder):
         rows = [{"caption": row, "image": f"{folder}/{n}.png"} for n, row in enumerate(ROWS)]
         return [content_digest(Task("v", "image-text", data, 4)) for data in (rows, Dataset.from_list(rows))]

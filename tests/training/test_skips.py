@@ -1,4 +1,4 @@
-"""Rows that turn out broken in training: others stand in, they are counted and named, too many stop the run."""
+"""Rows that turn out broken in training: others replace them, they are counted and named, and too many stop the run."""
 
 import json
 
@@ -17,8 +17,8 @@ def broken_images(count: int, every: int):
     return Dataset.from_dict({"image": rows, "caption": [f"star {n}" for n in range(count)]})
 
 
-def test_another_row_stands_in_for_a_broken_image(model, processor, tmp_path):
-    """Batches stay whole, what was left out is counted and named, and the draws are a function of seed and step."""
+def test_another_row_replaces_a_broken_image(model, processor, tmp_path):
+    """Batches stay full, skipped rows are counted and named, and the draws are a function of seed and step."""
     task = Task("images", "image-text", broken_images(40, 20), 8, max_bad_fraction=0.2)
     args = BifocalTrainingArguments(
         output_dir=str(tmp_path), max_steps=10, report_to="none", use_cpu=True, disable_tqdm=True, logging_steps=5

@@ -49,7 +49,7 @@ def cut(folder: Path) -> None:
 
 
 def cut_at_a_message(folder: Path) -> None:
-    """What is left is whole, but for the mark of the end."""
+    """What is left is complete except for the end mark."""
     part(folder).write_bytes(part(folder).read_bytes()[:-8])
 
 

@@ -174,7 +174,7 @@ def test_bad_options_are_named(new, tmp_path, model_folder):
     with pytest.raises(SearchError, match="holds other files and no index"):
         SearchIndex.create(tmp_path / "full", str(model_folder), "w", 40)
     with pytest.raises(SearchError, match="There is no Bifocal model at"):
-        Searcher(searcher.index, str(tmp_path / "nowhere"))
+        Searcher(searcher.index, str(tmp_path / "missing"))
 
 
 KILLED = """

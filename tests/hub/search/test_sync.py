@@ -1,4 +1,4 @@
-"""`bifocal index` again: the index follows its source, tells what it could not read, and loses nothing by itself."""
+"""`bifocal index` again: the index follows its source, names what it could not read, and loses nothing unasked."""
 
 import json
 import os
@@ -73,7 +73,7 @@ def test_captions_names_and_content_are_brought_up_to_date(desk, embedded):
     described(folder, {"kite.png": "a kite", "ship.png": "a boat", "dog.png": "a dog"})
     embedded.clear()
     said = index(desk, "photos")  # with captions, as the last time
-    assert sorted(embedded) == ["a kite", "image"], "the corrected caption and the changed image, and nothing else"
+    assert sorted(embedded) == ["a kite", "image"], "only the corrected caption and the changed image"
     assert "2 new, 4 known before, 1 captions updated, 2 renamed, 2 replaced; index has 4 images and 4 texts" in said
     assert "2 items in the index are missing from 'photos'. Pass --prune to delete them." in said
     assert "image cat.png" in rows(desk), "deleted only when asked"
