@@ -51,7 +51,7 @@ def require_columns(names: list[str] | None, source: Source, kind: str, rows: Se
         rows: some of its rows, used to suggest a column.
 
     Raises:
-        MissingColumnError: if a column is missing, or there are two of one name.
+        MissingColumnError: if a column is missing, or two have the same name.
     """
     if names is None:
         return

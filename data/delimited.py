@@ -151,8 +151,8 @@ class _Lines:
 
     Attributes:
         number: lines taken so far.
-        taken: the lines of the record at hand.
-        ended: whether the end of the file, or its own length, ended the record at hand.
+        taken: the lines of the current record.
+        ended: whether the end of the file, or its own length, ended the current record.
     """
 
     def __init__(self, text: Any) -> None:
@@ -171,7 +171,7 @@ class _Lines:
             self.number += 1
 
     def put_back(self, keep: int) -> None:
-        """Take only the first lines of the record at hand."""
+        """Take only the first lines of the current record."""
         self.back.extendleft(reversed(self.taken[keep:]))
         self.number -= len(self.taken) - keep
         del self.taken[keep:]

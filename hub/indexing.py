@@ -296,9 +296,9 @@ class ItemReader:
             try:
                 if row_filter is not None:
                     row_filter({"image": path})
-            except RowError as fault:
-                self.skipped.append((printable(name), str(fault)))
-                if not fault.filtered:
+            except RowError as error:
+                self.skipped.append((printable(name), str(error)))
+                if not error.filtered:
                     self.item_source.unread.add(printable(name))
                 continue
             yield Item(printable(name), "", path, has_stable_name=True)

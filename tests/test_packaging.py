@@ -86,7 +86,7 @@ def test_installed(options, source, python, tmp_path):
 
 
 def check_types(python: Path, folder: Path) -> None:
-    """A type checker resolves `bifocal.*` in the environment from another folder, and reports a module that is missing."""
+    """A type checker resolves `bifocal.*` in the environment from another folder, and reports a missing module."""
     names = [f"bifocal.{name}" for name in ("cli.console", "data.source", "hub.search.index", "modeling", "nothing")]
     (folder / "user.py").write_text("".join(f"import {name}\n" for name in names))
     mypy = (sys.executable, "-m", "mypy", "--python-executable", python, "--follow-imports=skip", "user.py")

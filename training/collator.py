@@ -1,4 +1,4 @@
-"""From the rows of a step to the tensors the towers take."""
+"""Turns the rows of a step into the tensors that the towers take."""
 
 import hashlib
 import random
@@ -31,17 +31,17 @@ _TRIES = 100  # to replace a row that cannot be used by another one
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 
-def fault_text(skip: SkippedRow) -> str:
+def skip_text(skip: SkippedRow) -> str:
     return f"{skip.cause}: {skip.detail}" if skip.detail else skip.cause
 
 
 def content_id(text: str) -> int:
-    """Return a 63-bit number that equal texts share and different ones, for all practical purposes, do not."""
+    """Return a 63-bit hash of a text; for all practical purposes, different texts have different ones."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def _image_key(name: Any, image_id: Any) -> str:
-    """Return what the image of a row is known by: its `image_id`, or else the row itself."""
+    """Return the key by which equal images are recognised: the `image_id`, or else the row itself."""
     return f"row {name}" if is_missing(image_id) else f"image {image_id}"
 
 
@@ -98,9 +98,9 @@ class MultiTaskCollator:
     Args:
         processor: tokenizer and image processor.
         max_length: tokens kept of a text, special tokens included.
-        seed: of the draws.
+        seed: seed of the draws.
         augment: applied to each image with a random generator.
-        rank: of the process.
+        rank: rank of the process.
         exact: hand images to the processor in full size (see `ImageReader`).
         skip: replace a row that cannot be used by another row of the data set.
         pad_to: tokens that every text is padded to, without an attention mask (see `padded_length`).
@@ -195,9 +195,9 @@ class MultiTaskCollator:
             values = {column: values_of_column[number] for column, values_of_column in columns.items()}
             try:
                 rows.append(usable_row(task, values, self.image_reader.decode))
-            except RowError as fault:
+            except RowError as error:
                 rows.append(None)
-                skipped.append(SkippedRow.of(row_name(task.dataset, name), fault))
+                skipped.append(SkippedRow.of(row_name(task.dataset, name), error))
         return rows, skipped
 
     def _whole(
@@ -211,7 +211,7 @@ class MultiTaskCollator:
                 continue
             if task.streams or not self.skip:  # a stream skips such rows before they come here
                 raise TrainingError(
-                    f"Row {skipped[0].row} of task '{task.name}' cannot be used ({fault_text(skipped[0])}); "
+                    f"Row {skipped[0].row} of task '{task.name}' cannot be used ({skip_text(skipped[0])}); "
                     "correct or remove it."
                 )
             draws = random.Random(f"{self.seed}/{step}/{task.name}/{self.rank}/{names[number]}")
@@ -227,7 +227,7 @@ class MultiTaskCollator:
             else:
                 raise TrainingError(
                     f"Task '{task.name}' has too few rows that can be used: none of {len(skipped)} tried for one batch "
-                    f"can ({fault_text(skipped[-1])})."
+                    f"can ({skip_text(skipped[-1])})."
                 )
         return names, cast(list[dict[str, Any]], rows), skipped
 

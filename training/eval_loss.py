@@ -69,7 +69,7 @@ def evaluate_tasks(trainer: Any, tasks: Sequence[Task], prefix: str) -> dict[str
 
     Args:
         trainer: a `MultiTaskTrainer`.
-        prefix: of the names, such as "eval".
+        prefix: prefix of the metrics' names, such as "eval".
 
     Raises:
         BadRowsError: if more rows of a task are bad than its `max_bad_fraction` allows.

@@ -1,4 +1,4 @@
-"""Which rows each step sees, as a function of the seed and the step, so that a run resumes exactly."""
+"""Joint batches: the rows of each step are a function of the seed and the step, so that a run resumes exactly."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -17,12 +17,12 @@ MODALITIES = ("image", "text")
 
 
 class Schedule:
-    """Which task of each modality a step draws, and how often it was drawn before.
+    """The task of each modality that a step draws, and how often it was drawn before.
 
     Args:
         tasks: the tasks of the stage.
         steps: number of batches.
-        seed: of the draws.
+        seed: seed of the draws.
 
     Raises:
         TrainingError: if one of several tasks of one modality streams and has no `num_rows`.
@@ -69,7 +69,7 @@ class Batches:
     Args:
         tasks: the tasks of the stage.
         steps: number of batches, the length of the data set.
-        seed: of all random orders.
+        seed: seed of all random orders.
         world: a process takes its part of the joint batch.
 
     Attributes:

@@ -29,7 +29,7 @@ class MiningError(BifocalError):
 
 @dataclass(frozen=True)
 class MiningSettings:
-    """Which candidates become negatives; names and meaning are those of sentence-transformers' `mine_hard_negatives`.
+    """Settings of the choice of negatives, with the names and meanings of `mine_hard_negatives`.
 
     Args:
         num_negatives: negatives per query. Queries with fewer are skipped.
@@ -131,7 +131,7 @@ def mine_across(
 ) -> Any:
     """Mine images that a text is confused with, or texts that an image is confused with.
 
-    Embeddings are written to files in `cache` batch by batch: they need not fit into memory, and a killed run resumes.
+    Embeddings are written to files in `cache` batch by batch: they may exceed memory, and a killed run resumes.
     A candidate with the same image, the same `image_id` or the same caption as the query's row is never a negative.
     Rows without a readable image or a caption are skipped, and a warning names them.
 

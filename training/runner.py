@@ -72,7 +72,7 @@ def prepare(
     """Load the data and the model of a recipe with tasks, and build its trainer.
 
     Args:
-        callbacks: of the trainer, besides its own.
+        callbacks: further callbacks of the trainer.
         load: function that reads a `Source`, with the arguments of `load_source`.
         arguments: result of `training_arguments`, if there is one already.
         changes: training arguments that override the recipe's, such as `disable_tqdm`.

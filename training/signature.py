@@ -1,4 +1,4 @@
-"""What decides which rows each step sees, so that a run is resumed with those that follow, or not at all."""
+"""The signature of a run: what decides which rows each step sees. A run resumes only if it is unchanged."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ def run_signature(tasks: Sequence[Task], seed: int, accumulation: int, processes
     """Return what must stay the same for a run to resume, in plain types as a checkpoint keeps it.
 
     Args:
-        seed: of the order of the rows.
+        seed: seed of the order of the rows.
         accumulation: batches of an optimiser step.
         workers: data workers of each process; only streams depend on them.
     """

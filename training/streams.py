@@ -1,4 +1,4 @@
-"""Reading a stream in blocks, each in random order, from a position that can be kept and found again."""
+"""Reads a stream in blocks, each in random order, from a position that a checkpoint keeps."""
 
 import json
 from collections import Counter
@@ -16,7 +16,7 @@ from bifocal.training.tasks import Task
 
 
 class BlockReader:
-    """The rows of one reader's part of a stream, again and again.
+    """The rows of one reader's part of a stream, epoch after epoch.
 
     Rows come in blocks, and a block in an order that is a function of the seed, the epoch and the block's number. A
     position is where the stream stood at the start of the block and how many of its rows are used, so that a resumed
@@ -24,7 +24,7 @@ class BlockReader:
 
     Args:
         task: whose data set is read: a `ShardStream` or a `datasets.IterableDataset`.
-        seed: of the order in each block.
+        seed: seed of the order in each block.
         number, count: this reader takes part `number` of `count`.
         decode: reads the value of an `image` column, and raises `RowError` where it cannot.
     """
@@ -64,8 +64,8 @@ class BlockReader:
             self.used += 1
             try:
                 values = usable_row(self.task, {name: found[row] for name, found in self._columns.items()}, self.decode)
-            except RowError as fault:
-                self._add(0, [SkippedRow.of(self._names[row], fault)])
+            except RowError as error:
+                self._add(0, [SkippedRow.of(self._names[row], error)])
                 continue
             self.good += 1
             names.append(self._names[row])
@@ -183,9 +183,9 @@ class _DatasetPart:
         if rows is None:
             return None
         total = len(next(iter(rows.values())))
-        faults = rows.pop(ERROR_COLUMN, None) or [None] * total
-        skips = [SkippedRow(*json.loads(fault)) for fault in faults if fault is not None]
-        kept = [row for row, fault in enumerate(faults) if fault is None]
+        errors = rows.pop(ERROR_COLUMN, None) or [None] * total
+        skips = [SkippedRow(*json.loads(error)) for error in errors if error is not None]
+        kept = [row for row, error in enumerate(errors) if error is None]
         columns = rows if len(kept) == total else {name: [v[row] for row in kept] for name, v in rows.items()}
         names = [self._name(self.row + row) for row in kept]
         self.row += total

@@ -1,4 +1,4 @@
-"""The data set of a task, as users hold it, made readable row by row or as a stream."""
+"""Makes the data sets that users pass readable row by row or as a stream."""
 
 import os
 from collections import Counter
@@ -21,7 +21,7 @@ _ACCEPTED = "a datasets.Dataset or IterableDataset, a list of dicts, a pandas Da
 
 
 def is_missing(value: Any) -> bool:
-    """Return whether a value of a row stands for none: None, or the NaN, NaT or NA of pandas."""
+    """Return whether a value is missing: None, or the NaN, NaT or NA of pandas."""
     if isinstance(value, float | np.floating):
         return bool(value != value)
     return value is None or type(value).__name__ in ("NAType", "NaTType")
@@ -65,7 +65,7 @@ def task_data(dataset: Any, name: str, kind: str) -> Any:
 
     Args:
         dataset: what a user gave a `Task`.
-        name, kind: of the task.
+        name, kind: the task's name and kind.
 
     Returns:
         A `datasets.Dataset`, a `datasets.IterableDataset`, a `ShardStream` or `RowsByNumber`.
@@ -175,8 +175,7 @@ def column_names(dataset: Any) -> list[str] | None:
 def choose_negatives(dataset: Any, name: str, wanted: int | None, max_bad_fraction: float) -> int:
     """Return how many hard negatives of each row a task uses: `wanted`, or as many as nearly all rows have.
 
-    A table tells the lengths of its lists. Of other data sets the first rows are read, and what most of them have
-    counts.
+    In a table all lengths are counted. In other data sets the first rows are read, and the most frequent number counts.
 
     Raises:
         TrainingError: if no row has negatives, or too many rows of a table have fewer than `wanted`.

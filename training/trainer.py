@@ -75,8 +75,8 @@ class MultiTaskTrainer(ResumableTrainer):
         steps_per_epoch: optimiser steps of an epoch (see `epochs`); None if a task streams without known rows.
 
     Raises:
-        TrainingError: if there are no tasks or two of one name, an argument would have no effect, or the model cannot
-            do what a task needs.
+        TrainingError: if there are no tasks or two with the same name, an argument would have no effect, or the model
+            cannot do what a task needs.
     """
 
     data_collator: Any

@@ -217,7 +217,7 @@ def test_texts_of_several_lines_before_and_after_other_fields(tmp_path):
 
 
 def test_tabs_and_quotes(tmp_path):
-    """In a TSV file a quote is a character; where quotes enclosed fields, the fault says what to set."""
+    """In a TSV file a quote is a character; where quotes enclosed fields, the error says what to set."""
     path = tmp_path / "a.tsv"
     path.write_text('query\tpositive\n"q\t12" disc\n"a\nb"\tp\n')
     found = stream(path)

@@ -1,4 +1,4 @@
-"""What an epoch is where several tasks are trained on together, and telling callbacks of its ends."""
+"""Epochs in joint training: how many steps they have, and callbacks at their ends."""
 
 import math
 from collections.abc import Sequence
@@ -57,7 +57,7 @@ class EpochEnds(TrainerCallback):
 
     Args:
         handler: the trainer's `CallbackHandler`.
-        steps: of an epoch.
+        steps: optimiser steps of an epoch.
     """
 
     def __init__(self, handler: Any, steps: int) -> None:

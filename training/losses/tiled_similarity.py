@@ -52,7 +52,7 @@ class FalseNegativeMask:
         return excluded
 
     def relevant(self, rows: int) -> "FalseNegativeMask":
-        """Return the mask without the ids that exclude nothing, so that tiles need not compare them."""
+        """Return the mask without the ids that exclude nothing, so that tiles do not compare them."""
         kept = []
         for row_ids, column_ids in self.ids:
             hits = torch.isin(row_ids, column_ids)
