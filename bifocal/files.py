@@ -104,7 +104,7 @@ def replace_folder(folder: str | Path, kind: str) -> Iterator[Path]:
             new.parent.mkdir()
             yield new
             _list_all(new, kind)
-            require_replaceable(folder, kind)  # somebody may have put something there in the meantime
+            require_replaceable(folder, kind)  # somebody may have written to it in the meantime
             _swap(target, new, scratch / _BEFORE)
         finally:
             _discard(scratch, target)
@@ -355,7 +355,7 @@ def _require_writable(target: Path) -> None:
 
 
 def _swap(target: Path, new: Path, before: Path) -> None:
-    """Move `new` to `target`, and what was there to `before`; after an error, undo it."""
+    """Move `target` to `before` and `new` to `target`; after an error, undo it."""
     existed = target.exists()
     if existed:
         shutil.copymode(target, new)

@@ -55,7 +55,7 @@ def read_beir(folder: str, start: Any = None, split: str = "train") -> Iterator[
     root = Path(folder)
     judgements = root / "qrels" / f"{split}.tsv"
     if not judgements.exists():
-        error = FileNotFoundError(f"no judgements '{judgements}' (splits that are there: {_splits(root)})")
+        error = FileNotFoundError(f"no judgements '{judgements}' (existing splits: {_splits(root)})")
         yield Row(None, f"{root.name}/qrels/{split}.tsv", file_error(error))
         return
     relevant, bad_rows = _relevant(judgements)

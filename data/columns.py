@@ -10,7 +10,7 @@ from bifocal.data.readers import IMAGE_SUFFIXES
 from bifocal.data.source import Source
 from bifocal.errors import DataError, closest_name
 
-# Suggestions besides the names that are found without a mapping; the likeliest first.
+# Suggestions besides the names that need no mapping; the likeliest first.
 _SYNONYMS: dict[str, tuple[str, ...]] = {
     "image": ("img", "picture", "photo", "filename", "file", "image_file", "image_url", "url", "jpg", "png"),
     "caption": ("title", "description", "alt", "alt_text", "sentence", "sentences", "label", "prompt", "raw", "tags"),

@@ -103,7 +103,7 @@ def _sort_entry(entry: "os.DirEntry[str]", name: str, images: FoundImages) -> No
         regular = stat.S_ISREG(entry.stat().st_mode)
     except FileNotFoundError:
         images.unreadable.append((name, "a link without a target"))
-        images.complete = False  # a folder that was there may be on a disk that is not mounted now
+        images.complete = False  # a folder from an earlier run may be on a disk that is not mounted now
         return
     except OSError as error:
         images.unreadable.append((name, f"cannot be read ({error.strerror})"))

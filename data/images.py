@@ -139,7 +139,7 @@ class ImageReader:
         """Return an image resized and centre-cropped as the processor does, as (3, height, width) bytes.
 
         Args:
-            width, height: of the image without what reduction has added at its right and lower edges.
+            width, height: size of the image without the pixels that reduction has added at its right and lower edges.
         """
         side = self.side
         longer = int(side * max(width, height) / min(width, height))

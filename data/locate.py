@@ -103,11 +103,11 @@ def _text_tables(folder: str, source: Source) -> list[str]:
         config = load_dataset_builder(folder, source.name).config
     except Exception:  # reported when the folder is loaded
         return []
-    files = {str(split): list(map(str, found)) for split, found in (config.data_files or {}).items()}
-    found = files.get(source.split, [])
-    if not found and files:
+    files = {str(split): list(map(str, paths)) for split, paths in (config.data_files or {}).items()}
+    paths = files.get(source.split, [])
+    if not paths and files:
         raise DataError(f"'{folder}' has no split '{source.split}' (it has {', '.join(files)}); set split.")
-    return found if all(format_of(path) in _TEXT_TABLES for path in found) else []
+    return paths if all(format_of(path) in _TEXT_TABLES for path in paths) else []
 
 
 def holds_files(folder: str, formats: Collection[str]) -> bool:

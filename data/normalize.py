@@ -49,7 +49,7 @@ class RowNormaliser:
         kind: kind of the rows.
         columns: the source's column for each of ours that is not found by `NAMES`; `json.FIELD` is a field of a
             sample's JSON.
-        fence: folders from which images may be read.
+        allowed_roots: folders below which images may be read.
         negatives: hard negatives per row; rows with fewer are bad, further ones are cut. None takes all.
     """
 

@@ -1,4 +1,4 @@
-"""Read the rows of one file from a position on; a broken row is a `RowError` in its place.
+"""Reads the rows of one file from a position on; a `RowError` stands for each broken row.
 
 The readers of `datasets`, which read data sets of the Hub, stop at the first broken row or silently skip rows.
 """

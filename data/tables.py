@@ -49,7 +49,7 @@ def to_dataset(stream: ShardStream, source: Source, skipped: SkipLog, name: str,
     lists = {column for column, feature in features.items() if isinstance(feature, List)}
     arguments = {"stream": stream, "limit": source.limit, "lists": lists}
     dataset = _cached(Features(features), arguments, fingerprint)
-    # Images that were missing when the rows were cached may be there now.
+    # Images that were missing when the rows were cached may exist now.
     returned = [skip.row for skip in _skips(dataset) if skip.cause == MISSING and existing(skip.detail) is not None]
     if returned:
         salted = hashlib.blake2b(json.dumps([fingerprint, returned]).encode(), digest_size=12).hexdigest()

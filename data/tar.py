@@ -38,8 +38,8 @@ def read_tar(path: str, start: Any = None) -> Iterator[Row]:
                 key = this
                 try:
                     _add(sample, ending, member, tar)
-                except RowError as found:
-                    row_error = found
+                except RowError as error:
+                    row_error = error
             _require_end(file, tar.offset)
         except (tarfile.TarError, OSError, EOFError) as error:
             # Members of the current sample may be missing: it is lost with the rest.

@@ -30,7 +30,7 @@ class Row(NamedTuple):
 
     Args:
         position: where to resume after this row, in plain JSON types.
-        name: name for logs: the file's name and the row's place in it.
+        name: name for logs: the file's name and the row's number or line.
         value: its columns, or why it cannot be read.
     """
 

@@ -200,10 +200,10 @@ def run_recipe(
 
     Args:
         save: function that writes a model and its processor into a folder, whole or not at all. The folder's
-            `stage.json` (`stage_facts`) is there already.
+            `stage.json` (`stage_facts`) is already in it.
         overwrite: remove an earlier run in the folder.
         load: function that reads a `Source`, with the arguments of `load_source`.
-        progress: takes the place of the Trainer's progress bar.
+        progress: replaces the Trainer's progress bar.
 
     Returns:
         The model's folder; None if the run was finished before.

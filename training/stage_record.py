@@ -63,7 +63,7 @@ def write_stage(folder: Path, facts: dict[str, Any]) -> None:
     """Write a stage's record into its run's folder.
 
     Raises:
-        NotOursError: if a file of that name is there that Bifocal did not write.
+        NotOursError: if a file of that name exists that Bifocal did not write.
     """
     with overwrite(folder / STAGE, RUN) as scratch:
         write_json(scratch, facts)

@@ -63,7 +63,8 @@ class BlockReader:
             row = int(self._order[self.used])
             self.used += 1
             try:
-                values = usable_row(self.task, {name: found[row] for name, found in self._columns.items()}, self.decode)
+                stored = {name: column[row] for name, column in self._columns.items()}
+                values = usable_row(self.task, stored, self.decode)
             except RowError as error:
                 self._add(0, [SkippedRow.of(self._names[row], error)])
                 continue
@@ -174,7 +175,7 @@ class _DatasetPart:
     def next(self, size: int) -> Block | None:
         try:
             rows = next(self._blocks, None)
-        except Exception as error:  # of the code that makes the rows, or of the place where they are read
+        except Exception as error:  # of the code that makes the rows, or of the disk or network they come from
             line = first_line(error)[:300]
             raise TrainingError(
                 f"The stream of task '{self.task.name}' cannot be read beyond row {self._name(self.row)} "

@@ -1,4 +1,4 @@
-"""One self-contained HTML page about a training run: stages, curves, and searches with what was found."""
+"""One self-contained HTML page about a training run: stages, curves, and searches with their results."""
 
 import base64
 import io
@@ -41,7 +41,7 @@ class Item:
 
 @dataclass
 class Hit:
-    """One thing found: the item, its cosine similarity, and whether it is what was looked for."""
+    """One result: the item, its cosine similarity, and whether it is the right answer."""
 
     item: Item
     score: float
@@ -50,7 +50,7 @@ class Hit:
 
 @dataclass
 class Search:
-    """A query, what it found first, and the right answer with the rank (from 1) at which it came."""
+    """A query, its first results, and the right answer with its rank (from 1)."""
 
     query: Item
     hits: list[Hit]

@@ -200,7 +200,7 @@ def _run_stage(recipe: Recipe, title: str, symbols: Any) -> dict[str, Any]:
             write_json(
                 scratch, values | {"losses": stage["curves"]} | {key: stage[key] for key in ("steps", "seconds")}
             )
-        with replace_folder(folder, RUN) as scratch:  # the run is finished as soon as this is there
+        with replace_folder(folder, RUN) as scratch:  # the run is finished as soon as this folder exists
             model.save_pretrained(scratch)
 
     load = _from(symbols["train"])

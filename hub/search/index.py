@@ -101,7 +101,7 @@ class SearchIndex:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise SearchError(f"'{folder}' cannot be made ({error.strerror}). Choose another folder.") from error
+            raise SearchError(f"'{folder}' cannot be created ({error.strerror}). Choose another folder.") from error
         write_settings(folder, {**settings, "variants": variants})
         return cls(folder)
 

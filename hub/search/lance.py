@@ -23,9 +23,9 @@ _DELETE_BATCH_SIZE = 1024
 
 
 def export_to_lancedb(index: SearchIndex, uri: str) -> int:
-    """Write an index's items to a LanceDB database and return the number of rows there.
+    """Write an index's items to a LanceDB database and return its number of rows.
 
-    Rows that are there already are updated, and rows that the index no longer has are deleted.
+    Existing rows are updated, and rows that the index no longer has are deleted.
 
     Args:
         uri: a folder, or an address that LanceDB knows.

@@ -73,7 +73,7 @@ class TrainingMetrics:
         seconds = max(time.monotonic() - self.started, 1e-9)
         logs = {f"grad_norm/{tower}": norm for tower, norm in self.norms.items()}
         if self.totals:
-            # In place of the Trainer's sum, which a checkpoint between two logs would lose.
+            # Instead of the Trainer's sum, which a checkpoint between two logs would lose.
             logs["loss"] = accumulated * sum(self.totals) / len(self.totals)
         for kind, values in (("loss", self.losses), ("accuracy", self.accuracies)):
             logs |= {f"{kind}/{name}": sum(numbers) / len(numbers) for name, numbers in values.items() if numbers}

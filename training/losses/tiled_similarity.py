@@ -208,7 +208,7 @@ class _TiledLogSumExps(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
         rows, columns, scale, row_lse, column_lse = ctx.saved_tensors
         by_row, by_column, by_row_sum, by_column_sum = gradients[:4]
-        # A row in which all is excluded has no exponentials; any finite number in place of its -inf gives zeros.
+        # A row in which all is excluded has no exponentials; any finite number instead of its -inf gives zeros.
         row_lse, column_lse = row_lse.clamp(min=-1e30), column_lse.clamp(min=-1e30)
         bound = ctx.bound
         if bound is not None:
