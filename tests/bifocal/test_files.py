@@ -94,7 +94,7 @@ def test_one_file_of_the_users_protects_the_folder(tmp_path, path, content, mess
     assert (folder / path).read_text() == content
 
 
-def test_what_is_no_ordinary_folder(tmp_path, monkeypatch):
+def test_a_target_that_is_not_an_ordinary_folder(tmp_path, monkeypatch):
     """Each decided on purpose: links, files, the working directory, the home folder, the root, a part of ours."""
     ours, others = write(tmp_path / "ours"), tmp_path / "others"
     others.mkdir()

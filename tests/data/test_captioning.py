@@ -132,7 +132,7 @@ def test_rows_with_bytes_are_copied(blip, tmp_path):
     assert rows[3]["image_id"] == "00001.tar/000003"
 
 
-def test_killed_it_goes_on(blip, tmp_path):
+def test_a_killed_run_resumes(blip, tmp_path):
     """After a real SIGKILL in the middle, every image has one caption, those before untouched."""
     folder = tmp_path / "images"
     folder.mkdir()

@@ -71,7 +71,7 @@ def test_files_come_in_a_new_order_each_epoch():
 
 @pytest.mark.parametrize("used", [0, 1, 6, BLOCK - 1, BLOCK, BLOCK + 1, 1500, 2049, 2200, 5000])
 @pytest.mark.parametrize(("readers", "counts"), [(1, [900, 700, 500]), (5, [3000, 2500, 4000])])
-def test_a_reader_goes_on_with_what_was_not_seen(used, readers, counts):
+def test_a_reader_continues_with_unseen_rows(used, readers, counts):
     """From any place, in mid-file and mid-block, also where readers share a file."""
     task = Task("t", "text-pair", simulated(counts), 1)
     whole = BlockReader(task, 5, readers - 1, readers)

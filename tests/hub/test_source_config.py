@@ -113,7 +113,7 @@ def test_tables_that_contradict_are_refused():
             plan_conversion(changed, config)
 
 
-def test_weights_that_are_no_numbers_are_refused():
+def test_weights_that_are_not_numbers_are_refused():
     theirs, config = source("JinaBERT")
     state = theirs.state_dict()
     key = "encoder.layer.1.mlp.wo.weight"

@@ -118,7 +118,7 @@ def test_the_version_is_that_of_the_package(tmp_path):
 
 
 @pytest.mark.parametrize("given", [1, 2.5, ["0.1.0"], {"major": 1}])
-def test_a_version_that_is_no_string_does_not_matter(tmp_path, given, caplog):
+def test_a_version_that_is_not_a_string_does_not_matter(tmp_path, given, caplog):
     config = small_config()
     config.bifocal_version = given
     warn_of_other_code(str(tmp_path), config)

@@ -106,7 +106,7 @@ def test_more_steps_draw_the_same_first_ones():
     ]
 
 
-def test_weights_alone_are_no_checkpoint(processor, tmp_path):
+def test_weights_alone_are_not_a_checkpoint(processor, tmp_path):
     options = dict(tasks=[pairs()], save_strategy="steps", save_steps=2, save_only_model=True)
     trainer(tmp_path, processor, steps=2, **options).train()
     with pytest.raises(ValueError, match=r"has no bifocal_state_0.json.*start a new run"):

@@ -102,7 +102,7 @@ def test_training_learns_and_logs(tmp_path, processor):
     assert 0 <= logs[0]["data_wait"] <= 1
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not(tmp_path, processor):
+def test_a_stopped_run_resumes_exactly(tmp_path, processor):
     whole = trainer(tmp_path / "whole", processor, steps=8)
     whole.train()
     options = dict(save_strategy="steps", save_steps=3, restore_callback_states_from_checkpoint=True)

@@ -199,7 +199,7 @@ def test_sigmoid_needs_a_bias(tmp_path, processor):
         trainer(tmp_path, processor, tasks=[image_task(loss="sigmoid")])
 
 
-def test_streams_beside_others_must_say_their_rows(tmp_path, processor):
+def test_streams_with_others_need_num_rows(tmp_path, processor):
     data = Dataset.from_dict({"query": ["a"] * 6, "positive": ["b"] * 6}).to_iterable_dataset()
     with pytest.raises(ValueError, match="'same' streams with others of its modality; set num_rows"):
         trainer(tmp_path, processor, tasks=[*tasks(2, "text-pair"), Task("same", "text-pair", data, 3)])
