@@ -1,4 +1,4 @@
-"""The columns that a kind of rows needs, and which may be meant if one is missing."""
+"""Checks that a source has the columns that a kind of rows needs, and suggests one for each that is missing."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
