@@ -16,15 +16,12 @@ from bifocal.training.shipped_recipes import shipped_recipe
 from bifocal.training.tasks import Task
 
 # The fields of a `Task` that a recipe sets itself; the share of bad rows is that of the source.
-_TaskFields: Any = create_model(
-    "_TaskFields",
-    __base__=Strict,
-    **{
-        item.name: (item.type, ... if item.default is dataclasses.MISSING else item.default)
-        for item in dataclasses.fields(Task)
-        if item.name not in ("dataset", "max_bad_fraction")
-    },
-)
+_TASK_FIELDS: dict[str, Any] = {
+    item.name: (item.type, ... if item.default is dataclasses.MISSING else item.default)
+    for item in dataclasses.fields(Task)
+    if item.name not in ("dataset", "max_bad_fraction")
+}
+_TaskFields: Any = create_model("_TaskFields", __base__=Strict, **_TASK_FIELDS)
 
 
 class TaskRecipe(_TaskFields):

@@ -118,4 +118,8 @@ class Task:
 
 @cache
 def _field_adapters() -> dict[str, TypeAdapter[Any]]:
-    return {field.name: TypeAdapter(field.type) for field in fields(Task) if field.name != "dataset"}
+    return {
+        field.name: TypeAdapter(field.type)  # type: ignore[arg-type]
+        for field in fields(Task)
+        if field.name != "dataset"
+    }
