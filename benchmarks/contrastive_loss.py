@@ -44,9 +44,9 @@ def loss_of(way: str) -> Callable[..., torch.Tensor]:
         )  # fmt: skip
         # The loop of its cached step, which computes gradients with respect to the embeddings on the way.
         return lambda a, b, tau: cached_loss.calculate_loss([[a], [b]], with_backward=True)
-    from bifocal.training.losses.info_nce import info_nce
+    from bifocal.training.losses import info_nce
 
-    return lambda a, b, tau: info_nce(a, b, tau, form=way)
+    return lambda a, b, tau: info_nce(a, b, tau, impl=way)
 
 
 def measure(way: str, rows: int, dimensions: int, repeats: int) -> dict[str, float]:

@@ -70,7 +70,8 @@ def main() -> None:
         batch = next(task.batch_size for task in recipe.tasks if task.kind == "image-text")
         args = BifocalTrainingArguments(
             output_dir=f"{scratch}/run", max_steps=options.steps, logging_steps=5, report_to="none", use_cpu=True,
-            dataloader_num_workers=options.workers, save_strategy="no", disable_tqdm=True, exact_images=options.exact,
+            dataloader_num_workers=options.workers, save_strategy="no", disable_tqdm=True,
+            exact_image_decoding=options.exact,
         )  # fmt: skip
         model = BifocalModel(BifocalConfig(text_config=text, **settings))
         tasks = [Task("shards", "image-text", data, batch)]
@@ -83,7 +84,7 @@ def main() -> None:
             "each": [round(entry["data_wait"], 3) for entry in logs], "batch": batch, "image_size": side,
             "workers": options.workers, "exact": options.exact,
             "samples_per_second": round(statistics.mean(entry["samples_per_second"] for entry in logs), 1),
-            "skipped": trainer.meters.skipped.bad,
+            "skipped": trainer.training_metrics.skipped.bad,
         }  # fmt: skip
     print(json.dumps(line))
 

@@ -98,7 +98,7 @@ def _step(
 ) -> Callable[[], None]:
     from bifocal.training.engine.gradient_cache import cached_step, into_chunks
     from bifocal.training.engine.joint_forward import embed
-    from bifocal.training.losses.info_nce import info_nce
+    from bifocal.training.losses import info_nce
 
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)

@@ -24,7 +24,7 @@ def measure(batch: int, chunk: int | None, width: int, layers: int, repeats: int
     from bifocal.modeling import BifocalConfig, BifocalModel
     from bifocal.training.engine.gradient_cache import cached_step, into_chunks
     from bifocal.training.engine.joint_forward import embed
-    from bifocal.training.losses.info_nce import info_nce
+    from bifocal.training.losses import info_nce
 
     torch.manual_seed(0)
     size = dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64)

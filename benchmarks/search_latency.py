@@ -52,7 +52,7 @@ def main() -> None:
 def make_index(folder: Path, options: argparse.Namespace) -> Path:
 
     from bifocal.hub.export import export_model
-    from bifocal.hub.sample_images import samples
+    from bifocal.hub.sample_images import sample_pairs
     from bifocal.hub.search.index import SearchIndex
     from bifocal.hub.search.items import Item
     from bifocal.hub.search.models import weights_hash
@@ -71,7 +71,7 @@ def make_index(folder: Path, options: argparse.Namespace) -> Path:
     exported = export_model(model, folder / "model", BifocalProcessor(images, tokenizer))
     index = SearchIndex.create(folder / "index", str(exported), weights_hash(exported), options.width)
     items = [Item(f"text {n}", f"{TOPICS[n % 7]} {PLACES[n % 6]} {n}") for n in range(options.rows - 64)]
-    for caption, image in samples():
+    for caption, image in sample_pairs():
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
         items.append(Item(caption, caption, buffer.getvalue()))

@@ -1,7 +1,15 @@
 """Bifocal: one model for image search and text search.
 
-Importing registers the model with transformers' Auto classes. The names of training are loaded at first use, since they
-need the extra `train`.
+- Models: `BifocalModel` and its towers `BifocalTextModel` and `BifocalVisionModel`, `BifocalTextForMaskedLM` for stage
+  0, their configurations, `BifocalProcessor`, and `load_image`. Importing `bifocal` registers them with transformers'
+  Auto classes.
+- Data: `Source` describes files or a Hub id, `load_source` reads it.
+- Training: `Task`, `MultiTaskTrainer`, `BifocalTrainingArguments`, and `EvaluationCallback` for retrieval metrics.
+- Publishing: `export_model`.
+- Search: `SearchIndex` and `Searcher`.
+- Errors: `BifocalError`, the base class of errors that a user can fix.
+
+Names other than models and `BifocalError` are loaded at first use, since they need extras such as `bifocal[train]`.
 """
 
 from importlib import import_module
@@ -13,6 +21,7 @@ if (_ROOT / "pyproject.toml").is_file():
     # Imported from the root of a checkout, where the folders of `bifocal.*` lie beside this one (see pyproject.toml).
     __path__.append(str(_ROOT))
 
+from bifocal.errors import BifocalError  # noqa: E402
 from bifocal.modeling import (  # noqa: E402
     BifocalConfig,
     BifocalModel,
@@ -28,14 +37,20 @@ from bifocal.modeling import (  # noqa: E402
 if TYPE_CHECKING:
     from bifocal.data.loading import load_source as load_source
     from bifocal.data.source import Source as Source
+    from bifocal.evaluation.callback import EvaluationCallback as EvaluationCallback
     from bifocal.hub.export import export_model as export_model
+    from bifocal.hub.search.index import SearchIndex as SearchIndex
+    from bifocal.hub.search.searcher import Searcher as Searcher
     from bifocal.training.arguments import BifocalTrainingArguments as BifocalTrainingArguments
     from bifocal.training.tasks import Task as Task
     from bifocal.training.trainer import MultiTaskTrainer as MultiTaskTrainer
 
 _AT_FIRST_USE = {
     "BifocalTrainingArguments": "bifocal.training.arguments",
+    "EvaluationCallback": "bifocal.evaluation.callback",
     "MultiTaskTrainer": "bifocal.training.trainer",
+    "SearchIndex": "bifocal.hub.search.index",
+    "Searcher": "bifocal.hub.search.searcher",
     "Source": "bifocal.data.source",
     "Task": "bifocal.training.tasks",
     "export_model": "bifocal.hub.export",
@@ -44,6 +59,7 @@ _AT_FIRST_USE = {
 
 __all__ = [
     "BifocalConfig",
+    "BifocalError",
     "BifocalModel",
     "BifocalProcessor",
     "BifocalTextConfig",
@@ -52,7 +68,10 @@ __all__ = [
     "BifocalTrainingArguments",
     "BifocalVisionConfig",
     "BifocalVisionModel",
+    "EvaluationCallback",
     "MultiTaskTrainer",
+    "SearchIndex",
+    "Searcher",
     "Source",
     "Task",
     "export_model",

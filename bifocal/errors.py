@@ -1,4 +1,4 @@
-"""Errors that end a command in one sentence, and sentences that several rooms share."""
+"""Errors that a user can fix (the command line prints them without a stack trace), and messages that rooms share."""
 
 import difflib
 from collections.abc import Iterable
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 class BifocalError(ValueError):
-    """What a user can do something about, in one or two sentences. The command line prints it without a traceback."""
+    """An error that a user can fix, in one or two sentences; the command line prints it without a stack trace."""
 
 
 class DataError(BifocalError):
@@ -14,48 +14,46 @@ class DataError(BifocalError):
 
 
 class RecipeError(BifocalError):
-    """A recipe or setting that cannot be carried out, with the file and line or the override where it was given."""
+    """A recipe or setting that is not valid; the message has its file and line, or the override."""
 
 
 class TrainingError(BifocalError):
-    """Why a training run cannot start or continue."""
+    """A training run that cannot start or resume."""
 
 
 class EvaluationError(BifocalError):
-    """What cannot be evaluated."""
+    """A model or task that cannot be evaluated."""
 
 
-def model_not_loaded(place: str | Path, error: Exception, wanted: str = "model") -> str:
-    """Return a sentence on a model that could not be loaded, which speaks of the Hub only where a Hub id was given.
+def model_not_loaded(source: str | Path, error: Exception, expected: str = "model") -> str:
+    """Return a message on a model that could not be loaded, which mentions the Hub only if the source is a Hub id.
 
     Args:
-        place: what was given: a folder or a Hub id.
-        error: what loading it raised.
-        wanted: what it should have been, such as "sentence-transformers model".
+        source: folder or Hub id.
+        error: error that loading it raised.
+        expected: kind of model, such as "sentence-transformers model".
     """
-    given, path = str(place), Path(place).expanduser()
+    name, path = str(source), Path(source).expanduser()
     if path.is_file():
-        return f"'{given}' is a file, not the folder of a {wanted}. Give its folder or a Hub id."
+        return f"'{name}' is a file, not the folder of a {expected}. Give its folder or a Hub id."
     if path.is_dir():
-        if not any((path / name).exists() for name in ("config.json", "modules.json")):
-            return f"'{given}' holds no {wanted} (it has no config.json). Give a model's folder or a Hub id."
-        return f"The {wanted} in '{given}' cannot be loaded ({first_line(error)})."
-    if looks_like_path(given):
-        return f"'{given}' does not exist. Give the folder of a {wanted} or a Hub id."
-    return (
-        f"'{given}' is neither a folder here nor a {wanted} that could be fetched from the Hub ({first_line(error)})."
-    )
+        if not any((path / file).exists() for file in ("config.json", "modules.json")):
+            return f"'{name}' holds no {expected} (it has no config.json). Give a model's folder or a Hub id."
+        return f"The {expected} in '{name}' cannot be loaded ({first_line(error)})."
+    if looks_like_path(name):
+        return f"'{name}' does not exist. Give the folder of a {expected} or a Hub id."
+    return f"'{name}' is neither a local folder nor a {expected} on the Hub ({first_line(error)})."
 
 
-def looks_like_path(given: str) -> bool:
-    """Return whether a string can only be meant as a path here: Hub ids are `name` or `organisation/name`."""
-    first, slash, _ = given.partition("/")
-    plain = given.startswith((".", "/", "~")) or given.endswith("/") or given.count("/") > 1 or "\\" in given
-    return plain or (bool(slash) and Path(first).is_dir())
+def looks_like_path(source: str) -> bool:
+    """Return whether a string can only be a local path: Hub ids are `name` or `organisation/name`."""
+    first, slash, _ = source.partition("/")
+    is_path = source.startswith((".", "/", "~")) or source.endswith("/") or source.count("/") > 1 or "\\" in source
+    return is_path or (bool(slash) and Path(first).is_dir())
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its class where it has none."""
+    """Return the first line of an error's message, or the name of its class if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 

@@ -1,7 +1,7 @@
-"""Write files and folders whole, and know which ones Bifocal wrote: only those are ever replaced or removed.
+"""Writes files and folders whole or not at all, and never replaces or removes what Bifocal did not write.
 
-A folder that Bifocal writes into gets a list of those files, `.bifocal-files.json`, with their sizes and digests. A
-file that is not in the list, or that somebody changed since, is the user's, and so is the folder around it.
+Each folder that Bifocal writes into has a list of its files, `.bifocal-files.json`, with sizes and digests. A file that
+is not in the list, or was changed since, belongs to the user, and so does the folder that holds it.
 """
 
 import errno
@@ -24,12 +24,12 @@ _LOCK = f"{MARKER}.lock"
 MODEL = "model"
 RUN = "training run"
 _FORMAT = 1
-_SCRATCH = ".bifocal"  # how the name of a folder ends that holds a new folder until it is complete
-_NEW, _BEFORE = "new", "before"  # in it: the new folder, and the one that it replaces
+_SCRATCH = ".bifocal"  # suffix of the scratch folder, which holds a new folder until it is complete
+_NEW, _BEFORE = "new", "before"  # in the scratch folder: the new folder, and the one that it replaces
 
 
 class NotOursError(BifocalError, FileExistsError):
-    """Why a file or folder may not be replaced, in one sentence."""
+    """A file or folder that may not be replaced."""
 
 
 def listed(folder: Path) -> dict[str, dict[str, Any]]:
@@ -43,70 +43,75 @@ def parts(folder: Path) -> set[str]:
 
 
 def require_replaceable(folder: str | Path, kind: str) -> Path:
-    """Return the real place of a folder that may be written whole.
+    """Return the resolved path of a folder that may be replaced as a whole.
 
-    That is one that does not exist yet, is empty, or holds nothing but unchanged files that Bifocal listed as of the
-    same kind. Behind a link, the folder it points to is meant, and the link stays.
+    It may be replaced if it does not exist, is empty, or only holds unchanged files that Bifocal listed under the same
+    kind. A link is followed and stays.
 
     Args:
-        kind: what the folder is: a model, a training run, a Space.
+        folder: folder to replace.
+        kind: kind of the folder in its list of files: a model, a training run, a Space.
 
     Raises:
         NotOursError: if it holds something else, is in use (the working directory, the home folder, a mount point), or
-            lies in a folder that Bifocal wrote whole.
+            lies in a folder that Bifocal wrote as a whole.
         PermissionError: if it cannot be written.
     """
     folder = Path(folder).expanduser()
     if folder.is_symlink() and not folder.exists():
         raise NotOursError(f"'{folder}' is a link to nothing; remove it or choose another folder.")
-    place = folder.resolve()
-    if place.exists() and not place.is_dir():
+    target = folder.resolve()
+    if target.exists() and not target.is_dir():
         raise NotOursError(f"'{folder}' is a file; choose another folder.")
     for used, what in ((".", "the working directory"), ("~", "your home folder")):
-        if Path(os.path.realpath(os.path.expanduser(used))).is_relative_to(place):
+        if Path(os.path.realpath(os.path.expanduser(used))).is_relative_to(target):
             raise NotOursError(f"'{folder}' is {what} or holds it; choose another folder.")
-    if os.path.ismount(place):
+    if os.path.ismount(target):
         raise NotOursError(f"'{folder}' is a mount point, which cannot be replaced; choose a folder in it.")
-    around = next((parent for parent in place.parents if _marker(parent)["whole"]), None)
+    around = next((parent for parent in target.parents if _marker(parent)["whole"]), None)
     if around is not None:
-        raise NotOursError(f"'{folder}' lies in '{around}', which Bifocal wrote as a whole; choose a place outside.")
-    _require_writable(place.parent)
-    if place.is_dir():
-        _require_writable(place)
-        _require_ours(place, kind, folder)
-    return place
+        raise NotOursError(f"'{folder}' lies in '{around}', which Bifocal wrote as a whole; choose a folder outside.")
+    _require_writable(target.parent)
+    if target.is_dir():
+        _require_writable(target)
+        _require_ours(target, kind, folder)
+    return target
 
 
 @contextmanager
 def replace_folder(folder: str | Path, kind: str) -> Iterator[Path]:
-    """Yield a path at which to make a folder that takes the place of `folder` at the end, with a list of its files.
+    """Yield the path of a new folder that replaces `folder` at the end, with a list of its files.
 
-    The new folder is made beside the old one. If anything fails, the old one is where it was; a run that was killed
-    leaves its unfinished folder, which the next call for the same place removes.
+    The new folder is written beside the old one. After an error the old one is unchanged. A killed run leaves its
+    unfinished folder, which the next call for the same folder removes.
+
+    Args:
+        folder: folder to replace.
+        kind: kind of the folder in its list of files.
 
     Raises:
-        NotOursError, PermissionError: see `require_replaceable`, before anything is made and again at the end.
+        NotOursError, PermissionError: as for `require_replaceable`, at the beginning and at the end.
     """
     from filelock import FileLock
 
-    place = require_replaceable(folder, kind)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(place)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=_SCRATCH, dir=place.parent))
+    target = require_replaceable(folder, kind)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(target)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_SCRATCH, dir=target.parent))
     with FileLock(scratch / ".lock"):
         try:
-            made = scratch / _NEW / place.name
-            made.parent.mkdir()
-            yield made
-            _list_all(made, kind)
+            new = scratch / _NEW / target.name
+            new.parent.mkdir()
+            yield new
+            _list_all(new, kind)
             require_replaceable(folder, kind)  # somebody may have put something there in the meantime
-            _swap(place, made, scratch / _BEFORE)
+            _swap(target, new, scratch / _BEFORE)
         finally:
-            _discard(scratch, place)
+            _discard(scratch, target)
 
 
 def remove_folder(folder: Path, kind: str) -> None:
-    """Remove a folder that Bifocal wrote whole, if there is one.
+    """Remove a folder that Bifocal wrote as a whole, if it exists.
 
     Raises:
         NotOursError: if it holds anything else.
@@ -117,7 +122,7 @@ def remove_folder(folder: Path, kind: str) -> None:
 
 
 def _remove_listed(folder: Path) -> None:
-    """Remove the files in a folder's list, and the folders that are empty then: what came in the meantime stays."""
+    """Remove the files in a folder's list, then empty folders; files that were added in the meantime stay."""
     files = listed(folder)
     for name in [*files, *(name for name in list(_entries(folder)) if _is_bytecode(name, files)), MARKER, _LOCK]:
         (folder / name).unlink(missing_ok=True)
@@ -127,9 +132,10 @@ def _remove_listed(folder: Path) -> None:
 
 
 def require_removable(folder: Path, kind: str) -> None:
-    """
+    """Check that a folder may be removed.
+
     Raises:
-        NotOursError: if there is a folder that holds anything that Bifocal did not write.
+        NotOursError: if it exists and holds anything that Bifocal did not write.
     """
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise NotOursError(f"'{folder}' is a link or a file that Bifocal did not write; move it away.")
@@ -138,45 +144,45 @@ def require_removable(folder: Path, kind: str) -> None:
 
 
 def require_overwritable(path: str | Path, kind: str) -> Path:
-    """Return the real place of a file that may be written: there is none yet, or Bifocal wrote it.
+    """Return the resolved path of a file that may be written: it does not exist, or Bifocal wrote it.
 
     Raises:
-        NotOursError: if a file is there that Bifocal did not write as of this kind, or that was changed since.
+        NotOursError: if it exists, but Bifocal did not write it under this kind, or it was changed since.
         PermissionError: if its folder cannot be written.
     """
     path = Path(path).expanduser()
-    place = path.resolve()
-    if place.is_dir():
+    target = path.resolve()
+    if target.is_dir():
         raise NotOursError(f"'{path}' is a folder; choose another name.")
-    if place.exists():
-        entry = listed(place.parent).get(place.name)
+    if target.exists():
+        entry = listed(target.parent).get(target.name)
         if entry is None or entry["kind"] != kind:
             raise NotOursError(
                 f"'{path}' exists and is not known as a file of Bifocal's ({MARKER} beside it lists those); choose "
                 "another name or move it away."
             )
-        if not _is_unchanged(place, entry):
+        if not _is_unchanged(target, entry):
             raise NotOursError(f"'{path}' was changed after Bifocal wrote it; choose another name or move it away.")
-    _require_writable(place.parent)
-    return place
+    _require_writable(target.parent)
+    return target
 
 
 @contextmanager
 def overwrite(path: str | Path, kind: str) -> Iterator[Path]:
-    """Yield a path for a file that takes the place of `path` at the end, and list it as Bifocal's.
+    """Yield a scratch path for a file that replaces `path` at the end, and list it as Bifocal's.
 
     Raises:
-        NotOursError, PermissionError: see `require_overwritable`.
+        NotOursError, PermissionError: as for `require_overwritable`.
     """
-    place = require_overwritable(path, kind)
-    with replace_file(place) as scratch:
+    target = require_overwritable(path, kind)
+    with replace_file(target) as scratch:
         yield scratch
-    record(place.parent, kind, place.name)
+    record(target.parent, kind, target.name)
 
 
 @contextmanager
 def amend(path: Path) -> Iterator[Path]:
-    """Yield a path for a new version of a file that may be the user's; whether it is Bifocal's own stays as it was."""
+    """Yield a scratch path for a new version of a file that may be the user's; if it was Bifocal's, it stays so."""
     entry = listed(path.parent).get(path.name)
     ours = entry is not None and _is_unchanged(path, entry)
     with replace_file(path) as scratch:
@@ -187,9 +193,9 @@ def amend(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
-    """Yield a path beside `path` that takes its place at the end; after an error, `path` is as it was.
+    """Yield a scratch path for a file that replaces `path` at the end; after an error, `path` is unchanged.
 
-    It does not ask whose file is there: for files in folders of our own, by names of our own.
+    It does not check who wrote the file: it is for Bifocal's own file names in Bifocal's own folders.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
@@ -203,13 +209,13 @@ def replace_file(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as JSON, whole or not at all; see `replace_file`."""
+    """Write a value as JSON, whole or not at all."""
     with replace_file(path) as scratch:
         scratch.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def record(folder: Path, kind: str, *names: str) -> None:
-    """List files in a folder as Bifocal's, as they are now; several processes may do so at once."""
+    """List files in a folder as Bifocal's in their present state; several processes may do this at once."""
     from filelock import FileLock
 
     entries = {name: _entry(folder / name, kind) for name in names}
@@ -217,7 +223,9 @@ def record(folder: Path, kind: str, *names: str) -> None:
         marker = _marker(folder)
         marker["files"] |= entries
         write_json(folder / MARKER, marker)
-        (folder / _LOCK).unlink(missing_ok=True)  # while it is held: who waits sees that it is gone, and makes its own
+        (folder / _LOCK).unlink(
+            missing_ok=True
+        )  # while it is held: waiting processes see that it is gone and create their own
 
 
 def _marker(folder: Path) -> dict[str, Any]:
@@ -227,7 +235,13 @@ def _marker(folder: Path) -> dict[str, Any]:
         whole = all({"kind", "bytes", "sha256"} <= set(entry) for entry in marker["files"].values())
         if marker["format"] == _FORMAT and "whole" in marker and whole and not path.is_symlink():
             return marker
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or damaged: nothing is known to be ours
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ):  # missing or damaged: no file is known to be ours
         pass
     return {"format": _FORMAT, "whole": False, "files": {}}
 
@@ -257,13 +271,13 @@ def _sha256(path: Path) -> str:
 
 
 def _is_unchanged(path: Path, entry: dict[str, Any]) -> bool:
-    # Other weights of the same model have the same size, so that large files are read as well.
+    # Other weights of the same model have the same size, so large files are hashed, too.
     regular = path.is_file() and not path.is_symlink()
     return regular and path.stat().st_size == entry["bytes"] and _sha256(path) == entry["sha256"]
 
 
 def _entries(folder: Path) -> Iterator[str]:
-    """All files, links and empty folders below a folder, those at its top first; not the list itself."""
+    """Yield all files, links and empty folders below a folder, the top level first, without the list itself."""
 
     def stop(error: OSError) -> None:
         raise error
@@ -274,107 +288,112 @@ def _entries(folder: Path) -> Iterator[str]:
         if not folders and not names and here != folder:
             yield here.relative_to(folder).as_posix()
         for name in sorted([*names, *links]):
-            found = (here / name).relative_to(folder).as_posix()
-            if found not in (MARKER, _LOCK):
-                yield found
+            path = (here / name).relative_to(folder).as_posix()
+            if path not in (MARKER, _LOCK):
+                yield path
         folders.sort()
 
 
-def _require_ours(place: Path, kind: str, called: Path) -> None:
-    """
+def _require_ours(folder: Path, kind: str, name_in_error: Path) -> None:
+    """Check that a folder only holds unchanged files of a kind.
+
     Raises:
-        NotOursError: with the first file that is not as Bifocal wrote it.
+        NotOursError: if it does not; the message has the first other file.
     """
-    marker = _marker(place)
+    marker = _marker(folder)
     files, folders = marker["files"], marker.get("folders", ())
     remedy = "choose another folder, or move it away."
-    for name in _entries(place):
+    for name in _entries(folder):
         if name not in files:
-            if _is_known(place, name, files, folders):
+            if _is_known(folder, name, files, folders):
                 continue
             top = name.partition("/")[0]
             shown = name if any(known.startswith(f"{top}/") for known in files) else top
             if not files:
                 raise NotOursError(
-                    f"'{called}' holds '{shown}' and no list of files that Bifocal wrote ({MARKER}); choose another "
-                    "folder, or empty this one."
+                    f"'{name_in_error}' holds '{shown}' and no list of files that Bifocal wrote ({MARKER}); choose "
+                    "another folder, or empty this one."
                 )
-            raise NotOursError(f"'{called}' holds '{shown}', which Bifocal did not write; {remedy}")
+            raise NotOursError(f"'{name_in_error}' holds '{shown}', which Bifocal did not write; {remedy}")
         if files[name]["kind"] != kind:
-            raise NotOursError(f"'{name}' in '{called}' belongs to a {files[name]['kind']}, not a {kind}; {remedy}")
-        if not _is_unchanged(place / name, files[name]):
-            raise NotOursError(f"'{name}' in '{called}' was changed after Bifocal wrote it; {remedy}")
+            raise NotOursError(
+                f"'{name}' in '{name_in_error}' belongs to a {files[name]['kind']}, not a {kind}; {remedy}"
+            )
+        if not _is_unchanged(folder / name, files[name]):
+            raise NotOursError(f"'{name}' in '{name_in_error}' was changed after Bifocal wrote it; {remedy}")
 
 
-def _is_known(place: Path, name: str, files: dict[str, Any], folders: Sequence[str]) -> bool:
-    """Whether an entry is in the list, or comes of what is in it."""
+def _is_known(folder: Path, name: str, files: dict[str, Any], folders: Sequence[str]) -> bool:
+    """Return whether an entry is in the list, or follows from entries that are."""
     ours = name in files or _is_bytecode(name, files)
-    return ours or (_is_folder(place / name) and _is_our_folder(name, files, folders))
+    return ours or (_is_folder(folder / name) and _is_our_folder(name, files, folders))
 
 
 def _is_our_folder(name: str, files: dict[str, Any], folders: Sequence[str]) -> bool:
-    """Whether an empty folder was empty when it was written, or held files that somebody has removed since."""
+    """Return whether an empty folder was written empty, or held files that were removed since."""
     return name in folders or any(known.startswith(f"{name}/") for known in files)
 
 
 def _is_bytecode(name: str, files: dict[str, Any]) -> bool:
-    """Whether Python made a file of a module in the list: a Space that was tried is still as it was written."""
+    """Return whether a file is the bytecode of a listed module: running a Space does not change it."""
     path = Path(name)
     module = path.parent.parent / f"{path.name.partition('.')[0]}.py"
     return path.suffix == ".pyc" and path.parent.name == "__pycache__" and module.as_posix() in files
 
 
-def _require_writable(place: Path) -> None:
-    """
+def _require_writable(target: Path) -> None:
+    """Check that a folder, or its nearest existing parent, can be written.
+
     Raises:
-        PermissionError: if a folder, or the nearest one around it that exists, cannot be written.
+        PermissionError: if it cannot.
     """
-    existing = next(path for path in (place, *place.parents) if path.exists())
+    existing = next(path for path in (target, *target.parents) if path.exists())
     effective = os.access in os.supports_effective_ids
     if not os.access(existing, os.W_OK | os.X_OK, effective_ids=effective):
         code = errno.EROFS if os.statvfs(existing).f_flag & os.ST_RDONLY else errno.EACCES
         raise PermissionError(code, os.strerror(code), str(existing))
 
 
-def _swap(place: Path, made: Path, before: Path) -> None:
-    there = place.exists()
-    if there:
-        shutil.copymode(place, made)
+def _swap(target: Path, new: Path, before: Path) -> None:
+    """Move `new` to `target`, and what was there to `before`; after an error, undo it."""
+    existed = target.exists()
+    if existed:
+        shutil.copymode(target, new)
         try:
-            os.rename(place, before)
+            os.rename(target, before)
         except OSError as error:
             if error.errno == errno.EBUSY:
-                raise NotOursError(f"'{place}' is a mount point or in use; choose another folder.") from error
+                raise NotOursError(f"'{target}' is a mount point or in use; choose another folder.") from error
             raise
         files, folders = listed(before), _marker(before).get("folders", [])
-        came = next((name for name in _entries(before) if not _is_known(before, name, files, folders)), None)
-        if came is not None:  # while the files were compared
-            os.rename(before, place)
-            raise NotOursError(f"'{came}' was put into '{place}' in the meantime; move it away and try again.")
+        added = next((name for name in _entries(before) if not _is_known(before, name, files, folders)), None)
+        if added is not None:  # while the files were compared
+            os.rename(before, target)
+            raise NotOursError(f"'{added}' was put into '{target}' in the meantime; move it away and try again.")
     try:
-        os.rename(made, place)
+        os.rename(new, target)
     except BaseException:
-        if there:
-            os.rename(before, place)
+        if existed:
+            os.rename(before, target)
         raise
 
 
-def _discard(scratch: Path, place: Path) -> None:
-    """Remove an unfinished folder; what it was to replace comes back if a kill fell between the two renames."""
+def _discard(scratch: Path, target: Path) -> None:
+    """Remove a scratch folder; restore the replaced folder if the run was killed between the two renames."""
     before = scratch / _BEFORE
-    if before.exists() and not place.exists():
-        os.rename(before, place)
+    if before.exists() and not target.exists():
+        os.rename(before, target)
     shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _sweep(place: Path) -> None:
-    """Clean up after runs that were killed while they wrote to this place; those still at it hold their lock."""
+def _sweep(target: Path) -> None:
+    """Remove scratch folders of killed runs for the same folder; running ones hold their lock."""
     from filelock import FileLock, Timeout
 
-    for left in place.parent.glob(f".{glob.escape(place.name)}.*{_SCRATCH}"):
-        if (left / ".lock").is_file() and {path.name for path in left.iterdir()} <= {".lock", _NEW, _BEFORE}:
+    for scratch in target.parent.glob(f".{glob.escape(target.name)}.*{_SCRATCH}"):
+        if (scratch / ".lock").is_file() and {path.name for path in scratch.iterdir()} <= {".lock", _NEW, _BEFORE}:
             try:
-                with FileLock(left / ".lock", timeout=0):
-                    _discard(left, place)
+                with FileLock(scratch / ".lock", timeout=0):
+                    _discard(scratch, target)
             except Timeout:
                 continue

@@ -1,4 +1,4 @@
-"""Silence where a progress bar would say nothing: a model that is written or read in a moment."""
+"""Hides progress bars of steps that only take a moment, such as loading a small model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """Within, transformers and datasets draw no bars for what they read, make and write."""
+    """Hide the progress bars of transformers and datasets within."""
     import datasets
 
     bars: list[Any] = []

@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> None:
             output_dir=options.out,
             max_steps=options.steps,
             learning_rate=1e-4,
-            auto_chunk=True,  # batches larger than memory, with exact gradients
+            auto_find_chunk_size=True,  # batches larger than memory, with exact gradients
             logging_steps=5,
             report_to="none",
         ),

@@ -1,4 +1,4 @@
-"""The model card: purpose, use, training, figures and limits of a model."""
+"""The model card: description, code, training, figures and limits of a model."""
 
 import re
 from collections.abc import Sequence
@@ -9,20 +9,23 @@ from typing import Any
 
 @dataclass
 class TrainedStage:
-    """One stage of training as it was really run.
+    """The record of one stage of training.
 
     Args:
-        name: of the recipe.
-        start: what it began with: "nothing", a Hub id or the stage before.
-        steps, max_length, learning_rate: of the stage; lengths in tokens.
-        tasks: for each task its `name`, `kind`, `source`, `rows` (None of a stream), `batch_size` (all processes
-            together), `loss`, `loss_weight` and `share` of the batches of its sort.
-        losses: the last logged loss by task.
-        curves: (step, loss) by task.
-        seconds: of training, all runs of a stage that was killed together.
-        processes, device: what it ran on.
-        energy_kwh, co2_kg: as CodeCarbon measured them, None where it did not run.
-        versions: of the packages.
+        name: name of the recipe.
+        start: initial weights: "nothing", a Hub id or the stage before.
+        steps: optimizer steps.
+        max_length: longest text in tokens.
+        learning_rate: peak learning rate.
+        tasks: for each task its `name`, `kind`, `source`, `rows` (None for a stream), `batch_size` (over all
+            processes), `loss`, `loss_weight` and `share` of the image or text batches.
+        losses: last logged loss of each task.
+        curves: (step, loss) pairs of each task.
+        seconds: training time, summed over all runs of the stage.
+        processes: number of processes.
+        device: name of the device of each process.
+        energy_kwh, co2_kg: as measured by CodeCarbon; None without it.
+        versions: versions of the packages.
     """
 
     name: str
@@ -43,17 +46,17 @@ class TrainedStage:
 
 @dataclass
 class Card:
-    """What a model card says that the model itself does not.
+    """The content of a model card that does not follow from the model itself.
 
     Args:
         name: the repository, "organisation/model"; the folder's name when None.
-        description: what the model is and is made for.
-        metrics: value by name.
-        protocol: on what the metrics were measured, and how.
-        license: as the Hub names it, such as "apache-2.0".
-        stages: of training, the first one first.
-        onnx: what was measured of the ONNX files (`bifocal.hub.onnx`); None without them.
-        plots: files in the folder and what they show.
+        description: what the model is and what it is for.
+        metrics: figures by name.
+        protocol: data and method of the figures.
+        license: name on the Hub, such as "apache-2.0".
+        stages: stages of training in their order.
+        onnx: comparison of the ONNX files with torch (`bifocal.hub.onnx.compare`); None without them.
+        plots: caption of each plot by its path in the folder.
     """
 
     name: str | None = None
@@ -67,12 +70,14 @@ class Card:
 
 
 def write_card(path: Path, card: Card, name: str, model: Any, max_length: int) -> None:
-    """Write a card for a model; `name` is what its code loads.
+    """Write the card of a model.
 
     Args:
-        path: of the README.md.
+        path: path of the README.md.
+        card: its content.
+        name: name that the card's code loads.
         model: a [`BifocalModel`].
-        max_length: tokens of a text beyond which it is cut.
+        max_length: longest text in tokens; longer ones are truncated.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -95,30 +100,30 @@ def write_card(path: Path, card: Card, name: str, model: Any, max_length: int) -
         "cost": _cost(card.stages),
     }
     template = Path(__file__).parent / "templates" / "card.md.j2"
-    written = str(ModelCard.from_template(data, template_path=str(template), **values))
-    # Sections that a card lacks leave empty lines.
-    ModelCard(re.sub(r"\n{3,}", "\n\n", written)).save(str(path))
+    text = str(ModelCard.from_template(data, template_path=str(template), **values))
+    # Sections that a card does not have leave empty lines.
+    ModelCard(re.sub(r"\n{3,}", "\n\n", text)).save(str(path))
 
 
 def _cost(stages: Sequence[TrainedStage]) -> dict[str, Any]:
-    """Hours of training on the devices used; energy only if every stage measured it."""
+    """Return hours and devices of training, and its energy if every stage measured it."""
     measured = [stage.energy_kwh for stage in stages if stage.energy_kwh is not None]
     emitted = [stage.co2_kg for stage in stages if stage.co2_kg is not None]
     complete = bool(stages) and len(measured) == len(stages)
     return {
         "hours": sum(stage.seconds for stage in stages) / 3600,
-        "devices": list(dict.fromkeys(map(_where, stages))),
+        "devices": list(dict.fromkeys(map(_devices, stages))),
         "energy_kwh": sum(measured) if complete else None,
         "co2_kg": sum(emitted) if complete else None,
     }
 
 
-def _where(stage: TrainedStage) -> str:
+def _devices(stage: TrainedStage) -> str:
     return stage.device if stage.processes == 1 else f"{stage.processes} times {stage.device}"
 
 
 def _emissions(stages: Sequence[TrainedStage]) -> dict[str, Any]:
-    """The Hub's field for emissions, in grams."""
+    """Return the Hub's field for emissions, in grams."""
     cost = _cost(stages)
     if cost["co2_kg"] is None:
         return {}

@@ -13,37 +13,35 @@ _METRICS = {"accuracy": "accuracy", "spearman": "spearmanr", "pearson": "pearson
 
 
 class CardError(BifocalError):
-    """A model card that results cannot be written into."""
+    """A model card that results cannot be added to."""
 
 
 def add_results(
     folder: Path, results: Sequence[tuple[str, str, Mapping[str, float]]], sources: Mapping[str, str] = {}
 ) -> int:
-    """Write results into a model's card, in the place of earlier ones on the same data sets.
+    """Write results into a model's card, replace earlier ones on the same data sets, and return the number of figures.
 
     Args:
-        folder: of the model, with a README.md.
-        results: (data set, protocol, metrics by name). Protocols are named as in `data.evaluation_protocols`.
-        sources: where each data set comes from, a Hub id or "local".
-
-    Returns:
-        How many figures the card now has.
+        folder: folder of the model, with a README.md.
+        results: (data set, protocol, metrics by name) for each data set. Protocols are named as in
+            `data.evaluation_protocols`.
+        sources: Hub id of each data set by its name; "local" for others.
 
     Raises:
-        CardError: if there is no card, or it has no front matter, or one that the Hub would not accept.
+        CardError: if there is no card, or its front matter is missing or not valid.
     """
     path = folder / "README.md"
     if not path.exists():
-        raise CardError(f"'{folder}' has no model card to write results into; export the model first.")
+        raise CardError(f"'{folder}' has no model card to write results into. Export the model first.")
     try:
         card = ModelCard.load(path)
     except ValueError as error:
         raise CardError(f"The card '{path}' cannot be read: {error}") from error
     measured = {name for name, _, _ in results}
-    kept = [found for found in card.data.eval_results or [] if found.dataset_name not in measured]
+    merged = [result for result in card.data.eval_results or [] if result.dataset_name not in measured]
     for name, kind, metrics in results:
         protocol = find_protocol(kind)
-        kept += [
+        merged += [
             EvalResult(
                 task_type=protocol.hub_task, task_name=protocol.title, dataset_name=name,
                 dataset_type=sources.get(name, "local"),
@@ -52,8 +50,8 @@ def add_results(
             )
             for metric, value in metrics.items()
         ]  # fmt: skip
-    card.data.eval_results = kept
+    card.data.eval_results = merged
     card.data.model_name = card.data.model_name or folder.name
     with amend(path) as scratch:
         card.save(scratch)
-    return len(kept)
+    return len(merged)

@@ -1,4 +1,4 @@
-"""A folder that is ready for the Hub: weights, code, tokenizer, processor, sentence-transformers' files and a card."""
+"""Exports a model as a folder for the Hub: weights, code, processor, sentence-transformers' files and a card."""
 
 import copy
 import json
@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers.utils import logging
 
+from bifocal.errors import BifocalError
 from bifocal.files import MODEL, parts, replace_folder
 from bifocal.hub.card import Card, TrainedStage, write_card
 from bifocal.hub.other_families import finish_other_model
@@ -17,8 +18,12 @@ from bifocal.modeling import BifocalProcessor
 from bifocal.progress import no_progress_bars
 
 logger = logging.get_logger(__name__)
-FACTS = "card.json"  # what the card was made of, so that it can be written again
-SHARD = "2GB"
+CARD_DATA = "card.json"  # the card's data, so that it can be written again
+MAX_SHARD_SIZE = "2GB"
+
+
+class ExportError(BifocalError):
+    """A model that cannot be exported, or an option of the export that is not valid."""
 
 
 def export_model(
@@ -26,103 +31,106 @@ def export_model(
     folder: str | Path,
     processor: BifocalProcessor | None = None,
     card: Card | None = None,
-    shard: str = SHARD,
+    max_shard_size: str | int = MAX_SHARD_SIZE,
     kind: str = MODEL,
 ) -> Path:
-    """Write a Hub-ready folder that AutoModel, AutoProcessor and SentenceTransformer load, and return its path.
+    """Write a folder that AutoModel, AutoProcessor and SentenceTransformer load, and return its path.
 
-    The folder is written whole or not at all. An earlier export there is replaced if nobody changed it. The adapters of
-    a peft model are merged into the weights of a copy, so that its training can continue.
+    The folder is written whole or not at all. An earlier export is replaced if nobody changed it. The adapters of a
+    peft model are merged into the weights of a copy, so that its training can continue.
 
     Args:
         model: a [`BifocalModel`], such a model with peft's adapters, or transformers' CLIP or SigLIP.
-        processor: `model.processor` when None.
-        card: what its model card says.
-        shard: largest size of a file of weights, such as "2GB".
-        kind: what the folder is called in the list of its files; only folders of the same kind are replaced.
+        folder: folder to write.
+        processor: the model's processor; `model.processor` when None.
+        card: content of the model card.
+        max_shard_size: largest size of a weights file, such as "2GB".
+        kind: kind of the folder in the list of its files; only folders of the same kind are replaced.
 
     Raises:
-        NotOursError: if the folder may not be replaced (`bifocal.files.require_replaceable`); it is left alone.
-        ValueError: if the size is no size, the model embeds no texts and images into one space, its adapters cannot be
-            merged, or there is no processor.
+        NotOursError: if the folder may not be replaced (`bifocal.files.require_replaceable`).
+        ExportError: if the size is not valid, the model does not embed texts and images into one space, its adapters
+            cannot be merged, or it has no processor.
     """
-    require_size(shard)
+    require_shard_size(max_shard_size)
     folder = Path(folder).expanduser()
     before = parts(folder)
-    with replace_folder(folder, kind) as made:
-        model, processor = _ready(model, processor)
-        write_model(model, made, processor, card or Card(), shard)
-    if before:
-        gone = left_out(before, folder)
-        if gone:
-            logger.warning(f"'{folder}' no longer has {gone}, which the earlier export had.")
+    with replace_folder(folder, kind) as scratch:
+        model, processor = _merge_adapters(model, processor)
+        write_model(model, scratch, processor, card or Card(), max_shard_size)
+    if missing := missing_parts(before, folder):
+        logger.warning(f"'{folder}' no longer has {missing}, which the earlier export had.")
     return folder
 
 
-def require_size(shard: str | int) -> None:
-    """
+def require_shard_size(size: str | int) -> None:
+    """Check the largest size of a weights file.
+
     Raises:
-        ValueError: if this is no size of a file of weights.
+        ExportError: if it is not a size.
     """
-    number = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:[KMGT]B)", str(shard).strip(), re.IGNORECASE)
-    if not (number and float(number[1]) > 0) and not (isinstance(shard, int) and shard > 0):
-        raise ValueError(f"'{shard}' is no size of a file; write a number with KB, MB, GB or TB, such as {SHARD}.")
+    number = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:[KMGT]B)", str(size).strip(), re.IGNORECASE)
+    if not (number and float(number[1]) > 0) and not (isinstance(size, int) and size > 0):
+        raise ExportError(
+            f"'{size}' is not a file size. Write a number with KB, MB, GB or TB, such as {MAX_SHARD_SIZE}."
+        )
 
 
-def left_out(before: set[str], folder: Path) -> str:
-    """Name the parts that a folder had and no longer has, weights aside, since these depend on the size of a file."""
-    gone = sorted(part for part in before - parts(folder) if ".safetensors" not in part)
-    return ", ".join(gone)
+def missing_parts(before: set[str], folder: Path) -> str:
+    """Return the parts that a folder had and no longer has, without weights, whose files depend on the shard size."""
+    return ", ".join(sorted(part for part in before - parts(folder) if ".safetensors" not in part))
 
 
-def _ready(model: Any, processor: Any) -> tuple[Any, Any]:
-    """The model with its adapters merged, and its processor."""
+def _merge_adapters(model: Any, processor: Any) -> tuple[Any, Any]:
+    """Return the model with its adapters merged, and its processor."""
     if hasattr(model, "peft_config") and hasattr(model, "merge_and_unload"):
         processor = processor or getattr(model, "processor", None)
         model = copy.deepcopy(model).merge_and_unload()
     elif hasattr(model, "peft_config"):
         kinds = ", ".join(str(getattr(one.peft_type, "value", one.peft_type)) for one in model.peft_config.values())
-        raise ValueError(f"peft cannot merge {kinds} into the weights; save the adapter alone with save_pretrained.")
+        raise ExportError(f"peft cannot merge {kinds} into the weights; save the adapter alone with save_pretrained.")
     elif getattr(model, "_hf_peft_config_loaded", False):
-        raise ValueError(
-            "Adapters that were added with add_adapter cannot be merged; wrap the model with peft.get_peft_model, or "
+        raise ExportError(
+            "Adapters that were added with add_adapter cannot be merged. Wrap the model with peft.get_peft_model, or "
             "save the adapter alone with save_pretrained."
         )
     if not hasattr(model, "get_text_features") or not hasattr(model, "get_image_features"):
-        raise ValueError(
-            f"A {type(model).__name__} does not embed texts and images into one space, so it has no model card here; "
-            "write it with save_pretrained."
+        raise ExportError(
+            f"A {type(model).__name__} does not embed texts and images into one space, so it has no model card here. "
+            "Save it with save_pretrained."
         )
     processor = processor or getattr(model, "processor", None)
     if processor is None:
-        raise ValueError(f"This {type(model).__name__} has no processor; pass processor=.")
+        raise ExportError(f"This {type(model).__name__} has no processor; pass processor=.")
     return model, processor
 
 
-def write_model(model: Any, folder: Path, processor: Any, card: Card, shard: str = SHARD) -> None:
+def write_model(
+    model: Any, folder: Path, processor: Any, card: Card, max_shard_size: str | int = MAX_SHARD_SIZE
+) -> None:
     """Write a model, its processor, sentence-transformers' files and its card into a new folder."""
     with no_progress_bars():
-        _write_model(model, folder, processor, card, shard)
+        _write_model(model, folder, processor, card, max_shard_size)
 
 
-def _write_model(model: Any, folder: Path, processor: Any, card: Card, shard: str) -> None:
+def _write_model(model: Any, folder: Path, processor: Any, card: Card, max_shard_size: str | int) -> None:
     name = card.name or folder.name
     if model.config.model_type == "bifocal":
-        processor = with_limit(processor, model)
-    model.save_pretrained(folder, max_shard_size=shard)
+        processor = with_model_max_length(processor, model)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
     processor.save_pretrained(folder)
     if model.config.model_type != "bifocal":
-        finish_other_model(model, folder, processor, card, name, shard)
+        finish_other_model(model, folder, processor, card, name, max_shard_size)
         return
-    save_sentence_files(as_sentence_transformer(folder), folder, model, shard)
-    (folder / FACTS).write_text(json.dumps(asdict(card), indent=2) + "\n", encoding="utf-8")
+    save_sentence_files(as_sentence_transformer(folder), folder, model, max_shard_size)
+    (folder / CARD_DATA).write_text(json.dumps(asdict(card), indent=2) + "\n", encoding="utf-8")
     write_card(folder / "README.md", card, name, model, processor.tokenizer.model_max_length)
 
 
-def with_limit(processor: Any, model: Any) -> Any:
-    """Return a copy of a processor that cuts texts where `model.encode_text` does.
+def with_model_max_length(processor: Any, model: Any) -> Any:
+    """Return a copy of a processor that truncates texts where `model.encode_text` does.
 
-    That is the smaller one of the tokenizer's limit and the text tower's. Other libraries know the tokenizer's alone.
+    That is the smaller one of the tokenizer's limit and the text tower's. Other libraries only know the tokenizer's.
     """
     processor = copy.deepcopy(processor)
     tokenizer = processor.tokenizer
@@ -130,10 +138,10 @@ def with_limit(processor: Any, model: Any) -> Any:
     return processor
 
 
-def read_facts(folder: Path) -> Card:
-    """What the card of an exported model was made of; an empty one for a folder of before there were such files."""
-    path = folder / FACTS
+def read_card(folder: Path) -> Card:
+    """Return the content of an exported model's card; an empty one if the folder has no card.json."""
+    path = folder / CARD_DATA
     if not path.exists():
         return Card()
-    found = json.loads(path.read_text(encoding="utf-8"))
-    return Card(**{**found, "stages": [TrainedStage(**stage) for stage in found["stages"]]})
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return Card(**{**content, "stages": [TrainedStage(**stage) for stage in content["stages"]]})

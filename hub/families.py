@@ -1,10 +1,10 @@
-"""Published families that `bifocal convert` recognises but does not convert, so that it can say what a source is."""
+"""Model families that `bifocal convert` recognises but does not convert, so that its error can name them."""
 
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-# model_type of a configuration, or a pattern of tensor names where there is no configuration; the first match counts.
+# model_type of a configuration, or a pattern of tensor names without one, and the family; the first match counts.
 _FAMILIES: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (
         ("bifocal", "bifocal_text", "bifocal_vision"),
@@ -59,15 +59,15 @@ _FAMILIES: tuple[tuple[tuple[str, ...], str, str], ...] = (
 
 
 def family_of(names: Iterable[str], config: Mapping[str, Any] = {}) -> str | None:
-    """Return what a source is, if it belongs to a family that is known but not converted.
+    """Return the family of a source if it is known but not converted, otherwise None.
 
     Args:
-        names: of its tensors.
-        config: its config.json.
+        names: names of the source's tensors.
+        config: content of its config.json.
     """
-    given = list(names)
+    tensors = list(names)
     kind = config.get("model_type")
     for types, pattern, family in _FAMILIES:
-        if kind in types or any(re.fullmatch(pattern, name) for name in given):
+        if kind in types or any(re.fullmatch(pattern, name) for name in tensors):
             return family
     return None

@@ -1,6 +1,6 @@
-"""Run by `hub/check.py` in a process of its own: load a folder in every way and print how the vectors differ.
+"""Loads a folder in every way and prints how the vectors differ from its examples. Run by `check.py` in a subprocess.
 
-It imports nothing of Bifocal, since a user may have none.
+It imports nothing of Bifocal, since users of the folder may not have it.
 """
 
 import json
@@ -12,30 +12,31 @@ import numpy as np
 from PIL import Image
 from safetensors.numpy import load_file
 
-# ONNX Runtime holds the scores of all heads at once, some 10 GB for 8,192 tokens at base size. Of texts that are longer
-# than this it gets none; only where they are cut is compared.
+# ONNX Runtime holds the scores of all heads at once, some 10 GB for 8,192 tokens at base size. Texts longer than this
+# are not encoded with it; only the length to which they are truncated is compared.
 _MOST_TOKENS = 2048
 Vectors = tuple[np.ndarray, np.ndarray]
 
 
 def main(folder: Path) -> None:
-    listed = json.loads((folder / "examples" / "inputs.json").read_text(encoding="utf-8"))
-    pictures = [Image.open(folder / entry["image"]).convert("RGB") for entry in listed if "image" in entry]
-    kept = load_file(folder / "examples" / "vectors.safetensors")
+    """Print a JSON object with `differences`, `failed` and `lowest_int8`."""
+    inputs = json.loads((folder / "examples" / "inputs.json").read_text(encoding="utf-8"))
+    images = [Image.open(folder / entry["image"]).convert("RGB") for entry in inputs if "image" in entry]
+    expected = load_file(folder / "examples" / "vectors.safetensors")
     differences: dict[str, float] = {}
     failed: dict[str, str] = {}
     int8: float | None = None
 
-    def compare(way: str, make: Any) -> Any:
+    def vectors_of(way: str, encode: Any) -> Vectors | None:
         try:
-            found = make()
-        except Exception as error:  # whatever it is, it is what a user would meet
+            vectors = encode(folder, inputs, images, expected)
+        except Exception as error:  # whatever it is, a user would meet it, too
             failed[way] = (str(error).strip().splitlines() or [type(error).__name__])[0]
             return None
-        if [vectors.shape for vectors in found] != [kept["text"].shape, kept["image"].shape]:
-            failed[way] = f"its vectors have the shapes {[vectors.shape for vectors in found]}"
+        if [array.shape for array in vectors] != [expected["text"].shape, expected["image"].shape]:
+            failed[way] = f"its vectors have the shapes {[array.shape for array in vectors]}"
             return None
-        return found
+        return vectors
 
     ways = {"AutoModel": _auto_model, "SentenceTransformer": _sentence_transformer}
     if (folder / "onnx").exists():
@@ -45,28 +46,28 @@ def main(folder: Path) -> None:
             "ONNX by tokenizer.json": _onnx(_by_tokenizer, ""),
         }
     for way, encode in ways.items():
-        found = compare(way, lambda encode=encode: encode(folder, listed, pictures, kept))
-        if found is None:
+        vectors = vectors_of(way, encode)
+        if vectors is None:
             continue
         if way == "ONNX, int8":
-            int8 = min(float((a * kept[k]).sum(1).min()) for a, k in zip(found, ("text", "image"), strict=True))
+            int8 = min(float((a * expected[k]).sum(1).min()) for a, k in zip(vectors, ("text", "image"), strict=True))
         else:
-            differences[way] = max(float(np.abs(a - kept[k]).max()) for a, k in zip(found, ("text", "image")))
+            differences[way] = max(float(np.abs(a - expected[k]).max()) for a, k in zip(vectors, ("text", "image")))
     print(json.dumps({"differences": differences, "failed": failed, "lowest_int8": int8}))
 
 
-def _auto_model(folder: Path, listed: list[dict], pictures: list[Image.Image], kept: dict) -> Vectors:
+def _auto_model(folder: Path, inputs: list[dict], images: list[Image.Image], expected: dict) -> Vectors:
     from transformers import AutoModel
 
     model = AutoModel.from_pretrained(folder, trust_remote_code=True)
-    return model.encode_text([entry["text"] for entry in listed]), model.encode_image(pictures)
+    return model.encode_text([entry["text"] for entry in inputs]), model.encode_image(images)
 
 
-def _sentence_transformer(folder: Path, listed: list[dict], pictures: list[Image.Image], kept: dict) -> Vectors:
+def _sentence_transformer(folder: Path, inputs: list[dict], images: list[Image.Image], expected: dict) -> Vectors:
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")
-    return model.encode([entry["text"] for entry in listed]), model.encode(pictures)
+    return model.encode([entry["text"] for entry in inputs]), model.encode(images)
 
 
 def _by_processor(processor: Any, folder: Path, texts: list[str]) -> dict[str, np.ndarray]:
@@ -74,7 +75,7 @@ def _by_processor(processor: Any, folder: Path, texts: list[str]) -> dict[str, n
 
 
 def _by_tokenizer(processor: Any, folder: Path, texts: list[str]) -> dict[str, np.ndarray]:
-    """Without transformers, as the libraries of other languages read the folder."""
+    """Tokenize without transformers, as libraries of other languages do."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -87,7 +88,7 @@ def _by_tokenizer(processor: Any, folder: Path, texts: list[str]) -> dict[str, n
 
 
 def _onnx(tokenize: Any, suffix: str) -> Any:
-    def encode(folder: Path, listed: list[dict], pictures: list[Image.Image], kept: dict) -> Vectors:
+    def encode(folder: Path, inputs: list[dict], images: list[Image.Image], expected: dict) -> Vectors:
         from onnxruntime import InferenceSession
         from transformers import AutoProcessor
 
@@ -96,19 +97,19 @@ def _onnx(tokenize: Any, suffix: str) -> Any:
             InferenceSession(str(folder / "onnx" / f"{name}{suffix}.onnx"), providers=["CPUExecutionProvider"])
             for name in ("text_model", "vision_model")
         )
-        texts = kept["text"].copy()
-        # Long texts each on its own, so that others are not padded to their length.
-        short = [row for row, entry in enumerate(listed) if "tokens" not in entry]
-        for rows in (short, *([row] for row in range(len(listed)) if row not in short)):
-            words = tokenize(processor, folder, [listed[row]["text"] for row in rows])
+        texts = expected["text"].copy()
+        # Each long text alone, so that others are not padded to its length.
+        short = [row for row, entry in enumerate(inputs) if "tokens" not in entry]
+        for rows in (short, *([row] for row in range(len(inputs)) if row not in short)):
+            words = tokenize(processor, folder, [inputs[row]["text"] for row in rows])
             if (length := words["input_ids"].shape[1]) > _MOST_TOKENS:
-                if length != (wanted := listed[rows[0]].get("tokens")):
-                    raise ValueError(f"a long text is cut at {length} tokens and not at {wanted}")
+                if length != (limit := inputs[rows[0]].get("tokens")):
+                    raise ValueError(f"a long text is truncated to {length} tokens, not to {limit}")
                 continue
             (texts[rows],) = text_tower.run(None, {key: words[key] for key in ("input_ids", "attention_mask")})
-        pixels = processor(images=pictures, return_tensors="np")
-        (images,) = image_tower.run(None, {"pixel_values": pixels["pixel_values"]})
-        return texts, images
+        pixels = processor(images=images, return_tensors="np")
+        (image_vectors,) = image_tower.run(None, {"pixel_values": pixels["pixel_values"]})
+        return texts, image_vectors
 
     return encode
 

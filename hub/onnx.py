@@ -1,4 +1,4 @@
-"""ONNX files of the two towers, in float32 and with int8 weights, and what they lose against torch."""
+"""Exports the two towers to ONNX, in float32 and with int8 weights, and compares the files with torch."""
 
 import logging
 import warnings
@@ -12,20 +12,20 @@ import torch
 from PIL import Image
 
 from bifocal.errors import BifocalError
-from bifocal.hub.export import with_limit
+from bifocal.hub.export import with_model_max_length
 from bifocal.modeling import BifocalModel, BifocalProcessor
 
 OPSET = 20
 TOLERANCE = 1e-4  # largest difference of a unit vector's component from torch's
-# Names as transformers.js looks for them.
+# The names that transformers.js reads.
 FILES = {"text": "text_model", "image": "vision_model"}
 PRECISIONS = ("float32", "int8")
 _BATCH = 32
-_EXTERNAL = 1_900_000_000  # bytes; a protobuf file holds 2 GiB at most, larger weights go beside it
+_EXTERNAL = 1_900_000_000  # bytes; a protobuf file holds 2 GiB at most, larger weights need a file of their own
 
 
 class OnnxError(BifocalError):
-    """What is wrong with an ONNX file, in one sentence."""
+    """An ONNX file that is missing or not usable."""
 
 
 class _TextTower(torch.nn.Module):
@@ -48,19 +48,20 @@ class _ImageTower(torch.nn.Module):
 
 
 def file_name(tower: str, precision: str) -> str:
+    """Return the name of a tower's file."""
     return f"{FILES[tower]}.onnx" if precision == "float32" else f"{FILES[tower]}_{precision}.onnx"
 
 
 def export_onnx(model: BifocalModel, folder: Path) -> None:
     """Write `text_model.onnx` and `vision_model.onnx`, and both with int8 weights.
 
-    Batch and text length are free; a text longer than `max_position_embeddings` is an error, as it is for the model.
+    Batch size and text length are dynamic; a text longer than `max_position_embeddings` is an error, as for the model.
     Outputs are unit vectors, `text_embeds` and `image_embeds` (batch, projection_dim).
-    In the int8 files the weights of matrix products are bytes, and their inputs are quantised as they come (dynamic
-    quantisation of ONNX Runtime).
+    The int8 files use ONNX Runtime's dynamic quantisation: weights of matrix products are int8, and their inputs are
+    quantised at run time.
 
     Raises:
-        OnnxError: a file that is not of the opset or the size that it should be of.
+        OnnxError: if a file does not have the expected opset or size.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -89,20 +90,20 @@ def export_onnx(model: BifocalModel, folder: Path) -> None:
                     external_data=size > _EXTERNAL,
                 )  # fmt: skip
                 if tower == "text":
-                    _refuse_longer(path, model.config.text_config.max_position_embeddings)
+                    _add_length_check(path, model.config.text_config.max_position_embeddings)
                 quantize_dynamic(
                     str(path), str(folder / file_name(tower, "int8")), weight_type=QuantType.QInt8,
                     use_external_data_format=size > _EXTERNAL,
                 )  # fmt: skip
-            _check(path, size)
+            _check_file(path, size)
     finally:
         model.train(was_training)
 
 
-def _refuse_longer(path: Path, limit: int) -> None:
-    """Make a text tower's graph fail for more than `limit` tokens, which it would embed without notice.
+def _add_length_check(path: Path, limit: int) -> None:
+    """Make a text tower's graph fail for more than `limit` tokens, which it would embed without an error.
 
-    ONNX has no assertion. Reading beyond the end of a table is one, and ONNX Runtime names the node in its message.
+    ONNX has no assertion, but reading beyond the end of a table fails, and ONNX Runtime names the node in its message.
     """
     import onnx
     from onnx import helper, numpy_helper
@@ -111,7 +112,7 @@ def _refuse_longer(path: Path, limit: int) -> None:
     name = f"truncate_texts_to_{limit}_tokens"
     length, zero, checked = f"{name}.length", f"{name}.zero", f"{name}.input_ids"
     for node in loaded.graph.node:
-        node.input[:] = [checked if given == "input_ids" else given for given in node.input]
+        node.input[:] = [checked if value == "input_ids" else value for value in node.input]
     table = numpy_helper.from_array(np.zeros(limit + 1, np.int64), f"{name}.table")
     loaded.graph.initializer.append(table)
     for node in (
@@ -123,10 +124,15 @@ def _refuse_longer(path: Path, limit: int) -> None:
     onnx.save(loaded, str(path))
 
 
-def _check(path: Path, parameters: int) -> None:
-    """
+def _check_file(path: Path, parameters: int) -> None:
+    """Check a file's opset and size.
+
     Args:
+        path: path of the file.
         parameters: bytes of the tower's parameters in float32.
+
+    Raises:
+        OnnxError: if one of them is not as expected.
     """
     import onnx
 
@@ -134,16 +140,18 @@ def _check(path: Path, parameters: int) -> None:
     loaded = onnx.load(str(path), load_external_data=False)
     opset = next(entry.version for entry in loaded.opset_import if entry.domain in ("", "ai.onnx"))
     if opset != OPSET:
-        raise OnnxError(f"'{path.name}' is of opset {opset} and not {OPSET}; export with another release of onnx.")
+        raise OnnxError(f"'{path.name}' has opset {opset}, not {OPSET}. Export with another release of onnx.")
     size = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
-    # Beyond the weights: the projection, the graph, and tables made of the configuration.
+    # Besides the weights, a file holds the projection, the graph and tables that follow from the configuration.
     if not 0.9 * parameters < size < 1.2 * parameters + 8 * 2**20:
-        raise OnnxError(f"'{path.name}' has {size:,} bytes where its weights have {parameters:,}; something is amiss.")
+        raise OnnxError(
+            f"'{path.name}' has {size:,} bytes, but its weights have {parameters:,}. Export with another onnx release."
+        )
 
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Keep libraries silent: the exporter misses torchvision each time, quantisation would like one more pass."""
+    """Silence warnings, such as those of the exporter (no torchvision) and of quantisation (no preprocessing)."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -155,15 +163,15 @@ def quietly() -> Iterator[None]:
 
 
 class OnnxEncoder:
-    """Texts and pictures to unit vectors by the ONNX files of a folder.
+    """Encodes texts and images with the ONNX files of a folder.
 
     Args:
-        folder: with the files.
-        processor: of the model.
+        folder: folder of the files.
+        processor: processor of the model.
         precision: "float32" or "int8".
 
     Raises:
-        OnnxError: the files are not there.
+        OnnxError: if a file is missing.
     """
 
     def __init__(self, folder: Path, processor: BifocalProcessor, precision: str = "float32") -> None:
@@ -171,7 +179,7 @@ class OnnxEncoder:
 
         missing = next((name for t in FILES if not (folder / (name := file_name(t, precision))).exists()), None)
         if missing is not None:
-            raise OnnxError(f"There is no '{missing}' in '{folder}'; export the model with ONNX.")
+            raise OnnxError(f"'{missing}' is missing in '{folder}'. Export the model with ONNX.")
         self.processor = processor
         self.sessions = {
             tower: onnxruntime.InferenceSession(
@@ -181,66 +189,67 @@ class OnnxEncoder:
         }
 
     def encode_text(self, texts: Sequence[str]) -> np.ndarray:
-        """(texts, dimensions) in float32; texts are cut at the tokenizer's limit."""
-        found = []
+        """Return unit vectors (texts, dimensions) in float32; texts are truncated at the tokenizer's limit."""
+        batches = []
         for start in range(0, len(texts), _BATCH):
             words = self.processor(text=list(texts[start : start + _BATCH]), return_tensors="np")
             inputs = {name: words[name].astype(np.int64) for name in ("input_ids", "attention_mask")}
-            found.append(self.sessions["text"].run(None, inputs)[0])
-        return np.concatenate(found)
+            batches.append(self.sessions["text"].run(None, inputs)[0])
+        return np.concatenate(batches)
 
-    def encode_image(self, pictures: Sequence[Image.Image]) -> np.ndarray:
-        """(pictures, dimensions) in float32."""
-        found = []
-        for start in range(0, len(pictures), _BATCH):
-            pixels = self.processor(images=list(pictures[start : start + _BATCH]), return_tensors="np")["pixel_values"]
-            found.append(self.sessions["image"].run(None, {"pixel_values": np.asarray(pixels, np.float32)})[0])
-        return np.concatenate(found)
+    def encode_image(self, images: Sequence[Image.Image]) -> np.ndarray:
+        """Return unit vectors (images, dimensions) in float32."""
+        batches = []
+        for start in range(0, len(images), _BATCH):
+            pixels = self.processor(images=list(images[start : start + _BATCH]), return_tensors="np")["pixel_values"]
+            batches.append(self.sessions["image"].run(None, {"pixel_values": np.asarray(pixels, np.float32)})[0])
+        return np.concatenate(batches)
 
 
-def measure(
-    model: BifocalModel, folder: Path, texts: Sequence[str], pictures: Sequence[Image.Image], of: str
+def compare_with_torch(
+    model: BifocalModel, folder: Path, texts: Sequence[str], images: Sequence[Image.Image], data_name: str
 ) -> dict[str, Any]:
-    """Compare the files with torch on texts and the pictures they describe.
+    """Compare the files with torch on texts and the images that they describe.
 
     Args:
-        folder: with the files.
-        texts, pictures: equally many, number i of both belonging together.
-        of: what they are, for the card.
+        model: the model that the files were exported from.
+        folder: folder of the files.
+        texts, images: pairs; text i describes image i.
+        data_name: name of these pairs on the card.
 
     Returns:
-        `files`: by path in the repository `bytes` and, of float32, the `largest_difference` of a component, of int8
-        `mean_cosine` and `lowest_cosine` to torch's vectors. `recall`: Recall@5 from text to picture in both
-        precisions; a wrong picture as similar as the right one counts as found before it.
+        `files`: by path in the repository, `bytes` and for float32 the `largest_difference` of a component, for int8
+        `mean_cosine` and `lowest_cosine` to torch's vectors. `recall`: text-to-image Recall@5 in both precisions; a
+        wrong image that is as similar as the right one counts as ranked before it.
 
     Raises:
-        OnnxError: a float32 file differs by more than 1e-4.
+        OnnxError: if a float32 file differs by more than 1e-4.
     """
     exact = {
         "text": model.encode_text(list(texts), show_progress=False),
-        "image": model.encode_image(list(pictures), show_progress=False),
+        "image": model.encode_image(list(images), show_progress=False),
     }
-    processor = with_limit(model.processor, model)
+    processor = with_model_max_length(model.processor, model)
     files: dict[str, dict[str, float]] = {}
-    recall: dict[str, Any] = {"pairs": len(texts), "of": of}
+    recall: dict[str, Any] = {"pairs": len(texts), "of": data_name}
     for precision in PRECISIONS:
         encoder = OnnxEncoder(folder, processor, precision)
-        found = {"text": encoder.encode_text(texts), "image": encoder.encode_image(pictures)}
-        for tower, vectors in found.items():
+        encoded = {"text": encoder.encode_text(texts), "image": encoder.encode_image(images)}
+        for tower, vectors in encoded.items():
             name = file_name(tower, precision)
             facts: dict[str, float] = {"bytes": sum(file.stat().st_size for file in folder.glob(f"{name}*"))}
             if precision == "float32":
                 facts["largest_difference"] = float(np.abs(vectors - exact[tower]).max())
                 if facts["largest_difference"] > TOLERANCE:
                     raise OnnxError(
-                        f"'{name}' differs from torch by {facts['largest_difference']:.1e}, more than {TOLERANCE:.0e}; "
-                        "do not use it."
+                        f"'{name}' differs from torch by {facts['largest_difference']:.1e}, more than {TOLERANCE:.0e}. "
+                        "Do not use it."
                     )
             else:
                 cosines = (vectors * exact[tower]).sum(axis=1) / np.linalg.norm(vectors, axis=1)
                 facts |= {"mean_cosine": float(cosines.mean()), "lowest_cosine": float(cosines.min())}
             files[f"{folder.name}/{name}"] = facts
-        scores = found["text"] @ found["image"].T
+        scores = encoded["text"] @ encoded["image"].T
         better = (scores >= np.diag(scores)[:, None]).sum(axis=1) - 1
         recall[precision] = float((better < 5).mean())
     return {"opset": OPSET, "precisions": list(PRECISIONS), "files": files, "recall": recall}

@@ -1,4 +1,4 @@
-"""Publishing a model's folder on the Hub, through huggingface_hub."""
+"""Publishes a model's folder or a Space on the Hub with huggingface_hub."""
 
 import re
 from collections.abc import Callable
@@ -11,62 +11,66 @@ from bifocal.files import MARKER
 
 _NEEDED = ("config.json", "README.md")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-# Tokens of the Hub and of others, private keys; a folder that holds one is not uploaded.
+# Tokens of the Hub and of other services, private keys; a folder that holds one is not uploaded.
 _SECRET = re.compile(rb"hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{30,}|AKIA[0-9A-Z]{16}|-----BEGIN [A-Z ]*PRIVATE KEY-----")
-_SEARCHED = 5 * 2**20  # bytes of a file in which secrets are looked for; weights are larger and hold none
+_LARGEST_SEARCHED = 5 * 2**20  # bytes of the largest file that is searched for secrets; weights are larger
 
 
 class PushError(BifocalError):
-    """What cannot be published, in one sentence."""
+    """A folder that cannot be published, or an upload that failed."""
 
 
 @dataclass
 class Upload:
-    """What will be uploaded.
+    """The content of an upload.
 
     Args:
         files: size in bytes by path in the repository.
-        space: a Gradio Space and no model.
-        called: the name that the card's code loads, None without such code.
+        is_space: whether the folder is a Gradio Space; otherwise it is a model.
+        repo_id_on_card: repository that the card's code loads; None without such code.
     """
 
     files: dict[str, int]
-    space: bool = False
-    called: str | None = None
+    is_space: bool = False
+    repo_id_on_card: str | None = None
 
     def text(self) -> str:
+        """Return the files and their sizes as lines."""
         width = max(map(len, self.files))
         lines = [f"  {name:<{width}}  {size:>13,} bytes" for name, size in self.files.items()]
-        return "\n".join([*lines, f"  {'in all':<{width}}  {sum(self.files.values()):>13,} bytes"])
+        return "\n".join([*lines, f"  {'total':<{width}}  {sum(self.files.values()):>13,} bytes"])
 
 
-def look(folder: Path) -> Upload:
-    """What a folder would upload, after a look at what should not be there.
+def validate_folder(folder: Path) -> Upload:
+    """Check a folder for files that should not be published, and return what it would upload.
 
     Raises:
-        PushError: no model, a pickle, or something that looks like a secret; with the file's name.
+        PushError: if the folder holds no model, a pickle, a link to the outside or what looks like a secret; the
+            message names the file.
     """
     if not folder.is_dir():
-        raise PushError(f"There is no folder '{folder}'; export a model first.")
-    space = (folder / "app.py").exists() and _front_matter(folder).get("sdk") == "gradio"
+        raise PushError(f"The folder '{folder}' does not exist. Export a model first.")
+    is_space = (folder / "app.py").exists() and _front_matter(folder).get("sdk") == "gradio"
     missing = next((name for name in _NEEDED if not (folder / name).exists()), None)
-    if not space and (missing is not None or not list(folder.glob("*.safetensors"))):
-        raise PushError(f"'{folder}' is no exported model (it has no {missing or '*.safetensors'}); export it first.")
+    if not is_space and (missing is not None or not list(folder.glob("*.safetensors"))):
+        raise PushError(
+            f"'{folder}' is not an exported model (it has no {missing or '*.safetensors'}). Export it first."
+        )
     files: dict[str, int] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if not path.is_file() or name.startswith(".cache/") or path.name == MARKER:
             continue
         if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
-            raise PushError(f"'{name}' is a link out of the folder; replace it by the file.")
+            raise PushError(f"'{name}' is a link to a file outside the folder. Replace it by the file.")
         if path.suffix in _PICKLES:
-            raise PushError(f"'{name}' is a pickle, which can run code where it is read; keep weights as safetensors.")
-        if path.stat().st_size <= _SEARCHED and _SECRET.search(path.read_bytes()):
-            raise PushError(f"'{name}' holds what looks like a secret (a token or a private key); remove it.")
+            raise PushError(f"'{name}' is a pickle, which can run code when it is read. Save weights as safetensors.")
+        if path.stat().st_size <= _LARGEST_SEARCHED and _SECRET.search(path.read_bytes()):
+            raise PushError(f"'{name}' holds what looks like a secret (a token or a private key). Remove it.")
         files[name] = path.stat().st_size
     card = (folder / "README.md").read_text(encoding="utf-8", errors="replace")
-    called = re.search(r'AutoModel\.from_pretrained\("([^"]+)"', card)
-    return Upload(files, space, called[1] if called else None)
+    repo_id = re.search(r'AutoModel\.from_pretrained\("([^"]+)"', card)
+    return Upload(files, is_space, repo_id[1] if repo_id else None)
 
 
 def _front_matter(folder: Path) -> dict[str, Any]:
@@ -77,71 +81,72 @@ def _front_matter(folder: Path) -> dict[str, Any]:
 
 def push(
     folder: Path,
-    repository: str,
+    repo_id: str,
     private: bool = False,
     revision: str | None = None,
-    pull_request: bool = False,
-    may_overwrite: Callable[[str], bool] = lambda repository: False,
+    create_pr: bool = False,
+    may_overwrite: Callable[[str], bool] = lambda repo_id: False,
     token: str | None = None,
 ) -> str:
-    """Upload a folder; what arrived before a connection was lost is not sent again.
+    """Upload a folder and return the address of the commit or pull request.
+
+    After a lost connection, files that have arrived are not sent again.
 
     Args:
-        repository: "organisation/name".
-        private: of a repository that is made now.
-        revision: a branch, made if there is none; the main one when None.
-        pull_request: propose the change instead of making it.
-        may_overwrite: asked when the repository has files already.
-        token: the one that `hf auth login` keeps when None.
-
-    Returns:
-        The address of the commit or of the pull request.
+        folder: folder of an exported model or a Space.
+        repo_id: "organisation/name" of the repository.
+        private: whether a new repository is private.
+        revision: branch, created if it does not exist; the main branch when None.
+        create_pr: open a pull request instead of a commit.
+        may_overwrite: returns whether files of the repository may be overwritten; called if it has some.
+        token: access token; that of `hf auth login` when None.
 
     Raises:
-        PushError: see `look`; a repository that may not be overwritten, a token that is refused, or no connection.
+        PushError: if `validate_folder` refuses the folder, the repository may not be overwritten, the token is refused
+            or there is no connection.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    kind = "space" if look(folder).space else "model"
+    repo_type = "space" if validate_folder(folder).is_space else "model"
     api = HfApi(token=token)
     try:
-        if api.repo_exists(repository, repo_type=kind):
-            there = [name for name in api.list_repo_files(repository, repo_type=kind) if name != ".gitattributes"]
-            if there and not pull_request and not may_overwrite(repository):
+        if api.repo_exists(repo_id, repo_type=repo_type):
+            files = [name for name in api.list_repo_files(repo_id, repo_type=repo_type) if name != ".gitattributes"]
+            if files and not create_pr and not may_overwrite(repo_id):
                 raise PushError(
-                    f"'{repository}' has {len(there)} files already; choose another name, or say that they may be "
-                    "replaced (--yes)."
+                    f"'{repo_id}' has {len(files)} files already. Choose another name, or overwrite them with --yes."
                 )
         else:
             api.create_repo(
-                repository, private=private, exist_ok=True, repo_type=kind,
-                space_sdk="gradio" if kind == "space" else None,
+                repo_id, private=private, exist_ok=True, repo_type=repo_type,
+                space_sdk="gradio" if repo_type == "space" else None,
             )  # fmt: skip
         if revision is not None:
-            api.create_branch(repository, branch=revision, exist_ok=True, repo_type=kind)
-        done = api.upload_folder(
-            repo_id=repository, repo_type=kind, folder_path=folder, revision=revision, create_pr=pull_request or None,
-            commit_message=f"Upload a Bifocal {kind}", ignore_patterns=[MARKER, f"*/{MARKER}"],
+            api.create_branch(repo_id, branch=revision, exist_ok=True, repo_type=repo_type)
+        commit = api.upload_folder(
+            repo_id=repo_id, repo_type=repo_type, folder_path=folder, revision=revision, create_pr=create_pr or None,
+            commit_message=f"Upload a Bifocal {repo_type}", ignore_patterns=[MARKER, f"*/{MARKER}"],
         )  # fmt: skip
     except PushError:
         raise
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else None
-        raise PushError(_said(status, repository)) from error
+        raise PushError(_status_message(status, repo_id)) from error
     except HFValidationError as error:
-        raise PushError(f"'{repository}' is no name of a repository; it is organisation/name.") from error
+        raise PushError(f"'{repo_id}' is not the name of a repository. Write organisation/name.") from error
     except Exception as error:
         if not _is_connection(error):
             raise
         raise PushError(
-            f"The connection to the Hub was lost ({type(error).__name__}); push again, what arrived is not sent again."
+            f"The connection to the Hub was lost ({type(error).__name__}). Push again; files that arrived are not sent "
+            "again."
         ) from error
-    return str(done.pr_url or done.commit_url)
+    return str(commit.pr_url or commit.commit_url)
 
 
 def _is_connection(error: BaseException | None) -> bool:
-    """Whether a lost connection is behind an error; huggingface_hub wraps those of its HTTP library."""
+    """Return whether a lost connection caused an error; huggingface_hub wraps the errors of its HTTP library."""
     while error is not None:
         if isinstance(error, OSError) or type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore"):
             return True
@@ -149,11 +154,9 @@ def _is_connection(error: BaseException | None) -> bool:
     return False
 
 
-def _said(status: int | None, repository: str) -> str:
+def _status_message(status: int | None, repo_id: str) -> str:
     if status in (401, 403):
-        return (
-            f"The Hub does not let you write to '{repository}' ({status}); log in with a token that may: hf auth login."
-        )
+        return f"You may not write to '{repo_id}' ({status}). Log in with a token that may: hf auth login."
     if status == 404:
-        return f"The Hub knows no such place as '{repository}', or hides it from you (404); look at the name and token."
-    return f"The Hub refused the upload to '{repository}' ({status}); try again later."
+        return f"'{repo_id}' does not exist on the Hub, or you may not see it (404). Check the name and the token."
+    return f"The Hub refused the upload to '{repo_id}' ({status}). Try again later."

@@ -1,9 +1,9 @@
-"""All that a published model should have in one folder: also ONNX, examples, recipes, results, plots, a licence."""
+"""Writes a release: the model with ONNX files, examples, recipes, results, a plot of the losses and a licence."""
 
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,98 +11,121 @@ from typing import Any
 from safetensors.numpy import save_file
 
 from bifocal.files import MODEL, replace_folder
-from bifocal.hub.card import Card
+from bifocal.hub.card import Card, TrainedStage
 from bifocal.hub.card_results import add_results
-from bifocal.hub.export import SHARD, with_limit, write_model
-from bifocal.hub.onnx import quietly
-from bifocal.hub.sample_images import long_text, samples
+from bifocal.hub.export import MAX_SHARD_SIZE, with_model_max_length, write_model
+from bifocal.hub.onnx import compare_with_torch, export_onnx, quietly
+from bifocal.hub.sample_images import long_text, sample_pairs
 from bifocal.modeling import BifocalModel
+from bifocal.pages import COLOURS, new_figure
 
-EXAMPLES = 4  # samples that travel with the model
+EXAMPLES = 4  # sample pairs that a release contains
 VECTORS = "examples/vectors.safetensors"
 INPUTS = "examples/inputs.json"
 
 
 @dataclass
-class Extras:
-    """What a release has beside the model itself.
+class ReleaseContents:
+    """The parts of a release besides the model and its card.
 
     Args:
-        recipes: resolved, by stage.
-        results: (data set, protocol, metrics by name; see `add_results`), for the card's `model-index`.
-        evaluation: the same with all that was measured, for `evaluation.json`.
-        draw: makes plots into a folder and returns what each file there shows.
-        measured_on: texts, the pictures they describe and what they are; the samples when None.
-        licence: its text.
-        onnx: also write ONNX files.
+            recipes: resolved recipe of each stage by its name.
+        results: (data set, protocol, metrics by name; see `add_results`) for the card's `model-index`.
+        evaluation: content of `evaluation.json`.
+        license_text: content of `LICENSE`.
+        onnx: whether to write ONNX files.
+        onnx_eval_data: texts, the images that they describe and a name of this data, on which the ONNX files are
+            compared with torch; sample drawings when None.
     """
 
     recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     results: Sequence[tuple[str, str, Mapping[str, float]]] = ()
     evaluation: Mapping[str, Any] | None = None
-    draw: Callable[[Path], dict[str, str]] | None = None
-    measured_on: tuple[Sequence[str], Sequence[Any], str] | None = None
-    licence: str | None = None
+    license_text: str | None = None
     onnx: bool = True
+    onnx_eval_data: tuple[Sequence[str], Sequence[Any], str] | None = None
 
 
-def release(model: BifocalModel, out: Path, card: Card, extras: Extras, shard: str = SHARD) -> Path:
-    """Write a complete folder, whole or not at all; an earlier model there that nobody changed is replaced.
+def write_release(
+    model: BifocalModel, out: Path, card: Card, contents: ReleaseContents, max_shard_size: str = MAX_SHARD_SIZE
+) -> Path:
+    """Write a release whole or not at all, replace an unchanged earlier one, and return its folder.
 
     Args:
-        model: with its processor.
-
-    Returns:
-        The folder.
+        model: the model, with its processor.
+        out: folder to write.
+        card: content of the model card.
+        contents: what else the folder gets.
+        max_shard_size: largest size of a weights file.
 
     Raises:
         NotOursError: if `out` may not be replaced (`bifocal.files.require_replaceable`).
         OnnxError: if an ONNX file differs from torch.
     """
-    with replace_folder(out, MODEL) as made:
-        scratch = Path(tempfile.mkdtemp(dir=made.parent))  # what is measured before the model is written
-        plots = {}
-        if extras.draw is not None:
-            (scratch / "plots").mkdir()
-            plots = {f"plots/{file}": shown for file, shown in extras.draw(scratch / "plots").items()}
-        facts = None
-        if extras.onnx:
-            from bifocal.hub.onnx import export_onnx, measure
-
+    with replace_folder(out, MODEL) as folder:
+        scratch = Path(
+            tempfile.mkdtemp(dir=folder.parent)
+        )  # the card needs plots and figures before the model is saved
+        plots = _plot_losses(card.stages, scratch / "plots")
+        comparison = None
+        if contents.onnx:
             export_onnx(model, scratch / "onnx")
-            pairs = list(samples())
-            drawings = ([text for text, _ in pairs], [picture for _, picture in pairs], "drawings of coloured shapes")
-            facts = measure(model, scratch / "onnx", *(extras.measured_on or drawings))
-        card = replace(card, name=card.name or out.name, plots=plots, onnx=facts)
-        write_model(model, made, model.processor, card, shard)
-        for folder in ("onnx", "plots"):
-            if (scratch / folder).exists():
-                os.replace(scratch / folder, made / folder)
-        _write_examples(model, made)
-        _write_recipes(extras.recipes, made / "recipes")
-        if extras.evaluation is not None:
-            (made / "evaluation.json").write_text(json.dumps(extras.evaluation, indent=2) + "\n", encoding="utf-8")
-        if extras.licence is not None:
-            (made / "LICENSE").write_text(extras.licence, encoding="utf-8")
-        if extras.results:
-            add_results(made, extras.results)
+            texts, images = zip(*sample_pairs())
+            drawings = (texts, images, "drawings of coloured shapes")
+            comparison = compare_with_torch(model, scratch / "onnx", *(contents.onnx_eval_data or drawings))
+        card = replace(card, name=card.name or out.name, plots=plots, onnx=comparison)
+        write_model(model, folder, model.processor, card, max_shard_size)
+        for part in ("onnx", "plots"):
+            if (scratch / part).exists():
+                os.replace(scratch / part, folder / part)
+        _write_examples(model, folder)
+        _write_recipes(contents.recipes, folder / "recipes")
+        if contents.evaluation is not None:
+            text = json.dumps(contents.evaluation, indent=2) + "\n"
+            (folder / "evaluation.json").write_text(text, encoding="utf-8")
+        if contents.license_text is not None:
+            (folder / "LICENSE").write_text(contents.license_text, encoding="utf-8")
+        if contents.results:
+            add_results(folder, contents.results)
     return out
 
 
+def _plot_losses(stages: Sequence[TrainedStage], folder: Path) -> dict[str, str]:
+    """Plot the losses of all stages one after the other; return each plot's caption by its path in the release."""
+    if not any(stage.curves for stage in stages):
+        return {}
+    figure, axes = new_figure()
+    colours: dict[str, str] = {}
+    first_step = 0
+    for stage in stages:
+        for task, curve in stage.curves.items():
+            colour = colours.setdefault(task, COLOURS[len(colours) % len(COLOURS)])
+            label = None if task in axes.get_legend_handles_labels()[1] else task
+            axes.plot([first_step + step for step, _ in curve], [loss for _, loss in curve], color=colour, label=label)
+        first_step += stage.steps
+        if stage is not stages[-1]:
+            axes.axvline(first_step, color="#999999", linewidth=0.8, linestyle=":")
+    axes.set_xlabel("step, stages one after the other")
+    axes.set_ylabel("loss")
+    axes.legend(frameon=False)
+    folder.mkdir()
+    figure.savefig(folder / "losses.png", dpi=150)
+    return {"plots/losses.png": f"Losses of the tasks in {len(stages)} stage{'s' * (len(stages) > 1)}"}
+
+
 def _write_examples(model: BifocalModel, folder: Path) -> None:
-    """A few samples with the vectors this model makes of them, by which a copy can be checked."""
-    chosen = list(samples())[:EXAMPLES]
+    """Write sample inputs with the model's vectors, with which a copy of the model can be checked."""
     (folder / "examples").mkdir()
-    listed: list[dict[str, Any]] = []
-    for number, (text, picture) in enumerate(chosen):
-        picture.save(folder / "examples" / f"{number}.png")
-        listed.append({"text": text, "image": f"examples/{number}.png"})
-    limit = with_limit(model.processor, model).tokenizer.model_max_length
-    listed += [{"text": long_text(limit), "tokens": limit}, {"text": ""}]
-    (folder / INPUTS).write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
-    with quietly():  # one text is too long, and one empty, on purpose
-        texts = model.encode_text([entry["text"] for entry in listed])
-    images = model.encode_image([folder / entry["image"] for entry in listed if "image" in entry])
+    inputs: list[dict[str, Any]] = []
+    for number, (text, image) in enumerate(list(sample_pairs())[:EXAMPLES]):
+        image.save(folder / "examples" / f"{number}.png")
+        inputs.append({"text": text, "image": f"examples/{number}.png"})
+    limit = with_model_max_length(model.processor, model).tokenizer.model_max_length
+    inputs += [{"text": long_text(limit), "tokens": limit}, {"text": ""}]
+    (folder / INPUTS).write_text(json.dumps(inputs, indent=2) + "\n", encoding="utf-8")
+    with quietly():  # one text is too long and one is empty on purpose
+        texts = model.encode_text([entry["text"] for entry in inputs])
+    images = model.encode_image([folder / entry["image"] for entry in inputs if "image" in entry])
     save_file({"text": texts, "image": images}, folder / VECTORS)
 
 
@@ -111,17 +134,17 @@ def _write_recipes(recipes: Mapping[str, Mapping[str, Any]], folder: Path) -> No
 
     for name, recipe in recipes.items():
         folder.mkdir(exist_ok=True)
-        text = yaml.safe_dump(_public(recipe), sort_keys=False, allow_unicode=True)
-        head = "# As it was run; of paths on the machine it ran on only the last part is kept.\n"
+        text = yaml.safe_dump(_without_local_folders(recipe), sort_keys=False, allow_unicode=True)
+        head = "# As it was run. Of each local path, only the last part is kept.\n"
         (folder / f"{name}.yaml").write_text(head + text, encoding="utf-8")
 
 
-def _public(value: Any) -> Any:
-    """The same without paths that tell of a machine."""
+def _without_local_folders(value: Any) -> Any:
+    """Return the value with every absolute path shortened to its last part."""
     if isinstance(value, Mapping):
-        return {key: _public(inner) for key, inner in value.items()}
+        return {key: _without_local_folders(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_public(inner) for inner in value]
+        return [_without_local_folders(inner) for inner in value]
     if isinstance(value, str) and (os.path.isabs(value) or value.startswith("~")):
         return Path(value).name
     return value

@@ -1,4 +1,4 @@
-"""Sample inputs that belong to nobody: simple drawings and what they show, to try and to compare a model's forms on."""
+"""Sample inputs free of any licence: simple drawings with texts, to compare a model's ONNX and torch vectors on."""
 
 import math
 from collections.abc import Iterator
@@ -13,8 +13,8 @@ _SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "diamond", "
 _SIDE = 224
 
 
-def samples() -> Iterator[tuple[str, Image.Image]]:
-    """64 texts with the pictures they describe, always the same; pairs that follow each other differ in both words."""
+def sample_pairs() -> Iterator[tuple[str, Image.Image]]:
+    """Yield 64 pairs of a text and the image it describes, always the same; consecutive pairs share no word."""
     for turn in range(len(_SHAPES)):
         for number, (colour, code) in enumerate(_COLOURS.items()):
             shape = _SHAPES[(number + turn) % len(_SHAPES)]
@@ -22,8 +22,8 @@ def samples() -> Iterator[tuple[str, Image.Image]]:
 
 
 def _draw(shape: str, colour: str) -> Image.Image:
-    picture = Image.new("RGB", (_SIDE, _SIDE), "white")
-    pen = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (_SIDE, _SIDE), "white")
+    pen = ImageDraw.Draw(image)
     low, middle, high = _SIDE // 5, _SIDE // 2, _SIDE - _SIDE // 5
     arm = _SIDE // 12
     if shape == "circle":
@@ -48,11 +48,11 @@ def _draw(shape: str, colour: str) -> Image.Image:
         pen.polygon([(middle, low), (high, middle), (middle, high), (low, middle)], fill=colour)
     else:
         pen.rectangle((0, middle - arm, _SIDE, middle + arm), fill=colour)
-    return picture
+    return image
 
 
 def long_text(words: int) -> str:
-    """Return a text of so many words and half as many after them, which must make no difference where it is cut."""
-    texts = [text for text, _ in samples()]
+    """Return a text of this many words, followed by half as many that must not matter once it is truncated."""
+    texts = [text for text, _ in sample_pairs()]
     kept, cut = " ".join(texts[:32]).split(), " ".join(texts[32:]).split()
     return " ".join([kept[n % len(kept)] for n in range(words)] + [cut[n % len(cut)] for n in range(words // 2 + 1)])

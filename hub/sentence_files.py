@@ -1,9 +1,9 @@
-"""The files by which sentence-transformers loads a dual encoder of transformers, without a module of our own."""
+"""The files with which sentence-transformers loads a dual encoder of transformers, without a module of our own."""
 
 from pathlib import Path
 from typing import Any
 
-# sentence-transformers 6 calls these methods of the model by the kind of input.
+# The methods of the model that sentence-transformers 6 calls for each kind of input.
 MODALITIES = {
     "text": {"method": "get_text_features", "method_output_name": "pooler_output"},
     "image": {"method": "get_image_features", "method_output_name": "pooler_output"},
@@ -11,7 +11,12 @@ MODALITIES = {
 
 
 def as_sentence_transformer(folder: Path, **options: Any) -> Any:
-    """Return the model in a folder as a `SentenceTransformer` of unit vectors; `options` are its first module's."""
+    """Return the model in a folder as a `SentenceTransformer` that gives unit vectors.
+
+    Args:
+        folder: folder of the model.
+        options: options of its first module, `Transformer`.
+    """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Normalize, Transformer
 
@@ -19,10 +24,17 @@ def as_sentence_transformer(folder: Path, **options: Any) -> Any:
     return SentenceTransformer(modules=[tower, Normalize()], device="cpu")
 
 
-def save_sentence_files(sentences: Any, folder: Path, model: Any, shard: str) -> None:
-    """Write its files into the folder that it was loaded from; the weights stay in shards where they are in shards."""
+def save_sentence_files(sentences: Any, folder: Path, model: Any, max_shard_size: str | int) -> None:
+    """Write sentence-transformers' files into a model's folder; weights in shards stay in shards.
+
+    Args:
+        sentences: as from `as_sentence_transformer`.
+        folder: folder of the model.
+        model: the model in it.
+        max_shard_size: largest size of a weights file.
+    """
     sharded = (folder / "model.safetensors.index.json").exists()
     sentences.save_pretrained(str(folder), create_model_card=False)
-    if sharded:  # it has put one file in the place of the shards
+    if sharded:  # sentence-transformers has replaced the shards by one file
         (folder / "model.safetensors").unlink()
-        model.save_pretrained(folder, max_shard_size=shard)
+        model.save_pretrained(folder, max_shard_size=max_shard_size)

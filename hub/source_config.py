@@ -1,7 +1,7 @@
-"""What a checkpoint says of its towers: tensors first, stored rotary tables next, its configuration last.
+"""Derives a Bifocal configuration from a checkpoint: from its tensors, its stored rotary tables and its config.json.
 
-A key of the configuration that contradicts the tensors, or asks for an architecture that our towers do not have, is an
-error that names the key: converted without it, the model would give other vectors than its source.
+A key of config.json that contradicts the tensors, or sets an architecture that Bifocal's towers do not have, is an
+error that names the key: without it, the converted model would give other vectors than its source.
 """
 
 import math
@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from bifocal.errors import BifocalError
-from bifocal.hub.weight_layouts import Layout, Tensors
+from bifocal.hub.weight_layouts import Tensors, TowerLayout, WeightLayout
 from bifocal.modeling import BifocalConfig, BifocalTextConfig, BifocalVisionConfig
 
 _HEAD_WIDTH = 64  # of both towers in all published sizes
-# One size, and the names under which configurations hold it: ours is transformers' name, the others are EVA-CLIP's.
+# Each size and its names in configurations: transformers' name and EVA-CLIP's.
 _SIZES: dict[str, dict[str, tuple[str, ...]]] = {
     "text": {
         "hidden_size": ("hidden_size",),
@@ -35,7 +35,7 @@ _SIZES: dict[str, dict[str, tuple[str, ...]]] = {
         "image_size": ("image_size",),
     },
 }
-# Settings under which the same tensors mean another computation, and the values that our towers implement.
+# Settings that change the computation but no tensor, and the values that Bifocal's towers implement.
 _ARCHITECTURE: dict[str, dict[str, tuple[Any, ...]]] = {
     "text": {
         "position_embedding_type": ("alibi",),
@@ -54,8 +54,8 @@ _ARCHITECTURE: dict[str, dict[str, tuple[Any, ...]]] = {
     },
 }
 _GATES = {"geglu": "gelu", "reglu": "relu"}
-# Settings that carry over by name: they change training or a norm, and no tensor shows them.
-_CARRIED = {
+# Settings that are copied by name: they change training or a norm, and no tensor shows them.
+_COPIED = {
     "text": ("layer_norm_eps", "hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range"),
     "vision": ("layer_norm_eps", "patch_dropout", "initializer_range"),
 }
@@ -65,114 +65,117 @@ _TABLE_TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
 class ConversionError(BifocalError):
-    """What cannot be converted, in one sentence."""
+    """A checkpoint that cannot be converted."""
 
 
 def derive_config(
-    made: Tensors, towers: Mapping[str, tuple[Layout, str]], source: Mapping[str, Any], stored: Tensors
+    converted: Tensors, towers: Mapping[str, TowerLayout], source_config: Mapping[str, Any], stored: Tensors
 ) -> Any:
-    """Return the configuration of the model that these tensors make.
+    """Return the configuration of the Bifocal model with these tensors.
 
     Args:
-        made: the tensors by our names.
-        towers: the layout and the prefix of each tower found.
-        source: the source's configuration; `text_config` and `vision_config` of a joint model, or that of the tower.
-        stored: the source's tensors by its own names, for tables that settle what no weight shows.
+        converted: the tensors by Bifocal's names.
+        towers: layout and prefix of each tower in the source.
+        source_config: the source's configuration: that of a joint model with `text_config` and `vision_config`, or that
+            of the tower.
+        stored: the source's tensors by its own names, for tables that show what no weight does.
 
     Raises:
-        ConversionError: if the configuration contradicts tensors or tables, or asks for another architecture.
+        ConversionError: if the configuration contradicts tensors or tables, or sets another architecture.
     """
     both = len(towers) == 2
     text = vision = None
     if "text" in towers:
-        text = _text_config(made, "text_model." if both else "", _settings(source, "text"), towers["text"][1], stored)
+        prefix = "text_model." if both else ""
+        text = _text_config(converted, prefix, _settings(source_config, "text"), towers["text"][1], stored)
     if "vision" in towers:
         layout, prefix = towers["vision"]
         own = "vision_model." if both else ""
-        vision = _vision_config(made, own, _settings(source, "vision"), layout, prefix, stored)
+        vision = _vision_config(converted, own, _settings(source_config, "vision"), layout, prefix, stored)
     if not both:
         return text or vision
     assert text is not None and vision is not None  # noqa: PT018
-    shared = made.get("vision_projection.weight")
+    shared = converted.get("vision_projection.weight")
     config = BifocalConfig(
         text_config=text, vision_config=vision, text_projection=False, vision_projection=shared is not None,
         projection_dim=text.hidden_size if shared is None else shared.shape[0],
     )  # fmt: skip
-    _require_equal(source, "projection_dim", "projection_dim", config.projection_dim, "joint model")
+    _require_equal(source_config, "projection_dim", "projection_dim", config.projection_dim, "joint model")
     for tower in ("text", "vision"):
-        _require_equal(source.get(f"{tower}_config") or {}, "embed_dim", "projection_dim", config.projection_dim, tower)
+        settings = source_config.get(f"{tower}_config") or {}
+        _require_equal(settings, "embed_dim", "projection_dim", config.projection_dim, tower)
     return config
 
 
-def need(made: Tensors, name: str) -> torch.Tensor:
-    """Return a tensor by our name.
+def _required(converted: Tensors, name: str) -> torch.Tensor:
+    """Return a tensor by Bifocal's name.
 
     Raises:
-        ConversionError: if the source has nothing that it is made of.
+        ConversionError: if the source has no tensor that it is made of.
     """
-    if name not in made:
+    if name not in converted:
         raise ConversionError(f"1 tensor is missing: what '{name}' is made of.")
-    return made[name]
+    return converted[name]
 
 
-def _settings(source: Mapping[str, Any], tower: str) -> dict[str, Any]:
-    """A tower's part of a configuration, jina-clip's `hf_model_config_kwargs` laid over it."""
-    settings = dict(source.get(f"{tower}_config") or source)
+def _settings(source_config: Mapping[str, Any], tower: str) -> dict[str, Any]:
+    """Return a tower's part of a configuration, overridden by jina-clip's `hf_model_config_kwargs`."""
+    settings = dict(source_config.get(f"{tower}_config") or source_config)
     return settings | dict(settings.get("hf_model_config_kwargs") or {})
 
 
 def _text_config(
-    made: Tensors, own: str, settings: Mapping[str, Any], prefix: str, stored: Tensors
+    converted: Tensors, own: str, settings: Mapping[str, Any], prefix: str, stored: Tensors
 ) -> BifocalTextConfig:
     _require_architecture(settings, "text")
-    words = need(made, f"{own}embeddings.word_embeddings.weight")
+    words = _required(converted, f"{own}embeddings.word_embeddings.weight")
     width = words.shape[1]
     alibi = stored.get(f"{prefix}encoder.alibi")
     config = BifocalTextConfig(
-        vocab_size=words.shape[0], hidden_size=width, num_hidden_layers=_layers(made, own),
+        vocab_size=words.shape[0], hidden_size=width, num_hidden_layers=_num_layers(converted, own),
         num_attention_heads=_heads(width, settings, "text", None if alibi is None else alibi.shape[1]),
-        intermediate_size=need(made, f"{own}layers.0.mlp.gate_up_proj.weight").shape[0] // 2,
+        intermediate_size=_required(converted, f"{own}layers.0.mlp.gate_up_proj.weight").shape[0] // 2,
         hidden_act=_GATES[settings.get("feed_forward_type") or "geglu"],
-        type_vocab_size=need(made, f"{own}embeddings.token_type_embeddings.weight").shape[0],
+        type_vocab_size=_required(converted, f"{own}embeddings.token_type_embeddings.weight").shape[0],
         max_position_embeddings=int(settings.get("max_position_embeddings", 8192)),
-        pad_token_id=settings.get("pad_token_id", 0), **_carried(settings, "text"),
+        pad_token_id=settings.get("pad_token_id", 0), **_copied(settings, "text"),
     )  # fmt: skip
     _require_sizes(settings, config, "text")
     return config
 
 
 def _vision_config(
-    made: Tensors, own: str, settings: Mapping[str, Any], layout: Layout, prefix: str, stored: Tensors
+    converted: Tensors, own: str, settings: Mapping[str, Any], layout: WeightLayout, prefix: str, stored: Tensors
 ) -> BifocalVisionConfig:
     _require_architecture(settings, "vision")
-    patches = need(made, f"{own}embeddings.patch_embedding.weight")
-    places = need(made, f"{own}embeddings.position_embedding")
+    patches = _required(converted, f"{own}embeddings.patch_embedding.weight")
+    positions = _required(converted, f"{own}embeddings.position_embedding")
     width, patch = patches.shape[0], patches.shape[-1]
-    grid = math.isqrt(places.shape[1] - 1)
-    if places.ndim != 3 or grid * grid != places.shape[1] - 1:
-        raise ConversionError(f"The position table has {places.shape[1]} rows, which is no square and a class token.")
+    grid = math.isqrt(positions.shape[1] - 1)
+    if positions.ndim != 3 or grid * grid != positions.shape[1] - 1:
+        raise ConversionError(f"The position table has {positions.shape[1]} rows, not a square number and one more.")
     tables = _rotary_tables(stored, prefix)
     head_width = None if tables is None else tables[0].shape[-1]
     if head_width is not None and width % head_width:
         raise ConversionError(f"The rotary tables have {head_width} columns, which do not divide the width {width}.")
     heads = _heads(width, settings, "vision", None if head_width is None else width // head_width)
-    theta, reference = 10_000.0, _said_reference(settings, grid)
+    theta, reference = 10_000.0, _configured_reference(settings, grid)
     if tables is not None:
-        theta, told = _read_tables(*tables, grid)
-        if reference is not None and reference != told:
+        theta, stored_reference = _read_tables(*tables, grid)
+        if reference is not None and reference != stored_reference:
             raise ConversionError(
                 f"The source's configuration counts rotary positions to {reference} (pt_hw_seq_len="
                 f"{settings.get('pt_hw_seq_len')}, intp_freq={settings.get('intp_freq', False)}), its stored tables "
-                f"(rope.freqs_cos) to {told}. Correct the one that is wrong."
+                f"(rope.freqs_cos) to {stored_reference}. Correct the one that is wrong."
             )
-        reference = told
+        reference = stored_reference
     if reference is None:  # jina-clip-v1 counts positions in its own grid, EVA02-CLIP and timm in one of 16
         reference = grid if own else layout.rope_reference
     config = BifocalVisionConfig(
-        hidden_size=width, num_hidden_layers=_layers(made, own), num_channels=patches.shape[1],
+        hidden_size=width, num_hidden_layers=_num_layers(converted, own), num_channels=patches.shape[1],
         num_attention_heads=heads, patch_size=patch, image_size=grid * patch, rope_theta=theta,
-        intermediate_size=need(made, f"{own}layers.0.mlp.gate_proj.weight").shape[0],
-        rope_reference_grid=reference, **_carried(settings, "vision"),
+        intermediate_size=_required(converted, f"{own}layers.0.mlp.gate_proj.weight").shape[0],
+        rope_reference_grid=reference, **_copied(settings, "vision"),
     )  # fmt: skip
     _require_sizes(settings, config, "vision")
     if "mlp_ratio" in settings:
@@ -181,8 +184,8 @@ def _vision_config(
     return config
 
 
-def _said_reference(settings: Mapping[str, Any], grid: int) -> int | None:
-    """The grid that rotary positions are scaled to, as EVA-CLIP's configurations say it; None if they do not.
+def _configured_reference(settings: Mapping[str, Any], grid: int) -> int | None:
+    """Return the grid that rotary positions are scaled to in EVA-CLIP's configurations; None if they do not set it.
 
     With `intp_freq` position i of a grid of g counts as i / g * pt_hw_seq_len; without, positions are not scaled, which
     only works on a grid of `pt_hw_seq_len` itself.
@@ -199,27 +202,35 @@ def _said_reference(settings: Mapping[str, Any], grid: int) -> int | None:
 
 
 def _rotary_tables(stored: Tensors, prefix: str) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The cosines and sines, each (patches, head width); all blocks must hold the same."""
+    """Return the stored cosines and sines, each (patches, head width); None if there are none.
+
+    Raises:
+        ConversionError: if the blocks hold different tables.
+    """
     pattern = re.compile(re.escape(prefix) + r"(blocks\.\d+\.attn\.)?rope\.freqs_(cos|sin)")
-    found: dict[str, torch.Tensor] = {}
+    tables: dict[str, torch.Tensor] = {}
     for name, tensor in stored.items():
         if (match := pattern.fullmatch(name)) is None or tensor.is_meta:
             continue
-        first = found.setdefault(match.group(2), tensor)
+        first = tables.setdefault(match.group(2), tensor)
         if first.shape != tensor.shape or not torch.allclose(first.float(), tensor.float(), atol=1e-6):
-            raise ConversionError(f"'{name}' differs from the rotary tables of other blocks; our towers share one.")
-    if not found:
+            raise ConversionError(
+                f"'{name}' differs from the rotary tables of other blocks, but Bifocal's layers share one."
+            )
+    if not tables:
         return None
-    if set(found) != {"cos", "sin"} or found["cos"].shape != found["sin"].shape or found["cos"].ndim != 2:
-        raise ConversionError("The rotary tables rope.freqs_cos and rope.freqs_sin are incomplete or of other shapes.")
-    return found["cos"], found["sin"]
+    if set(tables) != {"cos", "sin"} or tables["cos"].shape != tables["sin"].shape or tables["cos"].ndim != 2:
+        raise ConversionError(
+            "The rotary tables rope.freqs_cos and rope.freqs_sin are incomplete or of different shapes."
+        )
+    return tables["cos"], tables["sin"]
 
 
 def _read_tables(cos: torch.Tensor, sin: torch.Tensor, grid: int) -> tuple[float, int]:
-    """Base and reference grid of rotary tables, checked by making the tables again.
+    """Return base and reference grid of rotary tables, verified by computing the tables again.
 
     Raises:
-        ConversionError: if they are of another grid, or not tables of a 2D rotary embedding as EVA02 has it.
+        ConversionError: if they are of another grid, or not tables of EVA02's 2D rotary embedding.
     """
     if cos.shape[0] != grid * grid:
         raise ConversionError(
@@ -230,7 +241,7 @@ def _read_tables(cos: torch.Tensor, sin: torch.Tensor, grid: int) -> tuple[float
     frequencies = cos.shape[1] // 4
     thetas = [10_000.0]
     if frequencies > 1 and grid > 1:
-        # The second patch is one column further, and the columns' half begins in the middle: its first two angles.
+        # The second patch is one column to the right, and the columns' half starts in the middle: its first two angles.
         first, second = torch.atan2(sin, cos)[1, [2 * frequencies, 2 * frequencies + 2]].tolist()
         thetas += [(first / second) ** frequencies] if first > 0 and second > 0 else []
     for theta in thetas:
@@ -238,47 +249,49 @@ def _read_tables(cos: torch.Tensor, sin: torch.Tensor, grid: int) -> tuple[float
         for reference in (grid, *range(1, _LARGEST_REFERENCE)):
             angles = torch.outer(torch.arange(grid, dtype=torch.float64) / grid * reference, turns)
             angles = angles.repeat_interleave(2, dim=1)
-            made = torch.cat([angles.repeat_interleave(grid, dim=0), angles.repeat(grid, 1)], dim=1)
-            if torch.allclose(made.cos(), cos, atol=tolerance) and torch.allclose(made.sin(), sin, atol=tolerance):
+            expected = torch.cat([angles.repeat_interleave(grid, dim=0), angles.repeat(grid, 1)], dim=1)
+            if torch.allclose(expected.cos(), cos, atol=tolerance) and torch.allclose(
+                expected.sin(), sin, atol=tolerance
+            ):
                 return theta, reference
     raise ConversionError("The rotary tables (rope.freqs_cos) are not those of EVA02's 2D rotary embedding.")
 
 
-def _heads(width: int, settings: Mapping[str, Any], tower: str, told: int | None) -> int:
-    """The number of heads: by a stored table, else as the configuration says, else for heads of 64."""
-    said = settings.get("num_attention_heads")
-    if said is None and settings.get("head_width"):
-        said = width // int(settings["head_width"])
-    if told is not None and said is not None and int(said) != told:
+def _heads(width: int, settings: Mapping[str, Any], tower: str, stored: int | None) -> int:
+    """Return the number of heads: of a stored table, or else of the configuration, or else for heads 64 wide."""
+    configured = settings.get("num_attention_heads")
+    if configured is None and settings.get("head_width"):
+        configured = width // int(settings["head_width"])
+    if stored is not None and configured is not None and int(configured) != stored:
         raise ConversionError(
-            f"The source's configuration gives the {tower} tower {said} heads, its stored tables {told}. Correct "
-            "num_attention_heads or head_width in its config.json."
+            f"The source's configuration gives the {tower} tower {configured} heads, its stored tables {stored}. "
+            "Correct num_attention_heads or head_width in its config.json."
         )
-    heads = told if told is not None else said
+    heads = stored if stored is not None else configured
     if heads is None and width % _HEAD_WIDTH:
         raise ConversionError(
-            f"The {tower} tower is {width} wide, and nothing says how many heads it has. Add num_attention_heads to "
+            f"The {tower} tower is {width} wide, and its number of heads is unknown. Add num_attention_heads to "
             "its config.json."
         )
     return int(heads) if heads is not None else width // _HEAD_WIDTH
 
 
-def _layers(made: Tensors, own: str) -> int:
-    numbers = {int(m.group(1)) for name in made if (m := re.match(re.escape(own) + r"layers\.(\d+)\.", name))}
+def _num_layers(converted: Tensors, own: str) -> int:
+    numbers = {int(m.group(1)) for name in converted if (m := re.match(re.escape(own) + r"layers\.(\d+)\.", name))}
     return max(numbers, default=-1) + 1
 
 
-def _carried(settings: Mapping[str, Any], tower: str) -> dict[str, Any]:
-    return {name: settings[name] for name in _CARRIED[tower] if settings.get(name) is not None}
+def _copied(settings: Mapping[str, Any], tower: str) -> dict[str, Any]:
+    return {name: settings[name] for name in _COPIED[tower] if settings.get(name) is not None}
 
 
 def _require_architecture(settings: Mapping[str, Any], tower: str) -> None:
-    for key, ours in _ARCHITECTURE[tower].items():
-        said = settings.get(key)
-        if said is not None and said not in ours:
+    for key, supported in _ARCHITECTURE[tower].items():
+        value = settings.get(key)
+        if value is not None and value not in supported:
             raise ConversionError(
-                f"The source's configuration says {key}={said!r} of the {tower} tower, but Bifocal's computes "
-                f"{' or '.join(map(repr, ours))}. Its vectors would be others."
+                f"The source's configuration says {key}={value!r} of the {tower} tower, but Bifocal's computes "
+                f"{' or '.join(map(repr, supported))}. Its vectors would differ."
             )
 
 
@@ -288,11 +301,11 @@ def _require_sizes(settings: Mapping[str, Any], config: Any, tower: str) -> None
             _require_equal(settings, name, size, getattr(config, size), tower)
 
 
-def _require_equal(settings: Mapping[str, Any], key: str, size: str, found: int, tower: str) -> None:
-    said = settings.get(key)
-    if isinstance(said, int) and said != found:
-        shown = f"{key}={said}" if key != "mlp_ratio" else f"an mlp_ratio that makes {size}={said}"
+def _require_equal(settings: Mapping[str, Any], key: str, size: str, expected: int, tower: str) -> None:
+    value = settings.get(key)
+    if isinstance(value, int) and value != expected:
+        shown = f"{key}={value}" if key != "mlp_ratio" else f"an mlp_ratio that makes {size}={value}"
         raise ConversionError(
             f"The source's configuration says {shown} of the {tower}{'' if 'model' in tower else ' tower'}, its "
-            f"tensors {found}. Correct it in its config.json."
+            f"tensors {expected}. Correct it in its config.json."
         )

@@ -26,7 +26,7 @@ for _config, _model in (
 ):
     AutoConfig.register(_config.model_type, _config)
     AutoModel.register(_config, _model)
-    # What is registered "for auto class" is saved with its code and named in `auto_map`.
+    # Classes registered "for auto class" are saved with their code and named in `auto_map`.
     _config.register_for_auto_class()
     _model.register_for_auto_class("AutoModel")
 AutoModelForMaskedLM.register(BifocalTextConfig, BifocalTextForMaskedLM)

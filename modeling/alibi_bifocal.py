@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from transformers.integrations.flex_attention import flex_attention_forward
 
-# Elements of the bias (batch x heads x queries x keys) up to which it is made once and shared by all layers (512 MiB in
-# float32), and the size of one block beyond that (128 MiB in float32): 8,192 tokens and 12 heads would need 3 GiB.
+# Largest number of elements of the bias (batch x heads x queries x keys) that is computed once and shared by all layers
+# (512 MiB in float32), and of a block of a larger one (128 MiB): 8,192 tokens and 12 heads would need 3 GiB.
 _LARGEST_WHOLE = 2**27
 _BLOCK = 2**25
-FLEX_TAKES_A_BIAS = "position_bias" in inspect.signature(flex_attention_forward).parameters
+FLEX_SUPPORTS_BIAS = "position_bias" in inspect.signature(flex_attention_forward).parameters
 
 
 def alibi_slopes(num_heads: int) -> list[float]:
-    """The slope of each head (arXiv 2108.12409, section 3, and its rule for head counts that are no power of two).
+    """Return the slope of each head (arXiv 2108.12409, section 3, with its rule for other counts than powers of two).
 
     For n = 2^m heads the slopes are 2^(-8/n), 2^(-16/n), ... Otherwise the first heads take those of the next smaller
     power of two, and the rest every second one of its double.
@@ -30,14 +30,14 @@ def alibi_slopes(num_heads: int) -> list[float]:
 
 
 class AlibiBias:
-    """-slope_h |i - j| for queries i and keys j, and the lowest number where key j is padding.
+    """The attention bias -slope_h |i - j| of queries i and keys j; the lowest number where key j is padding.
 
-    Made once per forward and shared by the layers. A bias too large to hold is made block by block of queries in each
-    layer instead; while gradients are recorded it is always made whole, since autograd would keep every block anyway.
+    It is computed once per forward pass and shared by the layers. If it is too large, each layer computes it block by
+    block of queries. With gradients it is always computed whole, since autograd would keep every block anyway.
 
     Args:
         num_heads: number of attention heads.
-        hidden_states: (batch, length, width), for shape, device and dtype.
+        hidden_states: (batch, length, width); sets shape, device and dtype.
         padding: (batch, length), True at padding; None without padding.
     """
 
@@ -55,10 +55,10 @@ class AlibiBias:
         elements = (1 if padding is None else batch) * num_heads * length * length
         if elements > _LARGEST_WHOLE and not torch.is_grad_enabled():
             self.rows = max(1, _BLOCK * length // elements)
-        self.whole = self._make(0, length) if self.rows >= length else None
+        self.whole = self._compute(0, length) if self.rows >= length else None
 
-    def _make(self, start: int, stop: int) -> torch.Tensor:
-        """The bias of queries start to stop: (batch or 1, heads, stop - start, length)."""
+    def _compute(self, start: int, stop: int) -> torch.Tensor:
+        """Return the bias of queries start to stop: (batch or 1, heads, stop - start, length)."""
         distance = (self.positions[start:stop, None] - self.positions[None, :]).abs()
         bias = (distance * -self.slopes).to(self.dtype)
         if self.padding is not None:
@@ -66,7 +66,7 @@ class AlibiBias:
         return bias
 
     def to(self, device: torch.device | str, **kwargs: Any) -> "AlibiBias":
-        """On another device: a model spread by `device_map` moves what its layers are given through this method."""
+        """Return the bias on another device; called for the inputs of layers that `device_map` spreads over devices."""
         if self.slopes.device == torch.device(device):
             return self
         moved = copy.copy(self)
@@ -76,25 +76,25 @@ class AlibiBias:
         return moved
 
     def blocks(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        """The query rows of each block and its bias; one block holds all rows unless the text is very long."""
+        """Yield the query rows and the bias of each block; there is a single one unless the text is very long."""
         if self.whole is not None:
             yield slice(0, self.length), self.whole
             return
         for start in range(0, self.length, self.rows):
             stop = min(start + self.rows, self.length)
-            yield slice(start, stop), self._make(start, stop)
+            yield slice(start, stop), self._compute(start, stop)
 
     def as_arguments(self, block: torch.Tensor, implementation: str | None) -> dict[str, Any]:
-        """The keyword arguments by which an attention function of transformers takes this bias.
+        """Return the keyword arguments with which an attention function of transformers gets this bias.
 
         Raises:
-            ValueError: flex attention of a transformers release that would silently ignore the bias.
+            ValueError: if flex attention of the installed transformers would silently ignore the bias.
         """
         if implementation != "flex_attention":
             return {"attention_mask": block}
-        if not FLEX_TAKES_A_BIAS:
+        if not FLEX_SUPPORTS_BIAS:
             raise ValueError(
-                "flex_attention of the installed transformers takes no position bias, which ALiBi needs; "
-                "update transformers or load the model with attn_implementation='sdpa'."
+                "flex_attention of the installed transformers does not support a position bias, which ALiBi needs. "
+                "Update transformers or load the model with attn_implementation='sdpa'."
             )
         return {"attention_mask": None, "position_bias": block.expand(self.batch, -1, -1, -1)}

@@ -17,15 +17,15 @@ from transformers.generation.configuration_utils import GenerationConfig
 from transformers.utils import logging
 
 if TYPE_CHECKING:
-    # transformers tells local folders of one name apart by the files that this one imports. With this import they are
-    # all files: without it, a second folder with another model but the same configuration would run the first's code.
+    # transformers distinguishes local folders of one name by the files that this one imports. With this import,
+    # that is all files. Without it, a second folder with another model but the same configuration would run the first
+    # one's code.
     from .modeling_bifocal import BifocalModel  # noqa: F401
 
 logger = logging.get_logger(__name__)
 
-VERSION = "0.1.0"  # of this code; saved configs carry it
-# Keys that transformers itself (its Trainer, too) writes into or passes through a config, besides the attributes of its
-# base class.
+VERSION = "0.1.0"  # of this code; stored in saved configs
+# Keys that transformers (its Trainer, too) writes to a config or passes through it, besides its base class's keys.
 _KEYS_OF_TRANSFORMERS = frozenset(
     [
         "architectures",
@@ -61,19 +61,19 @@ _KEYS_OF_TRANSFORMERS = frozenset(
         "use_cache",
     ]
 )
-# Keys of `PreTrainedConfig.to_dict`, by which a dict is known to come from a config and not from a person's hand.
-_MARKS_OF_SAVED = ("transformers_version", "model_type")
+# Keys of `PreTrainedConfig.to_dict`: a dict with one of them comes from a saved config, not from a person.
+_KEYS_OF_SAVED = ("transformers_version", "model_type")
 _reading: ContextVar[bool] = ContextVar("reading a saved config", default=False)
 
 
 class BifocalBaseConfig(PreTrainedConfig):
-    """What the configurations share: an unknown key is an error, or a warning in a config that was saved.
+    """Base class of the configurations, for which an unknown key is an error, or a warning in a saved config.
 
-    A misspelt size must not be ignored where a person builds a config. In a saved one, the key may come from a trainer,
-    another tool or a later release; it is kept as an attribute, as transformers' own configurations do.
+    A misspelt size must not be ignored when a person builds a config. In a saved one, the key may come from a trainer,
+    another tool or a later release; it is kept as an attribute, as in transformers' own configurations.
     """
 
-    # Where `auto_map` sends an Auto class, unless a subclass of the model has registered itself.
+    # The class that `auto_map` names for each Auto class, unless a subclass of the model has registered itself.
     auto_models: ClassVar[dict[str, str]] = {}
 
     def __init__(self, **kwargs: Any) -> None:
@@ -81,18 +81,18 @@ class BifocalBaseConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """As `PreTrainedConfig.to_dict`, with the version of this code."""
+        """Return `PreTrainedConfig.to_dict` with the version of this code."""
         return super().to_dict() | {"bifocal_version": VERSION}
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
-        """As `PreTrainedConfig.save_pretrained`, with an `auto_map` for every Auto class that loads the folder."""
+        """Save as `PreTrainedConfig.save_pretrained` does, with an `auto_map` for all Auto classes of the folder."""
         if self._auto_class is not None:
             self.auto_map = self.auto_models | (getattr(self, "auto_map", None) or {})
         return super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As `PreTrainedConfig.from_dict`; unknown keys are a warning, but an error in a tower given by keyword."""
+        """Load as `PreTrainedConfig.from_dict` does; unknown keys warn, but in a tower's keyword they raise."""
         for name, tower in cls.sub_configs.items():
             if isinstance(kwargs.get(name), dict):
                 tower(**{key: value for key, value in kwargs[name].items() if not hasattr(tower(), key)})
@@ -104,21 +104,21 @@ class BifocalBaseConfig(PreTrainedConfig):
 
     @classmethod
     def from_json_file(cls, json_file: Any) -> Any:
-        """As `PreTrainedConfig.from_json_file`; unknown keys are a warning."""
+        """Load as `PreTrainedConfig.from_json_file` does; unknown keys are a warning."""
         return cls.from_dict(cls._dict_from_json_file(json_file))
 
-    def _check_keys(self, given: dict[str, Any]) -> None:
-        """Look at the keys that are no argument of this class, once all of its arguments are attributes.
+    def _check_keys(self, kwargs: dict[str, Any]) -> None:
+        """Check the keys that are not arguments of this class, once all of its arguments are attributes.
 
         Raises:
             ValueError: if a key is unknown and was not read from a saved config.
         """
         own = {name for name in vars(self) if not name.startswith("_")}
         known = own | _KEYS_OF_TRANSFORMERS | set(PreTrainedConfig().to_dict())
-        saved = _is_saved(given)
-        if saved:  # where releases before 5 kept them
+        saved = _is_saved(kwargs)
+        if saved:  # releases before 5 stored these, too
             known |= set(GenerationConfig().to_dict())
-        for key in given:
+        for key in kwargs:
             if key in known or key.startswith("_"):
                 continue
             near = difflib.get_close_matches(key, sorted(own), n=1)
@@ -133,20 +133,20 @@ class BifocalBaseConfig(PreTrainedConfig):
 def warn_of_other_code(source: str, config: PreTrainedConfig) -> None:
     """Warn if a model was saved with code that may give other numbers than the code that runs it.
 
-    That happens where Bifocal is installed: its own code then runs every folder, whatever code the folder brings. Code
-    of the past is no reason to warn, since this code reads what older releases saved.
+    This happens if Bifocal is installed: its code then runs every folder, whatever code the folder contains. Older
+    versions cause no warning, since this code is compatible with them.
 
     Args:
-        source: the folder or Hub id that the model was loaded from.
-        config: as loaded from there.
+        source: folder or Hub id that the model was loaded from.
+        config: its configuration.
     """
     saved = getattr(config, "bifocal_version", None)
-    if not isinstance(saved, str):  # a config that something else wrote may hold anything there
+    if not isinstance(saved, str):  # another tool may have written anything
         return
     if _numbers(saved) > _numbers(VERSION):
         logger.warning(
-            f"'{source}' was saved by Bifocal {saved}, and the numbers of {VERSION}, which runs it, may differ. "
-            "Upgrade Bifocal."
+            f"'{source}' was saved by Bifocal {saved} but runs with {VERSION}, so its numbers may differ. Upgrade "
+            "Bifocal."
         )
         return
     running = Path(__file__).parent
@@ -157,9 +157,8 @@ def warn_of_other_code(source: str, config: PreTrainedConfig) -> None:
     ]
     if saved == VERSION and other:
         logger.warning(
-            f"'{source}' brings other code ({', '.join(other)}) than that in '{running}', which runs it, and the "
-            "numbers may differ. To run the folder's own, load it with trust_remote_code=True where Bifocal is not "
-            "imported."
+            f"'{source}' contains other code ({', '.join(other)}) than '{running}', which runs it, so its numbers may "
+            "differ. To run the folder's code, load it with trust_remote_code=True without importing Bifocal."
         )
 
 
@@ -167,8 +166,8 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"\d+", version)[:3]))
 
 
-def _is_saved(given: dict[str, Any]) -> bool:
-    return _reading.get() or any(key in given for key in _MARKS_OF_SAVED)
+def _is_saved(kwargs: dict[str, Any]) -> bool:
+    return _reading.get() or any(key in kwargs for key in _KEYS_OF_SAVED)
 
 
 def _require_positive_ints(config: PreTrainedConfig, *names: str) -> None:
@@ -197,8 +196,10 @@ class BifocalTextConfig(BifocalBaseConfig):
     """Configuration of [`BifocalTextModel`], a BERT with symmetric ALiBi and a GEGLU feed-forward.
 
     Args:
-        vocab_size: number of rows of the word embedding; 30,522 WordPieces padded to a multiple of 64.
-        hidden_size, num_hidden_layers, num_attention_heads: width, depth and heads; the heads divide the width.
+        vocab_size: rows of the word embedding; 30,522 WordPieces padded to a multiple of 64.
+        hidden_size: width of the tower, a multiple of num_attention_heads.
+        num_hidden_layers: number of layers.
+        num_attention_heads: attention heads of each layer.
         intermediate_size: width between the two matrices of the feed-forward.
         hidden_act: activation of the gate, a name of `transformers.activations.ACT2FN`.
         hidden_dropout_prob, attention_probs_dropout_prob: dropout in training.
@@ -263,17 +264,20 @@ class BifocalVisionConfig(BifocalBaseConfig):
     """Configuration of [`BifocalVisionModel`], an EVA02 vision transformer with sub-LN and 2D rotary embedding.
 
     Args:
-        hidden_size, num_hidden_layers, num_attention_heads: width, depth and heads. The head width is a multiple of
-            four: one half turns by the row, the other by the column, both in pairs.
+        hidden_size: width of the tower. The width of a head is a multiple of four: one half is rotated by the row, the
+            other by the column, both in pairs.
+        num_hidden_layers: number of layers.
+        num_attention_heads: attention heads of each layer.
         intermediate_size: width of the SwiGLU feed-forward.
         hidden_act: activation of the gate.
-        num_channels, image_size, patch_size: the picture the tower is trained on, in pixels; the patch divides it.
+        num_channels: channels of an image.
+        image_size: side in pixels of the images the tower is trained on, a multiple of patch_size.
+        patch_size: side of a patch in pixels.
         hidden_dropout_prob, attention_probs_dropout_prob: dropout in training.
-        patch_dropout: share of the patches left out of each picture in training (arXiv 2212.00794).
+        patch_dropout: share of each image's patches that are dropped in training (arXiv 2212.00794).
         rope_theta: base of the rotary frequencies.
-        rope_reference_grid: side, in patches, of the grid the rotary positions are scaled to: position i of a grid
-            of g counts as i / g * reference. 14 for jina-clip-v1, 16 for EVA02-CLIP; None leaves positions as they
-            are.
+        rope_reference_grid: side in patches of the grid that rotary positions are scaled to: position i of a grid of g
+            becomes i / g * reference. 14 for jina-clip-v1, 16 for EVA02-CLIP; None does not scale.
         initializer_range: standard deviation of new weights.
         layer_norm_eps: epsilon of every LayerNorm.
     """
@@ -346,14 +350,14 @@ class BifocalConfig(BifocalBaseConfig):
     """Configuration of [`BifocalModel`]: both towers and the shared space.
 
     Args:
-        text_config, vision_config: a config or a dict of its keys; None means the base size.
+        text_config, vision_config: configuration of a tower, or a dict of its keys; the base size when None.
         projection_dim: width of the shared space.
-        text_projection, vision_projection: whether a linear head with bias leads from the tower into the shared
-            space. Without one the tower's width must be `projection_dim`. The base model has one for images only.
-        logit_scale_init_value: where ln(1/tau) of the image-text temperature starts; 2.6592 is tau = 0.07.
+        text_projection, vision_projection: whether a linear head with bias maps the tower's output into the shared
+            space. Without it, the tower's width must be `projection_dim`. The base model has one for images only.
+        logit_scale_init_value: initial ln(1/tau) of the image-text temperature; 2.6592 is tau = 0.07.
         logit_scale_max: largest value of ln(1/tau); ln 100 as in CLIP.
-        logit_bias_init_value: where the learned bias of SigLIP's loss (arXiv 2303.15343) starts, usually -10; None for
-            a model without one, as Jina CLIP.
+        logit_bias_init_value: initial learned bias of SigLIP's loss (arXiv 2303.15343), usually -10; None for a model
+            without one, like Jina CLIP.
         initializer_range: standard deviation of new projection weights.
     """
 
@@ -363,7 +367,7 @@ class BifocalConfig(BifocalBaseConfig):
         "AutoModelForZeroShotImageClassification": "modeling_bifocal.BifocalModel",
     }
     sub_configs = {"text_config": BifocalTextConfig, "vision_config": BifocalVisionConfig}
-    sub_configs_defaults = dict(sub_configs)  # what later transformers 5 releases read in its place
+    sub_configs_defaults = dict(sub_configs)  # later transformers 5 releases read this one
 
     def __init__(
         self,
@@ -378,7 +382,7 @@ class BifocalConfig(BifocalBaseConfig):
         initializer_range: float = 0.02,
         **kwargs: Any,
     ) -> None:
-        token = _reading.set(_is_saved(kwargs))  # a tower's dict is as old as the dict it is part of
+        token = _reading.set(_is_saved(kwargs))  # a tower's dict was saved with the dict that contains it
         try:
             self.text_config = _as_config(text_config, BifocalTextConfig)
             self.vision_config = _as_config(vision_config, BifocalVisionConfig)
@@ -394,22 +398,22 @@ class BifocalConfig(BifocalBaseConfig):
         super().__init__(**kwargs)
 
         _require_positive_ints(self, "projection_dim")
-        for side in ("text", "vision"):
-            width = getattr(self, f"{side}_config").hidden_size
-            if not getattr(self, f"{side}_projection") and width != projection_dim:
+        for tower in ("text", "vision"):
+            width = getattr(self, f"{tower}_config").hidden_size
+            if not getattr(self, f"{tower}_projection") and width != projection_dim:
                 raise ValueError(
-                    f"BifocalConfig: without {side}_projection the {side} tower's hidden_size ({width}) must equal "
-                    f"projection_dim ({projection_dim}); set {side}_projection=True or change one of them."
+                    f"BifocalConfig: without {tower}_projection the {tower} tower's hidden_size ({width}) must equal "
+                    f"projection_dim ({projection_dim}); set {tower}_projection=True or change one of them."
                 )
 
     __eq__ = PreTrainedConfig.__eq__
 
 
-def _as_config(given: Any, config_class: type[PreTrainedConfig]) -> Any:
-    if given is None:
+def _as_config(config: Any, config_class: type[PreTrainedConfig]) -> Any:
+    if config is None:
         return config_class()
-    if isinstance(given, dict):
-        return config_class(**given)
-    if isinstance(given, PreTrainedConfig):
-        return given
-    raise ValueError(f"{config_class.base_config_key} must be a {config_class.__name__} or a dict, not {type(given)}.")
+    if isinstance(config, dict):
+        return config_class(**config)
+    if isinstance(config, PreTrainedConfig):
+        return config
+    raise ValueError(f"{config_class.base_config_key} must be a {config_class.__name__} or a dict, not {type(config)}.")

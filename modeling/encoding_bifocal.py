@@ -1,5 +1,5 @@
 # Copyright 2026 The Bifocal authors. Licensed under the Apache License, Version 2.0.
-"""`encode_text` and `encode_image`: from texts and images to vectors in one call, by any number of threads at once."""
+"""`encode_text` and `encode_image`: texts and images to vectors in one call, from any number of threads at once."""
 
 import difflib
 import operator
@@ -18,10 +18,8 @@ from .processing_bifocal import BifocalProcessor, private_tokenizer, token_ids
 
 logger = logging.get_logger(__name__)
 
-# Batches from which a progress bar is shown unless the caller decides.
-_LONG_WORK = 20
-# Batches of texts that are tokenized at once, and sorted by their tokens.
-_TOKENIZED = 32
+_PROGRESS_BAR_BATCHES = 20  # number of batches from which a progress bar is shown by default
+_TOKENIZED_BATCHES = 32  # batches of texts that are tokenized together and sorted by their tokens
 _SOURCE_KEYS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _OPTIONS = ("batch_size", "max_length", "truncate_dim", "normalize", "convert_to", "show_progress")
 _ALIASES = (
@@ -44,7 +42,7 @@ if hasattr(os, "register_at_fork"):
 class EncodingMixin:
     """Adds `encode_text`, `encode_image` and `processor` to a model with `get_text_features`, `get_image_features`."""
 
-    # What the model brings.
+    # Provided by the model.
     config: Any
     device: Any
     get_text_features: Callable[..., Any]
@@ -55,7 +53,7 @@ class EncodingMixin:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
-        """As `PreTrainedModel.from_pretrained`; remembers where the model came from, so that its processor is found."""
+        """Load as `PreTrainedModel.from_pretrained` does, and remember the source for its processor."""
         path = _folder_or_id(pretrained_model_name_or_path)
         source = {key: kwargs[key] for key in _SOURCE_KEYS if key in kwargs}
         try:
@@ -63,14 +61,14 @@ class EncodingMixin:
         except OSError as error:
             if path is None or os.path.exists(path):
                 raise
-            raise OSError(f"'{path}' is no folder here, and it cannot be loaded from the Hub: {error}") from error
+            raise OSError(f"'{path}' is not a local folder, and it cannot be loaded from the Hub: {error}") from error
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model._processor_source = (str(path), source)
         return loaded
 
     @property
     def processor(self) -> BifocalProcessor:
-        """The processor saved with the model, loaded at first use; or the one set by hand."""
+        """The processor that was saved with the model, loaded at first use; or the one that was assigned."""
         if self._processor is None:
             with _LOADING:
                 if self._processor is None:
@@ -88,7 +86,7 @@ class EncodingMixin:
                 "BifocalProcessor(image_processor, tokenizer) before encoding."
             )
         path, source = self._processor_source
-        # Where this very code runs as remote code, the user has trusted the repository already.
+        # If this code runs as remote code, the user has trusted the repository already.
         trusted = type(self).__module__.startswith("transformers_modules.")
         try:
             return BifocalProcessor.from_pretrained(path, trust_remote_code=trusted, **source)
@@ -96,7 +94,7 @@ class EncodingMixin:
             missing = os.path.isdir(path) and not os.path.exists(os.path.join(path, "processor_config.json"))
             reason = "there is no processor_config.json" if missing else error
             raise ValueError(
-                f"'{path}' holds no processor that can be loaded ({reason}); save one there with "
+                f"The processor in '{path}' cannot be loaded ({reason}). Save one there with "
                 "processor.save_pretrained, or set model.processor."
             ) from error
 
@@ -112,29 +110,29 @@ class EncodingMixin:
         show_progress: bool | None = None,
         **aliases: Any,
     ) -> Any:
-        """Embed texts. Many threads may call this at once, also while another one trains the model.
+        """Embed texts. Several threads may call this at once, also while another one trains the model.
 
         Args:
             texts: a string or several (a list, array, Series or any other iterable of strings).
-            batch_size: texts per forward pass; they are sorted by length first, so that little is padded. (On a CPU the
-                text tower itself takes a large batch in pieces.)
-            max_length: tokens to keep of a text, special tokens included; the model's own maximum when None. Longer
-                texts are cut, with one warning that counts them.
-            truncate_dim: keep the first so many dimensions (Matryoshka, arXiv 2205.13147); all when None.
-            normalize: make the vectors (after truncation) of length 1; True when None.
+            batch_size: texts per forward pass; texts are sorted by length to avoid padding. (On a CPU, the text tower
+                splits large batches into micro-batches.)
+            max_length: longest text in tokens, special tokens included; the model's maximum when None. Longer texts are
+                truncated, with one warning that counts them.
+            truncate_dim: number of leading dimensions to keep (Matryoshka, arXiv 2205.13147); all when None.
+            normalize: whether vectors (after truncation) are scaled to length 1; True when None.
             convert_to: "numpy", "torch" (on the model's device) or "list"; "numpy" when None.
-            show_progress: a progress bar; None shows one from 20 batches on.
-            aliases: the names of sentence-transformers and Jina CLIP: `normalize_embeddings`, `convert_to_numpy`,
-                `convert_to_tensor`, `show_progress_bar`, `prompt` (put before each text), and `device`, where it is
-                the model's own.
+            show_progress: whether to show a progress bar; when None, from 20 batches on.
+            aliases: names of sentence-transformers and Jina CLIP: `normalize_embeddings`, `convert_to_numpy`,
+                `convert_to_tensor`, `show_progress_bar`, `prompt` (prepended to each text), and `device`, if it is the
+                model's.
 
         Returns:
-            (texts, dimensions) in float32 and the order given; one vector (dimensions,) for a single string. An empty
-            text has a vector like any other, with one warning that counts such texts.
+            Vectors (texts, dimensions) in float32 and in the order of the texts; (dimensions,) for a single string.
+            Empty texts have a vector, too; one warning counts them.
 
         Raises:
-            ValueError: if there are no texts, a text is no string or no valid Unicode (named by its position), a table
-                is given, or an option is bad.
+            ValueError: if there are no texts, a text is not a string or not valid Unicode (the message has its
+                position), the argument is a table, or an option is not valid.
             TypeError: if an option does not exist.
         """
         options = _options(self, "encode_text", truncate_dim, normalize, convert_to, show_progress, aliases)
@@ -142,19 +140,19 @@ class EncodingMixin:
         items, single = _list_texts(texts, aliases.get("prompt"))
         tokenizer = private_tokenizer(self.processor.tokenizer)
         special = tokenizer.num_special_tokens_to_add()
-        limit = self.config.text_config.max_position_embeddings
+        maximum = self.config.text_config.max_position_embeddings
         if max_length is None:
-            max_length = min(limit, tokenizer.model_max_length)
-        cut_at = _whole_number("max_length", max_length, special + 1, limit, " tokens")
+            max_length = min(maximum, tokenizer.model_max_length)
+        limit = _whole_number("max_length", max_length, special + 1, maximum, " tokens")
         too_long = empty = 0
 
         def embedded(model: Any) -> Iterator[tuple[Sequence[int], torch.Tensor]]:
             nonlocal too_long, empty
             order = sorted(range(len(items)), key=lambda position: -len(items[position]))
-            for start in range(0, len(order), _TOKENIZED * batch_size):
-                chosen = order[start : start + _TOKENIZED * batch_size]
-                rows, lengths = token_ids(tokenizer, [items[position] for position in chosen], cut_at)
-                too_long += sum(length > cut_at for length in lengths)
+            for start in range(0, len(order), _TOKENIZED_BATCHES * batch_size):
+                chosen = order[start : start + _TOKENIZED_BATCHES * batch_size]
+                rows, lengths = token_ids(tokenizer, [items[position] for position in chosen], limit)
+                too_long += sum(length > limit for length in lengths)
                 empty += sum(length <= special for length in lengths)
                 ids = dict(zip(chosen, rows, strict=True))
                 chosen.sort(key=lambda position: -len(ids[position]))
@@ -166,7 +164,7 @@ class EncodingMixin:
         encoded = self._encode(len(items), embedded, batch_size, single, "texts", *options)
         if too_long:
             texts_are = "The text is" if single else f"{too_long} of {len(items)} texts are"
-            logger.warning(f"{texts_are} longer than {cut_at} tokens; only the beginning is encoded.")
+            logger.warning(f"{texts_are} longer than {limit} tokens; only the beginning is encoded.")
         if empty:
             texts_are = "The text is" if single else f"{empty} of {len(items)} texts are"
             logger.warning(f"{texts_are} empty or blank; all such texts have the same vector.")
@@ -183,20 +181,21 @@ class EncodingMixin:
         show_progress: bool | None = None,
         **aliases: Any,
     ) -> Any:
-        """Embed images. Many threads may call this at once, also while another one trains the model.
+        """Embed images. Several threads may call this at once, also while another one trains the model.
 
         Args:
             images: one image or several, each a path, URL, data URI, base64, bytes, file object, dict with `bytes` or
-                `path`, Pillow image or array (`load_image`); nested lists are flattened. They are read batch by batch.
+                `path`, Pillow image or array (see `load_image`); nested lists are flattened. Files are read batch by
+                batch.
             batch_size: images per forward pass.
             truncate_dim, normalize, convert_to, show_progress, aliases: as for `encode_text`.
 
         Returns:
-            (images, dimensions) in float32 and the order given; one vector (dimensions,) for a single image.
+            Vectors (images, dimensions) in float32 and in the order of the images; (dimensions,) for a single image.
 
         Raises:
-            ValueError, FileNotFoundError: if there are no images, one cannot be read (it is named), a table is given,
-                or an option is bad.
+            ValueError, FileNotFoundError: if there are no images, one cannot be read (the message names it), the
+                argument is a table, or an option is not valid.
             TypeError: if an option does not exist.
         """
         options = _options(self, "encode_image", truncate_dim, normalize, convert_to, show_progress, aliases)
@@ -224,19 +223,19 @@ class EncodingMixin:
         convert_to: str,
         show_progress: bool | None,
     ) -> Any:
-        """Collect what `embedded` yields, the positions of a batch and its vectors, in the order of positions."""
+        """Return the vectors in the order of their positions; `embedded` yields positions and vectors of each batch."""
         if not count:
             raise ValueError(f"There are no {what} to encode; give at least one.")
         batches = -(-count // batch_size)
-        hide = not (batches >= _LONG_WORK if show_progress is None else show_progress)
+        hide = not (batches >= _PROGRESS_BAR_BATCHES if show_progress is None else show_progress)
         vectors: list[torch.Tensor] = [torch.empty(0)] * count
         # no_grad and not inference_mode: its tensors could never enter a later loss.
         with torch.no_grad():
             work = embedded(inference_copy(self))
-            for positions, found in logging.tqdm(
+            for positions, embeddings in logging.tqdm(
                 work, total=batches, desc=f"Encoding {what}", unit="batch", disable=hide
             ):
-                batch = found.float()[:, :truncate_dim]
+                batch = embeddings.float()[:, :truncate_dim]
                 if normalize:
                     batch = torch.nn.functional.normalize(batch, dim=-1)
                 for position, vector in zip(positions, batch, strict=True):
@@ -253,7 +252,7 @@ def _folder_or_id(path: Any) -> Any:
     """Return a model's folder, with `~` expanded, or its Hub id.
 
     Raises:
-        OSError: if it can only be a folder and does not exist; transformers would speak of the Hub.
+        OSError: if it can only be a folder and does not exist; transformers' own error would mention the Hub.
     """
     if not isinstance(path, str | os.PathLike):
         return path
@@ -265,7 +264,7 @@ def _folder_or_id(path: Any) -> Any:
 
 
 def _list_texts(texts: Any, prompt: str | None) -> tuple[list[str], bool]:
-    """Return the texts given as a list, the prompt before each, and whether a single one was given."""
+    """Return the texts as a list with the prompt prepended, and whether the argument was a single text."""
     refuse_table(texts, "texts", ("text", "caption", "sentence", "query", "title", "description"))
     if isinstance(texts, np.ndarray) and not texts.ndim:
         texts = texts.item()
@@ -280,8 +279,8 @@ def _list_texts(texts: Any, prompt: str | None) -> tuple[list[str], bool]:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(
-                f"Text {position} holds half a surrogate pair at character {error.start}, which is no valid Unicode; "
-                "repair it, or drop it with text.encode('utf-8', 'ignore').decode()."
+                f"Text {position} holds half a surrogate pair at character {error.start}, which is not valid Unicode. "
+                "Repair it, or remove it with text.encode('utf-8', 'ignore').decode()."
             ) from error
     if not isinstance(prompt, str | None):
         raise ValueError(f"prompt is a {type(prompt).__name__}; give a string.")
@@ -289,7 +288,7 @@ def _list_texts(texts: Any, prompt: str | None) -> tuple[list[str], bool]:
 
 
 def _padded(rows: list[list[int]], padding: int, device: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask (rows, longest) on the model's device, padded at the end."""
+    """Return token ids and attention mask (rows, longest) on the model's device, padded at the end."""
     ids = torch.full((len(rows), max(1, max(map(len, rows)))), padding)
     mask = torch.zeros_like(ids)
     for row, tokens in enumerate(rows):
@@ -299,9 +298,10 @@ def _padded(rows: list[list[int]], padding: int, device: Any) -> tuple[torch.Ten
 
 
 def _whole_number(name: str, value: Any, least: int, most: int | None = None, unit: str = "") -> int:
-    """
+    """Return an option as an int.
+
     Raises:
-        ValueError: if it is no whole number from `least` to `most`.
+        ValueError: if it is not a whole number from `least` to `most`.
     """
     allowed = f"at least {least}" if most is None else f"from {least} to {most}"
     try:
@@ -316,56 +316,59 @@ def _whole_number(name: str, value: Any, least: int, most: int | None = None, un
 def _options(
     model: Any, method: str, truncate_dim: Any, normalize: Any, convert_to: Any, show_progress: Any, aliases: Any
 ) -> tuple[int | None, bool, str, bool | None]:
-    """Return truncate_dim, normalize, convert_to and show_progress, checked and with the aliases taken in.
+    """Return truncate_dim, normalize, convert_to and show_progress, checked and merged with their aliases.
 
     Raises:
         TypeError: if a keyword is unknown.
-        ValueError: if a value is bad, contradicts its alias, or asks for what this model does not do.
+        ValueError: if a value is not valid, contradicts its alias, or is not supported by this model.
     """
-    of_texts = () if method == "encode_text" else ("max_length", "prompt")
-    known = [name for name in (*_OPTIONS, *_ALIASES) if name not in of_texts]
+    text_only = () if method == "encode_text" else ("max_length", "prompt")
+    known = [name for name in (*_OPTIONS, *_ALIASES) if name not in text_only]
     for name in aliases:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"its options are {', '.join(known)}."
             raise TypeError(f"{method} has no option '{name}'; {hint}")
-    given = {name: value for name, value in aliases.items() if value is not None}
+    aliases = {name: value for name, value in aliases.items() if value is not None}
 
     def merged(name: str, value: Any, alias: str, other: Any) -> Any:
         if value is not None and other is not None and value != other:
-            raise ValueError(f"{name}={value!r} and {alias}={given[alias]!r} contradict each other; give one of them.")
+            raise ValueError(
+                f"{name}={value!r} and {alias}={aliases[alias]!r} contradict each other; give one of them."
+            )
         return other if value is None else value
 
     if truncate_dim is not None:
         truncate_dim = _whole_number("truncate_dim", truncate_dim, 1, model.config.projection_dim)
-    normalize = merged("normalize", normalize, "normalize_embeddings", given.get("normalize_embeddings"))
-    show_progress = merged("show_progress", show_progress, "show_progress_bar", given.get("show_progress_bar"))
+    normalize = merged("normalize", normalize, "normalize_embeddings", aliases.get("normalize_embeddings"))
+    show_progress = merged("show_progress", show_progress, "show_progress_bar", aliases.get("show_progress_bar"))
     if convert_to not in (None, "numpy", "torch", "list"):
         raise ValueError(f"convert_to must be 'numpy', 'torch' or 'list', but it is {convert_to!r}.")
-    # As in both libraries, convert_to_tensor outdoes convert_to_numpy, and without either one gets a list of tensors.
-    if given.get("convert_to_tensor"):
+    # As in both libraries, convert_to_tensor overrides convert_to_numpy; without both, the result is a list of tensors.
+    if aliases.get("convert_to_tensor"):
         convert_to = merged("convert_to", convert_to, "convert_to_tensor", "torch")
-    elif "convert_to_numpy" in given:
-        kind = "numpy" if given["convert_to_numpy"] else "tensors"
+    elif "convert_to_numpy" in aliases:
+        kind = "numpy" if aliases["convert_to_numpy"] else "tensors"
         if kind == "numpy" or convert_to is None:
             convert_to = merged("convert_to", convert_to, "convert_to_numpy", kind)
-    _refuse_what_is_not_done(model, given)
+    _require_supported(model, aliases)
     return truncate_dim, normalize is None or bool(normalize), convert_to or "numpy", show_progress
 
 
-def _refuse_what_is_not_done(model: Any, given: dict[str, Any]) -> None:
-    """
+def _require_supported(model: Any, aliases: dict[str, Any]) -> None:
+    """Check the options of sentence-transformers and Jina CLIP that this model supports with one value only.
+
     Raises:
-        ValueError: if an option of sentence-transformers or Jina CLIP has a value that would need another model.
+        ValueError: if one has another value.
     """
-    if "device" in given:
-        device, own = torch.device(given["device"]), model.device
+    if "device" in aliases:
+        device, own = torch.device(aliases["device"]), model.device
         if device.type != own.type or device.index not in (None, own.index):
-            raise ValueError(f"device is '{device}', but the model is on '{own}'; call model.to('{device}') before.")
-    if "task" in given:
-        raise ValueError(f"task is {given['task']!r}, but this model has no tasks; leave it out.")
-    if "prompt_name" in given:
-        raise ValueError("prompt_name is known to sentence-transformers only; give the text itself as prompt.")
+            raise ValueError(f"device is '{device}', but the model is on '{own}'; call model.to('{device}') first.")
+    if "task" in aliases:
+        raise ValueError(f"task is {aliases['task']!r}, but this model has no tasks; omit it.")
+    if "prompt_name" in aliases:
+        raise ValueError("prompt_name is an option of sentence-transformers; pass the text itself as prompt.")
     for name, only in (("output_value", "sentence_embedding"), ("precision", "float32")):
-        if given.get(name, only) != only:
-            raise ValueError(f"{name} is {given[name]!r}, but only {only!r} can be had here.")
+        if aliases.get(name, only) != only:
+            raise ValueError(f"{name} is {aliases[name]!r}, but only {only!r} is supported.")

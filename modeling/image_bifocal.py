@@ -1,5 +1,5 @@
 # Copyright 2026 The Bifocal authors. Licensed under the Apache License, Version 2.0.
-"""Images in any form (path, URL, data URI, base64, bytes, file object, Pillow image, array) to upright 8-bit RGB."""
+"""Converts images of any form (path, URL, data URI, base64, bytes, file object, Pillow, array) to upright 8-bit RGB."""
 
 import base64
 import binascii
@@ -22,7 +22,7 @@ _TRANSPARENT_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
 _TIMEOUT = 30.0  # seconds for a URL to answer
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):", re.IGNORECASE)
 _BASE64 = re.compile(r"[A-Za-z0-9+/_-]{40,}={0,2}")
-# A Pillow image reads its file and EXIF when first used; two threads must not do that to one image at once.
+# A Pillow image reads its file and EXIF at first use; two threads must not do that with one image at once.
 _READING = [threading.Lock() for _ in range(16)]
 
 
@@ -38,15 +38,15 @@ if hasattr(os, "register_at_fork"):
 def load_image(source: ImageSource, name: str | None = None) -> Image.Image:
     """Read an image and make it upright 8-bit RGB.
 
-    EXIF rotation is applied, transparency is laid over white, 16-bit greys are scaled (Pillow itself would clip them to
-    white), palette, grey and CMYK images are converted, and of an animation the first frame is taken.
+    EXIF rotation is applied, transparency is replaced by white, 16-bit greys are scaled (Pillow would clip them to
+    white), palette, grey and CMYK images are converted, and the first frame of an animation is used.
 
     Args:
         source: a path (`~` is the home folder), an http(s) or file URL, a `data:` URI, a base64 string, the bytes of an
             image file, a file object opened in binary mode, a dict with `bytes` or `path` (as `datasets` stores
             images), a Pillow image, or an array or tensor of shape (height, width), (height, width, channels) or
             (channels, height, width) with 1, 3 or 4 channels: integers of 8 or 16 bits, or floats from 0 to 1.
-        name: what to call the image in an error; the path or URL when None.
+        name: name of the image in errors; its path or URL when None.
 
     Raises:
         FileNotFoundError: if the path does not exist.
@@ -72,22 +72,22 @@ def load_image(source: ImageSource, name: str | None = None) -> Image.Image:
 
 
 def load_images(sources: Sequence[ImageSource], first: int = 0) -> list[Image.Image]:
-    """Read images; errors name one by its path or URL, or else by its position, counted from `first`."""
-    found = []
+    """Read images; errors name an image by its path or URL, or else by its position, counted from `first`."""
+    loaded = []
     for position, source in enumerate(sources, first):
         named = isinstance(source, str | os.PathLike)
-        found.append(load_image(source, None if named else f"Image {position}"))
-    return found
+        loaded.append(load_image(source, None if named else f"Image {position}"))
+    return loaded
 
 
 def list_images(images: Any) -> tuple[list[Any], bool]:
-    """Return the images given as a flat list, and whether a single one was given.
+    """Return the images as a flat list, and whether the argument was a single image.
 
     Several images are a list, tuple, Series, array of paths or any other iterable, also nested as transformers'
     processors take them, or an array or tensor with a leading batch axis.
 
     Raises:
-        ValueError: if a table or a dict of columns is given.
+        ValueError: if the argument is a table or a dict of columns.
     """
     refuse_table(images, "images", ("image", "img", "photo", "picture", "path", "file", "url"))
     if hasattr(images, "__array__") and getattr(images, "ndim", 0) > 1 and not isinstance(images, torch.Tensor):
@@ -112,40 +112,41 @@ def _flat(images: Any) -> Iterator[Any]:
 
 
 def _holds_objects(images: Any) -> bool:
-    """Return whether an array holds paths, bytes or other objects in place of numbers."""
+    """Return whether an array holds paths, bytes or other objects instead of numbers."""
     return isinstance(images, np.ndarray) and images.dtype.kind in "OUST"
 
 
-def refuse_table(given: Any, argument: str, likely: Sequence[str]) -> None:
-    """Raise for a table or a dict of columns, whose iteration gives its column names, and for a set.
+def refuse_table(value: Any, argument: str, likely: Sequence[str]) -> None:
+    """Raise an error for a table or a dict of columns, whose iteration gives its column names, and for a set.
 
     Args:
-        argument: name of the argument, for the error.
-        likely: parts of the column names that the error suggests.
+        value: value of the argument.
+        argument: name of the argument.
+        likely: parts of column names; the error suggests the first column that contains one.
 
     Raises:
-        ValueError: if it is a table, a dict of columns or a set.
+        ValueError: if the value is a table, a dict of columns or a set.
     """
-    if isinstance(given, set | frozenset):
+    if isinstance(value, set | frozenset):
         raise ValueError(f"{argument} is a set, which has no order; give a list.")
-    if _is_image_dict(given):
+    if _is_image_dict(value):
         return
-    columns = getattr(given, "column_names", None)
+    columns = getattr(value, "column_names", None)
     if columns is None:
-        columns = given if isinstance(given, Mapping) else getattr(given, "columns", None)
-    if columns is None or isinstance(given, type):
+        columns = value if isinstance(value, Mapping) else getattr(value, "columns", None)
+    if columns is None or isinstance(value, type):
         return
     names = [str(column) for column in columns]
     suggested = next((name for part in likely for name in names if part in name.lower()), None)
     example = "" if suggested is None else f", such as {argument}[{suggested!r}]"
     raise ValueError(
-        f"{argument} is a {type(given).__name__} with {', '.join(map(repr, names[:10])) or 'no columns'}; give one "
+        f"{argument} is a {type(value).__name__} with {', '.join(map(repr, names[:10])) or 'no columns'}; give one "
         f"column{example}."
     )
 
 
 def _is_image_dict(source: Any) -> bool:
-    """Return whether this is how `datasets` stores an image: its bytes, its path, or both."""
+    """Return whether a source has the form in which `datasets` stores an image: its bytes, its path, or both."""
     if not isinstance(source, Mapping) or not {"bytes", "path"}.issuperset(source):
         return False
     return any(isinstance(value, str | os.PathLike | bytes | bytearray | memoryview) for value in source.values())
@@ -234,7 +235,7 @@ def _download(url: str, name: str) -> bytes:
 def _decode_data_uri(uri: str, name: str) -> bytes:
     header, comma, payload = uri.partition(",")
     if not comma:
-        raise ValueError(f"{name} is no data URI; it must look like 'data:image/png;base64,...'.")
+        raise ValueError(f"{name} is not a data URI; it must look like 'data:image/png;base64,...'.")
     if not header.rstrip().lower().endswith(";base64"):
         return urllib.parse.unquote_to_bytes(payload)
     try:
@@ -265,7 +266,7 @@ def _from_array(source: Any, name: str) -> Image.Image:
     if isinstance(source, torch.Tensor):
         source = source.detach().cpu()
         if source.dtype in (torch.bfloat16, torch.float16):
-            source = source.float()  # numpy knows no bfloat16
+            source = source.float()  # numpy has no bfloat16
         source = source.numpy()
     array = np.asarray(source)
     if array.dtype.name == "bfloat16":

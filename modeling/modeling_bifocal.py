@@ -19,15 +19,16 @@ from .modeling_bifocal_vision import BifocalVisionModel
 
 @dataclass
 class BifocalOutput(ModelOutput):
-    """
+    """The output of [`BifocalModel`].
+
     Args:
-        loss: scalar, the InfoNCE loss of both directions, with `return_loss=True`.
-        logits_per_image: (images, texts), cosine similarity over the temperature, plus `logit_bias` if the model has
-            one; None unless both are given.
+        loss: InfoNCE loss of both directions, with `return_loss=True`.
+        logits_per_image: (images, texts), cosine similarity divided by the temperature, plus `logit_bias` if the model
+            has one; None without texts or images.
         logits_per_text: (texts, images), its transpose.
         text_embeds: (texts, projection_dim), of length 1; None without texts.
         image_embeds: (images, projection_dim), of length 1; None without images.
-        text_model_output, vision_model_output: what the towers returned.
+        text_model_output, vision_model_output: outputs of the towers.
     """
 
     loss: torch.Tensor | None = None
@@ -43,7 +44,7 @@ class BifocalOutput(ModelOutput):
 
 
 class BifocalModel(EncodingMixin, BifocalPreTrainedModel):
-    """One model for text-text and text-image search (Jina CLIP, arXiv 2405.20204)."""
+    """A text and an image tower for text-text and text-image search (Jina CLIP, arXiv 2405.20204)."""
 
     config_class = BifocalConfig
     base_model_prefix = "bifocal"
@@ -60,7 +61,7 @@ class BifocalModel(EncodingMixin, BifocalPreTrainedModel):
             self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim)
         if config.vision_projection:
             self.vision_projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim)
-        # One element and no scalar: FSDP does not shard scalars.
+        # One element instead of a scalar: FSDP does not shard scalars.
         self.logit_scale = nn.Parameter(torch.full((1,), float(config.logit_scale_init_value)))
         self.logit_bias: nn.Parameter | None = None
         if config.logit_bias_init_value is not None:
@@ -82,7 +83,7 @@ class BifocalModel(EncodingMixin, BifocalPreTrainedModel):
         self.text_model.set_input_embeddings(value)
 
     def get_logit_scale(self) -> torch.Tensor:
-        """1 / tau, the factor on image-text cosines: exp(logit_scale), clamped to [1, exp(config.logit_scale_max)]."""
+        """Return 1 / tau, the factor on image-text cosines: exp(logit_scale) in [1, exp(config.logit_scale_max)]."""
         return self.logit_scale.clamp(0.0, self.config.logit_scale_max).exp().reshape(())
 
     @can_return_tuple
@@ -94,18 +95,18 @@ class BifocalModel(EncodingMixin, BifocalPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
-        """The text tower's output with `pooler_output` (batch, projection_dim) in the shared space, not normalised.
+        """Return the text tower's output with `pooler_output` (batch, projection_dim) in the shared space.
 
-        Arguments are those of [`BifocalTextModel`].
+        `pooler_output` is not normalised. The arguments are those of [`BifocalTextModel`].
         """
         outputs = self.text_model(input_ids, attention_mask, token_type_ids, inputs_embeds, return_dict=True, **kwargs)
         return _projected(outputs, self.text_projection)
 
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.Tensor | None = None, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """The image tower's output with `pooler_output` (batch, projection_dim) in the shared space, not normalised.
+        """Return the image tower's output with `pooler_output` (batch, projection_dim) in the shared space.
 
-        Arguments are those of [`BifocalVisionModel`].
+        `pooler_output` is not normalised. The arguments are those of [`BifocalVisionModel`].
         """
         outputs = self.vision_model(pixel_values, return_dict=True, **kwargs)
         return _projected(outputs, self.vision_projection)
@@ -125,11 +126,11 @@ class BifocalModel(EncodingMixin, BifocalPreTrainedModel):
         Args:
             input_ids, attention_mask, token_type_ids: (texts, length).
             pixel_values: (images, channels, height, width).
-            return_loss: with as many texts as images, also return L_nce = L_i->t + L_t->i, the sum of both directions
-                (arXiv 2405.20204, section 3.2; CLIP's own loss is half of it).
+            return_loss: whether to return L_nce = L_i->t + L_t->i, the sum of both directions (arXiv 2405.20204,
+                section 3.2; CLIP's loss is half of it). It needs as many texts as images.
 
         Raises:
-            ValueError: neither texts nor images, or a loss asked for what does not pair up.
+            ValueError: if there are neither texts nor images, or a loss is requested for unequal numbers of them.
         """
         if input_ids is None and pixel_values is None:
             raise ValueError("BifocalModel needs input_ids, pixel_values or both.")
@@ -151,7 +152,7 @@ class BifocalModel(EncodingMixin, BifocalPreTrainedModel):
             logits_per_image = logits_per_text.t()
         if return_loss:
             if logits_per_text is None or logits_per_text.shape[0] != logits_per_text.shape[1]:
-                raise ValueError("return_loss=True needs as many texts as images, the n-th text with the n-th image.")
+                raise ValueError("return_loss=True needs as many texts as images, text i with image i.")
             targets = torch.arange(logits_per_text.shape[0], device=logits_per_text.device)
             loss = nn.functional.cross_entropy(logits_per_text.float(), targets) + nn.functional.cross_entropy(
                 logits_per_text.t().float(), targets

@@ -1,5 +1,5 @@
 # Copyright 2026 The Bifocal authors. Licensed under the Apache License, Version 2.0.
-"""What both towers and the joint model share: the base class and the plain form of attention."""
+"""Shared by both towers and the joint model: their base class, eager attention, and inference in micro-batches."""
 
 import functools
 import os
@@ -16,26 +16,26 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .configuration_bifocal import warn_of_other_code
 
-# While transformers loads, it replaces functions of torch and methods of its own classes. Two loads at once put each
-# other's replacements back: weights would stay untied, or be initialised again, in every model of the process.
+# While transformers loads a model, it replaces functions of torch and methods of its classes. Two loads at once would
+# restore each other's replacements: weights would stay untied, or be initialised again, in every model of the process.
 _LOADING = threading.RLock()
-if hasattr(os, "register_at_fork"):  # a child that was forked meanwhile would wait for ever
+if hasattr(os, "register_at_fork"):  # otherwise a child that is forked during a load would wait forever
     os.register_at_fork(before=_LOADING.acquire, after_in_parent=_LOADING.release, after_in_child=_LOADING.release)
-# Tokens that a tower takes at once on a CPU when it only infers. More gains nothing there: their activations leave the
-# caches, and each layer fills fresh pages of memory. 1,024 took a third to a half of the time of 32 texts of up to 512
-# tokens for widths of 384 and 768, and 512 or 2,048 about as long.
+# Tokens per micro-batch on a CPU without gradients. Larger ones are slower: their activations do not fit into the
+# caches, and each layer fills new pages of memory. For widths of 384 and 768, 1,024 took a third to a half of the time
+# of 32 texts of up to 512 tokens at once; 512 and 2,048 took about as long as 1,024.
 _CPU_TOKENS = 1024
 
 
-def pieces(lengths: Sequence[int], limit: int = _CPU_TOKENS) -> list[list[int]]:
-    """Rows of these lengths, longest first, in pieces of at most `limit` tokens when each is padded to its longest."""
+def micro_batches(lengths: Sequence[int], limit: int = _CPU_TOKENS) -> list[list[int]]:
+    """Return rows of these lengths in groups, longest first, each of at most `limit` tokens once it is padded."""
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    found, start = [], 0
+    batches, start = [], 0
     while start < len(order):
         stop = start + max(1, limit // max(1, lengths[order[start]]))
-        found.append(order[start:stop])
+        batches.append(order[start:stop])
         start = stop
-    return found
+    return batches
 
 
 def eager_attention_forward(
@@ -48,11 +48,14 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """softmax(q k^T * scaling + mask) v, the form that returns its weights.
+    """Return softmax(q k^T * scaling + mask) v and its weights.
 
     Args:
+        module: attention module, for its training mode.
         query, key, value: (batch, heads, length, head width).
-        attention_mask: additive, broadcastable to (batch, heads, queries, keys), or None.
+        attention_mask: additive mask that broadcasts to (batch, heads, queries, keys), or None.
+        scaling: factor on the scores.
+        dropout: probability to drop a weight in training.
 
     Returns:
         The output (batch, queries, heads, head width) and the weights (batch, heads, queries, keys).
@@ -66,11 +69,11 @@ def eager_attention_forward(
 
 
 def usable_implementation(implementation: Any, device: torch.device) -> Any:
-    """Return the attention implementation to run: on a CPU "sdpa" in place of "flex_attention", with equal results.
+    """Return the attention implementation to run: on a CPU "sdpa" instead of "flex_attention", with equal results.
 
-    Compiled for a CPU, flex attention fails from the second input shape on, since Inductor's C++ for shapes that vary
-    does not compile (torch 2.13: "cur_kvSplitSize2 was not declared"). Switching compilation off instead would be a
-    setting of the whole process, which other threads would see.
+    Compiled for a CPU, flex attention fails from the second input shape on, since Inductor's C++ for dynamic shapes
+    does not compile (torch 2.13: "cur_kvSplitSize2 was not declared"). Disabling compilation instead would affect the
+    whole process, other threads included.
     """
     if implementation == "flex_attention" and device.type == "cpu" and not torch.compiler.is_compiling():
         return "sdpa"
@@ -78,7 +81,7 @@ def usable_implementation(implementation: Any, device: torch.device) -> Any:
 
 
 def split_heads(states: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """(batch, length, width) to (batch, heads, length, head width)."""
+    """Reshape (batch, length, width) to (batch, heads, length, head width)."""
     return states.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
@@ -90,11 +93,18 @@ def run_layers(
     output_hidden_states: bool | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, tuple | None, tuple | None]:
-    """Pass the states through a tower's layers; `positions` is what they share, the ALiBi bias or the rotary tables.
+    """Pass the states through a tower's layers.
+
+    Args:
+        layers: layers of the tower.
+        hidden_states: (batch, length, width).
+        positions: argument of every layer, the ALiBi bias or the rotary embedding.
+        output_attentions, output_hidden_states: whether to return these.
+        kwargs: other arguments of every layer.
 
     Returns:
-        The last states, all states (the input's first) if asked for, and the attention weights if asked for and if the
-        attention implementation gives them (only eager does).
+        The last states; all states (the input first) if requested; the attention weights if requested and if the
+        attention implementation returns them (only eager does).
     """
     all_states: tuple[torch.Tensor, ...] = (hidden_states,)
     all_weights: tuple[torch.Tensor, ...] = ()
@@ -118,20 +128,23 @@ def _has_hooks(model: nn.Module) -> bool:
 def inference_copy(model: Any) -> Any:
     """Return a copy of a model in eval mode that shares its weights, buffers and hooks.
 
-    Only the module objects are copied, which takes microseconds each. So a thread can embed with a model that another
-    thread trains: neither sees the other's mode, and modes that differ between modules stay as they are.
+    Only the module objects are copied, which takes microseconds each. So one thread can embed with a model that another
+    one trains: neither sees the other's mode, and the model's own modes do not change.
 
-    A compiled module that is in eval mode is used as it is, since a copy of it would not be compiled.
+    A compiled module in eval mode is used itself, since a copy of it would not be compiled.
     """
     return _copied(model, {})
 
 
 def _copied(original: Any, copies: dict[int, Any]) -> Any:
-    """Return the copy of a module. (As a function within `inference_copy` this would keep all copies, and so the
-    weights, alive until Python collects garbage: a function that calls itself refers to itself.)
+    """Return the copy of a module.
+
+    As a function within `inference_copy`, it would keep all copies, and so the weights, alive until the next garbage
+    collection: a nested function that calls itself refers to itself.
 
     Args:
-        copies: those made before, by the `id` of their original.
+        original: module to copy.
+        copies: earlier copies by the `id` of their original.
     """
     if original is None or id(original) in copies:
         return copies.get(id(original))
@@ -142,10 +155,10 @@ def _copied(original: Any, copies: dict[int, Any]) -> Any:
     compiled = "_orig_mod" in children or attributes.get("_compiled_call_impl") is not None
     if compiled and not any(module.training for module in original.modules()):
         return original
-    if "_orig_mod" in children:  # torch.compile wraps a module into another one
+    if "_orig_mod" in children:  # torch.compile wraps a module in another one
         return _copied(children["_orig_mod"], copies)
     copy = copies[id(original)] = object.__new__(type(original))
-    for name in ("forward", "_old_forward"):  # set on the object by accelerate's hooks, for one
+    for name in ("forward", "_old_forward"):  # set on the object, by accelerate's hooks for example
         if name in attributes:
             attributes[name] = _bound_to(copy, original, attributes[name])
     attributes["training"] = False
@@ -167,10 +180,11 @@ def _bound_to(copy: nn.Module, original: nn.Module, function: Any) -> Any:
 
 
 class BifocalPreTrainedModel(PreTrainedModel):
-    """Weights initialisation and the abilities every Bifocal model declares to transformers.
+    """Base class of all Bifocal models, with the features that they declare to transformers.
 
     No Bifocal model registers a buffer: transformers 5 builds models on the meta device and does not rebuild
-    non-persistent buffers, so what follows from the configuration (ALiBi slopes, rotary tables) is made in `forward`.
+    non-persistent buffers, so values that follow from the configuration (ALiBi slopes, rotary embedding) are computed
+    in `forward`.
     """
 
     supports_gradient_checkpointing = True
@@ -181,10 +195,7 @@ class BifocalPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
-        """As `PreTrainedModel.from_pretrained`; warns if the model was saved with other code than runs it.
-
-        Threads load one after the other.
-        """
+        """Load as `PreTrainedModel.from_pretrained` does, one thread at a time; warn if other code saved the model."""
         with _LOADING:
             loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -192,15 +203,15 @@ class BifocalPreTrainedModel(PreTrainedModel):
         return loaded
 
     def _requested(self, output_attentions: bool | None, output_hidden_states: bool | None) -> tuple[bool, bool]:
-        """What a call asks for, the configuration's defaults filled in."""
+        """Return the two options of a call, with the configuration's values for None."""
         attentions = self.config.output_attentions if output_attentions is None else output_attentions
         states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return bool(attentions), bool(states)
 
-    def _takes_pieces(self, rows: int, tokens: int, device: torch.device, requested: tuple[bool, bool]) -> bool:
-        """Whether a batch is taken in pieces: on a CPU, with nothing to learn from, nothing to trace, and no hooks.
+    def _use_micro_batches(self, rows: int, tokens: int, device: torch.device, requested: tuple[bool, bool]) -> bool:
+        """Return whether to split a batch: on a CPU, without gradients, tracing, requested states or hooks.
 
-        A hook must see the whole batch, as transformers' other models show it.
+        A hook must see the whole batch, as with transformers' other models.
         """
         if torch.compiler.is_compiling() or torch.jit.is_tracing():  # first: sizes may be unknown there
             return False
@@ -208,17 +219,19 @@ class BifocalPreTrainedModel(PreTrainedModel):
             return False
         return rows > 1 and tokens > _CPU_TOKENS and not _has_hooks(self)
 
-    def _by_pieces(
+    def _run_micro_batches(
         self, lengths: Sequence[int], padded: int, run: Callable[[list[int], int], BaseModelOutputWithPooling]
     ) -> BaseModelOutputWithPooling:
-        """The output of `run(rows, length)` over all pieces, rows in order; states of padding that was cut off are 0.
+        """Return the joined output of all micro-batches in the order of rows; states of padding are 0.
 
         Args:
+            lengths: tokens of each row.
             padded: tokens of each row in the output.
+            run: computes the output of some rows, truncated to a length.
         """
         states: list[torch.Tensor] = [torch.empty(0)] * len(lengths)
         pooled = list(states)
-        for rows in pieces(lengths):
+        for rows in micro_batches(lengths):
             longest = max(1, lengths[rows[0]])
             output = run(rows, longest)
             assert output.last_hidden_state is not None

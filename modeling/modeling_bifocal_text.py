@@ -24,7 +24,7 @@ from .modeling_bifocal_base import (
 
 
 class BifocalTextEmbeddings(nn.Module):
-    """Word plus token-type embedding, LayerNorm, dropout. Order comes from ALiBi alone."""
+    """Word plus token-type embedding, LayerNorm, dropout. Positions only enter through ALiBi."""
 
     def __init__(self, config: BifocalTextConfig) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class BifocalTextEmbeddings(nn.Module):
 
 
 class BifocalTextAttention(nn.Module):
-    """softmax(q k^T / sqrt(d) - slope_h |i - j|) v, all four matrices biased."""
+    """Attention softmax(q k^T / sqrt(d) - slope_h |i - j|) v; all four matrices have a bias."""
 
     def __init__(self, config: BifocalTextConfig) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class BifocalTextAttention(nn.Module):
 
 
 class BifocalTextMLP(nn.Module):
-    """GEGLU (arXiv 2002.05202): W_down (gelu(W_gate x) * W_up x) + b, the gate and the other half in one matrix."""
+    """GEGLU (arXiv 2002.05202): W_down (gelu(W_gate x) * W_up x) + b, with W_gate and W_up in one matrix."""
 
     def __init__(self, config: BifocalTextConfig) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class BifocalTextMLP(nn.Module):
 
 
 class BifocalTextLayer(GradientCheckpointingLayer):
-    """Attention and feed-forward, each followed by residual and LayerNorm (post-norm, as in BERT)."""
+    """Attention and feed-forward, each followed by a residual and a LayerNorm (post-norm, as in BERT)."""
 
     def __init__(self, config: BifocalTextConfig) -> None:
         super().__init__()
@@ -131,9 +131,9 @@ class BifocalTextPreTrainedModel(BifocalPreTrainedModel):
 
 
 class BifocalTextModel(BifocalTextPreTrainedModel):
-    """The text tower: token ids to token states and their mean over the unpadded tokens.
+    """The text tower: token ids to token states and their mean over the tokens that are not padding.
 
-    Loading it from a folder of the joint model takes the text tower's weights and leaves the rest.
+    It can be loaded from a folder of the joint model; the other weights are ignored.
     """
 
     _keys_to_ignore_on_load_unexpected = [r"^vision_model\.", r"_projection\.", r"^logit_(scale|bias)$", r"^lm_head\."]
@@ -161,24 +161,27 @@ class BifocalTextModel(BifocalTextPreTrainedModel):
         output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
-        """
+        """Embed texts.
+
         Args:
-            input_ids: (batch, length) token ids; or give `inputs_embeds` (batch, length, width) in their place.
-            attention_mask: (batch, length), 1 for a token and 0 for padding; None means no padding.
+            input_ids: (batch, length) token ids.
+            attention_mask: (batch, length), 1 for a token and 0 for padding; no padding when None.
             token_type_ids: (batch, length); all 0 when None.
+            inputs_embeds: (batch, length, width) word embeddings instead of `input_ids`.
+            output_attentions, output_hidden_states: whether to return these; as in the configuration when None.
 
         Returns:
-            `last_hidden_state` (batch, length, width) and `pooler_output` (batch, width), the mean of the unpadded
-            tokens' states; `hidden_states` and (eager attention only) `attentions` on request.
+            `last_hidden_state` (batch, length, width) and `pooler_output` (batch, width), the mean of the states that
+            are not padding; `hidden_states` and (with eager attention) `attentions` if requested.
 
         Raises:
-            ValueError: if neither or both inputs are given, a text is longer than `config.max_position_embeddings`, or
-                the mask has another shape than the texts.
+            ValueError: if not exactly one of `input_ids` and `inputs_embeds` is set, a text is longer than
+                `config.max_position_embeddings`, or the mask has another shape than the texts.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("The text tower needs exactly one of input_ids and inputs_embeds.")
-        given: torch.Tensor = input_ids if inputs_embeds is None else inputs_embeds  # type: ignore[assignment]
-        batch, length = given.shape[:2]
+        texts: torch.Tensor = input_ids if inputs_embeds is None else inputs_embeds  # type: ignore[assignment]
+        batch, length = texts.shape[:2]
         if attention_mask is not None and attention_mask.shape != (batch, length):
             raise ValueError(
                 f"attention_mask has shape {tuple(attention_mask.shape)}, but the texts have ({batch}, {length}); "
@@ -190,19 +193,19 @@ class BifocalTextModel(BifocalTextPreTrainedModel):
                 "(config.max_position_embeddings); truncate it."
             )
         requested = self._requested(output_attentions, output_hidden_states)
-        if not self._takes_pieces(batch, batch * length, given.device, requested):
+        if not self._use_micro_batches(batch, batch * length, texts.device, requested):
             return self._run(requested, input_ids, attention_mask, token_type_ids, inputs_embeds, **kwargs)
 
         inputs = (input_ids, attention_mask, token_type_ids, inputs_embeds)
         lengths = [length] * batch
-        if attention_mask is not None:  # up to the last token that is none of padding, wherever padding is
-            places = torch.arange(1, length + 1, device=attention_mask.device)
-            lengths = ((attention_mask != 0) * places).amax(1).tolist()
-        return self._by_pieces(
+        if attention_mask is not None:  # up to the last token that is not padding, on whichever side padding is
+            numbers = torch.arange(1, length + 1, device=attention_mask.device)
+            lengths = ((attention_mask != 0) * numbers).amax(1).tolist()
+        return self._run_micro_batches(
             lengths,
             length,
             lambda rows, longest: self._run(
-                requested, *(None if one is None else one[rows, :longest] for one in inputs), **kwargs
+                requested, *(None if tensor is None else tensor[rows, :longest] for tensor in inputs), **kwargs
             ),
         )
 
@@ -224,7 +227,7 @@ class BifocalTextModel(BifocalTextPreTrainedModel):
         bias = AlibiBias(self.config.num_attention_heads, hidden_states, padding)
         hidden_states, all_states, all_weights = run_layers(self.layers, hidden_states, bias, *requested, **kwargs)
 
-        # In float32: a mean over 8,192 tokens does not fit the mantissa of bfloat16.
+        # In float32: bfloat16 is too coarse for a sum over 8,192 tokens.
         mask = attention_mask.unsqueeze(-1).float()
         pooled = (hidden_states.float() * mask).sum(1) / mask.sum(1).clamp(min=1.0)
         return BaseModelOutputWithPooling(
@@ -250,7 +253,7 @@ class BifocalMLMHead(nn.Module):
 
 
 class BifocalTextForMaskedLM(BifocalTextPreTrainedModel):
-    """The text tower with a masked-language-modelling head, for stage 0 of the recipe."""
+    """The text tower with a masked-language-modelling head, for stage 0."""
 
     _tied_weights_keys = {"lm_head.decoder.weight": "text_model.embeddings.word_embeddings.weight"}
 
@@ -282,10 +285,11 @@ class BifocalTextForMaskedLM(BifocalTextPreTrainedModel):
         labels: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> MaskedLMOutput:
-        """
+        """Predict the tokens of texts.
+
         Args:
-            labels: (batch, length) token ids to predict, -100 where nothing is to be predicted. The other arguments
-                are those of [`BifocalTextModel`].
+            labels: (batch, length) token ids to predict, -100 for tokens that do not enter the loss. The other
+                arguments are those of [`BifocalTextModel`].
 
         Returns:
             `logits` (batch, length, vocabulary) and, with labels, `loss`, the mean cross-entropy.

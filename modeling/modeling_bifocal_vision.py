@@ -27,16 +27,16 @@ from .modeling_bifocal_base import (
 )
 
 
-def rotary_tables(
+def compute_rotary_embedding(
     config: BifocalVisionConfig, rows: int, columns: int, device: torch.device | None = None
 ) -> torch.Tensor:
-    """cos and sin of the 2D rotary angles of the class token and a grid of patches, in float32.
+    """Return the 2D rotary embedding (cosines and sines) of the class token and a grid of patches, in float32.
 
-    The head width d gives d / 4 frequencies theta^(-4k/d), each for an interleaved pair of channels; the first half of
-    the pairs turns by the patch's row, the second by its column. The class token is not turned.
+    A head of width d has d / 4 frequencies theta^(-4k/d), each for an interleaved pair of channels. The first half of
+    the pairs is rotated by the patch's row, the second by its column; the class token is not rotated.
 
     Returns:
-        (1 + rows * columns, d / 2, 2), the class token first: for each pair of channels the cosine and the sine.
+        (1 + rows * columns, d / 2, 2), the class token first: cosine and sine for each pair of channels.
     """
     head_dim = config.hidden_size // config.num_attention_heads
     exponents = torch.arange(0, head_dim // 2, 2, dtype=torch.float32, device=device) / (head_dim // 2)
@@ -55,17 +55,17 @@ def rotary_tables(
     return torch.stack([table.cos(), table.sin()], dim=-1)
 
 
-def rotate(states: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
-    """Turn each interleaved pair (x0, x1) by its angle: (x0 cos - x1 sin, x1 cos + x0 sin).
+def apply_rotary_pos_emb(states: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
+    """Rotate each interleaved pair (x0, x1) by its angle: (x0 cos - x1 sin, x1 cos + x0 sin).
 
     Args:
         states: (..., tokens, d).
-        rotary: (..., tokens, d / 2, 2), as from `rotary_tables`.
+        rotary: (..., tokens, d / 2, 2), as from `compute_rotary_embedding`.
     """
     pairs = states.unflatten(-1, (-1, 2))
-    known = states.dtype == torch.float32 and states.device.type in ("cpu", "cuda")
-    if known and not torch.compiler.is_compiling():
-        # A product of complex numbers is one kernel, a tenth of the time; compilers and ONNX know none.
+    supported = states.dtype == torch.float32 and states.device.type in ("cpu", "cuda")
+    if supported and not torch.compiler.is_compiling():
+        # A product of complex numbers is one kernel and takes a tenth of the time; compilers and ONNX lack it.
         return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotary)).flatten(-2)
     cos, sin = rotary.unbind(-1)
     first, second = pairs.unbind(-1)
@@ -73,7 +73,7 @@ def rotate(states: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
 
 
 class BifocalVisionEmbeddings(nn.Module):
-    """Patches, class token and absolute position embedding; in training some patches are dropped."""
+    """Patch embedding, class token and absolute position embedding; in training, some patches are dropped."""
 
     def __init__(self, config: BifocalVisionConfig) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class BifocalVisionEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def positions(self, rows: int, columns: int) -> torch.Tensor:
-        """The absolute embedding for a grid of patches; bicubic for another grid than the trained one, as EVA-CLIP."""
+        """Return the position embedding of a grid; other grids than the trained one are interpolated bicubically."""
         if rows == self.grid and columns == self.grid:
             return self.position_embedding
         classes, patches = self.position_embedding[:, :1], self.position_embedding[:, 1:]
@@ -113,15 +113,15 @@ class BifocalVisionEmbeddings(nn.Module):
         tokens = torch.cat([self.class_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
         tokens = self.dropout(tokens + self.positions(rows, columns))
 
-        rotary = rotary_tables(self.config, rows, columns, tokens.device)
+        rotary = compute_rotary_embedding(self.config, rows, columns, tokens.device)
         if self.training and self.config.patch_dropout > 0:
             kept = self._kept(tokens)
             tokens = torch.gather(tokens, 1, kept.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
-            rotary = rotary[kept].unsqueeze(1)  # a kept patch keeps its own angles
+            rotary = rotary[kept].unsqueeze(1)  # each patch has its own angles
         return tokens, rotary.to(tokens.dtype)
 
     def _kept(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Indices (batch, kept) of the tokens that stay: the class token and a random draw of patches per picture."""
+        """Return the indices (batch, kept) of the tokens to keep: the class token and random patches of each image."""
         batch, length = tokens.shape[:2]
         count = max(1, int((length - 1) * (1.0 - self.config.patch_dropout)))
         patches = 1 + torch.rand(batch, length - 1, device=tokens.device).topk(count, dim=1).indices
@@ -129,7 +129,7 @@ class BifocalVisionEmbeddings(nn.Module):
 
 
 class BifocalVisionAttention(nn.Module):
-    """Rotary attention with biased q and v, unbiased k, and a LayerNorm before the output projection (sub-LN)."""
+    """Rotary attention with a bias on q and v but not on k, and a LayerNorm before the output projection (sub-LN)."""
 
     def __init__(self, config: BifocalVisionConfig) -> None:
         super().__init__()
@@ -146,8 +146,8 @@ class BifocalVisionAttention(nn.Module):
         self, hidden_states: torch.Tensor, rotary: torch.Tensor, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         heads = self.config.num_attention_heads
-        query = rotate(split_heads(self.q_proj(hidden_states), heads), rotary)
-        key = rotate(split_heads(self.k_proj(hidden_states), heads), rotary)
+        query = apply_rotary_pos_emb(split_heads(self.q_proj(hidden_states), heads), rotary)
+        key = apply_rotary_pos_emb(split_heads(self.k_proj(hidden_states), heads), rotary)
         value = split_heads(self.v_proj(hidden_states), heads)
 
         implementation = usable_implementation(self.config._attn_implementation, query.device)
@@ -166,7 +166,7 @@ class BifocalVisionAttention(nn.Module):
 
 
 class BifocalVisionMLP(nn.Module):
-    """SwiGLU (arXiv 2002.05202) with sub-LN: W3 LayerNorm(silu(W1 x) * W2 x), all biased."""
+    """SwiGLU (arXiv 2002.05202) with sub-LN: W3 LayerNorm(silu(W1 x) * W2 x); all matrices have a bias."""
 
     def __init__(self, config: BifocalVisionConfig) -> None:
         super().__init__()
@@ -190,7 +190,7 @@ class BifocalVisionLayer(GradientCheckpointingLayer):
         self.attention = BifocalVisionAttention(config)
         self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = BifocalVisionMLP(config)
-        # Read by `_init_weights`; transformers does not hand it modules of remote code without parameters of their own.
+        # Read by `_init_weights`; transformers does not pass it modules of remote code without own parameters.
         for matrix in (self.attention.out_proj, self.mlp.down_proj):
             matrix.depth = depth  # type: ignore[assignment]
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
@@ -206,7 +206,7 @@ class BifocalVisionLayer(GradientCheckpointingLayer):
 class BifocalVisionModel(BifocalPreTrainedModel):
     """The image tower: pixels to patch states and the class token's state.
 
-    Loading it from a folder of the joint model takes the image tower's weights and leaves the rest.
+    It can be loaded from a folder of the joint model; the other weights are ignored.
     """
 
     config_class = BifocalVisionConfig
@@ -248,27 +248,29 @@ class BifocalVisionModel(BifocalPreTrainedModel):
         output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
-        """
+        """Embed images.
+
         Args:
-            pixel_values: (batch, channels, height, width), normalised; height and width may differ from the trained
-                size as long as the patch divides them.
+            pixel_values: (batch, channels, height, width), normalised; height and width are multiples of the patch size
+                and may differ from the trained size.
+            output_attentions, output_hidden_states: whether to return these; as in the configuration when None.
 
         Returns:
             `last_hidden_state` (batch, 1 + patches, width) after the final LayerNorm and `pooler_output` (batch,
-            width), its class token; `hidden_states` and (eager attention only) `attentions` on request.
+            width), its class token; `hidden_states` and (with eager attention) `attentions` if requested.
 
         Raises:
-            ValueError: no pixels, or pixels of a wrong shape.
+            ValueError: if there are no pixels, or they have a wrong shape.
         """
         if pixel_values is None:
             raise ValueError("The image tower needs pixel_values.")
         requested = self._requested(output_attentions, output_hidden_states)
         shape = pixel_values.shape
-        if len(shape) == 4:  # the embeddings say what is wrong with other shapes
+        if len(shape) == 4:  # the embeddings raise an error for other shapes
             count, tokens = shape[0], 1 + (shape[2] // self.config.patch_size) * (shape[3] // self.config.patch_size)
-            if self._takes_pieces(count, count * tokens, pixel_values.device, requested):
+            if self._use_micro_batches(count, count * tokens, pixel_values.device, requested):
                 pixels = pixel_values
-                return self._by_pieces(
+                return self._run_micro_batches(
                     [tokens] * count, tokens, lambda rows, _: self._run(pixels[rows], requested, **kwargs)
                 )
         return self._run(pixel_values, requested, **kwargs)

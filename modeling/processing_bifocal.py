@@ -16,7 +16,7 @@ _LIMIT_UNSET = 10**9  # transformers' "no limit" is 1e30
 
 
 class BifocalProcessor(ProcessorMixin):
-    """Texts to token ids and images to pixel values; many threads may call one processor at once.
+    """Converts texts to token ids and images to pixel values; several threads may call one processor at once.
 
     Args:
         image_processor: a `CLIPImageProcessor` of the image tower's size.
@@ -24,17 +24,17 @@ class BifocalProcessor(ProcessorMixin):
     """
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, **kwargs: Any) -> None:
-        # What `tokenizer.json` says of truncation is for other libraries; transformers would take it for an argument of
-        # every call, and a `model_max_length` set later would change nothing.
+        # The truncation in `tokenizer.json` is for other libraries. transformers would pass it to every call, and a
+        # `model_max_length` set later would have no effect.
         for name in ("max_length", "stride", "truncation_strategy"):
             getattr(tokenizer, "init_kwargs", {}).pop(name, None)
         super().__init__(image_processor, tokenizer, **kwargs)
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
-        """As `ProcessorMixin.save_pretrained`; `tokenizer.json` cuts texts at `model_max_length`.
+        """Save as `ProcessorMixin.save_pretrained` does, with truncation at `model_max_length` in `tokenizer.json`.
 
-        transformers writes the state that the last call left there: no truncation, or another length. The image
-        processor is saved in `preprocessor_config.json`, too, where other tools look for it.
+        transformers writes the truncation of the last call: none, or another length. The image processor is also saved
+        in `preprocessor_config.json`, where other tools look for it.
         """
         if self.image_processor is not None:
             self.image_processor.save_pretrained(save_directory)
@@ -52,16 +52,17 @@ class BifocalProcessor(ProcessorMixin):
         return files
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
-        """
+        """Return a `BatchFeature` with the model's inputs for texts, images or both.
+
         Args:
             images: one image or several, each of any kind that `load_image` reads; nested lists are flattened.
             text: a string or a list of strings.
-            kwargs: as for any processor of transformers: `return_tensors`, `padding`, `truncation`, `text_kwargs`...
-                Texts are padded and cut at the tokenizer's `model_max_length` by default.
+            kwargs: options of transformers' processors: `return_tensors`, `padding`, `truncation`, `text_kwargs`...
+                Texts are padded and truncated at the tokenizer's `model_max_length` by default.
 
         Returns:
-            A `BatchFeature` with `pixel_values` (images, 3, height, width) and / or `input_ids` and `attention_mask`
-            (texts, length).
+            `pixel_values` (images, 3, height, width) for images; `input_ids` and `attention_mask` (texts, length) for
+            texts.
 
         Raises:
             ValueError, FileNotFoundError: if an image cannot be read; it is named by its path or position.
@@ -91,8 +92,8 @@ def image_processor_of_size(size: int, **options: Any) -> CLIPImageProcessorPil:
 def private_tokenizer(tokenizer: Any) -> Any:
     """Return a copy of a tokenizer that shares its vocabulary and rules, but not its truncation and padding.
 
-    A fast tokenizer of transformers keeps truncation and padding as settings of one shared object, and each call
-    changes them. Two threads with different options would get each other's; a copy per call cannot.
+    A fast tokenizer of transformers stores truncation and padding in one shared object, and each call changes them.
+    Two threads with different options would get each other's; with a copy for each call they cannot.
     """
     shared = getattr(tokenizer, "backend_tokenizer", None)
     if shared is None:  # written in Python: options are arguments there
@@ -111,13 +112,15 @@ def private_tokenizer(tokenizer: Any) -> Any:
 
 
 def token_ids(tokenizer: Any, texts: list[str], max_length: int) -> tuple[list[list[int]], list[int]]:
-    """Return each text's token ids, cut as `tokenizer(texts, truncation=True, max_length=max_length)` cuts them.
+    """Return the token ids of `tokenizer(texts, truncation=True, max_length=max_length)`, and the lengths without it.
 
     Args:
         tokenizer: as from `private_tokenizer`.
+        texts: strings.
+        max_length: longest text in tokens.
 
     Returns:
-        The ids, and how many tokens each text has when it is not cut; both with special tokens.
+        The ids and the number of tokens of each text before truncation; both with special tokens.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -133,8 +136,8 @@ def token_ids(tokenizer: Any, texts: list[str], max_length: int) -> tuple[list[l
 
 
 def padded_length(config: Any) -> int | None:
-    """Return how many tokens every text is padded to; None for models that take texts of any length and a mask.
+    """Return the length in tokens to which texts must be padded; None for models that take any length and a mask.
 
-    SigLIP was trained on texts padded to their full length. It attends to the padding, and its vectors depend on it.
+    SigLIP was trained on texts padded to full length. It attends to the padding, so its vectors depend on it.
     """
     return config.text_config.max_position_embeddings if "siglip" in getattr(config, "model_type", "") else None

@@ -23,7 +23,7 @@ ALLOWED = {
     "demo": {"errors", "files", "progress", "pages", "modeling", "data", "training", "evaluation", "hub"},
     "cli": {"errors", "files", "progress", "modeling", "data", "training", "evaluation", "hub", "hub.search", "demo"},
     "__main__": {"cli"},
-    "": {"modeling", "data", "training", "hub"},  # the public names
+    "": {"errors", "modeling", "data", "training", "evaluation", "hub", "hub.search"},  # the public names
 }
 # Packages that are always there and quick to import. Others are optional, or slow: they may be imported where they are
 # needed by a module that does without them elsewhere.

@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import venv
 from pathlib import Path
 
@@ -59,8 +58,9 @@ def python(tmp_path) -> Path:
     environment = tmp_path / "environment"
     venv.create(environment, with_pip=False, symlinks=True)
     packages = next((environment / "lib").glob("python3*")) / "site-packages"
-    for path in Path(sysconfig.get_paths()["purelib"]).iterdir():
-        if "bifocal" not in path.name.lower() and path.suffix != ".pth":
+    folders = [Path(entry) for entry in sys.path if Path(entry).name in ("site-packages", "dist-packages")]
+    for path in (path for folder in folders for path in folder.iterdir()):
+        if "bifocal" not in path.name.lower() and path.suffix != ".pth" and not (packages / path.name).exists():
             (packages / path.name).symlink_to(path)
     return environment / "bin" / "python"
 
@@ -74,6 +74,29 @@ def test_installed(options, source, python, tmp_path):
 
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    where = Path(run(python, "-c", CHECK, cwd=elsewhere).strip())
-    assert where.is_relative_to(source / "modeling" if options else python.parents[1] / "lib")
+    modeling = Path(run(python, "-c", CHECK, cwd=elsewhere).strip())
+    assert modeling.is_relative_to(source / "modeling" if options else python.parents[1] / "lib")
     assert run(python.parent / "bifocal", "version", cwd=elsewhere).startswith("bifocal 0.")
+    failed = subprocess.run(
+        [python.parent / "bifocal", "push", "nope", "a/b"], capture_output=True, text=True, cwd=elsewhere
+    )
+    assert (failed.returncode, failed.stdout) == (1, "")
+    assert failed.stderr == "Error: The folder 'nope' does not exist. Export a model first.\n"
+    check_types(python, elsewhere)
+
+
+def check_types(python: Path, folder: Path) -> None:
+    """A type checker resolves `bifocal.*` in the environment from another working directory, and nothing it has not."""
+    names = [f"bifocal.{name}" for name in ("cli.console", "data.source", "hub.search.index", "modeling", "nothing")]
+    (folder / "user.py").write_text("".join(f"import {name}\n" for name in names))
+    mypy = (sys.executable, "-m", "mypy", "--python-executable", python, "--follow-imports=skip", "user.py")
+    checked = subprocess.run(list(map(str, mypy)), capture_output=True, text=True, cwd=folder, check=False)
+    errors = [line for line in checked.stdout.splitlines() if ": error: " in line]
+    assert len(errors) == 1, checked.stdout + checked.stderr
+    assert '"bifocal.nothing"' in errors[0]
+
+
+def test_imported_from_the_root_of_a_checkout(source, python):
+    """Without an installation, `import bifocal` finds the folders beside it."""
+    code = "import bifocal.cli, bifocal.data.source, bifocal.hub.push; print(bifocal.data.source.__file__)"
+    assert Path(run(python, "-c", code, cwd=source).strip()) == source / "data" / "source.py"

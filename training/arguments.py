@@ -1,10 +1,12 @@
-"""What a run of `MultiTaskTrainer` can be told besides its tasks."""
+"""The arguments of `MultiTaskTrainer` besides its tasks."""
 
 import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -15,7 +17,7 @@ _NO_PREDICTIONS = "evaluation computes losses, not predictions; use an Evaluatio
 UNSUPPORTED = {
     "per_device_train_batch_size": "set batch_size of each task",
     "per_device_eval_batch_size": "set batch_size of each evaluation task",
-    "auto_find_batch_size": "set auto_chunk=True, which fits any batch into memory",
+    "auto_find_batch_size": "set auto_find_chunk_size=True, which fits any batch into memory",
     "label_smoothing_factor": "set label_smoothing of each task",
     "group_by_length": "texts are sorted by length within each batch already",
     "train_sampling_strategy": "rows are drawn at random, and texts are sorted by length within each batch already",
@@ -45,11 +47,12 @@ class BifocalTrainingArguments(TrainingArguments):
 
     Args:
         text_chunk_size, image_chunk_size: rows embedded at once through the gradient cache; None embeds all at once.
-        auto_chunk: find both before training starts, the largest for which activations fit.
-        text_learning_rate, image_learning_rate: of one tower; `learning_rate` when None.
-        layer_decay: learning rates fall by this factor from each layer to the one below (1.0: they do not).
-        freeze_text_layers, freeze_image_layers: embeddings and this many first layers keep their weights; -1 keeps the
-            whole tower (LiT, arXiv 2111.07991), its projection left free.
+        auto_find_chunk_size: before training, set both to the largest sizes whose activations fit into memory.
+        text_learning_rate, image_learning_rate: learning rate of one tower; `learning_rate` if None.
+        layer_lr_decay: factor of the learning rate from each layer to the one below; 1.0 for equal rates.
+        freeze_text_layers, freeze_image_layers: number of first layers whose weights, and those of the embeddings below
+            them, are not trained.
+        freeze_text_tower, freeze_image_tower: train nothing of a tower but its projection (LiT, arXiv 2111.07991).
         ema_decay: keep an exponential moving average of the weights. Evaluation measures the average, the model files
             of checkpoints hold it, and so does the model after training.
         master_dtype: the dtype of the weights that the optimiser moves, "float32" or "bfloat16". In 16 bits small
@@ -58,9 +61,9 @@ class BifocalTrainingArguments(TrainingArguments):
         save_dtype: the dtype of the finished model's file ("float32", "bfloat16" or "float16"), as `bifocal train`
             exports it, `save_model` writes it or `push_to_hub` uploads it; `master_dtype` when None. Checkpoints always
             keep `master_dtype`, also those that the argument `push_to_hub` uploads during training.
-        loss_form: "auto", "plain" or "tiled".
-        exact_images: decode training pictures whole, as in evaluation, and not at reduced scale where that is faster
-            (the mean difference is below 1 % of the range).
+        loss_impl: "plain" holds the matrix of similarities, "tiled" never does, "auto" chooses by size.
+        exact_image_decoding: decode training images at full size, as in evaluation. By default JPEGs are decoded at
+            reduced scale where that is faster; the mean difference is below 1 % of the range.
         loss_reduction: "sum" (the paper) or "mean" of the two directions of a loss.
 
     Raises:
@@ -69,18 +72,20 @@ class BifocalTrainingArguments(TrainingArguments):
 
     text_chunk_size: int | None = field(default=None)
     image_chunk_size: int | None = field(default=None)
-    auto_chunk: bool = field(default=False)
+    auto_find_chunk_size: bool = field(default=False)
     text_learning_rate: float | None = field(default=None)
     image_learning_rate: float | None = field(default=None)
-    layer_decay: float = field(default=1.0)
+    layer_lr_decay: float = field(default=1.0)
     freeze_text_layers: int = field(default=0)
     freeze_image_layers: int = field(default=0)
+    freeze_text_tower: bool = field(default=False)
+    freeze_image_tower: bool = field(default=False)
     ema_decay: float | None = field(default=None)
     master_dtype: str = field(default="float32")
     save_dtype: str | None = field(default=None)
-    loss_form: str = field(default="auto")
+    loss_impl: str = field(default="auto")
     loss_reduction: str = field(default="sum")
-    exact_images: bool = field(default=False)
+    exact_image_decoding: bool = field(default=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,8 +95,12 @@ class BifocalTrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, but it is {value}; None embeds a batch at once.")
-        if not 0.0 < self.layer_decay <= 1.0:
-            raise ValueError(f"layer_decay must be above 0 and at most 1, but it is {self.layer_decay}.")
+        for name in ("freeze_text_layers", "freeze_image_layers"):
+            if getattr(self, name) < 0:
+                tower = name.replace("_layers", "_tower")
+                raise ValueError(f"{name} must be at least 0, but it is {getattr(self, name)}; see also {tower}.")
+        if not 0.0 < self.layer_lr_decay <= 1.0:
+            raise ValueError(f"layer_lr_decay must be above 0 and at most 1, but it is {self.layer_lr_decay}.")
         if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
             raise ValueError(f"ema_decay must be between 0 and 1, but it is {self.ema_decay}.")
         if self.master_dtype not in ("float32", "bfloat16"):
@@ -110,13 +119,10 @@ class BifocalTrainingArguments(TrainingArguments):
 
 
 def _not_installed(report_to: Any) -> str | None:
-    """The first of transformers' known integrations for reports that is not installed here."""
-    from transformers.integrations import get_available_reporting_integrations
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-
+    """Return the first of transformers' known integrations for reports that is not installed here."""
     available = get_available_reporting_integrations()
     names = [report_to] if isinstance(report_to, str) else report_to or []
-    # "flyte" and the like are found in no list; they say for themselves what they lack.
+    # "flyte" and the like are in no list; transformers itself says what they lack.
     known = ("clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio",
              "wandb")  # fmt: skip
     return next((n for n in names if n in known and n in INTEGRATION_TO_CALLBACK and n not in available), None)
@@ -132,7 +138,7 @@ def given_arguments(args: Any) -> dict[str, Any]:
 
 
 def unsupported(args: TrainingArguments) -> str | None:
-    """What to say of the first argument that would be silently ignored; None if there is none."""
+    """Return a message about the first argument that would be silently ignored; None if there is none."""
     for item in dataclasses.fields(args):
         if item.name in UNSUPPORTED:
             factory = item.default_factory

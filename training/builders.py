@@ -17,7 +17,7 @@ from bifocal.modeling.processing_bifocal import image_processor_of_size
 from bifocal.progress import no_progress_bars
 from bifocal.training.arguments import BifocalTrainingArguments
 from bifocal.training.checkpoints import LOADING_LOG
-from bifocal.training.engine.distributed import World
+from bifocal.training.engine.distributed import ProcessGroupInfo
 from bifocal.training.precision import DTYPES
 from bifocal.training.recipe import InitFrom, Recipe
 from bifocal.training.tasks import Task
@@ -64,7 +64,7 @@ def require_device(recipe: Recipe) -> None:
 
 def loading_log(recipe: Recipe) -> Path | None:
     """Start the log of rows that are skipped while loading and return its path; None in processes that write none."""
-    if not recipe.folder.exists() or World.current().rank:
+    if not recipe.folder.exists() or ProcessGroupInfo.current().rank:
         return None
     return start_log(recipe.folder / LOADING_LOG)
 
@@ -93,7 +93,7 @@ def load_processor(recipe: Recipe, tasks: Sequence[Task]) -> BifocalProcessor:
     if recipe.image_size is not None:
         sized = image_processor_of_size(recipe.image_size)
         processor.image_processor.size, processor.image_processor.crop_size = sized.size, sized.crop_size
-    if not kept.exists() and World.current().rank == 0 and recipe.folder.exists():
+    if not kept.exists() and ProcessGroupInfo.current().rank == 0 and recipe.folder.exists():
         with replace_folder(kept, RUN) as folder:
             processor.save_pretrained(folder)
     return processor

@@ -46,7 +46,7 @@ def _image_key(name: Any, image_id: Any) -> str:
 
 
 @dataclass
-class Columns:
+class TaskBatch:
     """Where a task's embeddings lie, and by which ids equal pictures and texts are known.
 
     Args:
@@ -60,7 +60,7 @@ class Columns:
     ids: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-class StepInputs(dict):
+class JointBatch(dict):
     """What a step embeds and how its losses are made of it.
 
     Items:
@@ -68,23 +68,23 @@ class StepInputs(dict):
             padded.
         order: (texts,) the place of each text among the sorted ones.
         images: the tower's inputs for all images, one entry per task with images.
-        tasks: `Columns` by task.
-        step, position: the step, and where the streams stand after it (see `StepStream`).
+        tasks: `TaskBatch` by task.
+        step, position: the step, and where the streams stand after it (see `JointBatchStream`).
         skips: by task how many rows were looked at, those left out, and files read to their end.
     """
 
-    def to(self, device: Any, **options: Any) -> "StepInputs":
-        moved = StepInputs(self)
+    def to(self, device: Any, **options: Any) -> "JointBatch":
+        moved = JointBatch(self)
         for kind in ("texts", "images"):
             moved[kind] = [{k: v.to(device, **options) for k, v in part.items()} for part in self[kind]]
         moved["order"] = self["order"].to(device)
         moved["tasks"] = {
-            name: Columns(c.rows, c.spans, {k: v.to(device) for k, v in c.ids.items()})
+            name: TaskBatch(c.rows, c.spans, {k: v.to(device) for k, v in c.ids.items()})
             for name, c in self["tasks"].items()
         }
         return moved
 
-    def pin_memory(self) -> "StepInputs":
+    def pin_memory(self) -> "JointBatch":
         for kind in ("texts", "images"):
             self[kind] = [{k: v.pin_memory() for k, v in part.items()} for part in self[kind]]
         return self
@@ -131,10 +131,10 @@ class MultiTaskCollator:
         self.pad_to = pad_to
         self.pictures = ImageReader(processor.image_processor, exact, crop=augment is None)
 
-    def __call__(self, items: Sequence[dict[str, Any] | None]) -> StepInputs | None:
+    def __call__(self, items: Sequence[dict[str, Any] | None]) -> JointBatch | None:
         """
         Args:
-            items: exactly one item of `StepBatches` or `StepStream`.
+            items: exactly one item of `JointBatchDataset` or `JointBatchStream`.
 
         Raises:
             TrainingError: if a row cannot be used, with its task and name; with `skip`, if too few rows can.
@@ -144,14 +144,14 @@ class MultiTaskCollator:
             return None
         texts: list[str] = []
         images: list[Inputs] = []
-        tasks: dict[str, Columns] = {}
+        tasks: dict[str, TaskBatch] = {}
         pictures = 0
         skips: dict[str, tuple[int, list[SkippedRow], int]] = dict(item.get("skips", {}))
         for task, names, columns in item["tasks"]:
             names, rows, skipped = self._whole(task, names, columns, item["step"])
             skips.setdefault(task.name, (len(rows), skipped, 0))
             generator = random.Random(f"{self.seed}/{item['step']}/{task.name}/{self.rank}")
-            found = tasks[task.name] = Columns(names)
+            found = tasks[task.name] = TaskBatch(names)
             for column in COLUMNS[task.kind]:
                 values = [row[column] for row in rows]
                 if column == "image":
@@ -171,7 +171,7 @@ class MultiTaskCollator:
                     texts += drawn
                     found.ids[column] = torch.tensor([content_id(text) for text in drawn])
         buckets, order = self._buckets(texts)
-        return StepInputs(
+        return JointBatch(
             texts=buckets, order=order, images=images, tasks=tasks, step=item["step"], position=item.get("position"),
             skips=skips,
         )  # fmt: skip
@@ -179,9 +179,9 @@ class MultiTaskCollator:
     @staticmethod
     def _one_of(task: Task, column: str, value: str | list[str], generator: random.Random) -> str:
         text = generator.choice(value) if isinstance(value, list) else value
-        if column == "caption" and task.captions != "whole":
+        if column == "caption" and task.caption_mode != "whole":
             sentences = _SENTENCE_END.split(text.strip())
-            text = sentences[0] if task.captions == "first sentence" else generator.choice(sentences)
+            text = sentences[0] if task.caption_mode == "first_sentence" else generator.choice(sentences)
         return text
 
     def usable(

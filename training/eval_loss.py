@@ -1,4 +1,4 @@
-"""The losses of tasks that are not trained on."""
+"""The losses of evaluation tasks."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,16 +14,15 @@ from bifocal.data.kinds import COLUMNS
 from bifocal.data.skips import SkipLog, SkippedRow, summary
 from bifocal.errors import TrainingError
 from bifocal.training.collator import MultiTaskCollator
-from bifocal.training.engine.distributed import World
+from bifocal.training.engine.distributed import ProcessGroupInfo
 from bifocal.training.engine.joint_forward import joint_forward
-from bifocal.training.losses.multi_task_loss import Objective
 from bifocal.training.task_dataset import read_rows
 from bifocal.training.tasks import Task
 
 logger = logging.get_logger(__name__)
 
 
-def task_list(given: Any, what: str = "tasks") -> list[Task]:
+def task_list(tasks: Any, what: str = "tasks") -> list[Task]:
     """Return the tasks in a task, a sequence of tasks, or a dict, whose keys become their names.
 
     Args:
@@ -32,19 +31,19 @@ def task_list(given: Any, what: str = "tasks") -> list[Task]:
     Raises:
         TrainingError: if something else is among them, or two have one name.
     """
-    if isinstance(given, Mapping):
-        given = [replace(task, name=str(name)) if isinstance(task, Task) else task for name, task in given.items()]
-    tasks = [given] if isinstance(given, Task) or not isinstance(given, Sequence) else list(given)
-    other = next((task for task in tasks if not isinstance(task, Task)), None)
-    if other is not None or isinstance(given, str):
+    if isinstance(tasks, Mapping):
+        tasks = [replace(task, name=str(name)) if isinstance(task, Task) else task for name, task in tasks.items()]
+    members = list(tasks) if isinstance(tasks, Sequence) else [tasks]
+    other = next((member for member in members if not isinstance(member, Task)), None)
+    if other is not None or isinstance(tasks, str):
         raise TrainingError(
-            f"{what} must be Tasks, but there is a {type(other or given).__name__}; wrap data like "
+            f"{what} must be Tasks, but there is a {type(other or tasks).__name__}; wrap data like "
             "Task('name', 'text-pair', data, batch_size=64)."
         )
-    names = [task.name for task in tasks]
+    names = [task.name for task in members]
     if len(set(names)) < len(names):
         raise TrainingError(f"Each of the {what} needs a name of its own, but they are {', '.join(names)}.")
-    return tasks
+    return members
 
 
 def require_rows_by_number(tasks: Sequence[Task]) -> None:
@@ -72,7 +71,7 @@ def evaluate_tasks(trainer: Any, tasks: Sequence[Task], prefix: str) -> dict[str
         prefix: of the names, such as "eval".
 
     Raises:
-        BadRowsError: if more rows of a task are bad than its `max_bad` allows.
+        BadRowsError: if more rows of a task are bad than its `max_bad_fraction` allows.
     """
     model, world, device = trainer.model, trainer.world, trainer.args.device
     # Outside a backward pass DDP has nothing to do; what FSDP has sharded only works through it.
@@ -85,7 +84,7 @@ def evaluate_tasks(trainer: Any, tasks: Sequence[Task], prefix: str) -> dict[str
     model.eval()
     try:
         for task in tasks:
-            objective = Objective({task.name: task}, World(), trainer.args.loss_form, trainer.args.loss_reduction)
+            joint_loss = trainer.joint_loss({task.name: task}, ProcessGroupInfo())
             sums = np.zeros(3)  # of rows, losses and accuracies, the latter two times the rows
             skipped: list[SkippedRow] = []
             batches = np.array_split(np.arange(len(task.dataset)), -(-len(task.dataset) // task.batch_size))
@@ -108,7 +107,7 @@ def evaluate_tasks(trainer: Any, tasks: Sequence[Task], prefix: str) -> dict[str
                 inputs = inputs.to(device)
                 with torch.no_grad(), joint_forward(model):
                     embedded = wrapped(step_texts=inputs["texts"], step_images=inputs["images"])
-                    result = objective(embedded, inputs)[1][task.name]
+                    result = joint_loss(embedded, inputs)[1][task.name]
                 if counts:
                     sums += len(good) * np.array([1.0, result.loss.item(), result.accuracy.item()])
             total, loss, accuracy = world.mean(sums.tolist(), device)
@@ -142,7 +141,7 @@ def _report(task: Task, skipped: Sequence[SkippedRow]) -> int:
         return 0
     counts = SkipLog()
     counts.add(task.name, len(task.dataset), skipped)
-    counts.check(task.name, task.max_bad, ended=True)
+    counts.check(task.name, task.max_bad_fraction, ended=True)
     rows = list(dict.fromkeys(skip.row for skip in skipped))
     shown = ", ".join(rows[:8]) + (", ..." if len(rows) > 8 else "")
     logger.warning_once(

@@ -1,4 +1,4 @@
-"""Which rows each step sees, as a function of the seed and the step, so that a resumed run goes on as before."""
+"""Which rows each step sees, as a function of the seed and the step, so that a run resumes exactly."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -8,16 +8,16 @@ import torch.utils.data
 from torch.utils.data import Dataset, IterableDataset
 
 from bifocal.errors import TrainingError
-from bifocal.training.engine.distributed import World
+from bifocal.training.engine.distributed import ProcessGroupInfo
 from bifocal.training.streams import BlockReader
 from bifocal.training.task_dataset import read_rows
 from bifocal.training.tasks import Task
 
-SORTS = ("image", "text")
+MODALITIES = ("image", "text")
 
 
 class Schedule:
-    """Which task of each sort a step draws, and how often it was drawn before.
+    """Which task of each modality a step draws, and how often it was drawn before.
 
     Args:
         tasks: the tasks of the stage.
@@ -25,41 +25,39 @@ class Schedule:
         seed: of the draws.
 
     Raises:
-        TrainingError: several tasks of one sort, one of which streams and does not say its rows.
+        TrainingError: if one of several tasks of one modality streams and has no `num_rows`.
     """
 
     def __init__(self, tasks: Sequence[Task], steps: int, seed: int) -> None:
         self.numbers: dict[str, np.ndarray] = {}
         self.uses: dict[str, np.ndarray] = {}
         self.shares: dict[str, float] = {}
-        for order, sort in enumerate(SORTS):
-            members = [number for number, task in enumerate(tasks) if task.sort == sort]
+        for order, modality in enumerate(MODALITIES):
+            members = [number for number, task in enumerate(tasks) if task.modality == modality]
             if not members:
                 continue
             sizes = [tasks[number].size for number in members]
             if len(members) > 1 and None in sizes:
                 name = tasks[members[sizes.index(None)]].name
-                raise TrainingError(
-                    f"Task '{name}' streams beside others of its sort; say how many rows it has (rows=...)."
-                )
+                raise TrainingError(f"Task '{name}' streams beside others of its modality; set num_rows of the task.")
             weights = np.array(
-                [(size or 1) * tasks[number].weight for number, size in zip(members, sizes, strict=True)]
+                [(size or 1) * tasks[number].sampling_weight for number, size in zip(members, sizes, strict=True)]
             )
             if weights.min() < 0 or not weights.sum() > 0:
-                raise TrainingError("Weights of tasks must not be negative, and one of each sort must be above 0.")
+                raise TrainingError("One sampling_weight of each modality must be above 0, and none may be negative.")
             share = weights / weights.sum()
             self.shares |= {tasks[number].name: float(part) for number, part in zip(members, share, strict=True)}
             drawn = np.array(members)[np.random.default_rng([seed, order]).choice(len(members), steps, p=share)]
-            self.numbers[sort] = drawn
+            self.numbers[modality] = drawn
             uses = np.zeros(steps, dtype=np.int64)
             for number in members:
                 mine = drawn == number
                 uses[mine] = np.arange(mine.sum())
-            self.uses[sort] = uses
+            self.uses[modality] = uses
 
     def at(self, step: int) -> list[tuple[int, int]]:
         """(number of a task, how often it was drawn before this step), images first."""
-        return [(int(self.numbers[sort][step]), int(self.uses[sort][step])) for sort in self.numbers]
+        return [(int(self.numbers[modality][step]), int(self.uses[modality][step])) for modality in self.numbers]
 
 
 class Batches:
@@ -80,7 +78,9 @@ class Batches:
 
     decode: Callable[[Any], Any] | None = None
 
-    def __init__(self, tasks: Sequence[Task], steps: int, seed: int, world: World = World()) -> None:
+    def __init__(
+        self, tasks: Sequence[Task], steps: int, seed: int, world: ProcessGroupInfo = ProcessGroupInfo()
+    ) -> None:
         self.tasks = tasks
         self.steps = steps
         self.seed = seed
@@ -118,8 +118,8 @@ class Batches:
         return parts
 
 
-class StepBatches(Batches, Dataset):
-    """A map-style data set whose item `step` is one batch of each sort of task."""
+class JointBatchDataset(Batches, Dataset):
+    """A map-style data set whose item `step` is one batch of each modality of task."""
 
     def __len__(self) -> int:
         return self.steps
@@ -129,7 +129,7 @@ class StepBatches(Batches, Dataset):
         return {"step": step, "tasks": self.drawn(step)}
 
 
-class StepStream(Batches, IterableDataset):
+class JointBatchStream(Batches, IterableDataset):
     """The same in order, for tasks of which some stream.
 
     Worker w of W makes the steps w, w + W, ...; each reads its own part of every stream. Every item says where its
@@ -143,7 +143,9 @@ class StepStream(Batches, IterableDataset):
     start = 0
     positions: dict[int, dict[str, Any]]
 
-    def __init__(self, tasks: Sequence[Task], steps: int, seed: int, world: World = World()) -> None:
+    def __init__(
+        self, tasks: Sequence[Task], steps: int, seed: int, world: ProcessGroupInfo = ProcessGroupInfo()
+    ) -> None:
         super().__init__(tasks, steps, seed, world)
         self.positions = {}
 

@@ -22,7 +22,7 @@ _TOWERS = {
 
 
 def tower_of(name: str) -> str:
-    """ "text", "image" or "shared", by the names that Bifocal and transformers' dual encoders give their parts."""
+    """Return "text", "image" or "shared", by the parameter names of Bifocal and transformers' dual encoders."""
     return next((tower for tower, pattern in _TOWERS.items() if pattern.search(name)), "shared")
 
 
@@ -31,7 +31,7 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
 
 
 def depth_of(name: str) -> int | None:
-    """0 for a tower's embeddings, n for its n-th layer, None for what stands above the layers."""
+    """Return 0 for a tower's embeddings, n for its n-th layer, None for what stands above the layers."""
     layer = _LAYER.search(name)
     if layer:
         return int(layer[1]) + 1
@@ -39,14 +39,14 @@ def depth_of(name: str) -> int | None:
 
 
 def without_gradient(model: nn.Module, tasks: Iterable[Task]) -> list[str]:
-    """Names of the parameters that no task of a stage reaches.
+    """Return the names of the parameters that no task of a stage reaches.
 
     Every task has texts, so that is the image tower of a stage of texts alone, the temperature where each task has one
     of its own, and the bias without a sigmoid loss. DDP waits for the gradient of every parameter that wants one.
     """
     tasks = list(tasks)
-    images = any(task.sort == "image" for task in tasks)
-    learned = any(task.sort == "image" and task.temperature is None for task in tasks)
+    images = any(task.modality == "image" for task in tasks)
+    learned = any(task.modality == "image" and task.temperature is None for task in tasks)
     sigmoid = any(task.loss == "sigmoid" for task in tasks)
     used = {"logit_scale": learned, "logit_bias": sigmoid}
     return [
@@ -70,25 +70,30 @@ def not_trained(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def freeze(model: nn.Module, text_layers: int, image_layers: int) -> list[str]:
-    """Stop the gradients of the first layers of each tower, or with -1 of the whole tower without its projection.
-
-    Returns:
-        The names of the frozen parameters.
-    """
+def freeze(
+    model: nn.Module,
+    text_layers: int = 0,
+    image_layers: int = 0,
+    text_tower: bool = False,
+    image_tower: bool = False,
+) -> list[str]:
+    """Freeze the first layers of each tower, or a tower without its projection; return the names of the parameters."""
+    num_layers = {"text": text_layers, "image": image_layers}
+    whole_towers = {"text": text_tower, "image": image_tower}
     frozen = []
     for name, parameter in model.named_parameters():
-        layers = {"text": text_layers, "image": image_layers}.get(tower_of(name), 0)
-        depth = depth_of(name)
-        whole = layers < 0 and "_projection" not in name
-        if parameter.requires_grad and (whole or (layers > 0 and depth is not None and depth <= layers)):
+        tower, depth = tower_of(name), depth_of(name)
+        layers = num_layers.get(tower, 0)
+        in_layers = layers > 0 and depth is not None and depth <= layers
+        in_tower = whole_towers.get(tower, False) and "_projection" not in name
+        if parameter.requires_grad and (in_layers or in_tower):
             parameter.requires_grad_(False)
             frozen.append(name)
     return frozen
 
 
 def parameter_groups(model: nn.Module, args: BifocalTrainingArguments) -> list[dict[str, Any]]:
-    """Groups for an optimiser, one for each learning rate and weight decay that occur, in a fixed order."""
+    """Return parameter groups for an optimiser, one for each learning rate and weight decay, in a fixed order."""
     depths: dict[str, int] = {}
     for name, _ in model.named_parameters():
         depths[tower_of(name)] = max(depths.get(tower_of(name), 0), depth_of(name) or 0)
@@ -98,9 +103,9 @@ def parameter_groups(model: nn.Module, args: BifocalTrainingArguments) -> list[d
         if not parameter.requires_grad:
             continue
         tower, depth = tower_of(name), depth_of(name)
-        own = rates.get(tower)
+        tower_rate = rates.get(tower)
         below = 0 if depth is None or tower == "shared" else depths[tower] + 1 - depth
-        rate = (args.learning_rate if own is None else own) * args.layer_decay**below
+        rate = (args.learning_rate if tower_rate is None else tower_rate) * args.layer_lr_decay**below
         decay = args.weight_decay if decays(name, parameter) else 0.0
         group = groups.setdefault((rate, decay), {"params": [], "lr": rate, "weight_decay": decay, "names": []})
         group["params"].append(parameter)

@@ -28,7 +28,7 @@ def plan(recipe: Recipe) -> str:
     with tempfile.TemporaryDirectory() as scratch:  # the Trainer creates its output folder
         prepared = prepare(recipe.model_copy(update={"output_dir": scratch}), disable_tqdm=True)
     trainer, args = prepared.trainer, prepared.trainer.args
-    schedule = trainer.step_batches.schedule
+    schedule = trainer.joint_batches.schedule
     lines = [f"Recipe '{recipe.name}', from {_start(recipe)}, into {recipe.folder}", "", "data"]
     for task in prepared.tasks:
         share = schedule.shares[task.name]
@@ -37,7 +37,7 @@ def plan(recipe: Recipe) -> str:
         many = "streamed" if size is None else f"{size:,} rows"
         lines.append(
             f"  {task.name}: {task.kind} ({', '.join(COLUMNS[task.kind])}), {many}, {task.batch_size} a batch, "
-            f"{share:.0%} of the {task.sort} batches{passes}, {task.loss} times {task.loss_weight:g}"
+            f"{share:.0%} of the {task.modality} batches{passes}, {task.loss} times {task.loss_weight:g}"
         )
     lines += [
         "",
@@ -63,8 +63,8 @@ def plan(recipe: Recipe) -> str:
         f"  {per_text / 2**20:.1f} MiB  a text of {trainer.max_length} tokens embedded with gradients",
         f"  {per_image / 2**20:.1f} MiB  an image",
     ]
-    if args.auto_chunk:
-        lines.append("  auto_chunk will embed as many at once as fit")
+    if args.auto_find_chunk_size:
+        lines.append("  auto_find_chunk_size will embed as many at once as fit")
     return "\n".join(lines)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, create_model, model_validator
 
 from bifocal.data.readers import format_of
 from bifocal.data.schema import Strict, ended, key_hint, problem_of, read_yaml, set_override
@@ -13,28 +13,25 @@ from bifocal.data.source import Source
 from bifocal.errors import RecipeError, closest_name
 from bifocal.training.arguments import BifocalTrainingArguments
 from bifocal.training.shipped_recipes import shipped_recipe
+from bifocal.training.tasks import Task
+
+# The fields of a `Task` that a recipe sets itself; the share of bad rows is that of the source.
+_FIELDS: dict[str, Any] = {
+    item.name: (item.type, ... if item.default is dataclasses.MISSING else item.default)
+    for item in dataclasses.fields(Task)
+    if item.name not in ("dataset", "max_bad_fraction")
+}
+_TaskFields: Any = create_model("_TaskFields", __base__=Strict, **_FIELDS)
 
 
-class TaskRecipe(Strict):
+class TaskRecipe(_TaskFields):
     """A `Task` with the source of its rows.
 
     Args:
         data: the source of its rows.
     """
 
-    name: str
-    kind: Literal["image-text", "text-pair", "text-triplet"]
     data: Source
-    batch_size: Annotated[int, Field(ge=1)]
-    weight: Annotated[float, Field(ge=0)] = 1.0
-    loss_weight: Annotated[float, Field(ge=0)] = 1.0
-    temperature: Annotated[float, Field(gt=0)] | None = None
-    loss: Literal["info_nce", "sigmoid"] = "info_nce"
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    matryoshka_dims: list[int] | None = None
-    captions: Literal["whole", "first sentence", "any sentence"] = "whole"
-    rows: int | None = None
-    shuffle: Annotated[int, Field(ge=1)] = 1024
 
 
 class MaskedLanguageModeling(Strict):

@@ -13,11 +13,11 @@ from transformers.trainer_utils import get_last_checkpoint
 from bifocal.errors import TrainingError
 from bifocal.progress import no_progress_bars
 from bifocal.training.arguments import BifocalTrainingArguments
-from bifocal.training.callbacks.ema import WeightAverage
-from bifocal.training.callbacks.training_metrics import Meters
-from bifocal.training.collator import StepInputs
-from bifocal.training.engine.distributed import World
-from bifocal.training.joint_batches import StepStream
+from bifocal.training.callbacks.ema import EMA
+from bifocal.training.callbacks.training_metrics import TrainingMetrics
+from bifocal.training.collator import JointBatch
+from bifocal.training.engine.distributed import ProcessGroupInfo
+from bifocal.training.joint_batches import JointBatchStream
 from bifocal.training.precision import DTYPES, rounded
 from bifocal.training.signature import differences, run_signature
 from bifocal.training.tasks import Task
@@ -34,11 +34,11 @@ class ResumableTrainer(Trainer):
 
     args: BifocalTrainingArguments
     model: Any
-    world: World
+    world: ProcessGroupInfo
     tasks: dict[str, Task]
-    step_batches: Any
-    meters: Meters
-    average: WeightAverage | None = None
+    joint_batches: Any
+    training_metrics: TrainingMetrics
+    ema: EMA | None = None
     best_loaded = False
     data_seed: int  # of the order of the rows and of what is drawn from them
     _positions: dict[int, dict[str, Any]]  # where streams stand after the last optimizer step
@@ -47,21 +47,27 @@ class ResumableTrainer(Trainer):
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
         """Within, the model holds the averaged weights, if training keeps some (`ema_decay`)."""
-        if self.average is None:
+        if self.ema is None:
             yield
             return
-        with self.average.applied():
+        with self.ema.applied():
             yield
 
-    def start_average(self) -> None:
-        if self.args.ema_decay is not None and self.average is None:
-            self.average = WeightAverage(self.model, self.args.ema_decay)
+    def start_ema(self) -> None:
+        if self.args.ema_decay is not None and self.ema is None:
+            self.ema = EMA(self.model, self.args.ema_decay)
 
-    def keep_average(self) -> None:
+    def finish_ema(self) -> None:
         """At the end of training: leave the average in the model, unless the best weights, an average, are there."""
-        if self.average is not None and not self.best_loaded:
-            self.average.copy_to_model()
-        self.average = None
+        if self.ema is not None and not self.best_loaded:
+            self.ema.copy_to_model()
+        self.ema = None
+
+    def note_position(self, batch: JointBatch) -> None:
+        """Remember where streams stand after a batch, until its optimizer step ends."""
+        if batch["position"] is not None:
+            worker, states = batch["position"]
+            self._pending[worker] = states
 
     def commit_positions(self) -> None:
         """At the end of an optimizer step: its rows of streams are used, and a checkpoint may continue after them."""
@@ -82,19 +88,19 @@ class ResumableTrainer(Trainer):
         state = {
             "signature": self._signature(),
             "positions": self._positions,
-            "meters": self.meters.state(),
-            "averaged": self.average is not None,
+            "training_metrics": self.training_metrics.state(),
+            "averaged": self.ema is not None,
         }
         path = Path(output_dir) / f"{STATE}_{self.world.rank}.json"
         path.write_text(json.dumps(state), encoding="utf-8")
-        if self.average is not None and self.args.should_save:
-            self.average.save_raw(Path(output_dir))
+        if self.ema is not None and self.args.should_save:
+            self.ema.save_raw(Path(output_dir))
 
     def _signature(self) -> dict[str, Any]:
         tasks, accumulation = list(self.tasks.values()), self.args.gradient_accumulation_steps
         return run_signature(tasks, self.data_seed, accumulation, self.world.size, self.args.dataloader_num_workers)
 
-    def require_finite(self, loss: torch.Tensor, results: dict[str, Any], inputs: StepInputs) -> None:
+    def require_finite(self, loss: torch.Tensor, results: dict[str, Any], batch: JointBatch) -> None:
         """Stop before a step that would spoil the weights, and write a checkpoint of those from before it.
 
         Raises:
@@ -107,14 +113,14 @@ class ResumableTrainer(Trainer):
             return
         checkpoint = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         # Saving is a collective, so the main process decides for all: others may see its folder earlier or later.
-        there = int(not self.world.is_main or checkpoint.exists())
-        if self.state.global_step and not self.world.smallest([there], self.args.device)[0]:
+        exists = int(not self.world.is_main or checkpoint.exists())
+        if self.state.global_step and not self.world.smallest([exists], self.args.device)[0]:
             self._save_checkpoint(self.model, trial=None)
         name, value = next(
             ((n, r.loss.item()) for n, r in results.items() if not torch.isfinite(r.loss)),
             (next(iter(results)), float("nan")),
         )
-        rows = inputs["tasks"][name].rows
+        rows = batch["tasks"][name].rows
         shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
         where = f"; {checkpoint} has the weights from before it" if self.state.global_step else ""
         raise FloatingPointError(
@@ -125,18 +131,18 @@ class ResumableTrainer(Trainer):
     # Reading
 
     def restore_state(self, checkpoint: Any) -> None:
-        """Take up what a checkpoint holds besides the Trainer's own.
+        """Restore what a checkpoint holds besides the Trainer's own files.
 
         Args:
             checkpoint: its folder, or True for the last one.
 
         Raises:
-            TrainingError: if the rows that follow cannot be known, since the run is another one.
+            TrainingError: if the checkpoint belongs to another run, so that the next rows are unknown.
         """
-        found = get_last_checkpoint(str(self.args.output_dir)) if checkpoint is True else checkpoint
-        if found is None:
-            return  # the Trainer says so
-        folder = Path(found)
+        checkpoint = get_last_checkpoint(str(self.args.output_dir)) if checkpoint is True else checkpoint
+        if checkpoint is None:
+            return  # the Trainer raises an error
+        folder = Path(checkpoint)
         paths = [folder / f"{STATE}_{rank}.json" for rank in (self.world.rank, 0)]
         path = next((path for path in paths if path.exists()), None)
         if path is None:
@@ -156,19 +162,19 @@ class ResumableTrainer(Trainer):
                 f"{folder} cannot be resumed, or rows would be seen twice and others never: {'; '.join(changed)}. Set "
                 "that back, or start a new run."
             )
-        if path != paths[0] and isinstance(self.step_batches, StepStream):
+        if path != paths[0] and isinstance(self.joint_batches, JointBatchStream):
             raise TrainingError(
                 f"{folder} has no {paths[0].name}, so it is unknown where process {self.world.rank} stood in its "
                 "streams. Copy that file there, or start a new run."
             )
         if state["averaged"] and self.args.ema_decay is None:
             raise TrainingError(f"{folder} was made with ema_decay; resume with it, or start a new run.")
-        self.meters.load_state(state["meters"])
+        self.training_metrics.load_state(state["training_metrics"])
         self._positions = {int(worker): position for worker, position in state["positions"].items()}
-        if isinstance(self.step_batches, StepStream):
+        if isinstance(self.joint_batches, JointBatchStream):
             done = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
-            self.step_batches.start = done * self.args.gradient_accumulation_steps
-            self.step_batches.positions = self._positions
+            self.joint_batches.start = done * self.args.gradient_accumulation_steps
+            self.joint_batches.positions = self._positions
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         try:
@@ -181,8 +187,8 @@ class ResumableTrainer(Trainer):
                 "with the model it was made with, or start a new run."
             ) from error
         if self.args.ema_decay is not None:
-            self.average = WeightAverage(self.model, self.args.ema_decay)
-            self.average.load_raw(Path(resume_from_checkpoint))
+            self.ema = EMA(self.model, self.args.ema_decay)
+            self.ema.load_raw(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         super()._load_best_model()

@@ -37,9 +37,9 @@ from bifocal.training.builders import (
     require_device,
     training_arguments,
 )
-from bifocal.training.callbacks.bookkeeping import Stopwatch, seconds_of
+from bifocal.training.callbacks.stopwatch import Stopwatch, training_seconds
 from bifocal.training.checkpoints import checkpoints, clear_run, last_complete_checkpoint
-from bifocal.training.engine.distributed import World, on_main_process
+from bifocal.training.engine.distributed import ProcessGroupInfo, on_main_process
 from bifocal.training.mlm import train_mlm
 from bifocal.training.precision import DTYPES
 from bifocal.training.recipe import Recipe
@@ -111,7 +111,7 @@ def _tasks(recipe: Recipe, task_recipes: Sequence[Any], load: Callable[..., Any]
         options = item.model_dump(exclude={"data"})
         try:
             data = load(item.data, item.kind, recipe.seed, skipped, item.name)
-            tasks.append(Task(dataset=data, max_bad=item.data.max_bad_fraction, **options))
+            tasks.append(Task(dataset=data, max_bad_fraction=item.data.max_bad_fraction, **options))
         except ValueError as error:
             raise RecipeError(f"Recipe '{recipe.name}', task '{item.name}': {error}") from error
     return tasks
@@ -223,7 +223,7 @@ def run_recipe(
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(progress)
     checkpoint = last_complete_checkpoint(recipe.folder)
-    if checkpoint is not None and World.current().is_main:
+    if checkpoint is not None and ProcessGroupInfo.current().is_main:
         print(f"'{recipe.name}' resumes from {checkpoint.name}.")
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -235,7 +235,7 @@ def run_recipe(
         trainer.evaluate()
     folder = recipe.folder / "model"
     if trainer.is_world_process_zero():
-        write_stage(recipe.folder, stage_facts(prepared, seconds_of(trainer), versions()))
+        write_stage(recipe.folder, stage_facts(prepared, training_seconds(trainer), versions()))
         with no_progress_bars():
             save(model, prepared.processor, folder)
     trainer.accelerator.wait_for_everyone()

@@ -20,12 +20,17 @@ def run_signature(tasks: Sequence[Task], seed: int, accumulation: int, processes
     """
     described = []
     for task in tasks:
-        found = {"name": task.name, "kind": task.kind, "batch_size": task.batch_size, "weight": task.weight}
+        entry = {
+            "name": task.name,
+            "kind": task.kind,
+            "batch_size": task.batch_size,
+            "sampling_weight": task.sampling_weight,
+        }
         if task.streams:
-            found |= {"rows": task.rows, "shuffle": task.shuffle}
+            entry |= {"num_rows": task.num_rows, "shuffle_buffer_size": task.shuffle_buffer_size}
         else:
-            found["rows"] = len(task.dataset)
-        described.append(found | {"content": content_digest(task)})
+            entry["num_rows"] = len(task.dataset)
+        described.append(entry | {"content": content_digest(task)})
     signature = {"seed": seed, "gradient_accumulation_steps": accumulation, "processes": processes}
     if any(task.streams for task in tasks):
         signature["dataloader_num_workers"] = workers

@@ -11,7 +11,7 @@ from transformers.utils import cached_file
 
 from bifocal.data.source import Source
 from bifocal.files import RUN, overwrite, write_json
-from bifocal.training.engine.distributed import World
+from bifocal.training.engine.distributed import ProcessGroupInfo
 from bifocal.training.recipe import InitFrom, Recipe
 
 STAGE = "stage.json"
@@ -32,8 +32,8 @@ def stage_facts(prepared: Any, seconds: float, versions: dict[str, str]) -> dict
         versions: versions of the packages by name.
     """
     recipe, trainer = prepared.recipe, prepared.trainer
-    args, shares = trainer.args, trainer.step_batches.schedule.shares
-    world = World.current().size
+    args, shares = trainer.args, trainer.joint_batches.schedule.shares
+    world = ProcessGroupInfo.current().size
     sources = {task.name: task.data for task in recipe.tasks}
     tasks = [
         {

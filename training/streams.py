@@ -88,7 +88,7 @@ class BlockReader:
         else:
             self._open(None)
         self._before = self.part.state() if self.block else None
-        found = self.part.next(self.task.shuffle)
+        found = self.part.next(self.task.shuffle_buffer_size)
         if found is None:  # the end of an epoch
             if not self.good:
                 raise TrainingError(
@@ -130,7 +130,7 @@ class BlockReader:
         if not state["opened"]:  # nothing of this epoch was read yet
             return
         self._open(state["stream"])
-        found = self.part.next(self.task.shuffle)
+        found = self.part.next(self.task.shuffle_buffer_size)
         if found is None:
             raise TrainingError(
                 f"The stream of task '{self.task.name}' ends before the place where the checkpoint was made; resume "
@@ -166,7 +166,7 @@ class _DatasetPart:
         if state is not None:
             self.row = state["row"]
             self.stream.load_state_dict(state["stream"])
-        self._blocks = iter(self.stream.iter(batch_size=self.task.shuffle))
+        self._blocks = iter(self.stream.iter(batch_size=self.task.shuffle_buffer_size))
 
     def state(self) -> Any:
         return {"stream": self.stream.state_dict(), "row": self.row}

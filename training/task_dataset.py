@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 from bifocal.data.image_decoding import disable_image_decoding
 from bifocal.data.kinds import COLUMNS
+from bifocal.data.shards import ShardStream
 from bifocal.data.skips import RowError
 from bifocal.errors import TrainingError
 
@@ -73,8 +74,6 @@ def task_data(dataset: Any, name: str, kind: str) -> Any:
         TrainingError: if it cannot be read so, or has no rows.
     """
     import datasets
-
-    from bifocal.data.shards import ShardStream
 
     if isinstance(dataset, ShardStream | RowsByNumber):
         found = dataset
@@ -173,14 +172,14 @@ def column_names(dataset: Any) -> list[str] | None:
     return names or dataset.column_names
 
 
-def choose_negatives(dataset: Any, name: str, wanted: int | None, max_bad: float) -> int:
+def choose_negatives(dataset: Any, name: str, wanted: int | None, max_bad_fraction: float) -> int:
     """Return how many hard negatives of each row a task uses: `wanted`, or as many as nearly all rows have.
 
     A table tells the lengths of its lists. Of other data sets the first rows are read, and what most of them have
     counts.
 
     Raises:
-        TrainingError: if no row has negatives, or a table has more rows than `max_bad` with fewer than `wanted`.
+        TrainingError: if no row has negatives, or too many rows of a table have fewer than `wanted`.
     """
     lengths, whole = _numbers_of_negatives(dataset)
     total = lengths.total()
@@ -193,14 +192,16 @@ def choose_negatives(dataset: Any, name: str, wanted: int | None, max_bad: float
     def fewer_than(number: int) -> int:
         return sum(count for length, count in lengths.items() if length < number)
 
-    affordable = max((n for n in known if fewer_than(n) <= max_bad * total), default=known[0])
+    affordable = max((n for n in known if fewer_than(n) <= max_bad_fraction * total), default=known[0])
     number = affordable if wanted is None else wanted
     fewer, more = fewer_than(number), sum(count for length, count in lengths.items() if length > number)
-    if fewer > max_bad * total:
-        lower = f"Set num_negatives={affordable}" if fewer_than(affordable) <= max_bad * total else "Remove them"
+    if fewer > max_bad_fraction * total:
+        lower = (
+            f"Set num_negatives={affordable}" if fewer_than(affordable) <= max_bad_fraction * total else "Remove them"
+        )
         raise TrainingError(
             f"Task '{name}': {fewer:,} of {total:,} rows have fewer than {number} negatives, more than "
-            f"max_bad={max_bad:g} allows. {lower}, or raise max_bad to skip those rows."
+            f"max_bad_fraction={max_bad_fraction:g} allows. {lower}, or raise max_bad_fraction to skip those rows."
         )
     if (fewer or (more and wanted is None)) and os.environ.get("RANK", "0") == "0":
         logger.warning(

@@ -1,7 +1,8 @@
-"""`MultiTaskTrainer`: transformers' Trainer for joint losses over pictures and texts, on one process or many."""
+"""`MultiTaskTrainer`: transformers' Trainer for joint losses over images and texts, on one process or many."""
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from bifocal.modeling.processing_bifocal import padded_length
 from bifocal.training.arguments import BifocalTrainingArguments, given_arguments, unsupported
 from bifocal.training.callbacks.bookkeeping import Bookkeeping, in_order
 from bifocal.training.callbacks.epochs import EpochEnds, set_steps, steps_per_epoch
-from bifocal.training.callbacks.training_metrics import Meters, norms_by_tower
-from bifocal.training.collator import Augmentation, MultiTaskCollator, StepInputs
+from bifocal.training.callbacks.training_metrics import TrainingMetrics, norms_by_tower
+from bifocal.training.collator import Augmentation, JointBatch, MultiTaskCollator
 from bifocal.training.engine.chunk_size import find_chunk_sizes
-from bifocal.training.engine.distributed import World
+from bifocal.training.engine.distributed import ProcessGroupInfo
 from bifocal.training.engine.gradient_cache import cached_step, into_chunks
 from bifocal.training.engine.joint_forward import (
     clamp_logit_scale,
@@ -29,8 +30,8 @@ from bifocal.training.engine.joint_forward import (
     temperature_of,
 )
 from bifocal.training.eval_loss import evaluate_tasks, require_rows_by_number, task_list
-from bifocal.training.joint_batches import StepBatches, StepStream
-from bifocal.training.losses.multi_task_loss import Objective
+from bifocal.training.joint_batches import JointBatchDataset, JointBatchStream
+from bifocal.training.losses.multi_task_loss import MultiTaskLoss, TaskResult
 from bifocal.training.param_groups import decays, freeze, not_trained, parameter_groups, without_gradient
 from bifocal.training.precision import DTYPES, set_master_dtype
 from bifocal.training.resuming import ResumableTrainer
@@ -60,13 +61,13 @@ class MultiTaskTrainer(ResumableTrainer):
             of them under peft (by `peft.get_peft_model`; `model.add_adapter` of transformers 5.24 asks for a peft that
             is not released yet). Adapters leave the temperature as it is.
         args: `BifocalTrainingArguments`, or transformers' own, whose fields they take over.
-        tasks: what to train on.
+        tasks: tasks to train on.
         processor: saved with every checkpoint; `model.processor` when None.
         max_length: tokens kept of a text, special tokens included: 77 in stage 1, 512 later (the paper); as many as
             the text tower takes when None.
-        eval_tasks: what to evaluate on: the loss and the in-batch accuracy of each, and the sum of the losses as
+        eval_tasks: tasks to evaluate on: the loss and the in-batch accuracy of each, and the sum of the losses as
             `eval_loss`.
-        augment: applied to training pictures.
+        augment: applied to training images.
         callbacks: as for the Trainer, in any order: those with an attribute `adds_metrics = True`, as
             `EvaluationCallback` has, run before those that read metrics, and early stopping last.
 
@@ -114,9 +115,9 @@ class MultiTaskTrainer(ResumableTrainer):
         text_config = getattr(model.config, "text_config", model.config)
         limit = text_config.max_position_embeddings
         max_length = min(max_length or limit, limit)
-        self.world = World.current() if args.world_size > 1 else World()
+        self.world = ProcessGroupInfo.current() if args.world_size > 1 else ProcessGroupInfo()
         self.steps_per_epoch = steps_per_epoch(tasks, self.world.size, args.gradient_accumulation_steps)
-        args = copy.copy(args)  # what is set here is of these tasks alone
+        args = copy.copy(args)  # changes below are for these tasks only
         set_steps(args, self.steps_per_epoch, tasks)
         if args.n_gpu > 1:  # otherwise the Trainer wraps the model in DataParallel, which splits a batch's negatives
             logger.warning(f"Training uses one of {args.n_gpu} GPUs; start it with torchrun or accelerate to use all.")
@@ -127,14 +128,16 @@ class MultiTaskTrainer(ResumableTrainer):
         self.tasks = {task.name: task for task in tasks}
         self.eval_tasks = {task.name: task for task in eval_tasks}
         self.max_length = max_length
-        self.frozen = freeze(model, args.freeze_text_layers, args.freeze_image_layers)
+        self.frozen = freeze(
+            model, args.freeze_text_layers, args.freeze_image_layers, args.freeze_text_tower, args.freeze_image_tower
+        )
         before = set_master_dtype(model, DTYPES[args.master_dtype])
         batches = args.max_steps * args.gradient_accumulation_steps
         stream = any(task.streams for task in tasks)
         self.data_seed = seed = args.seed if args.data_seed is None else args.data_seed
-        self.step_batches: Any = (StepStream if stream else StepBatches)(tasks, batches, seed, self.world)
+        self.joint_batches: Any = (JointBatchStream if stream else JointBatchDataset)(tasks, batches, seed, self.world)
         log = f"skipped-{self.world.rank}.jsonl" if self.world.rank else "skipped.jsonl"
-        self.meters = Meters(self.world, self.tasks, Path(str(args.output_dir)) / log)
+        self.training_metrics = TrainingMetrics(self.world, self.tasks, Path(str(args.output_dir)) / log)
         self._positions, self._pending = {}, {}
         super().__init__(
             model=model,
@@ -145,11 +148,11 @@ class MultiTaskTrainer(ResumableTrainer):
                 seed,
                 augment,
                 self.world.rank,
-                args.exact_images,
+                args.exact_image_decoding,
                 skip=True,
                 pad_to=padded_length(model.config),
             ),
-            train_dataset=self.step_batches,
+            train_dataset=self.joint_batches,
             eval_dataset=list(self.eval_tasks.values()) or None,
             processing_class=processor,
             callbacks=[*(callbacks or []), Bookkeeping(self)],
@@ -160,17 +163,17 @@ class MultiTaskTrainer(ResumableTrainer):
             if hasattr(callback, "attach"):  # one that logs by itself
                 callback.attach(self)
         self.order_callbacks()
-        self.step_batches.decode = self.data_collator.pictures.decode
+        self.joint_batches.decode = self.data_collator.pictures.decode
         self.model_accepts_loss_kwargs = False  # the losses are means over the batch, not sums over its tokens
         self.can_return_loss = True
         # Where a forward pass is itself a collective, all processes must make as many.
         self.data_collator.bucketed = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
         if args.ema_decay is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise TrainingError("ema_decay does not work with FSDP or DeepSpeed; use DDP, or leave it out.")
-        self._say_what_differs(before)
+            raise TrainingError("ema_decay does not work with FSDP or DeepSpeed; use DDP, or remove it.")
+        self._warn_about_settings(before)
 
-    def _say_what_differs(self, before: set[torch.dtype]) -> None:
-        """Warn, once and by one process, of what a user may not expect."""
+    def _warn_about_settings(self, before: set[torch.dtype]) -> None:
+        """Warn, once and on one process, about what a user may not expect."""
         if not self.world.is_main:
             return
         args = self.args
@@ -181,12 +184,12 @@ class MultiTaskTrainer(ResumableTrainer):
                 f"in {args.save_dtype or args.master_dtype} (save_dtype)."
             )
         scale = getattr(self.model, "logit_scale", None)
-        learned = [task.name for task in self.tasks.values() if task.sort == "image" and task.temperature is None]
+        learned = [task.name for task in self.tasks.values() if task.modality == "image" and task.temperature is None]
         if learned and scale is not None and not scale.requires_grad:
             tau = 1.0 / temperature_of(self.model)["scale"].item()
             logger.warning(
                 f"The temperature of task '{learned[0]}' stays at {tau:.4f}, since logit_scale is not trained (LoRA "
-                "adapters leave it out). Set temperature of the task for another one."
+                "adapters do not cover it). Set temperature of the task to change it."
             )
         if args.gradient_accumulation_steps > 1:
             logger.warning(
@@ -212,9 +215,9 @@ class MultiTaskTrainer(ResumableTrainer):
         """One item is one step. A sampler of its own per item lets the Trainer skip done steps without loading them."""
         context = getattr(self.args, "dataloader_multiprocessing_context", None)
         return DataLoader(
-            self.step_batches,
+            self.joint_batches,
             batch_size=1,
-            shuffle=False if not isinstance(self.step_batches, StepStream) else None,
+            shuffle=False if not isinstance(self.joint_batches, JointBatchStream) else None,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
@@ -224,11 +227,11 @@ class MultiTaskTrainer(ResumableTrainer):
         )
 
     def get_batch_samples(self, *arguments: Any) -> tuple[list, Any]:
-        with self.meters.waiting():
+        with self.training_metrics.waiting():
             return super().get_batch_samples(*arguments)
 
     def _prepare_inputs(self, inputs: Any) -> Any:
-        return inputs.to(self.args.device) if isinstance(inputs, StepInputs) else super()._prepare_inputs(inputs)
+        return inputs.to(self.args.device) if isinstance(inputs, JointBatch) else super()._prepare_inputs(inputs)
 
     def train(  # type: ignore[override]
         self, resume_from_checkpoint: Any = None, **kwargs: Any
@@ -240,7 +243,7 @@ class MultiTaskTrainer(ResumableTrainer):
         """
         if resume_from_checkpoint:
             self.restore_state(resume_from_checkpoint)
-        if self.args.auto_chunk:
+        if self.args.auto_find_chunk_size:
             self._choose_chunks()
         self.best_loaded = False
         for name, parameter in self.model.named_parameters():
@@ -264,76 +267,75 @@ class MultiTaskTrainer(ResumableTrainer):
         texts, images = self.world.smallest(sizes, self.args.device)
         self.args.text_chunk_size, self.args.image_chunk_size = texts, images
         if self.world.is_main:
-            logger.warning(f"auto_chunk embeds {texts} texts and {images} images at once.")
+            logger.warning(f"auto_find_chunk_size embeds {texts} texts and {images} images at once.")
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """One batch of each sort, directly or through the gradient cache.
+        """Add the gradients of a joint batch: one image-text batch, one text batch, the sum of their losses.
 
         Raises:
-            FloatingPointError: a loss that is not finite, with the step, the task and its rows.
+            FloatingPointError: if the loss is not finite; with the step, the task and its rows.
         """
         model.train()
-        inputs = self._prepare_inputs(inputs)
-        if inputs["position"] is not None:
-            worker, states = inputs["position"]
-            self._pending[worker] = states
-        accumulated = self.current_gradient_accumulation_steps
-        results: dict[str, Any] = {}
-
-        def objective(embedded: dict[str, torch.Tensor]) -> torch.Tensor:
-            with torch.autocast(self.args.device.type, enabled=False):
-                loss, found = self._objective()(embedded, inputs)
-            results.update(found)
-            self.require_finite(loss, found, inputs)
-            for name in ("scale", "bias"):  # DDP waits for their gradient also where no task of this step uses them
-                if name in embedded and embedded[name].requires_grad:
-                    loss = loss + 0.0 * embedded[name]
-            return loss / accumulated
+        batch = self._prepare_inputs(inputs)
+        self.note_position(batch)
+        results: dict[str, TaskResult] = {}
 
         def forward(texts: Any, images: Any) -> dict[str, torch.Tensor]:
             return model(step_texts=texts, step_images=images)
 
-        text_rows, image_rows = self.args.text_chunk_size, self.args.image_chunk_size
-        images = sum(len(part["pixel_values"]) for part in inputs["images"])
-        if (text_rows or len(inputs["order"])) >= len(inputs["order"]) and (image_rows or images) >= images:
+        def loss_of(embeddings: dict[str, torch.Tensor]) -> torch.Tensor:
+            with torch.autocast(self.args.device.type, enabled=False):
+                loss, task_results = self.joint_loss(self.tasks, self.world)(embeddings, batch)
+            self.require_finite(loss, task_results, batch)
+            results.update(task_results)
+            return (loss + _touch_scalars(embeddings)) / self.current_gradient_accumulation_steps
+
+        if self._fits_in_one_pass(batch):
             with self.compute_loss_context_manager():
-                loss = objective(forward(inputs["texts"], inputs["images"]))
+                loss = loss_of(forward(batch["texts"], batch["images"]))
             self.accelerator.backward(loss)
-            loss = loss.detach()
         else:
-            if self.is_deepspeed_enabled:
-                raise TrainingError(
-                    "The gradient cache does not work with DeepSpeed; use DDP or FSDP, or no chunk sizes."
-                )
-            loss = cached_step(
-                into_chunks(inputs["texts"], inputs["images"], text_rows, image_rows, both_last=self.world.size > 1),
-                forward,
-                objective,
-                self.accelerator.backward,
-                lambda: self.accelerator.no_sync(model),
-            )
-        self.meters.add(loss, results, inputs)
+            text_rows, image_rows = self.args.text_chunk_size, self.args.image_chunk_size
+            both_last = self.world.size > 1
+            chunks = into_chunks(batch["texts"], batch["images"], text_rows, image_rows, both_last)
+            no_sync = partial(self.accelerator.no_sync, model)
+            loss = cached_step(chunks, forward, loss_of, self.accelerator.backward, no_sync)
+
+        self.training_metrics.add(loss.detach(), results, batch)
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
             clear_device_cache()
-        return loss
+        return loss.detach()
 
-    def _objective(self) -> Objective:
-        return Objective(self.tasks, self.world, self.args.loss_form, self.args.loss_reduction)
+    def joint_loss(self, tasks: dict[str, Task], world: ProcessGroupInfo) -> MultiTaskLoss:
+        """Return the loss of joint batches of some tasks, with candidates from all processes of `world`."""
+        return MultiTaskLoss(tasks, world, self.args.loss_impl, self.args.loss_reduction)
+
+    def _fits_in_one_pass(self, batch: JointBatch) -> bool:
+        """Whether the batch needs no gradient cache.
+
+        Raises:
+            TrainingError: if it needs one under DeepSpeed.
+        """
+        texts, images = len(batch["order"]), sum(len(part["pixel_values"]) for part in batch["images"])
+        fits = (self.args.text_chunk_size or texts) >= texts and (self.args.image_chunk_size or images) >= images
+        if not fits and self.is_deepspeed_enabled:
+            raise TrainingError("The gradient cache does not work with DeepSpeed; use DDP or FSDP, or no chunk sizes.")
+        return fits
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The loss of a step's inputs, all embedded at once; the outputs are the embeddings."""
-        inputs = self._prepare_inputs(inputs)
+        """Return the loss of a joint batch, all embedded at once; the outputs are the embeddings."""
+        batch = self._prepare_inputs(inputs)
         with joint_forward(self.model):
-            embedded = model(step_texts=inputs["texts"], step_images=inputs["images"])
-        loss, results = self._objective()(embedded, inputs)
-        return (loss, {"loss": loss, **embedded, "results": results}) if return_outputs else loss
+            embeddings = model(step_texts=batch["texts"], step_images=batch["images"])
+        loss, results = self.joint_loss(self.tasks, self.world)(embeddings, batch)
+        return (loss, {"loss": loss, **embeddings, "results": results}) if return_outputs else loss
 
     def _clip_grad_norm(self, model: Any) -> Any:
         if (self.state.global_step + 1) % max(1, int(self.state.logging_steps or 1)) == 0:
-            self.meters.norms = norms_by_tower(self.model)
+            self.training_metrics.norms = norms_by_tower(self.model)
         return super()._clip_grad_norm(model)
 
     def floating_point_ops(self, inputs: Any) -> int:
@@ -350,7 +352,7 @@ class MultiTaskTrainer(ResumableTrainer):
             model = self.model if model is None else model
             optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = optimizer(parameter_groups(model, self.args), **options)
-        self.start_average()
+        self.start_ema()
         return self.optimizer
 
     # Evaluation and logs
@@ -369,14 +371,14 @@ class MultiTaskTrainer(ResumableTrainer):
         Raises:
             TrainingError: if there are no evaluation tasks, or they are not `Task`s.
         """
-        given = list(self.eval_tasks.values()) if eval_dataset is None else eval_dataset
-        tasks = task_list(given, "What is evaluated on")
+        tasks = list(self.eval_tasks.values()) if eval_dataset is None else eval_dataset
+        tasks = task_list(tasks, "What is evaluated on")
         if not tasks:
             raise TrainingError("There is nothing to evaluate on; give the trainer eval_tasks.")
         require_rows_by_number(tasks)
         with self.averaged_weights():
             metrics = evaluate_tasks(self, tasks, metric_key_prefix)
-            # Callbacks first: an `EvaluationCallback` adds what it finds, and that is logged, too.
+            # Callbacks first: what an `EvaluationCallback` adds is logged, too.
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.log(metrics)
         return metrics
@@ -392,13 +394,19 @@ class MultiTaskTrainer(ResumableTrainer):
         )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds what the meters saw since the last log, the learned temperature, and at the end the rows per second."""
+        """Add the training metrics since the last log, the learned temperature, and at the end the rows per second."""
         if "loss" in logs:
-            logs |= self.meters.take(self.args.device, self.args.gradient_accumulation_steps)
+            logs |= self.training_metrics.take(self.args.device, self.args.gradient_accumulation_steps)
             scale = temperature_of(self.accelerator.unwrap_model(self.model)).get("scale")
             if scale is not None and not self.is_fsdp_enabled:
                 logs["temperature"] = 1.0 / scale.item()
         if "train_samples_per_second" in logs:  # the Trainer counts by an argument that is not used here
-            seen = self.meters.total_seen(self.args.device)
+            seen = self.training_metrics.total_seen(self.args.device)
             logs["train_samples_per_second"] = round(seen / max(logs["train_runtime"], 1e-4), 3)
         super().log(logs, *args, **kwargs)
+
+
+def _touch_scalars(embeddings: dict[str, torch.Tensor]) -> torch.Tensor | float:
+    """Return a zero with a graph to `scale` and `bias`: DDP waits for their gradients even if no task uses them."""
+    scalars = [embeddings[name] for name in ("scale", "bias") if name in embeddings]
+    return sum((0.0 * scalar for scalar in scalars if scalar.requires_grad), 0.0)

@@ -135,8 +135,7 @@ def _symbols(data: ClaimData, column: str, batch: int) -> Task:
 
 
 def _triplets(data: ClaimData, negatives: int, batch: int) -> Task:
-    kind = "text-triplet" if negatives else "text-pair"
-    return Task("captions", kind, data.triplets(negatives), batch)
+    return Task("captions", "text-triplet" if negatives else "text-pair", data.triplets(negatives), batch)
 
 
 def _three_stages(data: ClaimData) -> list[Condition]:

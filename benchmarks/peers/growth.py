@@ -58,7 +58,7 @@ def by_length(options: argparse.Namespace) -> dict[int, float]:
 
 def by_batch(options: argparse.Namespace) -> dict[int, float]:
     """Return the milliseconds of the loss alone, forward and backward, by number of pairs."""
-    from bifocal.training.losses.info_nce import info_nce
+    from bifocal.training.losses import info_nce
 
     points = {}
     batch = 64

@@ -18,7 +18,7 @@ app = typer.Typer(
     cls=Group,
     help=(
         "One model for image search and text search.\n\n"
-        "Bifocal trains, evaluates and publishes models that embed pictures and texts into one space, in the three "
+        "Bifocal trains, evaluates and publishes models that embed images and texts into one space, in the three "
         "stages of Jina CLIP (arXiv 2405.20204)."
     ),
     no_args_is_help=True,
@@ -45,7 +45,7 @@ def _main(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Keeps `bifocal COMMAND` the form of every call, however few commands there are."""
+    """Options of `bifocal` itself."""
 
 
 for command in (demo, train, mine, evaluate, convert, export, push, index, search, remove, export_lancedb, serve):

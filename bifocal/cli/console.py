@@ -1,6 +1,6 @@
-"""What all commands share: which extras they need, and one sentence in place of a stack trace for errors of the user's.
+"""Shared by all commands: checks for extras, and one sentence instead of a stack trace for errors that users can fix.
 
-A command raises a `BifocalError` for what its user can do something about, and says with `writes_into` where it writes.
+A command raises a `BifocalError` for such an error, and calls `writes_into` with the folder that it writes into.
 """
 
 import errno
@@ -30,23 +30,21 @@ def require(*modules: str) -> None:
     """
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
-        raise BifocalError(
-            f"This command needs {', '.join(missing)}, not installed here; pip install 'bifocal[all]' brings them."
-        )
+        raise BifocalError(f"This command needs {', '.join(missing)}. Run pip install 'bifocal[all]'.")
 
 
 def writes_into(folder: Path, remedy: str = "free space or choose another folder") -> None:
-    """Set where the command writes: from now on, an error that means "cannot write" ends it with one sentence.
+    """Set the folder that the command writes into; an error that means "cannot write" then ends it with one sentence.
 
     Args:
-        folder: that the command writes into.
-        remedy: what the user can do if that fails.
+        folder: folder that the command writes into.
+        remedy: what the user can do if it cannot be written.
     """
     _OUTPUT.set((folder, remedy))
 
 
 class _ErrorsInOneSentence:
-    """Ends a command with one sentence and exit code 1 on errors that a user can do something about."""
+    """Ends a command with one sentence and exit code 1 for errors that a user can fix."""
 
     def invoke(self, context: Any) -> Any:
         before = _OUTPUT.set(None)
@@ -58,7 +56,7 @@ class _ErrorsInOneSentence:
             message = _sentence(error, _OUTPUT.get())
             if message is None:
                 raise
-            # A name that is no UTF-8 could not be printed.
+            # A file name that is not UTF-8 could not be printed.
             typer.echo(f"Error: {message}".encode("utf-8", "backslashreplace").decode(), err=True)
             raise typer.Exit(1) from None
         finally:
@@ -74,7 +72,7 @@ class Group(_ErrorsInOneSentence, TyperGroup):
 
 
 def _sentence(error: Exception, output: tuple[Path, str] | None) -> str | None:
-    """Return what to print for an error; None if it deserves a stack trace."""
+    """Return the sentence for an error; None for errors that need a stack trace."""
     if isinstance(error, (BifocalError, FloatingPointError)):
         lines = str(error).strip().splitlines()
         if any(line.startswith("Traceback") or "Original Traceback" in line for line in lines):
@@ -87,9 +85,9 @@ def _sentence(error: Exception, output: tuple[Path, str] | None) -> str | None:
 
 
 def _cannot_write(error: Exception, folder: Path) -> bool:
-    """Return whether an error means that the disk is full or may not be written.
+    """Return whether an error means that the folder cannot be written.
 
-    Not every library says so with an OSError: safetensors has an error of its own and torch a RuntimeError.
+    Not every library raises an OSError for that: safetensors has its own error, torch a RuntimeError.
     """
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in _UNWRITABLE

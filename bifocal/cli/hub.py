@@ -1,5 +1,6 @@
-"""The commands `convert`, `export` and `push`: from weights that exist to a model on the Hub."""
+"""The commands `convert`, `export` and `push`: convert published weights, export a model, publish it on the Hub."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -11,11 +12,11 @@ from bifocal.errors import BifocalError
 
 def convert(
     source: Annotated[
-        str, typer.Argument(help="A Hub id, a folder or a file of weights: jina-clip-v1, JinaBERT, EVA02.")
+        str, typer.Argument(help="Hub id, folder or weights file of jina-clip-v1, JinaBERT v2 or EVA02.")
     ],
-    out: Annotated[Path, typer.Argument(help="Folder for the Bifocal model; an earlier one is replaced.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the Bifocal model; an unchanged earlier one is replaced.")],
     image_size: Annotated[
-        int | None, typer.Option(min=1, help="Resize the position table for pictures of so many pixels.")
+        int | None, typer.Option(min=1, help="Side of the images in pixels to resize the position table for.")
     ] = None,
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Also read .bin and .pt, with weights_only=True.")
@@ -24,91 +25,96 @@ def convert(
         bool, typer.Option("--dry-run", help="Show how each tensor would be mapped, then exit.")
     ] = False,
 ) -> None:
-    """Make a Bifocal model of published weights; every tensor is accounted for, or nothing is written."""
+    """Convert published weights to a Bifocal model. Every tensor is accounted for, or nothing is written."""
     require("sentence_transformers")
     from bifocal.files import MODEL, require_replaceable
-    from bifocal.hub import convert as conversion
+    from bifocal.hub.convert import build_model, plan_conversion, save_converted
     from bifocal.hub.weights import read_weights
 
     tensors, config = read_weights(source, allow_pickle)
-    plan = conversion.plan_conversion(tensors, config, image_size)
+    plan = plan_conversion(tensors, config, image_size)
     if dry_run:
         typer.echo(plan.text())
         return
     writes_into(out)
     require_replaceable(out, MODEL)
-    lacks = conversion.save_converted(conversion.build(plan), source, out)
-    typer.echo(f"The model is in {out}" + (f"; it lacks {', '.join(lacks)}." if lacks else "."))
+    missing = save_converted(build_model(plan), source, out)
+    typer.echo(f"The model is in {out}" + (f"; it has no {', no '.join(missing)}." if missing else "."))
 
 
 def export(
     run: Annotated[Path, typer.Argument(help="Folder of a finished run, or of a model.")],
     out: Annotated[
-        Path | None,
-        typer.Argument(help="Folder for all that the Hub should have; an unchanged earlier export is replaced."),
+        Path | None, typer.Argument(help="Folder to write; an unchanged earlier export is replaced.")
     ] = None,
-    name: Annotated[str | None, typer.Option(help="The repository it is meant for, organisation/name.")] = None,
+    repo_id: Annotated[
+        str | None, typer.Option(help="Repository that the card's code loads: organisation/name.")
+    ] = None,
     description: Annotated[str | None, typer.Option(help="What the model is for, in a sentence or two.")] = None,
-    license: Annotated[str | None, typer.Option(help="As the Hub names it, such as apache-2.0.")] = None,
+    license: Annotated[str | None, typer.Option(help="Name of the licence on the Hub, such as apache-2.0.")] = None,
     results: Annotated[Path | None, typer.Option(help="Folder of bifocal evaluate, for the card.")] = None,
-    examples: Annotated[
-        str | None, typer.Option(help="Pictures with captions on which int8 is measured; drawings if none.")
-    ] = None,
     onnx: Annotated[bool, typer.Option("--onnx/--no-onnx", help="Also write ONNX files.")] = True,
-    shard: Annotated[str, typer.Option(help="Largest file of weights.")] = "2GB",
+    onnx_eval_data: Annotated[
+        str | None,
+        typer.Option(
+            help="Image-text source on which the ONNX files are compared with torch; sample drawings if omitted."
+        ),
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest size of a weights file.")] = "2GB",
     check: Annotated[
-        bool, typer.Option("--check", help="Load it in every way in a fresh process and compare; alone: check RUN.")
+        bool,
+        typer.Option("--check", help="Load the export in every way and compare the vectors; without OUT, check RUN."),
     ] = False,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let --check run code that is not Bifocal's own.")
+        bool, typer.Option("--trust-remote-code", help="Let --check run code that is not Bifocal's.")
     ] = False,
 ) -> None:
-    """Write one folder with everything: weights, code, ONNX, card, recipes, results, licence, examples."""
-    require("jinja2", "sentence_transformers", *(["onnx", "onnxruntime", "onnxscript"] if onnx and out else []))
+    """Write a folder for the Hub: weights, code, ONNX files, card, recipes, results, licence and examples."""
     if out is None and not check:
-        raise BifocalError("Name a folder to export to, or add --check to look at one that is exported.")
+        raise BifocalError("Give a folder to export to, or add --check to check an existing export.")
+    require("jinja2", "matplotlib", "sentence_transformers", "yaml")
     if out is not None:
+        if onnx:
+            require("onnx", "onnxruntime", "onnxscript")
         from bifocal.files import parts
-        from bifocal.hub.export import left_out
-        from bifocal.hub.release_run import release_run
+        from bifocal.hub.export import missing_parts
+        from bifocal.hub.export_run import export_run
 
-        before = parts(out)
         writes_into(out)
-        release_run(run, out, name, description, license, results, examples, onnx, shard)
+        before = parts(out)
+        export_run(run, out, repo_id, description, license, results, onnx, onnx_eval_data, max_shard_size)
         typer.echo(f"The model is in {out}.")
-        if gone := left_out(before, out):
-            typer.echo(f"It leaves out {gone}, which the earlier export had.")
+        if missing := missing_parts(before, out):
+            typer.echo(f"It no longer has {missing}, which the earlier export had.")
     if check:
         from bifocal.hub.check import check_folder
 
-        found = check_folder(out or run, trust_remote_code)
-        typer.echo(found.text())
-        if found.problems:
-            raise BifocalError(
-                f"'{out or run}' should not be published as it is ({len(found.problems)} problems above)."
-            )
-        typer.echo(f"'{out or run}' is ready: bifocal push {out or run} {name or 'organisation/name'}")
+        folder = out or run
+        result = check_folder(folder, trust_remote_code)
+        typer.echo(result.text())
+        if result.problems:
+            raise BifocalError(f"'{folder}' should not be published as it is ({len(result.problems)} problems above).")
+        typer.echo(f"'{folder}' is ready: bifocal push {folder} {repo_id or 'organisation/name'}")
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(help="An exported model, or a Space made by bifocal serve --space.")],
-    repository: Annotated[str, typer.Argument(help="organisation/name")],
-    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
-    revision: Annotated[str | None, typer.Option(help="A branch; made if there is none.")] = None,
-    pr: Annotated[bool, typer.Option("--pr", help="Propose the change as a pull request.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Replace files that are there without asking.")] = False,
+    folder: Annotated[Path, typer.Argument(help="Folder of an exported model, or of a Space (bifocal serve --space).")],
+    repo_id: Annotated[str, typer.Argument(help="Repository on the Hub: organisation/name.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to; created if it does not exist.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of a commit.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Overwrite existing files without asking.")] = False,
 ) -> None:
     """Publish an exported model or a Space on the Hub."""
-    import sys
+    from bifocal.hub.push import push as upload_folder
+    from bifocal.hub.push import validate_folder
 
-    from bifocal.hub import push as publishing
+    def may_overwrite(repo_id: str) -> bool:
+        return yes or (sys.stdin.isatty() and typer.confirm(f"'{repo_id}' has files already. Overwrite them?"))
 
-    def may_overwrite(name: str) -> bool:
-        return yes or (sys.stdin.isatty() and typer.confirm(f"'{name}' has files already. Replace them?"))
-
-    upload = publishing.look(folder)
+    upload = validate_folder(folder)
     typer.echo(upload.text())
-    if upload.called not in (None, repository):
-        typer.echo(f"Note: its card loads '{upload.called}'; export with --name {repository} to change that.")
-    url = publishing.push(folder, repository, private, revision, pr, may_overwrite)
+    if upload.repo_id_on_card not in (None, repo_id):
+        typer.echo(f"Note: its card loads '{upload.repo_id_on_card}'. To change that, export with --repo-id {repo_id}.")
+    url = upload_folder(folder, repo_id, private, revision, create_pr, may_overwrite)
     typer.echo(f"Published: {url}")

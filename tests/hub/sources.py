@@ -247,8 +247,8 @@ class Eva(nn.Module):
         self.head = nn.Linear(width, head)
         self.grid, self.reference = grid, reference
         if not timm:
-            for place in (self, *(block.attn for block in self.blocks)):
-                place.rope = nn.Module()
+            for module in (self, *(block.attn for block in self.blocks)):
+                module.rope = nn.Module()
                 # Interleaved pairs share an angle; the first half of the columns turns by the row.
                 angles = torch.stack([self.axis()] * 2)[:, :, None] * 10_000.0 ** -(
                     torch.arange(0, width // heads // 2, 2) / (width // heads // 2)
@@ -256,8 +256,8 @@ class Eva(nn.Module):
                 angles = angles.repeat_interleave(2, dim=-1)
                 by_row = angles[0][:, None].expand(grid, grid, -1)
                 table = torch.cat([by_row, angles[1][None].expand(grid, grid, -1)], dim=-1).flatten(0, 1)
-                place.rope.register_buffer("freqs_cos", table.cos())
-                place.rope.register_buffer("freqs_sin", table.sin())
+                module.rope.register_buffer("freqs_cos", table.cos())
+                module.rope.register_buffer("freqs_sin", table.sin())
 
     def axis(self) -> torch.Tensor:
         return torch.arange(self.grid) / self.grid * self.reference

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from bifocal.hub.convert import build, plan_conversion, restore
+from bifocal.hub.convert import build_model, plan_conversion, to_source_layout
 from bifocal.hub.source_config import ConversionError
 from bifocal.hub.weight_layouts import EVA, HEAD, JINA_BERT, JINA_BERT_FLASH, TIMM
 from bifocal.hub.weights import read_weights
@@ -40,10 +40,10 @@ def source(name: str):
 
 def text_of(model, ids):
     mask = torch.ones_like(ids)
-    found = (
+    output = (
         model(input_ids=ids, attention_mask=mask) if not hasattr(model, "text_model") else model.text_model(ids, mask)
     )
-    return found.pooler_output
+    return output.pooler_output
 
 
 @torch.no_grad()
@@ -51,14 +51,14 @@ def text_of(model, ids):
 def test_outputs_are_those_of_the_source(name):
     theirs, config = source(name)
     plan = plan_conversion(theirs.state_dict(), config)
-    ours = build(plan)
+    ours = build_model(plan)
     assert {source for source, _ in plan.mapping} == set(theirs.state_dict()), "every tensor is accounted for"
     if "clip" in name:
         torch.testing.assert_close(text_of(ours, IDS), theirs.text_model.transformer(IDS), atol=1e-5, rtol=1e-5)
         unit = torch.nn.functional.normalize
         image = theirs.vision_model.head(theirs.vision_model(PIXELS))
-        found = ours.get_image_features(PIXELS).pooler_output
-        torch.testing.assert_close(unit(found), unit(image), atol=1e-5, rtol=1e-5)
+        vectors = ours.get_image_features(PIXELS).pooler_output
+        torch.testing.assert_close(unit(vectors), unit(image), atol=1e-5, rtol=1e-5)
         assert ours.logit_scale.item() == pytest.approx(theirs.logit_scale.item())
         assert not ours.config.text_projection
     elif "JinaBERT" in name or "flash" in name:
@@ -75,8 +75,8 @@ def test_back_to_the_source(name):
     prefixes = (
         {"text": "text_model.transformer.", "vision": "vision_model."} if "clip" in name else {"text": "", "vision": ""}
     )
-    back = restore(build(plan), plan.layouts, prefixes, state)
-    kept = {source for source, target in plan.mapping if not target.startswith("left out")}
+    back = to_source_layout(build_model(plan), plan.layouts, prefixes, state)
+    kept = {source for source, target in plan.mapping if not target.startswith("skipped")}
     assert set(back) == kept
     for key, value in back.items():
         assert torch.equal(value, state[key]), key
@@ -88,7 +88,7 @@ def test_any_single_mutation_is_caught(name):
     theirs, config = source(name)
     state = theirs.state_dict()
     plan = plan_conversion(state, config)
-    used = [source for source, target in plan.mapping if not target.startswith("left out")]
+    used = [source for source, target in plan.mapping if not target.startswith("skipped")]
     assert len(used) > 20
     for key in used:
         without = {other: value for other, value in state.items() if other != key}
@@ -112,7 +112,7 @@ def test_square_matrices_that_are_turned():
     theirs, config = source("JinaBERT")
     state = theirs.state_dict()
     key = "encoder.layer.0.attention.output.dense.weight"
-    ours = build(plan_conversion({**state, key: state[key].T.contiguous()}, config))
+    ours = build_model(plan_conversion({**state, key: state[key].T.contiguous()}, config))
     assert not torch.allclose(text_of(ours, IDS), theirs(IDS), atol=1e-3)
 
 
@@ -121,15 +121,15 @@ def test_an_mlm_checkpoint_and_an_open_clip_checkpoint_give_their_tower():
     mlm = {f"bert.{name}": value for name, value in text.state_dict().items()}
     mlm |= {"cls.predictions.bias": torch.ones(96), "cls.predictions.transform.dense.weight": torch.ones(64, 64)}
     plan = plan_conversion(mlm, config)
-    torch.testing.assert_close(text_of(build(plan), IDS), text(IDS), atol=1e-5, rtol=1e-5)
-    assert "left out: the head of masked language modelling" in plan.text()
+    torch.testing.assert_close(text_of(build_model(plan), IDS), text(IDS), atol=1e-5, rtol=1e-5)
+    assert "skipped: the head of masked language modelling" in plan.text()
     eva, config = source("EVA")
     clip = {f"visual.{name}": value for name, value in eva.state_dict().items()}
     clip |= {"text.transformer.weight": torch.ones(3), "logit_scale": torch.tensor(1.0)}
     plan = plan_conversion(clip, config)
-    torch.testing.assert_close(build(plan)(PIXELS).pooler_output, eva(PIXELS), atol=1e-5, rtol=1e-5)
-    assert "left out: the other tower" in plan.text()
-    assert "left out: rotary tables, kept as numbers of the configuration" in plan.text()
+    torch.testing.assert_close(build_model(plan)(PIXELS).pooler_output, eva(PIXELS), atol=1e-5, rtol=1e-5)
+    assert "skipped: the other tower" in plan.text()
+    assert "skipped: rotary tables, kept as numbers of the configuration" in plan.text()
 
 
 def test_sizes_come_from_the_tensors():
@@ -170,10 +170,10 @@ def test_the_position_table_is_resized():
     theirs, config = source("EVA")
     plan = plan_conversion(theirs.state_dict(), config, image_size=48)
     assert plan.config.image_size == 48
-    ours = build(plan)
+    ours = build_model(plan)
     assert ours(torch.randn(1, 3, 48, 48)).pooler_output.shape == (1, 64)
     assert torch.equal(plan.tensors["embeddings.position_embedding"][:, 0], theirs.pos_embed[:, 0])
-    with pytest.raises(ConversionError, match="Pictures of 50 pixels do not go"):
+    with pytest.raises(ConversionError, match="Images of 50 pixels do not fit"):
         plan_conversion(theirs.state_dict(), config, image_size=50)
 
 
@@ -183,16 +183,16 @@ def test_kinds_of_sources(tmp_path):
     (tmp_path / "folder").mkdir()
     save_file(state, tmp_path / "folder" / "model.safetensors")
     (tmp_path / "folder" / "config.json").write_text(json.dumps({**config, "hidden_size": 64}))
-    tensors, found = read_weights(str(tmp_path / "folder"))
+    tensors, config = read_weights(str(tmp_path / "folder"))
     assert set(tensors) == set(state)
-    assert found["num_attention_heads"] == 4
+    assert config["num_attention_heads"] == 4
     assert set(read_weights(str(tmp_path / "folder" / "model.safetensors"))[0]) == set(state)
     torch.save({"state_dict": state}, tmp_path / "model.pt")
-    with pytest.raises(ConversionError, match=r"is a pickle, which can run code .* pass --allow-pickle"):
+    with pytest.raises(ConversionError, match=r"is a pickle, which can run code .* Pass --allow-pickle"):
         read_weights(str(tmp_path / "model.pt"))
     assert set(read_weights(str(tmp_path / "model.pt"), allow_pickle=True)[0]) == set(state)
     torch.save(theirs, tmp_path / "whole.pt")
-    with pytest.raises(ConversionError, match="holds more than weights, and is not read"):
+    with pytest.raises(ConversionError, match="holds more than weights, so it is not read"):
         read_weights(str(tmp_path / "whole.pt"), allow_pickle=True)
     (tmp_path / "broken.safetensors").write_bytes(b"no weights")
     with pytest.raises(ConversionError, match=r"broken\.safetensors' cannot be read"):
@@ -206,9 +206,9 @@ def test_kinds_of_sources(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConversionError, match="holds no weights"):
         read_weights(str(tmp_path / "empty"))
-    with pytest.raises(ConversionError, match="is no file or folder here, nor on the Hub"):
+    with pytest.raises(ConversionError, match="is neither a local path nor available on the Hub"):
         read_weights("nobody/nothing")
-    with pytest.raises(ConversionError, match=r"in no layout that is known \(JinaBERT v2, "):
+    with pytest.raises(ConversionError, match=r"match no known layout \(JinaBERT v2, "):
         plan_conversion({"a.weight": torch.ones(2)})
 
 
@@ -232,7 +232,7 @@ def test_the_command(processor, tmp_path):
     assert "Wqkv.weight" in planned.stdout
     assert not (tmp_path / "out").exists()
     alone = CliRunner().invoke(app, ["convert", str(folder), str(tmp_path / "alone")])
-    assert alone.stdout.strip().endswith("it lacks a tokenizer.")
+    assert alone.stdout.strip().endswith("it has no tokenizer.")
     processor.tokenizer.save_pretrained(folder)
     done = CliRunner().invoke(app, ["convert", str(folder), str(tmp_path / "out")])
     assert done.exit_code == 0, done.exception
@@ -271,12 +271,12 @@ def test_converted_by_its_id_on_the_hub(processor, tmp_path):
         assert not any("modeling_evil.py" in asked or "pytorch_model.bin" in asked for asked in state.asked)
         gone = run("convert", "org/none", str(tmp_path / "none"))
         assert gone.returncode == 1
-        assert "'org/none' is no file or folder here, nor on the Hub" in gone.stderr
+        assert "'org/none' is neither a local path nor available on the Hub" in gone.stderr
     assert not (tmp_path / "ran").exists()
     from bifocal.modeling import BifocalModel
 
     ids = processor.tokenizer("black star", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         expected = torch.nn.functional.normalize(theirs.eval().text_model.transformer(ids), dim=-1)[0]
-    found = BifocalModel.from_pretrained(tmp_path / "out").encode_text("black star", convert_to="torch")
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    vectors = BifocalModel.from_pretrained(tmp_path / "out").encode_text("black star", convert_to="torch")
+    torch.testing.assert_close(vectors, expected, atol=1e-5, rtol=1e-5)

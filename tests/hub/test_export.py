@@ -27,7 +27,7 @@ from bifocal.files import MARKER, RUN, NotOursError, parts
 from bifocal.hub.card import Card
 from bifocal.hub.card_results import add_results
 from bifocal.hub.export import export_model
-from bifocal.hub.sample_images import samples
+from bifocal.hub.sample_images import sample_pairs
 from bifocal.modeling import BifocalModel, BifocalProcessor
 from bifocal.modeling.processing_bifocal import image_processor_of_size
 from tests.bifocal.commands import error_of
@@ -71,12 +71,12 @@ def test_one_limit_for_all_who_read_the_folder(processor, tmp_path, tokenizer_li
     from tokenizers import Tokenizer
 
     limit = min(tokenizer_limit, tower_limit)
-    given = copy.deepcopy(processor)
-    given.tokenizer.model_max_length = tokenizer_limit
-    given.tokenizer(TEXTS, truncation=True, max_length=7, padding="max_length")  # leaves its mark in the tokenizer
+    original = copy.deepcopy(processor)
+    original.tokenizer.model_max_length = tokenizer_limit
+    original.tokenizer(TEXTS, truncation=True, max_length=7, padding="max_length")  # leaves its mark in the tokenizer
     model = BifocalModel(small_config(text_config={"max_position_embeddings": tower_limit})).eval()
-    folder = export_model(model, tmp_path / "model", given)
-    assert given.tokenizer.model_max_length == tokenizer_limit, "what was given is left alone"
+    folder = export_model(model, tmp_path / "model", original)
+    assert original.tokenizer.model_max_length == tokenizer_limit, "the processor of the caller does not change"
 
     loaded = BifocalModel.from_pretrained(folder)
     wanted = loaded.encode_text(LONG)
@@ -131,7 +131,7 @@ def test_a_card_without_figures(model, tmp_path):
     card = ModelCard.load(folder / "README.md")
     assert "# plain" in card.text
     assert "into one space of 40 dimensions" in card.text
-    assert "Of a text longer than 64 tokens, only the beginning is embedded." in card.text
+    assert "Texts longer than 64 tokens are truncated." in card.text
     assert "Figures" not in card.text
     assert card.data.license is None
 
@@ -158,21 +158,21 @@ def test_what_an_export_no_longer_has_is_said(folder, processor, caplog):
     shutil.rmtree(folder)
     model = BifocalModel(small_config())
     model.processor = processor
-    from bifocal.hub.release import Extras, release
+    from bifocal.hub.release import ReleaseContents, write_release
 
-    release(model, folder, CARD, Extras(onnx=False, licence="Apache", evaluation={"x": 1}))
+    write_release(model, folder, CARD, ReleaseContents(onnx=False, license_text="Apache", evaluation={"x": 1}))
     before = parts(folder)
     with caplog.at_level("WARNING"):
         export_model(model, folder, card=CARD)
     assert before - parts(folder) == {"examples/", "LICENSE", "evaluation.json"}
-    said = "no longer has LICENSE, evaluation.json, examples/, which the earlier export had."
-    assert any(record.getMessage().endswith(said) for record in caplog.records)
+    warning = "no longer has LICENSE, evaluation.json, examples/, which the earlier export had."
+    assert any(record.getMessage().endswith(warning) for record in caplog.records)
 
 
 @pytest.mark.parametrize("size", ["banana", "2", "0GB", "-1GB", "2 GiB", "nanMB", 0, -3])
 def test_a_size_that_is_none_is_refused_before_anything(model, tmp_path, size):
-    with pytest.raises(ValueError, match=r"is no size of a file; write a number with KB, MB, GB or TB"):
-        export_model(model, tmp_path / "new", shard=size)
+    with pytest.raises(ValueError, match=r"is not a file size. Write a number with KB, MB, GB or TB"):
+        export_model(model, tmp_path / "new", max_shard_size=size)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -236,20 +236,20 @@ def test_another_familys_card_is_true_for_it(family, masked, processor, tmp_path
     assert len(blocks) == (1 if family is siglip and masked else 2)
     assert (folder / "modules.json").exists() == (len(blocks) == 2)
     monkeypatch.chdir(tmp_path)
-    for (_, picture), name in zip(samples(), ("first.png", "second.png")):
-        picture.save(name)
-    found = []
+    for (_, image), name in zip(sample_pairs(), ("first.png", "second.png")):
+        image.save(name)
+    similarities = []
     for block in blocks:
         space: dict = {}
         exec(block, space)
-        found.append(np.asarray(space["similarity"]))
-    for other in found[1:]:
-        np.testing.assert_allclose(other, found[0], atol=1e-5)
+        similarities.append(np.asarray(space["similarity"]))
+    for other in similarities[1:]:
+        np.testing.assert_allclose(other, similarities[0], atol=1e-5)
     assert type(AutoModel.from_pretrained(folder)) is type(model)
-    said = error_of(tmp_path, "export", "other", "release", "--no-onnx")
-    assert f"'other' holds a {model.config.model_type} model; this command writes Bifocal models" in said
+    error = error_of(tmp_path, "export", "other", "release", "--no-onnx")
+    assert f"'other' holds a {model.config.model_type} model. This command exports Bifocal models" in error
     if family is clip:
-        sharded = export_model(model, tmp_path / "shards", own, shard="20KB")
+        sharded = export_model(model, tmp_path / "shards", own, max_shard_size="20KB")
         assert not (sharded / "model.safetensors").exists()
         vectors = SentenceTransformer(str(sharded), device="cpu").encode(["a red circle"])
         assert vectors.shape == (1, 16)

@@ -10,7 +10,7 @@ import torch
 
 from bifocal.files import MARKER
 from bifocal.hub.export import export_model
-from bifocal.hub.push import PushError, look
+from bifocal.hub.push import PushError, validate_folder
 from bifocal.modeling import BifocalModel
 from tests import processes
 from tests.conftest import small_config
@@ -73,14 +73,14 @@ def test_what_exists_is_not_overwritten_unasked(exported, tmp_path):
         refused = run("push", str(exported), "org/stars")
         assert refused.returncode == 1
         assert "'org/stars' has" in refused.stderr
-        assert "may be replaced (--yes)" in refused.stderr
+        assert "or overwrite them with --yes" in refused.stderr
         assert state.repos["models/org/stars"].commits == before
-        proposed = run("push", str(exported), "org/stars", "--pr")
+        proposed = run("push", str(exported), "org/stars", "--create-pr")
         assert proposed.returncode == 0, proposed.stderr[-2000:]
         assert proposed.stdout.strip().endswith("/org/stars/discussions/1")
 
 
-def test_a_connection_that_is_cut_goes_on(exported, tmp_path):
+def test_a_connection_that_is_cut_is_resumed(exported, tmp_path):
     copy = tmp_path / "model"
     shutil.copytree(exported, copy)
     (copy / "more.txt").write_text("x" * 50_000)
@@ -90,7 +90,7 @@ def test_a_connection_that_is_cut_goes_on(exported, tmp_path):
         assert cut.returncode == 1
         last = cut.stderr.strip().splitlines()[-1]
         assert last.startswith("Error: "), cut.stderr[-2000:]
-        assert "push again, what arrived is not sent again" in last
+        assert "Push again; files that arrived are not sent again" in last
         arrived = list(state.sent)
         state.cut_after = None
         done = run("push", str(copy), "org/stars", "--yes")
@@ -109,7 +109,7 @@ def test_a_branch_is_made(exported, tmp_path):
 def test_another_name_than_the_cards_is_noted(exported, tmp_path):
     with hub():
         done = run("push", str(exported), "org/stars", "--yes")
-        assert "Note: its card loads 'model'; export with --name org/stars to change that." in done.stdout
+        assert "Note: its card loads 'model'. To change that, export with --repo-id org/stars." in done.stdout
 
 
 def test_a_full_disk_here(exported, small_disk, tmp_path):
@@ -131,10 +131,10 @@ def test_a_wrong_token_and_no_hub(exported, tmp_path):
     with hub():
         wrong = run("push", str(exported), "org/stars", "--yes", token="hf_wrong")
         assert wrong.returncode == 1
-        assert "does not let you write to 'org/stars' (401); log in with a token that may" in wrong.stderr
+        assert "You may not write to 'org/stars' (401). Log in with a token that may" in wrong.stderr
         assert "hf_wrong" not in wrong.stderr
         named = run("push", str(exported), "a/b/c", "--yes")
-        assert "'a/b/c' is no name of a repository; it is organisation/name." in named.stderr
+        assert "'a/b/c' is not the name of a repository. Write organisation/name." in named.stderr
     gone = run("push", str(exported), "org/stars", "--yes")
     assert gone.returncode == 1
     assert "The connection to the Hub was lost" in gone.stderr
@@ -153,11 +153,11 @@ def test_what_should_not_be_there_is_named(exported, tmp_path, name, content, me
     shutil.copytree(exported, copy)
     (copy / name).write_bytes(content)
     with pytest.raises(PushError, match=message):
-        look(copy)
+        validate_folder(copy)
     (copy / name).unlink()
-    assert look(copy).files["model.safetensors"] > 0
+    assert validate_folder(copy).files["model.safetensors"] > 0
     (copy / "link.txt").symlink_to("/etc/hostname")
-    with pytest.raises(PushError, match=r"'link\.txt' is a link out of the folder"):
-        look(copy)
-    with pytest.raises(PushError, match="is no exported model"):
-        look(tmp_path)
+    with pytest.raises(PushError, match=r"'link\.txt' is a link to a file outside the folder"):
+        validate_folder(copy)
+    with pytest.raises(PushError, match="is not an exported model"):
+        validate_folder(tmp_path)

@@ -16,10 +16,11 @@ from PIL import Image
 from bifocal.files import MODEL, require_replaceable
 from bifocal.hub.card import Card, TrainedStage
 from bifocal.hub.check import CheckError, check_folder
-from bifocal.hub.export import export_model, read_facts
-from bifocal.hub.onnx import OnnxEncoder, OnnxError, measure
-from bifocal.hub.release import Extras, release
-from bifocal.hub.sample_images import samples
+from bifocal.hub.export import export_model, read_card
+from bifocal.hub.onnx import OnnxEncoder, OnnxError, compare_with_torch
+from bifocal.hub.push import PushError
+from bifocal.hub.release import ReleaseContents, write_release
+from bifocal.hub.sample_images import sample_pairs
 from bifocal.modeling import BifocalModel
 from tests import processes
 from tests.conftest import EMPTY, LONG, TEXTS, small_config
@@ -31,9 +32,10 @@ from tests.modeling.test_threads import MIXED, assert_as_alone
 NAME = "org/shapes"
 STAGE = TrainedStage(
     name="first", start="nothing", steps=20, max_length=64, learning_rate=1e-3,
-    tasks=[{"name": "pictures", "kind": "image-text", "source": "org/pictures", "rows": 1234, "batch_size": 32,
+    tasks=[{"name": "images", "kind": "image-text", "source": "org/images", "rows": 1234, "batch_size": 32,
             "loss": "info_nce", "loss_weight": 1.0, "share": 1.0}],
-    losses={"pictures": 1.25}, seconds=5400.0, processes=2, device="one GPU", energy_kwh=0.5, co2_kg=0.2,
+    losses={"images": 1.25}, curves={"images": [[1, 2.0], [20, 1.25]]}, seconds=5400.0, processes=2, device="one GPU",
+    energy_kwh=0.5, co2_kg=0.2,
 )  # fmt: skip
 RECIPE = {"name": "first", "output_dir": "/home/someone/runs/first", "tasks": [{"data": {"path": "/home/x/a.tar"}}]}
 
@@ -48,22 +50,18 @@ def model(processor) -> BifocalModel:
 
 @pytest.fixture(scope="module")
 def folder(model, tmp_path_factory) -> Path:
-    def draw(place: Path) -> dict[str, str]:
-        photo(30, 40).save(place / "curve.png")
-        return {"curve.png": "A curve"}
-
     card = Card(NAME, "A model for tests.", {"recall@5": 0.71}, "On nothing.", "apache-2.0", [STAGE])
-    extras = Extras(
-        recipes={"first": RECIPE}, draw=draw, licence="Apache",
-        results=[("org/pictures", "image-text-retrieval", {"recall@5": 0.71})], evaluation={"x": 1},
+    contents = ReleaseContents(
+        recipes={"first": RECIPE}, license_text="Apache",
+        results=[("org/images", "image-text-retrieval", {"recall@5": 0.71})], evaluation={"x": 1},
     )  # fmt: skip
-    return release(model, tmp_path_factory.mktemp("release") / "out", card, extras)
+    return write_release(model, tmp_path_factory.mktemp("release") / "out", card, contents)
 
 
 def test_everything_is_there(folder):
     wanted = """config.json modeling_bifocal.py model.safetensors tokenizer.json processor_config.json modules.json
         onnx/text_model.onnx onnx/vision_model.onnx onnx/text_model_int8.onnx onnx/vision_model_int8.onnx
-        recipes/first.yaml evaluation.json plots/curve.png LICENSE README.md examples/inputs.json card.json"""
+        recipes/first.yaml evaluation.json plots/losses.png LICENSE README.md examples/inputs.json card.json"""
     assert [name for name in wanted.split() if not (folder / name).exists()] == []
     assert [path.name for path in folder.parent.iterdir()] == ["out"], "nothing is left beside it"
     assert require_replaceable(folder, MODEL) == folder, "all of it is listed as it is, the card's results too"
@@ -87,8 +85,8 @@ def test_onnx_at_other_shapes_than_it_was_made_with(folder, model, count, length
         ("vision_model", {"pixel_values": pixels}, wanted.image_embeds),
     ):
         session = onnxruntime.InferenceSession(str(folder / "onnx" / f"{name}.onnx"))
-        (found,) = session.run(None, {key: value.numpy() for key, value in inputs.items()})
-        assert np.abs(found - vectors.numpy()).max() < 1e-5
+        (encoded,) = session.run(None, {key: value.numpy() for key, value in inputs.items()})
+        assert np.abs(encoded - vectors.numpy()).max() < 1e-5
 
 
 @pytest.mark.parametrize("suffix", ["", "_int8"])
@@ -103,8 +101,8 @@ def test_onnx_refuses_what_the_model_refuses(folder, suffix):
             session.run(None, {name: np.ones((1, length), np.int64) for name in ("input_ids", "attention_mask")})
 
 
-def test_int8_is_smaller_and_its_loss_is_told(folder, model):
-    facts = read_facts(folder).onnx
+def test_int8_is_smaller_and_its_loss_is_reported(folder, model):
+    facts = read_card(folder).onnx
     assert facts is not None
     for name in ("onnx/text_model", "onnx/vision_model"):
         whole, small = facts["files"][f"{name}.onnx"], facts["files"][f"{name}_int8.onnx"]
@@ -113,12 +111,12 @@ def test_int8_is_smaller_and_its_loss_is_told(folder, model):
         assert 0.95 < small["lowest_cosine"] <= small["mean_cosine"] < 1.0, "other numbers, nearly the same vectors"
         opset = onnx.load(folder / f"{name}.onnx").opset_import
         assert {entry.version for entry in opset if entry.domain == ""} == {facts["opset"]}
-    texts, pictures = zip(*samples())
+    texts, images = zip(*sample_pairs())
     encoder = OnnxEncoder(folder / "onnx", model.processor, "int8")
     exact = model.encode_text(list(texts), show_progress=False)
     cosines = (encoder.encode_text(texts) * exact).sum(1)
     assert facts["files"]["onnx/text_model_int8.onnx"]["mean_cosine"] == pytest.approx(cosines.mean(), abs=1e-5)
-    assert facts["recall"]["pairs"] == len(pictures) == 64
+    assert facts["recall"]["pairs"] == len(images) == 64
 
 
 def test_the_onnx_files_in_eight_threads(folder, model):
@@ -135,18 +133,18 @@ def test_another_models_onnx_is_refused(folder, processor):
     torch.manual_seed(1)
     other = BifocalModel(small_config())
     other.processor = processor
-    with pytest.raises(OnnxError, match=r"'text_model\.onnx' differs from torch by .*; do not use it"):
-        measure(other, folder / "onnx", TEXTS, [photo(20, 20)] * len(TEXTS), "photos")
-    with pytest.raises(OnnxError, match=r"There is no 'text_model\.onnx'"):
+    with pytest.raises(OnnxError, match=r"'text_model\.onnx' differs from torch by .*\. Do not use it"):
+        compare_with_torch(other, folder / "onnx", TEXTS, [photo(20, 20)] * len(TEXTS), "photos")
+    with pytest.raises(OnnxError, match=r"'text_model\.onnx' is missing"):
         OnnxEncoder(folder, processor)
 
 
-def test_the_card_tells_the_training_and_its_cost(folder):
+def test_the_card_has_the_training_and_its_cost(folder):
     card = ModelCard.load(folder / "README.md")
     for sentence in (
-        "**first**, from nothing: 20 steps, texts of up to 64", "| pictures | image-text | org/pictures | 1,234 | 32 |",
-        "1.50 hours of training, measured over all sessions of each stage, on 2 times one GPU.",
-        "0.5 kWh", "0.2 kg of CO2", "![A curve](plots/curve.png)",
+        "**first**, from nothing: 20 steps, texts of up to 64", "| images | image-text | org/images | 1,234 | 32 |",
+        "1.50 hours of training, summed over all sessions of each stage, on 2 times one GPU.",
+        "0.5 kWh", "0.2 kg of CO2", "![Losses of the tasks in 1 stage](plots/losses.png)",
         "## Limits and biases", "```bibtex", "| `onnx/text_model_int8.onnx` |",
     ):  # fmt: skip
         assert sentence in card.text, sentence
@@ -154,7 +152,7 @@ def test_the_card_tells_the_training_and_its_cost(folder):
     assert not re.search(r"\n\n\n", card.text), "no holes in the text"
     emitted = card.data.to_dict()["co2_eq_emissions"]
     assert emitted["emissions"] == 200.0
-    assert [(r.dataset_name, r.metric_value) for r in card.data.eval_results] == [("org/pictures", 0.71)]
+    assert [(r.dataset_name, r.metric_value) for r in card.data.eval_results] == [("org/images", 0.71)]
 
 
 TWO_TEXTS = '["a red circle", "a blue star"]'
@@ -170,23 +168,23 @@ def test_the_cards_code_runs_from_the_hub(folder, tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     assert len(blocks) == 3
     for number, name in enumerate(("first", "second")):
-        list(samples())[number][1].save(tmp_path / f"{name}.png")
+        list(sample_pairs())[number][1].save(tmp_path / f"{name}.png")
     with hub():
         done = run("push", str(folder), NAME, "--yes")
         assert done.returncode == 0, done.stderr[-2000:]
         assert "Note:" not in done.stdout
         assert all(block.count(TWO_TEXTS) == 1 for block in blocks)
         # As they stand, then with other texts.
-        code = [f"{block}\nfound.append(torch.as_tensor(similarity))" for block in blocks]
+        code = [f"{block}\nsimilarities.append(torch.as_tensor(similarity))" for block in blocks]
         others = [encoded(block) for block in blocks]
         check = """
 print(json.dumps({
-    "shape": list(found[0].shape),
-    "similarities": max(float((a - b).abs().max()) for a in found for b in found),
+    "shape": list(similarities[0].shape),
+    "similarities": max(float((a - b).abs().max()) for a in similarities for b in similarities),
     "rows": [len(one) for one in edges],
     "texts": max(float(abs(a[:len(b)] - b[:len(a)]).max()) for a in edges for b in edges),
 }))"""
-        lines = ["import json, torch", "found, edges = [], []", *code, *others, check]
+        lines = ["import json, torch", "similarities, edges = [], []", *code, *others, check]
         ran = processes.run("-c", "\n".join(lines), cwd=tmp_path, hub=True)
         assert ran.returncode == 0, ran.stderr[-3000:]
         facts = json.loads(ran.stdout.splitlines()[-1])
@@ -197,25 +195,25 @@ print(json.dumps({
 
 
 def test_the_check_compares_all_ways_of_loading(folder):
-    found = check_folder(folder)
-    assert found.problems == []
-    assert set(found.differences) == {
+    result = check_folder(folder)
+    assert result.problems == []
+    assert set(result.differences) == {
         "AutoModel", "SentenceTransformer", "ONNX, float32", "ONNX by tokenizer.json",
     }  # fmt: skip
-    assert max(found.differences.values()) < 1e-5
-    assert found.lowest_int8 is not None
-    assert found.lowest_int8 > 0.95
+    assert max(result.differences.values()) < 1e-5
+    assert result.lowest_int8 is not None
+    assert result.lowest_int8 > 0.95
 
 
-def test_the_check_sees_other_weights_a_place_of_a_machine_and_a_lost_limit(quick_check, folder, processor, tmp_path):
+def test_the_check_sees_other_weights_a_local_path_and_a_lost_limit(quick_check, folder, processor, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     torch.manual_seed(5)
     BifocalModel(small_config()).save_pretrained(copy)
-    (copy / "notes.md").write_text("Trained on /home/someone/pictures (private).")
+    (copy / "notes.md").write_text("Trained on /home/someone/images (private).")
     (copy / "processing_bifocal.py").unlink()
     problems = check_folder(copy).problems
-    assert "'notes.md' names a place of a machine (/home/someone/pictures); remove it." in problems
+    assert "'notes.md' holds a local path (/home/someone/images). Remove it." in problems
     assert any("'processing_bifocal.py', which config.json names" in problem for problem in problems) or any(
         problem.startswith("AutoModel fails") for problem in problems
     )
@@ -241,12 +239,12 @@ def test_foreign_code_is_not_run_unasked(folder, tmp_path):
         check_folder(copy)
     assert not ran.exists()
     (copy / "weights.bin").write_bytes(b"x")
-    with pytest.raises(CheckError, match=r"'weights\.bin' is a pickle"):
+    with pytest.raises(PushError, match=r"'weights\.bin' is a pickle"):
         check_folder(copy, trust_remote_code=True)
 
 
 def test_weights_in_shards(model, tmp_path):
-    out = export_model(model, tmp_path / "shards", shard="60KB")
+    out = export_model(model, tmp_path / "shards", max_shard_size="60KB")
     weights = sorted(path.name for path in out.glob("*.safetensors"))
     assert len(weights) > 2
     assert "model.safetensors" not in weights, "not both shards and the whole"
@@ -259,13 +257,13 @@ def test_weights_in_shards(model, tmp_path):
 def test_what_is_in_the_way_is_left_alone(model, tmp_path):
     (tmp_path / "thesis.tex").write_text("do not lose me")
     with pytest.raises(FileExistsError, match=r"holds 'thesis\.tex' and no list of files that Bifocal wrote"):
-        release(model, tmp_path, Card(), Extras(onnx=False))
+        write_release(model, tmp_path, Card(), ReleaseContents(onnx=False))
     assert (tmp_path / "thesis.tex").exists()
 
 
 def test_the_samples_are_what_they_say():
-    drawn = dict(samples())
+    drawn = dict(sample_pairs())
     assert len(drawn) == 64
     red = np.asarray(drawn["a red circle"].resize((1, 1), Image.Resampling.BOX))[0, 0]
     assert red[0] > red[1] + 20
-    assert len({picture.tobytes() for picture in drawn.values()}) == 64
+    assert len({image.tobytes() for image in drawn.values()}) == 64

@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 
-from bifocal.hub.convert import build, plan_conversion
+from bifocal.hub.convert import build_model, plan_conversion
 from bifocal.hub.source_config import ConversionError
 from tests.hub.sources import Eva, FlashBert
 from tests.hub.test_convert import IDS, PIXELS, TEXT, source, text_of
 
 # What a configuration may say of an image tower, and what comes of it.
-GRID = 4  # of the sources, whose pictures have 32 pixels and patches of 8
+GRID = 4  # of the sources, whose images have 32 pixels and patches of 8
 
 
 @torch.no_grad()
@@ -26,7 +26,7 @@ def test_stored_tables_settle_heads_and_reference(reference, dtype, heads):
     plan = plan_conversion(state)
     assert (plan.config.rope_reference_grid, plan.config.num_attention_heads) == (reference, heads)
     theirs.load_state_dict(state)
-    torch.testing.assert_close(build(plan)(PIXELS).pooler_output, theirs(PIXELS), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(build_model(plan)(PIXELS).pooler_output, theirs(PIXELS), atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -35,29 +35,33 @@ def test_an_image_tower_out_of_a_joint_checkpoint():
     theirs, _ = source("jina-clip-v1")
     state = {name: value for name, value in theirs.state_dict().items() if name.startswith("vision_model.")}
     for config in ({}, {"text_config": TEXT, "vision_config": {"head_width": 32, "pt_hw_seq_len": GRID}}):
-        found = build(plan_conversion(state, config))(PIXELS).pooler_output
-        torch.testing.assert_close(found, theirs.vision_model(PIXELS), atol=1e-5, rtol=1e-5)
+        vectors = build_model(plan_conversion(state, config))(PIXELS).pooler_output
+        torch.testing.assert_close(vectors, theirs.vision_model(PIXELS), atol=1e-5, rtol=1e-5)
     text = {name: value for name, value in theirs.state_dict().items() if name.startswith("text_model.")}
-    ours = build(plan_conversion(text, {"text_config": {"hf_model_config_kwargs": TEXT}}))
+    ours = build_model(plan_conversion(text, {"text_config": {"hf_model_config_kwargs": TEXT}}))
     torch.testing.assert_close(text_of(ours, IDS), theirs.text_model.transformer(IDS), atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
 def test_the_configuration_settles_what_no_table_does():
     torch.manual_seed(0)
-    for reference, said in ((16, {}), (14, {"pt_hw_seq_len": 14, "intp_freq": True}), (4, {"pt_hw_seq_len": 4})):
+    for reference, stated in ((16, {}), (14, {"pt_hw_seq_len": 14, "intp_freq": True}), (4, {"pt_hw_seq_len": 4})):
         theirs = Eva(timm=True, heads=4, reference=reference).eval()
-        plan = plan_conversion(theirs.state_dict(), {"head_width": 16, "width": 64, "layers": 2, **said})
+        plan = plan_conversion(theirs.state_dict(), {"head_width": 16, "width": 64, "layers": 2, **stated})
         assert (plan.config.rope_reference_grid, plan.config.num_attention_heads) == (reference, 4)
-        torch.testing.assert_close(build(plan)(PIXELS).pooler_output, theirs(PIXELS), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(build_model(plan)(PIXELS).pooler_output, theirs(PIXELS), atol=1e-5, rtol=1e-5)
     bert, config = source("JinaBERT")
     for module in bert.modules():
         if isinstance(module, torch.nn.LayerNorm):
             module.eps = 0.5
-    ours = build(plan_conversion(bert.state_dict(), {**config, "layer_norm_eps": 0.5, "hidden_dropout_prob": 0.25}))
+    ours = build_model(
+        plan_conversion(bert.state_dict(), {**config, "layer_norm_eps": 0.5, "hidden_dropout_prob": 0.25})
+    )
     torch.testing.assert_close(text_of(ours, IDS), bert(IDS), atol=1e-5, rtol=1e-5)
     assert ours.config.hidden_dropout_prob == 0.25
-    relu = build(plan_conversion(bert.state_dict(), {**config, "layer_norm_eps": 0.5, "feed_forward_type": "reglu"}))
+    relu = build_model(
+        plan_conversion(bert.state_dict(), {**config, "layer_norm_eps": 0.5, "feed_forward_type": "reglu"})
+    )
     assert relu.config.hidden_act == "relu"
 
 
@@ -81,12 +85,12 @@ CONTRADICTIONS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "said", "message"), CONTRADICTIONS)
-def test_contradictions_are_refused_by_name(name, said, message):
+@pytest.mark.parametrize(("name", "stated", "message"), CONTRADICTIONS)
+def test_contradictions_are_refused_by_name(name, stated, message):
     theirs, config = source(name)
-    settings = {key: value for key, value in config.items() if not {"head_width", "vision_config"} & set(said)}
+    settings = {key: value for key, value in config.items() if not {"head_width", "vision_config"} & set(stated)}
     with pytest.raises(ConversionError, match=message):
-        plan_conversion(theirs.state_dict(), {**settings, **said})
+        plan_conversion(theirs.state_dict(), {**settings, **stated})
 
 
 def test_tables_that_contradict_are_refused():
@@ -128,9 +132,9 @@ def test_wrappers_are_taken_off():
     theirs, config = source("jina-clip-v1")
     wrapped = {f"module._orig_mod.{name}": value for name, value in theirs.state_dict().items()}
     plain = plan_conversion(theirs.state_dict(), config).tensors
-    found = plan_conversion(wrapped, config).tensors
-    assert set(found) == set(plain)
-    assert all(torch.equal(found[name], plain[name]) for name in plain)
+    unwrapped = plan_conversion(wrapped, config).tensors
+    assert set(unwrapped) == set(plain)
+    assert all(torch.equal(unwrapped[name], plain[name]) for name in plain)
 
 
 def test_families_that_are_not_converted_are_named(model):
@@ -173,15 +177,15 @@ def test_images_are_prepared_as_the_source_says(processor, tmp_path):
 
     theirs, config = source("jina-clip-v1")
     theirs.text_model.transformer = FlashBert("gated_layers", words=len(processor.tokenizer))
-    made = build(plan_conversion(theirs.state_dict(), config))
+    model = build_model(plan_conversion(theirs.state_dict(), config))
     processor.tokenizer.save_pretrained(tmp_path / "source")
-    told = tmp_path / "source" / "preprocessor_config.json"
-    told.write_text(json.dumps({"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.5, 0.5], "interpolation": "bilinear"}))
-    save_converted(made, str(tmp_path / "source"), tmp_path / "out")
+    preprocessor = tmp_path / "source" / "preprocessor_config.json"
+    preprocessor.write_text(json.dumps({"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.5, 0.5], "interpolation": "bilinear"}))
+    save_converted(model, str(tmp_path / "source"), tmp_path / "out")
     images = type(processor).from_pretrained(tmp_path / "out").image_processor
     assert (list(images.image_mean), list(images.image_std)) == ([0.1, 0.2, 0.3], [0.5, 0.5, 0.5])
     assert images.resample == 2  # Pillow's number of bilinear
-    told.write_text(json.dumps({"resize_mode": "squash"}))
+    preprocessor.write_text(json.dumps({"resize_mode": "squash"}))
     with pytest.raises(ConversionError, match="says resize_mode='squash'"):
-        save_converted(made, str(tmp_path / "source"), tmp_path / "other")
+        save_converted(model, str(tmp_path / "source"), tmp_path / "other")
     assert not (tmp_path / "other").exists()

@@ -90,7 +90,7 @@ def turn(x: np.ndarray, row: float, column: float, theta: float) -> np.ndarray:
 
 
 def image_tower(weights: Weights, config, pixels: np.ndarray) -> np.ndarray:
-    """States (1 + patches, width) after the final norm of one picture (channels, side, side) of the trained size."""
+    """States (1 + patches, width) after the final norm of one image (channels, side, side) of the trained size."""
     size, heads, eps = config.patch_size, config.num_attention_heads, config.layer_norm_eps
     grid = config.image_size // size
     kernel, bias = (weights[f"embeddings.patch_embedding.{kind}"] for kind in ("weight", "bias"))

@@ -7,10 +7,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bifocal.modeling import BifocalConfig, BifocalModel, BifocalTextForMaskedLM, BifocalTextModel, BifocalVisionModel
-from bifocal.modeling.alibi_bifocal import FLEX_TAKES_A_BIAS
+from bifocal.modeling.alibi_bifocal import FLEX_SUPPORTS_BIAS
 from tests.conftest import small_config
 
-IMPLEMENTATIONS = ["eager", "sdpa", *(["flex_attention"] if FLEX_TAKES_A_BIAS else [])]
+IMPLEMENTATIONS = ["eager", "sdpa", *(["flex_attention"] if FLEX_SUPPORTS_BIAS else [])]
 
 
 def build(**changes) -> BifocalModel:
@@ -40,13 +40,13 @@ def test_outputs(model, inputs):
 
 
 @torch.no_grad()
-def test_texts_alone_and_pictures_alone(model, inputs):
+def test_texts_alone_and_images_alone(model, inputs):
     both = model(**inputs)
     texts = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
-    pictures = model(pixel_values=inputs["pixel_values"])
+    images = model(pixel_values=inputs["pixel_values"])
     assert torch.equal(texts.text_embeds, both.text_embeds)
-    assert torch.equal(pictures.image_embeds, both.image_embeds)
-    assert texts.image_embeds is pictures.text_embeds is texts.logits_per_text is None
+    assert torch.equal(images.image_embeds, both.image_embeds)
+    assert texts.image_embeds is images.text_embeds is texts.logits_per_text is None
     with pytest.raises(ValueError, match="needs input_ids, pixel_values or both"):
         model()
 

@@ -24,11 +24,11 @@ def test_vectors_are_the_features_normalised(model, inputs):
     with torch.no_grad():
         expected = model(inputs["input_ids"], inputs["attention_mask"]).text_embeds.numpy()
     np.testing.assert_allclose(vectors, expected, atol=1e-6)
-    pictures = [photo(50, 40), photo(33, 60)]
-    pixels = model.processor(images=pictures, return_tensors="pt")["pixel_values"]
+    images = [photo(50, 40), photo(33, 60)]
+    pixels = model.processor(images=images, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         expected = model(pixel_values=pixels).image_embeds.numpy()
-    np.testing.assert_allclose(model.encode_image(pictures), expected, atol=1e-6)
+    np.testing.assert_allclose(model.encode_image(images), expected, atol=1e-6)
 
 
 def test_order_and_batch_size_do_not_matter(model):
@@ -36,9 +36,9 @@ def test_order_and_batch_size_do_not_matter(model):
     together = model.encode_text(texts, batch_size=64)
     np.testing.assert_allclose(model.encode_text(texts, batch_size=2), together, atol=1e-6)
     np.testing.assert_allclose(model.encode_text(texts[::-1], batch_size=4), together[::-1], atol=1e-6)
-    pictures = [photo(40 + 3 * n, 50) for n in range(7)]
+    images = [photo(40 + 3 * n, 50) for n in range(7)]
     np.testing.assert_allclose(
-        model.encode_image(pictures, batch_size=2), model.encode_image(pictures, batch_size=7), atol=1e-6
+        model.encode_image(images, batch_size=2), model.encode_image(images, batch_size=7), atol=1e-6
     )
 
 
@@ -253,12 +253,12 @@ def test_names_of_sentence_transformers_and_jina_clip(model):
         ({"show_progress": True, "show_progress_bar": False}, "show_progress=True and show_progress_bar=False"),
         ({"convert_to": "list", "convert_to_tensor": True}, "convert_to='list' and convert_to_tensor=True"),
         ({"convert_to": "torch", "convert_to_numpy": True}, "convert_to='torch' and convert_to_numpy=True"),
-        ({"device": "meta"}, r"device is 'meta', but the model is on 'cpu'; call model.to\('meta'\) before"),
+        ({"device": "meta"}, r"device is 'meta', but the model is on 'cpu'; call model.to\('meta'\) first"),
         ({"task": "retrieval.query"}, "task is 'retrieval.query', but this model has no tasks"),
-        ({"prompt_name": "query"}, "give the text itself as prompt"),
+        ({"prompt_name": "query"}, "pass the text itself as prompt"),
         ({"prompt": 3}, "prompt is a int; give a string"),
-        ({"output_value": "token_embeddings"}, "only 'sentence_embedding' can be had here"),
-        ({"precision": "int8"}, "only 'float32' can be had here"),
+        ({"output_value": "token_embeddings"}, "only 'sentence_embedding' is supported"),
+        ({"precision": "int8"}, "only 'float32' is supported"),
     ],
 )
 def test_names_with_another_meaning_are_refused(model, options, message):
@@ -278,7 +278,7 @@ def test_a_missing_folder_is_a_missing_folder(path):
     with pytest.raises(OSError, match=f"The folder '{re.escape(path)}' does not exist; check the path") as error:
         BifocalModel.from_pretrained(path)
     assert "hub" not in str(error.value).lower()
-    with pytest.raises(OSError, match="'no/model' is no folder here, and it cannot be loaded from the Hub"):
+    with pytest.raises(OSError, match="'no/model' is not a local folder, and it cannot be loaded from the Hub"):
         BifocalModel.from_pretrained("no/model")
 
 
@@ -295,10 +295,10 @@ def test_bad_files_are_named(model, tmp_path):
         model.encode_image([str(tmp_path / "cut.png")])
 
 
-def test_every_mode_of_picture_can_be_encoded(model):
+def test_every_mode_of_image_can_be_encoded(model):
     modes = ["1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LA", "I;16", "F", "I"]
-    pictures = [photo().convert(mode) if mode != "I;16" else Image.new("I;16", (40, 40), 30000) for mode in modes]
-    assert np.isfinite(model.encode_image(pictures)).all()
+    images = [photo().convert(mode) if mode != "I;16" else Image.new("I;16", (40, 40), 30000) for mode in modes]
+    assert np.isfinite(model.encode_image(images)).all()
     assert np.isfinite(model.encode_image([Image.new("RGB", (1, 1)), Image.new("RGB", (900, 3))])).all()
 
 
@@ -307,7 +307,7 @@ def test_a_model_without_processor_says_so(saved, tmp_path):
     with pytest.raises(ValueError, match=r"set model\.processor = BifocalProcessor"):
         fresh.encode_text("star")
     fresh.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"holds no processor that can be loaded \(there is no proc"):
+    with pytest.raises(ValueError, match=r"The processor in '.*' cannot be loaded \(there is no proc"):
         BifocalModel.from_pretrained(tmp_path).encode_text("star")
     loaded, _ = BifocalModel.from_pretrained(saved, output_loading_info=True)
     assert loaded.encode_text("star").shape == (40,)

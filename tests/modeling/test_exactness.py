@@ -58,8 +58,8 @@ def test_text_tower_equals_the_golden_numbers(golden_model, expected, implementa
 @torch.no_grad()
 def test_image_tower_equals_the_golden_numbers(golden_model, expected, name, side, implementation):
     golden_model.set_attn_implementation(implementation)
-    pictures = torch.from_numpy(golden_weights.pixels(side)).float()
-    output = golden_model.get_image_features(pictures)
+    images = torch.from_numpy(golden_weights.pixels(side)).float()
+    output = golden_model.get_image_features(images)
     np.testing.assert_allclose(output.last_hidden_state.numpy(), expected[name]["states"], atol=1e-5)
     np.testing.assert_allclose(output.pooler_output.numpy(), expected[name]["embedding"], atol=1e-5)
 

@@ -1,4 +1,4 @@
-"""Pictures of every kind become upright 8-bit RGB; what is no picture is refused in one sentence."""
+"""Images of every kind become upright 8-bit RGB; what is no image is refused in one sentence."""
 
 import base64
 import functools
@@ -20,7 +20,7 @@ from bifocal.modeling.image_bifocal import list_images
 
 
 def photo(width: int = 60, height: int = 40) -> Image.Image:
-    """A picture whose four corners differ: a red, a green and a blue ramp."""
+    """An image whose four corners differ: a red, a green and a blue ramp."""
     y, x = np.mgrid[0:height, 0:width]
     array = np.stack([x * 255 / width, y * 255 / height, 255 - x * 255 / width], axis=-1)
     return Image.fromarray(array.astype(np.uint8))
@@ -207,7 +207,7 @@ def test_16_bit_grey_is_scaled_and_not_clipped():
     assert np.asarray(load_image(png(image))).std() > 50, "Pillow's own conversion would be nearly all white"
 
 
-def test_float_pictures():
+def test_float_images():
     ramp = np.mgrid[0:40, 0:60][1].astype(np.float32) / 59
     assert difference(load_image(Image.fromarray(ramp)), load_image(ramp)) < 1.0
     assert difference(load_image(Image.fromarray(ramp * 255)), load_image(ramp)) < 1.0
@@ -252,7 +252,7 @@ def test_arrays_and_tensors():
         (np.full((4, 4, 3), np.nan), "floats outside 0 to 1"),
         (np.zeros((4, 4, 3), np.int64), "dtype int64"),
         (12, "is of type int"),
-        ("data:image/png;base64", "is no data URI"),
+        ("data:image/png;base64", "is not a data URI"),
         ("data:image/png;utf8,abc", "is not an image of a format Pillow can read"),
         ("s3://bucket/a.png", "cannot be read over s3://; give a path or an http"),
         (Image.new("RGB", (0, 0)), "has no pixels"),
@@ -267,7 +267,7 @@ def test_arrays_and_tensors():
         (jpeg(photo())[:200], "image"),
     ],
 )
-def test_what_is_no_picture(source, message):
+def test_what_is_no_image(source, message):
     with pytest.raises(ValueError, match=message):
         load_image(source)
 

@@ -29,7 +29,7 @@ ARGUMENTS = {
     '{"device_map": "auto", "dtype": torch.bfloat16}': "torch.bfloat16",
     '{"low_cpu_mem_usage": True}': "torch.float32",
 }
-# Prints, for every way of loading, the digest of everything the model gives for texts, pictures and both, and what
+# Prints, for every way of loading, the digest of everything the model gives for texts, images and both, and what
 # loading had to say.
 LOAD_AND_DIGEST = """
 import hashlib, json, sys
@@ -299,7 +299,7 @@ assert [getattr(model.processor, "marker", None) for model in (first, second, ag
     )
 
 
-def test_other_code_than_what_runs_is_told(saved, two_of_one_name, caplog):
+def test_other_code_than_what_runs_causes_a_warning(saved, two_of_one_name, caplog):
     """Where Bifocal is imported, its own code runs every folder."""
     first, second = two_of_one_name
     BifocalModel.from_pretrained(first)
@@ -307,14 +307,14 @@ def test_other_code_than_what_runs_is_told(saved, two_of_one_name, caplog):
     for load in (BifocalModel.from_pretrained, AutoModel.from_pretrained, BifocalTextModel.from_pretrained):
         caplog.clear()
         load(second)
-        assert f"'{second}' brings other code (modeling_bifocal_text.py, processing_bifocal.py) than" in caplog.text
-    for version, told in (("0.0.9", None), ("99.0", "was saved by Bifocal 99.0, and the numbers of"), (None, None)):
+        assert f"'{second}' contains other code (modeling_bifocal_text.py, processing_bifocal.py) than" in caplog.text
+    for version, warning in (("0.0.9", None), ("99.0", "was saved by Bifocal 99.0 but runs with"), (None, None)):
         caplog.clear()
         config = json.loads((saved / "config.json").read_text())
         config["bifocal_version"] = version
         (second / "config.json").write_text(json.dumps(config))
         BifocalModel.from_pretrained(second)
-        assert told in caplog.text if told else caplog.text == ""
+        assert warning in caplog.text if warning else caplog.text == ""
 
 
 def test_importing_the_model_needs_nothing_but_torch_and_transformers(tmp_path):

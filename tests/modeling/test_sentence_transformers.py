@@ -30,12 +30,12 @@ def model(folder):
     return BifocalModel.from_pretrained(folder)
 
 
-def test_texts_and_pictures_as_from_the_model(sentences, model):
+def test_texts_and_images_as_from_the_model(sentences, model):
     np.testing.assert_allclose(sentences.encode(TEXTS), model.encode_text(TEXTS), atol=1e-6)
-    pictures = [photo(), photo(33, 80).convert("L"), photo().convert("RGBA"), Image.new("I;16", (40, 40), 30000)]
-    np.testing.assert_allclose(sentences.encode(pictures), model.encode_image(pictures), atol=1e-6)
-    similarity = sentences.similarity(sentences.encode(TEXTS), sentences.encode(pictures))
-    expected = model.encode_text(TEXTS) @ model.encode_image(pictures).T
+    images = [photo(), photo(33, 80).convert("L"), photo().convert("RGBA"), Image.new("I;16", (40, 40), 30000)]
+    np.testing.assert_allclose(sentences.encode(images), model.encode_image(images), atol=1e-6)
+    similarity = sentences.similarity(sentences.encode(TEXTS), sentences.encode(images))
+    expected = model.encode_text(TEXTS) @ model.encode_image(images).T
     np.testing.assert_allclose(similarity.numpy(), expected, atol=1e-5)
     assert sentences.similarity_fn_name == "cosine"
 
@@ -58,8 +58,8 @@ def test_its_trainer_takes_steps(folder, tmp_path):
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
     trained = sentence_transformers.SentenceTransformer(str(folder), device="cpu")
-    texts, pictures = trained[0].model.text_model, trained[0].model.vision_model
-    before = [module.layers[0].attention.q_proj.weight.clone() for module in (texts, pictures)]
+    texts, images = trained[0].model.text_model, trained[0].model.vision_model
+    before = [module.layers[0].attention.q_proj.weight.clone() for module in (texts, images)]
     data = {
         "captions": Dataset.from_dict({"anchor": TEXTS[:4], "positive": [photo(40 + n, 40) for n in range(4)]}),
         "texts": Dataset.from_dict({"anchor": TEXTS[:4], "positive": [text.upper() for text in TEXTS[:4]]}),
@@ -70,7 +70,7 @@ def test_its_trainer_takes_steps(folder, tmp_path):
     )  # fmt: skip
     loss = MultipleNegativesRankingLoss(trained)
     SentenceTransformerTrainer(model=trained, args=arguments, train_dataset=data, loss=loss).train()
-    after = [module.layers[0].attention.q_proj.weight for module in (texts, pictures)]
+    after = [module.layers[0].attention.q_proj.weight for module in (texts, images)]
     assert all((a - b).abs().max() > 1e-5 for a, b in zip(after, before, strict=True))
     trained.save_pretrained(str(tmp_path / "trained"))
     again = BifocalModel.from_pretrained(tmp_path / "trained")

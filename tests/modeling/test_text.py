@@ -186,7 +186,7 @@ def test_masked_language_model_survives_saving_and_its_tower_loads_alone(tmp_pat
 
 
 @torch.no_grad()
-@pytest.mark.skipif(not alibi.FLEX_TAKES_A_BIAS, reason="this transformers gives flex attention no bias")
+@pytest.mark.skipif(not alibi.FLEX_SUPPORTS_BIAS, reason="this transformers gives flex attention no bias")
 def test_flex_attention_takes_texts_of_any_length_on_the_cpu():
     """Compiled for the CPU, torch's own kernel fails from the second shape on."""
     flex, sdpa = small_tower(), small_tower()

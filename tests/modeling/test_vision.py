@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bifocal.modeling import BifocalVisionConfig, BifocalVisionModel
-from bifocal.modeling.modeling_bifocal_vision import rotary_tables, rotate
+from bifocal.modeling.modeling_bifocal_vision import apply_rotary_pos_emb, compute_rotary_embedding
 
 
 def small_tower(**changes) -> BifocalVisionModel:
@@ -18,14 +18,14 @@ def small_tower(**changes) -> BifocalVisionModel:
     return BifocalVisionModel(BifocalVisionConfig(**{**settings, **changes})).eval()
 
 
-def pictures(count: int, height: int, width: int) -> torch.Tensor:
+def images(count: int, height: int, width: int) -> torch.Tensor:
     return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(4))
 
 
 def test_the_class_token_is_not_turned_and_lengths_stay():
     config = small_tower().config
     states = torch.randn(1, 3, 17, 16)
-    turned = rotate(states, rotary_tables(config, 4, 4))
+    turned = apply_rotary_pos_emb(states, compute_rotary_embedding(config, 4, 4))
     assert torch.equal(turned[:, :, 0], states[:, :, 0])
     torch.testing.assert_close(turned.norm(dim=-1), states.norm(dim=-1))
     assert not torch.allclose(turned[:, :, -1], states[:, :, -1])
@@ -34,12 +34,12 @@ def test_the_class_token_is_not_turned_and_lengths_stay():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # as complex numbers, and as real ones
 def test_rotation_against_matrices(dtype):
     """Each pair of channels times the matrix of its angle, and its gradient."""
-    table = rotary_tables(small_tower().config, 3, 2).to(dtype)
+    table = compute_rotary_embedding(small_tower().config, 3, 2).to(dtype)
     states = torch.randn(2, 5, 7, 16, dtype=dtype, requires_grad=True)
     (cos, sin), weights = table.unbind(-1), torch.randn(2, 5, 7, 16, dtype=dtype)
     matrices = torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], -2)
     expected = torch.einsum("tpij,bhtpj->bhtpi", matrices, states.unflatten(-1, (-1, 2))).flatten(-2)
-    found = rotate(states, table)
+    found = apply_rotary_pos_emb(states, table)
     torch.testing.assert_close(found, expected)
     gradients = [torch.autograd.grad((one * weights).sum(), states)[0] for one in (found, expected)]
     torch.testing.assert_close(*gradients)
@@ -48,7 +48,7 @@ def test_rotation_against_matrices(dtype):
 @torch.no_grad()
 def test_a_large_batch_taken_in_pieces_gives_the_same():
     tower = small_tower(image_size=64)
-    pixels = pictures(33, 64, 64)
+    pixels = images(33, 64, 64)
     calls: list[int] = []
     forward = tower.embeddings.forward  # not a hook: a module that has hooks sees the whole batch
     tower.embeddings.forward = lambda some: (calls.append(len(some)), forward(some))[1]
@@ -61,11 +61,11 @@ def test_a_large_batch_taken_in_pieces_gives_the_same():
 
 def test_rotary_scores_depend_on_the_difference_of_places_only():
     config = small_tower(rope_reference_grid=None).config
-    table = rotary_tables(config, 4, 4)
+    table = compute_rotary_embedding(config, 4, 4)
     query, key = torch.randn(16), torch.randn(16)
 
     def score(a: int, b: int) -> torch.Tensor:
-        return rotate(query, table[1 + a]) @ rotate(key, table[1 + b])
+        return apply_rotary_pos_emb(query, table[1 + a]) @ apply_rotary_pos_emb(key, table[1 + b])
 
     torch.testing.assert_close(score(0, 5), score(5, 10))  # one row down, one column right
     torch.testing.assert_close(score(1, 4), score(6, 9))  # one row down, one column left
@@ -75,7 +75,7 @@ def test_rotary_scores_depend_on_the_difference_of_places_only():
 @pytest.mark.parametrize(("reference", "second"), [(None, 1.0), (4, 1.0), (14, 3.5)])
 def test_positions_are_scaled_to_the_reference_grid(reference, second):
     config = small_tower(rope_reference_grid=reference).config
-    cos, sin = rotary_tables(config, 4, 4)[2].unbind(-1)
+    cos, sin = compute_rotary_embedding(config, 4, 4)[2].unbind(-1)
     angle = torch.atan2(sin, cos)  # the second patch: row 0, column 1; frequency 1 in its first column pair
     assert angle[4] == pytest.approx(torch.atan2(torch.tensor(second).sin(), torch.tensor(second).cos()).item())
     assert angle[0] == 0
@@ -84,8 +84,8 @@ def test_positions_are_scaled_to_the_reference_grid(reference, second):
 @torch.no_grad()
 def test_any_size_that_the_patch_divides():
     tower = small_tower()
-    assert tower(pictures(2, 48, 48)).last_hidden_state.shape == (2, 37, 48)
-    assert tower(pictures(2, 24, 40)).last_hidden_state.shape == (2, 16, 48)
+    assert tower(images(2, 48, 48)).last_hidden_state.shape == (2, 37, 48)
+    assert tower(images(2, 24, 40)).last_hidden_state.shape == (2, 16, 48)
 
 
 def cubic_weights(old: int, new: int) -> torch.Tensor:
@@ -116,7 +116,7 @@ def test_the_position_embedding_is_interpolated():
 
 def test_patch_dropout_drops_in_training_only():
     tower = small_tower(patch_dropout=0.5)
-    pixels = pictures(3, 32, 32)
+    pixels = images(3, 32, 32)
     assert tower.eval()(pixels).last_hidden_state.shape[1] == 17
     torch.manual_seed(0)
     output = tower.train()(pixels)
@@ -126,7 +126,7 @@ def test_patch_dropout_drops_in_training_only():
 def test_kept_patches_keep_their_own_angles():
     """All patches kept but shuffled: attention is blind to order, so the class token must come out the same."""
     tower = small_tower(patch_dropout=1e-9).train()
-    pixels = pictures(3, 32, 32)
+    pixels = images(3, 32, 32)
     torch.manual_seed(0)
     kept = tower.embeddings._kept(torch.zeros(3, 17, 48))
     assert kept.shape == (3, 16)
@@ -138,7 +138,7 @@ def test_kept_patches_keep_their_own_angles():
     torch.testing.assert_close(shuffled, tower.eval()(pixels).pooler_output, atol=1e-5, rtol=1e-5)
 
 
-def test_different_pictures_lose_different_patches():
+def test_different_images_lose_different_patches():
     tower = small_tower(patch_dropout=0.5).train()
     torch.manual_seed(0)
     kept = tower.embeddings._kept(torch.zeros(64, 17, 48))

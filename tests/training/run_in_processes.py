@@ -49,7 +49,7 @@ class Recorder(MultiTaskTrainer):
 CASES = {
     "pairs": ({}, "text-pair"),
     "triplets, tiled, cached, Matryoshka": (
-        {"text_chunk_size": 3, "image_chunk_size": 2, "matryoshka": [40, 16], "loss_form": "tiled"}, "text-triplet",
+        {"text_chunk_size": 3, "image_chunk_size": 2, "matryoshka": [40, 16], "loss_impl": "tiled"}, "text-triplet",
     ),
     "sigmoid, cached, accumulated": (
         {"text_chunk_size": 4, "image_loss": "sigmoid", "gradient_accumulation_steps": 2}, "text-pair",

@@ -12,11 +12,11 @@ from torch.distributed.fsdp import fully_shard
 
 from bifocal.modeling import BifocalModel, BifocalProcessor
 from bifocal.training.collator import MultiTaskCollator
-from bifocal.training.engine.distributed import World
+from bifocal.training.engine.distributed import ProcessGroupInfo
 from bifocal.training.engine.gradient_cache import cached_step, into_chunks
 from bifocal.training.engine.joint_forward import joint_forward
-from bifocal.training.joint_batches import StepBatches
-from bifocal.training.losses.multi_task_loss import Objective
+from bifocal.training.joint_batches import JointBatchDataset
+from bifocal.training.losses.multi_task_loss import MultiTaskLoss
 from tests.conftest import small_config
 from tests.training.run_in_processes import tasks
 
@@ -25,7 +25,7 @@ def step(out: Path) -> None:
     processor = BifocalProcessor.from_pretrained(out / "processor")
     torch.manual_seed(0)
     model = BifocalModel(small_config())
-    world = World.current()
+    world = ProcessGroupInfo.current()
     if world.size > 1:
         mesh = init_device_mesh("cpu", (world.size,))
         for layer in [*model.text_model.layers, *model.vision_model.layers]:
@@ -34,8 +34,8 @@ def step(out: Path) -> None:
     parts = tasks(8 // world.size, "text-triplet")
     collate = MultiTaskCollator(processor, 32, 0, rank=world.rank)
     collate.bucketed = False
-    inputs = collate([StepBatches(parts, 1, 0, world)[0]])
-    objective = Objective({task.name: task for task in parts}, world)
+    inputs = collate([JointBatchDataset(parts, 1, 0, world)[0]])
+    objective = MultiTaskLoss({task.name: task for task in parts}, world)
 
     @contextmanager
     def no_sync():

@@ -50,7 +50,9 @@ def stages(batch: int) -> dict[str, tuple[list[Task], dict]]:
             dict(ema_decay=0.5, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2,
                  load_best_model_at_end=True),
         ),
-        "half": ([images("learned", batch), texts(batch)], dict(auto_chunk=True, gradient_accumulation_steps=2)),
+        "half": (
+            [images("learned", batch), texts(batch)], dict(auto_find_chunk_size=True, gradient_accumulation_steps=2)
+        ),
     }  # fmt: skip
 
 

@@ -41,11 +41,11 @@ def main(out: Path, step: int, way: str, workers: int) -> None:
     pairs = Dataset.from_dict({"query": more[0], "positive": more[1]})
     if way == "stream":
         pairs = pairs.to_iterable_dataset(num_shards=4)
-    parts.append(Task("pairs", "text-pair", pairs, 3, rows=40))
+    parts.append(Task("pairs", "text-pair", pairs, 3, num_rows=40))
     if way == "shards":
         source = Source(path=str(out.parent / "shards" / "*.tar"), streaming=True)
-        parts = [task for task in parts if task.sort == "text"]
-        parts.append(Task("laion", "image-text", load_source(source, "image-text"), 5, max_bad=0.5))
+        parts = [task for task in parts if task.modality == "text"]
+        parts.append(Task("laion", "image-text", load_source(source, "image-text"), 5, max_bad_fraction=0.5))
     processor = BifocalProcessor.from_pretrained(out.parent / "processor")
     checkpoint = last_complete_checkpoint(out)
     torch.manual_seed(0)
@@ -59,7 +59,7 @@ def main(out: Path, step: int, way: str, workers: int) -> None:
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     logs = [{k: v for k, v in e.items() if k.startswith(("loss", "accuracy"))} for e in trainer.state.log_history]
     optimizer = trainer.optimizer.state_dict()["state"]
-    skipped = {**trainer.meters.skipped.state(), "log": _named(out / "skipped.jsonl")}
+    skipped = {**trainer.training_metrics.skipped.state(), "log": _named(out / "skipped.jsonl")}
     result = {"weights": trainer.model.state_dict(), "optimizer": optimizer, "logs": logs, "skipped": skipped}
     torch.save(result, out / "result.pt")
 

@@ -52,7 +52,7 @@ def test_every_argument_is_known():
         ({"label_smoothing_factor": 0.1}, "set label_smoothing of each task"),
         ({"train_sampling_strategy": "group_by_length"}, "sorted by length within each batch"),
         ({"ignore_data_skip": True}, "skipped without being loaded"),
-        ({"auto_find_batch_size": True}, "set auto_chunk=True"),
+        ({"auto_find_batch_size": True}, "set auto_find_chunk_size=True"),
         ({"include_num_input_tokens_seen": "all"}, "the log has tokens_per_second"),
         ({"bf16_full_eval": True}, "in the dtype of the weights"),
         ({"include_for_metrics": ["inputs"]}, "use an EvaluationCallback"),
@@ -79,7 +79,7 @@ def test_neftune_and_compilation_do_something(tmp_path, processor):
 
 
 def test_the_length_of_an_epoch():
-    one, two = pairs(batch_size=5), pairs("b", batch_size=10, weight=3.0)  # 20 rows each: 4 batches and 2
+    one, two = pairs(batch_size=5), pairs("b", batch_size=10, sampling_weight=3.0)  # 20 rows each: 4 batches and 2
     assert steps_per_epoch([one], 1, 1) == 4
     assert steps_per_epoch([one], 2, 1) == 2
     assert steps_per_epoch([one, two], 1, 1) == 6, "all batches of the texts, whatever their weights"
@@ -87,7 +87,7 @@ def test_the_length_of_an_epoch():
     assert steps_per_epoch([pictures(), one, two], 1, 1) == 6, "one batch of pictures is passed through six times"
     assert steps_per_epoch([pictures(), two], 4, 1) == 1
     assert steps_per_epoch([pairs(stream=True)], 1, 1) is None
-    assert steps_per_epoch([pairs(stream=True, rows=80)], 1, 1) == 20
+    assert steps_per_epoch([pairs(stream=True, num_rows=80)], 1, 1) == 20
 
 
 class Events(TrainerCallback):
@@ -118,8 +118,8 @@ def test_epochs_as_transformers_users_know_them(tmp_path, processor):
         events = Events()
         it.add_callback(events)
         it.seen_rows = []
-        add = it.meters.add
-        it.meters.add = lambda *given: (it.seen_rows.extend(given[2]["tasks"]["a"].rows), add(*given))
+        add = it.training_metrics.add
+        it.training_metrics.add = lambda *given: (it.seen_rows.extend(given[2]["tasks"]["a"].rows), add(*given))
         it.train(resume_from_checkpoint=resume)
         return it, events.seen
 

@@ -11,8 +11,8 @@ import torch
 from datasets import Dataset
 
 from bifocal.training.collator import MultiTaskCollator
-from bifocal.training.engine.distributed import World
-from bifocal.training.joint_batches import StepBatches
+from bifocal.training.engine.distributed import ProcessGroupInfo
+from bifocal.training.joint_batches import JointBatchDataset
 from bifocal.training.tasks import Task
 from tests.conftest import TEXTS
 from tests.modeling.test_images import photo, png
@@ -24,7 +24,7 @@ def pairs(count: int = 10, batch_size: int = 4, name: str = "pairs") -> Task:
 
 
 def test_every_row_once_an_epoch_in_a_new_order():
-    batches = StepBatches([pairs(12)], steps=9, seed=0)
+    batches = JointBatchDataset([pairs(12)], steps=9, seed=0)
     epochs = [[row for use in uses for row in batches.rows(0, use)] for uses in (range(3), range(3, 6))]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(12))
     assert epochs[0] != epochs[1]
@@ -33,24 +33,26 @@ def test_every_row_once_an_epoch_in_a_new_order():
 
 def test_batches_are_a_function_of_seed_and_step():
     both = [pairs(), pairs(name="b")]
-    first, second = StepBatches(both, 20, seed=3), StepBatches(both, 20, 3)
+    first, second = JointBatchDataset(both, 20, seed=3), JointBatchDataset(both, 20, 3)
 
     def seen(batches, step: int):
         return [(task.name, rows) for task, rows, _ in batches[step]["tasks"]]
 
     backwards = [seen(second, step) for step in reversed(range(20))][::-1]
     assert [seen(first, step) for step in range(20)] == backwards
-    assert [seen(StepBatches(both, 30, seed=3), step) for step in range(20)] == backwards, "nor of the number of steps"
-    assert backwards != [seen(StepBatches(both, 20, seed=4), step) for step in range(20)]
+    assert [seen(JointBatchDataset(both, 30, seed=3), step) for step in range(20)] == backwards, (
+        "nor of the number of steps"
+    )
+    assert backwards != [seen(JointBatchDataset(both, 20, seed=4), step) for step in range(20)]
 
 
 def test_a_step_has_one_batch_of_each_sort_drawn_by_size_times_weight():
     small, large, light = pairs(100, name="small"), pairs(300, name="large"), pairs(400, name="light")
-    light = replace(light, weight=0.25)
+    light = replace(light, sampling_weight=0.25)
     pictures = Task(
         "pictures", "image-text", small.dataset.rename_columns({"query": "image", "positive": "caption"}), 4
     )
-    batches = StepBatches([small, pictures, large, light], 4000, seed=0)
+    batches = JointBatchDataset([small, pictures, large, light], 4000, seed=0)
     drawn = [[batches.tasks[number].name for number, _ in batches.schedule.at(step)] for step in range(4000)]
     assert {names[0] for names in drawn} == {"pictures"}
     assert {len(names) for names in drawn} == {2}
@@ -63,11 +65,11 @@ def test_a_step_has_one_batch_of_each_sort_drawn_by_size_times_weight():
 
 
 def test_two_processes_share_the_batches_of_one():
-    one = StepBatches([pairs(24, batch_size=6)], 10, seed=0)
-    two = [StepBatches([pairs(24, batch_size=3)], 10, 0, World(rank, 2)) for rank in range(2)]
+    one = JointBatchDataset([pairs(24, batch_size=6)], 10, seed=0)
+    two = [JointBatchDataset([pairs(24, batch_size=3)], 10, 0, ProcessGroupInfo(rank, 2)) for rank in range(2)]
     for step in range(10):
         assert one[step]["tasks"][0][1] == [row for part in two for row in part[step]["tasks"][0][1]]
-    uneven = [StepBatches([pairs(25, batch_size=3)], 10, 0, World(rank, 2)) for rank in range(2)]
+    uneven = [JointBatchDataset([pairs(25, batch_size=3)], 10, 0, ProcessGroupInfo(rank, 2)) for rank in range(2)]
     assert {len(part) for part in uneven} == {10}, "all make the same number of steps"
 
 
@@ -76,16 +78,22 @@ def test_two_processes_share_the_batches_of_one():
     [
         (lambda data: Task("t", "text-triplet", data, 2), "task 't' lacks the column 'negatives' .it has query, pos"),
         (lambda data: Task("t", "image-text", data, 2), "task 't' lacks the column 'image'"),
-        (lambda data: Task("t", "pairs", data, 2), "unknown kind 'pairs'"),
-        (lambda data: Task("t", "text-pair", data, 2, loss="triplet"), "unknown loss 'triplet'"),
+        (lambda data: Task("t", "pairs", data, 2), "kind is 'pairs'"),
+        (lambda data: Task("t", "text-pair", data, 2, loss="triplet"), "loss is 'triplet'"),
         (lambda data: Task("t", "text-pair", data, 2, loss="sigmoid"), "sigmoid loss is for image-text"),
-        (lambda data: Task("t", "text-pair", data, 2, captions="last"), "unknown captions 'last'"),
-        (lambda data: Task("t", "text-pair", data, 0), "batch_size of at least 1, not 0"),
-        (lambda data: StepBatches([Task("t", "text-pair", data, 11)], 1, 0), "10 rows, fewer than its batch of 11"),
-        (lambda data: StepBatches([Task("t", "text-pair", data, 6)], 1, 0, World(0, 2)), "fewer than the 12"),
+        (lambda data: Task("t", "text-pair", data, 2, caption_mode="last"), "caption_mode is 'last'"),
+        (lambda data: Task("t", "text-pair", data, 0), "batch_size is 0. Input should be greater than or equal to 1"),
         (
-            lambda data: StepBatches([Task("t", "text-pair", data, 6, weight=0.0)], 1, 0),
-            "one of each sort must be above",
+            lambda data: JointBatchDataset([Task("t", "text-pair", data, 11)], 1, 0),
+            "10 rows, fewer than its batch of 11",
+        ),
+        (
+            lambda data: JointBatchDataset([Task("t", "text-pair", data, 6)], 1, 0, ProcessGroupInfo(0, 2)),
+            "fewer than the 12",
+        ),
+        (
+            lambda data: JointBatchDataset([Task("t", "text-pair", data, 6, sampling_weight=0.0)], 1, 0),
+            "One sampling_weight of each modality must be above",
         ),
     ],
 )
@@ -96,7 +104,7 @@ def test_wrong_tasks_are_named(build, message):
 
 def collate(processor, task: Task, step: int = 0, augment=None, seed: int = 0):
     collator = MultiTaskCollator(processor, max_length=16, seed=seed, augment=augment)
-    return collator([StepBatches([task], 10, seed=0)[step]])
+    return collator([JointBatchDataset([task], 10, seed=0)[step]])
 
 
 def words(processor, batch, name: str, column: str) -> list[str]:
@@ -139,11 +147,11 @@ def test_a_long_caption_may_stand_for_a_short_one(processor):
         {"image": [photo(32, 32)] * 4, "caption": [caption] * 4},
         features=Features({"image": Image(), "caption": Value("string")}),
     )
-    task = Task("t", "image-text", data, 4, captions="first sentence")
+    task = Task("t", "image-text", data, 4, caption_mode="first_sentence")
     assert set(words(processor, collate(processor, task), "t", "caption")) == {"black star"}, (
         "this tokenizer knows no full stop"
     )
-    task = replace(task, captions="any sentence")
+    task = replace(task, caption_mode="any_sentence")
     drawn = {text for step in range(6) for text in words(processor, collate(processor, task, step), "t", "caption")}
     assert drawn == {"black star", "greek capital letter omega", "latin small letter a"}
 
@@ -156,7 +164,7 @@ def test_little_is_padded(processor):
         {"query": ["star " * (1 + n // 8) for n in lengths], "positive": ["box " * n for n in lengths]}
     )
     collator = MultiTaskCollator(processor, 512, 0)
-    batch = collator([StepBatches([Task("t", "text-pair", data, 128)], 2, 0)[0]])
+    batch = collator([JointBatchDataset([Task("t", "text-pair", data, 128)], 2, 0)[0]])
     tokens = sum(int(bucket["attention_mask"].sum()) for bucket in batch["texts"])
     places = sum(bucket["attention_mask"].numel() for bucket in batch["texts"])
     longest = max(bucket["attention_mask"].shape[1] for bucket in batch["texts"])
@@ -205,13 +213,13 @@ def test_a_row_that_cannot_be_used_is_named(processor):
 
 def test_streams_are_mixed_by_rows_times_weight():
     """Each batch comes from one stream; how often is in proportion, and every stream goes on where it was."""
-    from bifocal.training.joint_batches import StepStream
+    from bifocal.training.joint_batches import JointBatchStream
     from tests.data.test_shards import simulated
 
-    large = Task("large", "text-pair", simulated([40] * 5), 4, rows=200, shuffle=8)
-    small = Task("small", "text-pair", simulated([40] * 5), 4, weight=3.0, rows=200, shuffle=8)
+    large = Task("large", "text-pair", simulated([40] * 5), 4, num_rows=200, shuffle_buffer_size=8)
+    small = Task("small", "text-pair", simulated([40] * 5), 4, sampling_weight=3.0, num_rows=200, shuffle_buffer_size=8)
     drawn: dict[str, list[str]] = {"large": [], "small": []}
-    for item in StepStream([large, small], 400, seed=0):
+    for item in JointBatchStream([large, small], 400, seed=0):
         ((task, rows, _),) = item["tasks"]
         drawn[task.name] += rows
     assert len(drawn["small"]) / len(drawn["large"]) == pytest.approx(3.0, rel=0.2)

@@ -13,7 +13,7 @@ from transformers.models.siglip import SiglipImageProcessorPil
 from bifocal.data.skips import BadRowsError
 from bifocal.errors import TrainingError
 from bifocal.evaluation.encoders import load_encoder
-from bifocal.training.losses.info_nce import info_nce
+from bifocal.training.losses import info_nce
 from bifocal.training.tasks import Task
 from bifocal.training.trainer import MultiTaskTrainer
 from tests.conftest import TEXTS
@@ -54,7 +54,7 @@ def test_the_training_task_keeps_its_own_settings(tmp_path, processor, model):
 
 
 def test_bad_rows_are_said_once(tmp_path, processor, caplog):
-    task = Task("v", "image-text", with_bad_rows(), 5, max_bad=0.5)
+    task = Task("v", "image-text", with_bad_rows(), 5, max_bad_fraction=0.5)
     good = [row for row in range(24) if row not in (2, 5, 7, 11, 13, 20)]
     it = trainer(tmp_path, processor, tasks=[texts("text-pair")], eval_tasks=[task])
     found = it.evaluate()
@@ -66,7 +66,7 @@ def test_bad_rows_are_said_once(tmp_path, processor, caplog):
     assert "eval_v_skipped" not in it.evaluate(alone)
     assert it.evaluate(replace(task, batch_size=64))["eval_v_loss"] == pytest.approx(it.evaluate(alone)["eval_v_loss"])
     with pytest.raises(BadRowsError, match=r"'v': 25.0% of 24 rows are bad, more than max_bad_fraction=0.01 allows"):
-        it.evaluate(replace(task, max_bad=0.01))
+        it.evaluate(replace(task, max_bad_fraction=0.01))
 
 
 def test_what_is_no_task(tmp_path, processor):
@@ -87,7 +87,7 @@ def test_siglip_trains_as_it_is_used(tmp_path, processor):
     own = SiglipProcessor(SiglipImageProcessorPil(size={"height": 32, "width": 32}), processor.tokenizer)
     words = [" ".join([*["star"] * (1 + n % 9), str(n)]) for n in range(8)]
     task = Task("p", "image-text", decoded(PNG[:8], words), 8)
-    it = trainer(tmp_path, own, steps=3, model=model, tasks=[task], eval_tasks=[task], auto_chunk=True)
+    it = trainer(tmp_path, own, steps=3, model=model, tasks=[task], eval_tasks=[task], auto_find_chunk_size=True)
     batch = next(iter(it.get_train_dataloader()))
     assert [{name: value.shape for name, value in part.items()} for part in batch["texts"]] == [{"input_ids": (8, 48)}]
     it.train()
@@ -124,7 +124,7 @@ def test_a_batch_of_bad_rows_only_makes_its_forward_pass(kind, tmp_path, process
     rows = {"query": words, "positive": words, "negatives": [["star"]] * 4}
     if kind == "image-text":
         rows = {"image": [{"bytes": png, "path": None} for png in PNG[:4]], "caption": words}
-    task = Task("t", kind, Dataset.from_dict(rows), 2, max_bad=1.0)
+    task = Task("t", kind, Dataset.from_dict(rows), 2, max_bad_fraction=1.0)
     it = trainer(tmp_path, processor, model=model, tasks=[texts("text-pair")], eval_tasks=[task])
     calls, encode = [], model.get_text_features
     model.get_text_features = lambda *given, **options: (calls.append(given), encode(*given, **options))[1]

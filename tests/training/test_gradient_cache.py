@@ -7,8 +7,8 @@ from bifocal.modeling import BifocalModel
 from bifocal.training.collator import MultiTaskCollator
 from bifocal.training.engine.gradient_cache import cached_step, into_chunks
 from bifocal.training.engine.joint_forward import embed
-from bifocal.training.joint_batches import StepBatches
-from bifocal.training.losses.multi_task_loss import Objective
+from bifocal.training.joint_batches import JointBatchDataset
+from bifocal.training.losses.multi_task_loss import MultiTaskLoss
 from tests.conftest import small_config
 from tests.training.run_in_processes import tasks
 from tests.training.test_trainer import trainer
@@ -17,7 +17,7 @@ from tests.training.test_trainer import trainer
 def inputs_of(processor):
     parts = tasks(8, "text-triplet")
     collate = MultiTaskCollator(processor, 32, 0)
-    return {task.name: task for task in parts}, collate([StepBatches(parts, 1, 0)[0]])
+    return {task.name: task for task in parts}, collate([JointBatchDataset(parts, 1, 0)[0]])
 
 
 def dropping_model() -> BifocalModel:
@@ -40,7 +40,7 @@ class _Nothing:
 def test_same_gradients_as_a_direct_step(processor, text_rows, image_rows, checkpointing):
     """The direct step embeds the same chunks, since a draw of dropout depends on the shape it is drawn for."""
     named, inputs = inputs_of(processor)
-    objective = Objective(named)
+    objective = MultiTaskLoss(named)
     chunks = into_chunks(inputs["texts"], inputs["images"], text_rows, image_rows, both_last=checkpointing)
     direct, cached = dropping_model(), dropping_model()
     if checkpointing:
@@ -75,7 +75,7 @@ def test_without_chunks_it_is_the_plain_forward(processor):
     for rows in (None, 4):
         torch.manual_seed(0)
         model = BifocalModel(small_config())
-        objective = Objective(named)
+        objective = MultiTaskLoss(named)
         if rows is None:
             loss, _ = objective(embed(model, inputs["texts"], inputs["images"]), inputs)
             loss.backward()
@@ -139,10 +139,10 @@ def test_bf16_and_checkpointing_compose(tmp_path, processor):
 def test_auto_chunk_says_what_it_chose(tmp_path, processor, caplog, monkeypatch):
     from bifocal.training.engine import chunk_size
 
-    it = trainer(tmp_path, processor, steps=1, auto_chunk=True)
+    it = trainer(tmp_path, processor, steps=1, auto_find_chunk_size=True)
     it.train()
     assert (it.args.text_chunk_size, it.args.image_chunk_size) == (12, 4), "all of a small batch fits"
-    assert "auto_chunk embeds 12 texts and 4 images at once" in caplog.text
+    assert "auto_find_chunk_size embeds 12 texts and 4 images at once" in caplog.text
 
     def sizes(free: int) -> tuple[int, int]:
         monkeypatch.setattr(chunk_size, "_free_memory", lambda device: free)

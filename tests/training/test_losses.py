@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from bifocal.training.losses.info_nce import info_nce, info_nce_plus
+from bifocal.training.losses import info_nce, info_nce_plus
 
 
 def unit(*shape: int, seed: int = 0, dtype=torch.float64) -> torch.Tensor:

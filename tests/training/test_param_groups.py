@@ -36,7 +36,7 @@ def test_only_matrices_decay(tmp_path):
 
 def test_rates_by_tower_and_layer(tmp_path):
     model = BifocalModel(small_config())
-    found = settings(model, arguments(tmp_path, text_learning_rate=1e-4, image_learning_rate=1e-5, layer_decay=0.5))
+    found = settings(model, arguments(tmp_path, text_learning_rate=1e-4, image_learning_rate=1e-5, layer_lr_decay=0.5))
     rates = {name: rate for name, (rate, _) in found.items()}
     assert rates["text_projection.weight"] == pytest.approx(1e-4)
     assert rates["text_model.layers.1.mlp.down_proj.weight"] == pytest.approx(0.5e-4)
@@ -49,7 +49,7 @@ def test_rates_by_tower_and_layer(tmp_path):
 
 def test_freezing():
     model = BifocalModel(small_config())
-    frozen = freeze(model, 1, -1)
+    frozen = freeze(model, text_layers=1, image_tower=True)
     assert "text_model.layers.0.mlp.down_proj.weight" in frozen
     assert "text_model.embeddings.word_embeddings.weight" in frozen
     assert "vision_model.norm.weight" in frozen
@@ -72,7 +72,7 @@ def test_names_of_other_dual_encoders(tmp_path):
     towers = {name: tower_of(name) for name, _ in model.named_parameters()}
     assert set(towers.values()) == {"text", "image", "shared"}
     assert [name for name, tower in towers.items() if tower == "shared"] == ["logit_scale"]
-    found = settings(model, arguments(tmp_path, layer_decay=0.5))
+    found = settings(model, arguments(tmp_path, layer_lr_decay=0.5))
     assert found["vision_model.encoder.layers.0.mlp.fc1.weight"][0] == pytest.approx(0.25e-3)
     assert found["visual_projection.weight"] == (1e-3, 0.1)
 
@@ -80,8 +80,8 @@ def test_names_of_other_dual_encoders(tmp_path):
 def test_wrong_arguments(tmp_path):
     with pytest.raises(ValueError, match="text_chunk_size must be at least 1, but it is 0"):
         arguments(tmp_path, text_chunk_size=0)
-    with pytest.raises(ValueError, match="layer_decay must be above 0 and at most 1"):
-        arguments(tmp_path, layer_decay=1.5)
+    with pytest.raises(ValueError, match="layer_lr_decay must be above 0 and at most 1"):
+        arguments(tmp_path, layer_lr_decay=1.5)
     with pytest.raises(ValueError, match="ema_decay must be between 0 and 1"):
         arguments(tmp_path, ema_decay=1.0)
 

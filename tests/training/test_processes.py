@@ -44,7 +44,7 @@ def test_stages_that_leave_parameters_unused(processor, two, tmp_path):
     stdout, stderr = ("".join(getattr(rank, name) for rank in ranks) for name in ("stdout", "stderr"))
     both = torch.load(folder / "stages.pt")
     assert both.pop("rows") == pytest.approx(4 * 2 * (4 + 4), rel=0.02), "of both tasks, batches and processes"
-    for message in ("The model came in bfloat16", "auto_chunk embeds"):
+    for message in ("The model came in bfloat16", "auto_find_chunk_size embeds"):
         assert stderr.count(message) == 1, message
     assert stdout.count("train_runtime") == len(both) + len(run_in_processes.CASES)
     assert "find_unused_parameters=True" not in stderr

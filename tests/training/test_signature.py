@@ -12,8 +12,8 @@ from datasets import Dataset
 from torch.utils.data import Subset
 
 from bifocal.errors import TrainingError
-from bifocal.training.engine.distributed import World
-from bifocal.training.joint_batches import Schedule, StepBatches
+from bifocal.training.engine.distributed import ProcessGroupInfo
+from bifocal.training.joint_batches import JointBatchDataset, Schedule
 from bifocal.training.signature import content_digest
 from bifocal.training.tasks import Task
 from tests.conftest import TEXTS
@@ -45,8 +45,8 @@ def made(processor, tmp_path_factory):
         ({"data_seed": 7}, None, "seed was 42 and is now 7"),
         ({"gradient_accumulation_steps": 2}, None, "gradient_accumulation_steps was 1 and is now 2"),
         ({}, [pairs(batch_size=5), pairs("b")], "batch_size of task 'a' was 4 and is now 5"),
-        ({}, [pairs(), pairs("b", weight=2.0)], "weight of task 'b' was 1.0 and is now 2.0"),
-        ({}, [pairs(), pairs("b", ROWS[:-1])], "rows of task 'b' was 20 and is now 19"),
+        ({}, [pairs(), pairs("b", sampling_weight=2.0)], "sampling_weight of task 'b' was 1.0 and is now 2.0"),
+        ({}, [pairs(), pairs("b", ROWS[:-1])], "num_rows of task 'b' was 20 and is now 19"),
         ({}, [pairs(), pairs("b", ROWS[::-1])], "the data set of task 'b' has other rows than before"),
         ({}, [pairs()], "the tasks were a, b and are now a"),
         ({}, [pairs(), pairs("b"), pairs("c")], "the tasks were a, b and are now a, b, c"),
@@ -65,8 +65,8 @@ def test_another_order_of_rows_is_refused(made, processor, tmp_path, options, ta
 @pytest.mark.parametrize(
     ("options", "task", "message"),
     [
-        ({}, {"shuffle": 3}, "shuffle of task 'a' was 1024 and is now 3"),
-        ({}, {"rows": 20}, "rows of task 'a' was None and is now 20"),
+        ({}, {"shuffle_buffer_size": 3}, "shuffle_buffer_size of task 'a' was 1024 and is now 3"),
+        ({}, {"num_rows": 20}, "num_rows of task 'a' was None and is now 20"),
         ({"dataloader_num_workers": 1}, {}, "dataloader_num_workers was 0 and is now 1"),
     ],
 )
@@ -79,7 +79,7 @@ def test_streams_are_read_the_same_way(made, processor, tmp_path, options, task,
 def test_another_number_of_processes_is_refused(made, processor, tmp_path):
     for rank in (0, 1):
         it = trainer(tmp_path, processor, steps=4, tasks=[pairs(), pairs("b")])
-        it.world = World(rank, 2)
+        it.world = ProcessGroupInfo(rank, 2)
         with pytest.raises(ValueError, match="processes was 1 and is now 2"):
             it.restore_state(str(made / "map" / "checkpoint-2"))
 
@@ -89,20 +89,20 @@ def test_what_does_not_move_rows_may_change(made, processor, tmp_path):
     tasks = [replace(pairs(), loss_weight=2.0, temperature=0.1), pairs("b")]
     options = dict(logging_steps=1, learning_rate=1e-4, max_grad_norm=0.5, dataloader_num_workers=1)
     it = trainer(tmp_path, processor, steps=6, tasks=tasks, **options)
-    add = it.meters.add
-    it.meters.add = lambda loss, results, inputs: (seen.append(inputs["step"]), add(loss, results, inputs))
+    add = it.training_metrics.add
+    it.training_metrics.add = lambda loss, results, inputs: (seen.append(inputs["step"]), add(loss, results, inputs))
     it.train(resume_from_checkpoint=str(made / "map" / "checkpoint-2"))
     assert seen == [2, 3, 4, 5]
 
 
 def test_more_steps_draw_the_same_first_ones():
-    tasks = [pairs(weight=0.3), pairs("b"), pairs("c", weight=2.0)]
+    tasks = [pairs(sampling_weight=0.3), pairs("b"), pairs("c", sampling_weight=2.0)]
     short, long = (Schedule(tasks, steps, 3) for steps in (50, 5000))
     for sort in short.numbers:
         assert np.array_equal(short.numbers[sort], long.numbers[sort][:50])
         assert np.array_equal(short.uses[sort], long.uses[sort][:50])
-    assert [StepBatches(tasks, 50, 3)[n]["tasks"][0][1] for n in range(50)] == [
-        StepBatches(tasks, 5000, 3)[n]["tasks"][0][1] for n in range(50)
+    assert [JointBatchDataset(tasks, 50, 3)[n]["tasks"][0][1] for n in range(50)] == [
+        JointBatchDataset(tasks, 5000, 3)[n]["tasks"][0][1] for n in range(50)
     ]
 
 
@@ -162,7 +162,7 @@ def test_a_process_does_not_take_the_streams_of_another(made, processor, tmp_pat
     two = edited(folder, tmp_path / "two", signature={**signature, "processes": 2})
     for rank in (0, 1):
         it = trainer(tmp_path, processor, steps=4, tasks=[pairs(stream=True)])
-        it.world = World(rank, 2)
+        it.world = ProcessGroupInfo(rank, 2)
         if rank == 0:
             it.restore_state(two)
             continue
@@ -200,7 +200,7 @@ def test_all_processes_save_together_or_none(main_has_it, processor, tmp_path):
     """Saving is a collective; a process may see the main one's folder earlier or later than that one does."""
     said = []
 
-    class Second(World):
+    class Second(ProcessGroupInfo):
         def mean(self, values, device):
             return [1.0]
 

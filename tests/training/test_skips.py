@@ -19,17 +19,17 @@ def broken_pictures(count: int, every: int):
 
 def test_another_row_stands_in_for_a_broken_picture(model, processor, tmp_path):
     """Batches stay whole, what was left out is counted and named, and the draws are a function of seed and step."""
-    task = Task("pictures", "image-text", broken_pictures(40, 20), 8, max_bad=0.2)
+    task = Task("pictures", "image-text", broken_pictures(40, 20), 8, max_bad_fraction=0.2)
     args = BifocalTrainingArguments(
         output_dir=str(tmp_path), max_steps=10, report_to="none", use_cpu=True, disable_tqdm=True, logging_steps=5
     )
     trainer = MultiTaskTrainer(model, args, [task], processor, 32)
-    batches = [trainer.data_collator([trainer.step_batches[step]]) for step in range(10)]
+    batches = [trainer.data_collator([trainer.joint_batches[step]]) for step in range(10)]
     for batch in batches:
         assert len(batch["images"][0]["pixel_values"]) == 8
         assert len(set(batch["tasks"]["pictures"].rows)) == 8
         assert not {3, 23} & set(batch["tasks"]["pictures"].rows)
-    again = [trainer.data_collator([trainer.step_batches[step]]) for step in range(10)]
+    again = [trainer.data_collator([trainer.joint_batches[step]]) for step in range(10)]
     assert [b["tasks"]["pictures"].rows for b in again] == [b["tasks"]["pictures"].rows for b in batches]
     trainer.train()
     log = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]

@@ -15,7 +15,7 @@ from tests.processes import run_ranks
 
 def task(rows: int, shards: int) -> Task:
     data = Dataset.from_dict({"query": [f"q{n}" for n in range(rows)], "positive": [f"p{n}" for n in range(rows)]})
-    return Task("stream", "text-pair", data.to_iterable_dataset(num_shards=shards), 3, shuffle=7)
+    return Task("stream", "text-pair", data.to_iterable_dataset(num_shards=shards), 3, shuffle_buffer_size=7)
 
 
 @pytest.mark.parametrize("shards", [1, 3, 4])

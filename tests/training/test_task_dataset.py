@@ -15,7 +15,7 @@ from bifocal.data.skips import BadRowsError
 from bifocal.errors import TrainingError
 from bifocal.training.arguments import BifocalTrainingArguments
 from bifocal.training.collator import MultiTaskCollator
-from bifocal.training.joint_batches import StepBatches, StepStream
+from bifocal.training.joint_batches import JointBatchDataset, JointBatchStream
 from bifocal.training.tasks import Task
 from bifocal.training.trainer import MultiTaskTrainer
 from tests.data.files import picture
@@ -82,7 +82,7 @@ SAME = {
 
 def batch(processor, data):
     task = Task("t", "image-text", data, 6)
-    inputs = MultiTaskCollator(processor, 16, 0, exact=False)([StepBatches([task], 2, 0)[1]])
+    inputs = MultiTaskCollator(processor, 16, 0, exact=False)([JointBatchDataset([task], 2, 0)[1]])
     assert inputs is not None
     return inputs
 
@@ -106,7 +106,7 @@ def test_nothing_is_read_before_it_is_used():
             seen.append(row)
             return super().__getitem__(row)
 
-    batches = StepBatches([Task("t", "image-text", Watched(), 6)], 2, 0)
+    batches = JointBatchDataset([Task("t", "image-text", Watched(), 6)], 2, 0)
     assert seen == [0], "one row, for its columns"
     assert batches[1]["tasks"][0][1] == seen[1:]
 
@@ -141,9 +141,9 @@ HOLDERS = {
 
 @pytest.mark.parametrize("holder", HOLDERS)
 def test_bad_rows_are_skipped_and_named(processor, holder):
-    task = Task("t", "image-text", HOLDERS[holder](with_bad_rows()), 4, max_bad=1.0)
+    task = Task("t", "image-text", HOLDERS[holder](with_bad_rows()), 4, max_bad_fraction=1.0)
     collator = MultiTaskCollator(processor, 16, 0, skip=True)
-    steps = (StepStream if task.streams else StepBatches)([task], 12, 0)
+    steps = (JointBatchStream if task.streams else JointBatchDataset)([task], 12, 0)
     steps.decode = collator.pictures.decode
     named: dict[str, str] = {}
     for item in iter(steps) if task.streams else map(steps.__getitem__, range(12)):
@@ -168,13 +168,13 @@ def test_a_decoded_column_with_a_broken_image_trains(model, processor, tmp_path)
         it.train()
         return [entry for entry in it.state.log_history if "loss" in entry][-1]
 
-    assert trained(tmp_path / "some", max_bad=0.05)["skipped/p"] == 1.0
+    assert trained(tmp_path / "some", max_bad_fraction=0.05)["skipped/p"] == 1.0
     (line,) = (tmp_path / "some" / "skipped.jsonl").read_text().splitlines()
     assert json.loads(line)["row"] == "3"
     with pytest.raises(
         BadRowsError, match=r"'p': 4.2% of 24 rows are bad, more than max_bad_fraction=0 allows .1 broken imag"
     ):
-        trained(tmp_path / "none", max_bad=0.0)
+        trained(tmp_path / "none", max_bad_fraction=0.0)
 
 
 def pairs(**columns) -> Dataset:
@@ -206,9 +206,9 @@ def test_a_stream_whose_own_code_fails_says_where():
         yield from ({"query": f"q{n}", "positive": "p"} for n in range(3))
         raise KeyError("column")
 
-    task = Task("t", "text-pair", IterableDataset.from_generator(rows), 2, shuffle=2)
+    task = Task("t", "text-pair", IterableDataset.from_generator(rows), 2, shuffle_buffer_size=2)
     with pytest.raises(TrainingError, match=r"stream of task 't' cannot be read beyond row 2 .*KeyError"):
-        list(StepStream([task], 4, 0))
+        list(JointBatchStream([task], 4, 0))
 
 
 def triplets(counts: list[int]) -> dict:
@@ -224,8 +224,8 @@ def test_rows_with_other_numbers_of_negatives(processor, caplog):
     assert Task("t", "text-triplet", data.select(range(40, 60)), 4).num_negatives == 3, "of the rows that are selected"
     with pytest.raises(TrainingError, match=r"31 of 200 rows have fewer than 3 negatives, .* Set num_negatives=2, or"):
         Task("t", "text-triplet", data, 4, num_negatives=3)
-    three = Task("t", "text-triplet", data, 10, num_negatives=3, max_bad=0.2)
-    inputs = MultiTaskCollator(processor, 16, 0, skip=True)([StepBatches([three], 20, 0)[0]])
+    three = Task("t", "text-triplet", data, 10, num_negatives=3, max_bad_fraction=0.2)
+    inputs = MultiTaskCollator(processor, 16, 0, skip=True)([JointBatchDataset([three], 20, 0)[0]])
     assert inputs["tasks"]["t"].ids["negatives"].shape == (10, 3)
     assert min(inputs["tasks"]["t"].rows) > 30
     assert {skip.cause for skip in inputs["skips"]["t"][1]} == {"too few negatives"}
@@ -234,7 +234,7 @@ def test_rows_with_other_numbers_of_negatives(processor, caplog):
     rows = [dict(zip(triplets([1]), values, strict=True)) for values in zip(*triplets([4, 4, 2]).values(), strict=True)]
     assert Task("t", "text-triplet", rows, 2).num_negatives == 4, "what most of the first rows have"
     for counts in ([0, 0], [0, 2]):
-        with pytest.raises(TrainingError, match=r"no negatives in its rows|Remove them, or raise max_bad"):
+        with pytest.raises(TrainingError, match=r"no negatives in its rows|Remove them, or raise max_bad_fraction"):
             Task("t", "text-triplet", Dataset.from_dict(triplets(counts)), 1)
 
 
@@ -242,6 +242,6 @@ def test_a_base64_string_is_not_printed(processor):
     text = "iVBORw0KGgo" * 200
     task = Task("t", "image-text", [{"image": text, "caption": "star"}] * 2, 2)
     with pytest.raises(TrainingError, match=r"broken image") as caught:
-        MultiTaskCollator(processor, 16, 0, exact=False)([StepBatches([task], 1, 0)[0]])
+        MultiTaskCollator(processor, 16, 0, exact=False)([JointBatchDataset([task], 1, 0)[0]])
     assert len(str(caught.value)) < 300
     assert text[:100] not in str(caught.value)

@@ -4,15 +4,14 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, logsigmoid, normalize
 
-from bifocal.training.losses import tiled_similarity as similarity
-from bifocal.training.losses.info_nce import info_nce, info_nce_plus, matryoshka, sigmoid_loss
+from bifocal.training.losses import info_nce, info_nce_plus, matryoshka, sigmoid_loss, tiled_similarity
 from tests.training.test_losses import Given, unit
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Tiles so small that a few rows fill several, with a cut one at each edge."""
-    monkeypatch.setattr(similarity, "TILE", 5)
+    monkeypatch.setattr(tiled_similarity, "TILE", 5)
 
 
 def ids(count: int, kinds: int, seed: int) -> torch.Tensor:
@@ -43,9 +42,9 @@ def test_tiles_change_neither_value_nor_gradients(kind, masked, tau):
     options = {"label_smoothing": 0.2} if kind.startswith("smoothed") else {}
     kind = {"smoothed": "info_nce", "smoothed_plus": "info_nce_plus"}.get(kind, kind)
     results = []
-    for form in ("plain", "tiled"):
+    for impl in ("plain", "tiled"):
         tensors = inputs(tau)
-        loss = loss_of(kind, tensors, masked, form=form, **options)
+        loss = loss_of(kind, tensors, masked, impl=impl, **options)
         loss.backward()
         results.append([loss.detach(), *(tensor.grad for tensor in tensors)])
     for plain, tiled in zip(*results, strict=True):
@@ -58,63 +57,63 @@ def test_tiles_change_neither_value_nor_gradients(kind, masked, tau):
 def test_in_float32_too():
     a, b = unit(40, 16, dtype=torch.float32), unit(40, 16, seed=1, dtype=torch.float32)
     for tau in (0.07, 0.01):
-        exact = info_nce(a.double(), b.double(), tau, form="plain")
-        assert info_nce(a, b, tau, form="tiled").item() == pytest.approx(exact.item(), rel=1e-5)
+        exact = info_nce(a.double(), b.double(), tau, impl="plain")
+        assert info_nce(a, b, tau, impl="tiled").item() == pytest.approx(exact.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["info_nce", "info_nce_plus", "sigmoid"])
-@pytest.mark.parametrize("form", ["plain", "tiled"])
-def test_gradients_by_finite_differences(kind, form):
+@pytest.mark.parametrize("impl", ["plain", "tiled"])
+def test_gradients_by_finite_differences(kind, impl):
     tensors = [tensor.detach()[:6] if tensor.dim() else tensor.detach() for tensor in inputs(0.2)]
 
     def loss(*given):
         a, b, n, tau = given
         known = torch.tensor([0, 0, 1, 2, 3, 4]), torch.tensor([10, 11, 12, 12, 13, 14])
         if kind == "info_nce":
-            return info_nce(a, b, tau, *known, form=form, label_smoothing=0.1)
+            return info_nce(a, b, tau, *known, impl=impl, label_smoothing=0.1)
         if kind == "sigmoid":
-            return sigmoid_loss(a, b, tau, *known, form=form)
+            return sigmoid_loss(a, b, tau, *known, impl=impl)
         hard = torch.arange(18).view(6, 3)
-        return info_nce_plus(a, b, n, tau, *known, hard, form=form, label_smoothing=0.1)
+        return info_nce_plus(a, b, n, tau, *known, hard, impl=impl, label_smoothing=0.1)
 
     assert torch.autograd.gradcheck(loss, [tensor.clone().requires_grad_() for tensor in tensors])
 
 
 def test_large_batches_are_tiled(monkeypatch):
     a, b = unit(20, 6), unit(20, 6, seed=1)
-    monkeypatch.setattr(similarity, "_tiled_statistics", lambda *_: pytest.fail("tiled"))
+    monkeypatch.setattr(tiled_similarity, "_tiled_logsumexp", lambda *_: pytest.fail("tiled"))
     info_nce(a, b, 0.1)
-    monkeypatch.setattr(similarity, "TILED_FROM", 400)
+    monkeypatch.setattr(tiled_similarity, "TILED_FROM", 400)
     with pytest.raises(pytest.fail.Exception, match="tiled"):
         info_nce(a, b, 0.1)
-    info_nce(a, b, 0.1, form="plain")
+    info_nce(a, b, 0.1, impl="plain")
     with pytest.raises(ValueError, match="'auto', 'plain' or 'tiled', but it is 'fast'"):
-        info_nce(a, b, 0.1, form="fast")
+        info_nce(a, b, 0.1, impl="fast")
 
 
-@pytest.mark.parametrize("form", ["plain", "tiled"])
-def test_label_smoothing_is_that_of_torch(form):
+@pytest.mark.parametrize("impl", ["plain", "tiled"])
+def test_label_smoothing_is_that_of_torch(impl):
     a, b = unit(9, 6), unit(9, 6, seed=1)
     logits, targets = a @ b.T / 0.1, torch.arange(9)
     expected = cross_entropy(logits, targets, label_smoothing=0.1) + cross_entropy(
         logits.T, targets, label_smoothing=0.1
     )
-    torch.testing.assert_close(info_nce(a, b, 0.1, label_smoothing=0.1, form=form), expected)
+    torch.testing.assert_close(info_nce(a, b, 0.1, label_smoothing=0.1, impl=impl), expected)
     n = unit(9, 2, 6, seed=2)
     wide = torch.cat([logits, a @ n.flatten(0, 1).T / 0.1], dim=1)
     expected = cross_entropy(wide, targets, label_smoothing=0.1) + cross_entropy(logits.T, targets, label_smoothing=0.1)
-    torch.testing.assert_close(info_nce_plus(a, b, n, 0.1, label_smoothing=0.1, form=form), expected)
+    torch.testing.assert_close(info_nce_plus(a, b, n, 0.1, label_smoothing=0.1, impl=impl), expected)
 
 
-@pytest.mark.parametrize("form", ["plain", "tiled"])
-def test_sigmoid_by_loops(form):
+@pytest.mark.parametrize("impl", ["plain", "tiled"])
+def test_sigmoid_by_loops(impl):
     a, b = unit(7, 5), unit(7, 5, seed=1)
     expected = 0.0
     for i in range(7):
         for j in range(7):
             z = 1.0 if i == j else -1.0
             expected -= float(logsigmoid(z * (a[i] @ b[j] / 0.1 - 10.0))) / 7
-    assert sigmoid_loss(a, b, 0.1, form=form).item() == pytest.approx(expected, rel=1e-9)
+    assert sigmoid_loss(a, b, 0.1, impl=impl).item() == pytest.approx(expected, rel=1e-9)
 
 
 def test_sigmoid_of_siglip():
@@ -165,8 +164,8 @@ def test_matryoshka_of_sentence_transformers():
     torch.testing.assert_close(ours, theirs(q, p) + theirs(p, q))
 
 
-@pytest.mark.parametrize("form", ["plain", "tiled"])
-def test_against_sentence_transformers_cached_loss(form):
+@pytest.mark.parametrize("impl", ["plain", "tiled"])
+def test_against_sentence_transformers_cached_loss(impl):
     losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
     q, p, n = unit(12, 16), unit(12, 16, seed=1), unit(12, 2, 16, seed=2)
     both = losses.CachedMultipleNegativesRankingLoss(
@@ -174,13 +173,13 @@ def test_against_sentence_transformers_cached_loss(form):
         partition_mode="per_direction",
     )  # fmt: skip
     value = both.calculate_loss([[q], [p]], with_backward=False)
-    torch.testing.assert_close(info_nce(q, p, 0.05, reduction="mean", form=form), value)
+    torch.testing.assert_close(info_nce(q, p, 0.05, reduction="mean", impl=impl), value)
     hard = losses.CachedMultipleNegativesRankingLoss(Given(), scale=20.0, mini_batch_size=5)
     there = hard.calculate_loss([[q], [p], *([n[:, k]] for k in range(2))], with_backward=False)
     back = losses.CachedMultipleNegativesRankingLoss(Given(), scale=20.0).calculate_loss(
         [[p], [q]], with_backward=False
     )
-    torch.testing.assert_close(info_nce_plus(q, p, n, 0.05, form=form), there + back)
+    torch.testing.assert_close(info_nce_plus(q, p, n, 0.05, impl=impl), there + back)
 
 
 def test_a_candidate_that_is_the_query_is_no_negative():

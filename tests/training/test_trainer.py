@@ -12,9 +12,9 @@ from bifocal.errors import TrainingError
 from bifocal.hub.export import export_model
 from bifocal.modeling import BifocalModel
 from bifocal.training.arguments import BifocalTrainingArguments
-from bifocal.training.callbacks.bookkeeping import Stopwatch, seconds_of
+from bifocal.training.callbacks.stopwatch import Stopwatch, training_seconds
 from bifocal.training.checkpoints import last_complete_checkpoint
-from bifocal.training.losses.info_nce import info_nce, info_nce_plus
+from bifocal.training.losses import info_nce, info_nce_plus
 from bifocal.training.tasks import Task
 from bifocal.training.trainer import MultiTaskTrainer
 from tests.conftest import TEXTS, small_config
@@ -116,7 +116,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(tmp_path, processor):
     losses = [[entry["loss"] for entry in it.state.log_history if "loss" in entry] for it in (whole, second)]
     assert losses[0] == losses[1], "also of the steps before the checkpoint that were not logged yet"
     stored = json.loads((checkpoint / "trainer_state.json").read_text())["stateful_callbacks"]["Stopwatch"]
-    assert seconds_of(second) > stored["args"]["seconds"] > 0, "of both runs"
+    assert training_seconds(second) > stored["args"]["seconds"] > 0, "of both runs"
 
 
 def test_checkpoints_load_as_models(tmp_path, processor):
@@ -153,7 +153,9 @@ def test_wrong_set_ups(tmp_path, processor):
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
     model = BifocalModel(small_config())
     stream = Task("stream", "image-text", pictures().dataset.to_iterable_dataset(), 4)
-    with pytest.raises(ValueError, match="no length, since task 'stream' streams; set max_steps, or rows of the task"):
+    with pytest.raises(
+        ValueError, match="no length, since task 'stream' streams; set max_steps, or num_rows of the task"
+    ):
         MultiTaskTrainer(model, arguments, [stream], processor, 32)
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", max_steps=1)
     pairs = texts("text-pair")

@@ -138,7 +138,7 @@ def test_evaluating_does_not_change_the_run(tmp_path, processor, decay):
 
 
 def test_frozen_towers_stay(tmp_path, processor):
-    it = trainer(tmp_path, processor, freeze_image_layers=-1, freeze_text_layers=1)
+    it = trainer(tmp_path, processor, freeze_image_tower=True, freeze_text_layers=1)
     before = {name: value.clone() for name, value in it.model.state_dict().items()}
     it.train()
     for name, value in it.model.state_dict().items():
@@ -151,7 +151,7 @@ def test_accumulation_says_what_it_does(tmp_path, processor, caplog):
     assert "negatives come from their own batch only" in caplog.text
     it.train()
     assert it.state.global_step == 3
-    assert len(it.step_batches) == 6
+    assert len(it.joint_batches) == 6
 
 
 @pytest.mark.parametrize("scheme", ["plain", "streaming"])
@@ -201,7 +201,7 @@ def test_sigmoid_needs_a_bias(tmp_path, processor):
 
 def test_streams_beside_others_must_say_their_rows(tmp_path, processor):
     data = Dataset.from_dict({"query": ["a"] * 6, "positive": ["b"] * 6}).to_iterable_dataset()
-    with pytest.raises(ValueError, match="'same' streams beside others of its sort; say how many rows"):
+    with pytest.raises(ValueError, match="'same' streams beside others of its modality; set num_rows"):
         trainer(tmp_path, processor, tasks=[*tasks(2, "text-pair"), Task("same", "text-pair", data, 3)])
     with pytest.raises(ValueError, match="evaluation task 'same' streams"):
         trainer(tmp_path, processor, eval_tasks=[Task("same", "text-pair", data, 3)])

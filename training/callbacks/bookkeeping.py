@@ -1,11 +1,10 @@
-"""Trainer callbacks: what happens in each step, the time a stage took over all its runs, one quiet progress bar."""
+"""What `MultiTaskTrainer` does in each step, and the order of its callbacks."""
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
 from transformers import EarlyStoppingCallback
-from transformers.trainer_callback import ExportableState, ProgressCallback, TrainerCallback
+from transformers.trainer_callback import TrainerCallback
 
 from bifocal.training.callbacks.epochs import EpochEnds
 from bifocal.training.engine.joint_forward import clamp_logit_scale
@@ -22,8 +21,8 @@ class Bookkeeping(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.order_callbacks()  # callbacks that are restored from a checkpoint come last
-        self.trainer.meters.seen = 0
+        self.trainer.order_callbacks()  # those restored from a checkpoint come last
+        self.trainer.training_metrics.seen = 0
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         clamp_logit_scale(model)
@@ -32,15 +31,15 @@ class Bookkeeping(TrainerCallback):
         self.trainer.commit_positions()
         if self.trainer.steps_per_epoch is not None:
             state.epoch = state.global_step / self.trainer.steps_per_epoch
-        if self.trainer.average is not None:
-            self.trainer.average.update()
+        if self.trainer.ema is not None:
+            self.trainer.ema.update()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.keep_average()
+        self.trainer.finish_ema()
 
 
 def in_order(callbacks: Sequence[TrainerCallback]) -> list[TrainerCallback]:
-    """Callbacks in the order in which they must run, whatever order they were given in.
+    """Return callbacks in the order in which they must run.
 
     Those that add metrics (`adds_metrics = True`) run before those that read them, and early stopping after all that
     may add some; otherwise it would find no metric and never stop.
@@ -56,46 +55,3 @@ def in_order(callbacks: Sequence[TrainerCallback]) -> list[TrainerCallback]:
         return 1 if getattr(callback, "adds_metrics", False) else 2
 
     return sorted(callbacks, key=rank)
-
-
-class Stopwatch(TrainerCallback, ExportableState):
-    """Seconds spent in training, carried over from checkpoint to checkpoint."""
-
-    def __init__(self, seconds: float = 0.0) -> None:
-        self._before = seconds
-        self._started: float | None = None
-
-    @property
-    def seconds(self) -> float:
-        return self._before + (0.0 if self._started is None else time.monotonic() - self._started)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._started = time.monotonic()
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._before, self._started = self.seconds, None
-
-    def state(self) -> dict[str, Any]:
-        return {"args": {"seconds": self.seconds}, "attributes": {}}
-
-
-def seconds_of(trainer: Any) -> float:
-    """The seconds of a trainer's `Stopwatch`; a resumed trainer has another one than it was given."""
-    return next(c.seconds for c in trainer.callback_handler.callbacks if isinstance(c, Stopwatch))
-
-
-class StageProgress(ProgressCallback):
-    """The Trainer's progress bar with a name and the latest loss at its end instead of a line for every log."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.name = name
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
-        if self.training_bar is not None:
-            self.training_bar.set_description(self.name)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if self.training_bar is not None and logs and "loss" in logs:
-            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")

@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights (EMA), and the weights that it is made of in a checkpoint."""
+"""An exponential moving average (EMA) of the weights, and the raw weights in a checkpoint."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,11 +14,11 @@ from bifocal.errors import TrainingError
 RAW_WEIGHTS = "raw_weights.safetensors"
 
 
-class WeightAverage:
-    """average <- decay * average + (1 - decay) * weights after every step.
+class EMA:
+    """Exponential moving average of the weights: average <- decay * average + (1 - decay) * weights after every step.
 
     Args:
-        model: whose trained parameters are averaged, starting from their present values.
+        model: its trained parameters are averaged, starting from their current values.
         decay: 0.999 looks back over about a thousand steps.
     """
 
@@ -30,8 +30,8 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        now = [parameter.detach() for parameter in self.parameters.values()]
-        torch._foreach_lerp_(list(self.weights.values()), now, 1.0 - self.decay)
+        current = [parameter.detach() for parameter in self.parameters.values()]
+        torch._foreach_lerp_(list(self.weights.values()), current, 1.0 - self.decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -58,7 +58,7 @@ class WeightAverage:
         )
 
     def load_raw(self, folder: Path) -> None:
-        """Give the model, which holds a checkpoint's average, the weights to resume from.
+        """Load the weights to resume from into a model that holds a checkpoint's average.
 
         Raises:
             TrainingError: if the checkpoint was made without an average.

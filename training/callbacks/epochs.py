@@ -14,16 +14,16 @@ def steps_per_epoch(tasks: Sequence[Task], processes: int, accumulation: int) ->
     """Optimiser steps of an epoch; None where a task streams without saying how many rows it has.
 
     An epoch has as many batches as the rows of the image-text tasks fill, or those of the text tasks, whichever are
-    more. So a task that is the only one of its sort is passed through once (or more often, if the other sort has more
-    rows); weights change which task's rows are drawn more often than others', not the length.
+    more. So a task that is the only one of its modality is passed through once (or more often, if the other has more
+    rows); sampling weights change which task's rows are drawn more often than others', not the length.
     """
     batches = {"image": 0, "text": 0}
     for task in tasks:
-        rows = task.rows if task.streams else len(task.dataset)
+        rows = task.num_rows if task.streams else len(task.dataset)
         if rows is None:
             return None
-        if task.weight > 0:
-            batches[task.sort] += max(1, rows // (task.batch_size * processes))
+        if task.sampling_weight > 0:
+            batches[task.modality] += max(1, rows // (task.batch_size * processes))
     return -(-max(batches.values()) // accumulation)
 
 
@@ -35,15 +35,15 @@ def set_steps(args: Any, steps: int | None, tasks: Sequence[Task]) -> None:
     """
     strategies = [n for n in ("eval_strategy", "save_strategy", "logging_strategy") if getattr(args, n) == "epoch"]
     if steps is None:
-        name = next(task.name for task in tasks if task.streams and task.rows is None)
+        name = next(task.name for task in tasks if task.streams and task.num_rows is None)
         if args.max_steps <= 0:
             raise TrainingError(
-                f"An epoch has no length, since task '{name}' streams; set max_steps, or rows of the task."
+                f"An epoch has no length, since task '{name}' streams; set max_steps, or num_rows of the task."
             )
         if strategies:
             raise TrainingError(
-                f"{strategies[0]}='epoch' has no meaning, since task '{name}' streams; use 'steps', or set rows of the "
-                "task."
+                f"{strategies[0]}='epoch' has no meaning, since task '{name}' streams; use 'steps', or set num_rows of "
+                "the task."
             )
     elif args.max_steps <= 0:
         args.max_steps = math.ceil(args.num_train_epochs * steps)

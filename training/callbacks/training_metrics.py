@@ -1,4 +1,4 @@
-"""What a run tells of itself beside its loss: each task's loss and accuracy, throughput, padding, waiting for data."""
+"""Training metrics besides the loss: each task's loss and accuracy, throughput, padding, waiting for data."""
 
 import time
 from collections import Counter
@@ -11,21 +11,21 @@ import torch
 from torch import nn
 
 from bifocal.data.skips import SkipLog
-from bifocal.training.collator import StepInputs
-from bifocal.training.engine.distributed import World
+from bifocal.training.collator import JointBatch
+from bifocal.training.engine.distributed import ProcessGroupInfo
 from bifocal.training.param_groups import tower_of
 from bifocal.training.tasks import Task
 
 
-class Meters:
-    """Sums since the last log, and what was left out since the start. Times are not kept in checkpoints, the rest is.
+class TrainingMetrics:
+    """Sums since the last log, and rows skipped since the start. Checkpoints keep all but the times.
 
     Args:
-        tasks: by name, for the share of bad rows that each may have.
-        log: file that names rows left out.
+        tasks: by name, for the share of bad rows allowed in each.
+        log: file that names the skipped rows.
     """
 
-    def __init__(self, world: World, tasks: Mapping[str, Task], log: Path | None = None) -> None:
+    def __init__(self, world: ProcessGroupInfo, tasks: Mapping[str, Task], log: Path | None = None) -> None:
         self.world = world
         self.tasks = tasks
         self.skipped = SkipLog(log)
@@ -37,7 +37,7 @@ class Meters:
         self._restart()
 
     def _restart(self) -> None:
-        self.samples = self.tokens = self.places = 0
+        self.samples = self.tokens = self.positions = 0
         self.waited = 0.0
         self.started = time.monotonic()
 
@@ -50,39 +50,39 @@ class Meters:
         finally:
             self.waited += time.monotonic() - before
 
-    def add(self, loss: torch.Tensor, results: dict[str, Any], inputs: StepInputs) -> None:
+    def add(self, loss: torch.Tensor, results: dict[str, Any], batch: JointBatch) -> None:
         self.totals.append(loss.item())
         for name, result in results.items():
             self.losses.setdefault(name, []).append(result.loss.item())
             self.accuracies.setdefault(name, []).append(result.accuracy.item())
-        rows = sum(len(columns.rows) for columns in inputs["tasks"].values())
+        rows = sum(len(task_batch.rows) for task_batch in batch["tasks"].values())
         self.samples += rows
         self.seen += rows
-        for bucket in inputs["texts"]:
+        for bucket in batch["texts"]:
             mask = bucket.get("attention_mask")  # without one, the model attends to the padding as to any token
             self.tokens += bucket["input_ids"].numel() if mask is None else int(mask.sum())
-            self.places += bucket["input_ids"].numel()
-        for name, (rows, skips, shards) in inputs["skips"].items():
+            self.positions += bucket["input_ids"].numel()
+        for name, (rows, skips, shards) in batch["skips"].items():
             self.skipped.add(name, rows, skips, shards)
             task = self.tasks[name]
-            few = not task.streams and self.skipped.rows[name] >= len(task.dataset)
-            self.skipped.check(name, task.max_bad, ended=few)
+            is_whole = not task.streams and self.skipped.rows[name] >= len(task.dataset)
+            self.skipped.check(name, task.max_bad_fraction, ended=is_whole)
 
     def take(self, device: torch.device, accumulated: int) -> dict[str, float]:
-        """The figures since the last call, averaged (or for throughput added) over the processes; then start again."""
+        """Return the metrics since the last call, averaged (throughput: added) over the processes, and start again."""
         seconds = max(time.monotonic() - self.started, 1e-9)
         logs = {f"grad_norm/{tower}": norm for tower, norm in self.norms.items()}
         if self.totals:
             # In place of the Trainer's sum, which a checkpoint between two logs would lose.
             logs["loss"] = accumulated * sum(self.totals) / len(self.totals)
         for kind, values in (("loss", self.losses), ("accuracy", self.accuracies)):
-            logs |= {f"{kind}/{name}": sum(found) / len(found) for name, found in values.items() if found}
-        if self.places:
-            logs["padding"] = 1.0 - self.tokens / self.places
+            logs |= {f"{kind}/{name}": sum(numbers) / len(numbers) for name, numbers in values.items() if numbers}
+        if self.positions:
+            logs["padding"] = 1.0 - self.tokens / self.positions
         logs |= {"data_wait": self.waited / seconds}
         for name in self.tasks:
-            left_out = [c.get(name, Counter()).total() for c in (self.skipped.bad, self.skipped.filtered)]
-            logs |= {f"skipped/{name}": float(sum(left_out))} if name in self.skipped.rows else {}
+            skipped = [c.get(name, Counter()).total() for c in (self.skipped.bad, self.skipped.filtered)]
+            logs |= {f"skipped/{name}": float(sum(skipped))} if name in self.skipped.rows else {}
         names = sorted(logs)
         logs = dict(zip(names, self.world.mean([logs[name] for name in names], device), strict=True))
         rates = self.world.mean([self.samples / seconds, self.tokens / seconds], device)

@@ -1,4 +1,4 @@
-"""`auto_chunk`: how many rows of each tower may be embedded at once."""
+"""`auto_find_chunk_size`: how many texts and images fit into memory in one forward pass."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -24,22 +24,22 @@ def find_chunk_sizes(
     it grows with the rows. Nothing is risked: no attempt runs out of memory.
 
     Returns:
-        Texts and images, each at most the largest batch of its sort.
+        Texts and images, each at most the largest batch of its modality.
     """
     largest = {"text": 1, "image": 1}
     for task in tasks:
         texts_of_row = {"image-text": 1, "text-pair": 2, "text-triplet": 2 + (task.num_negatives or 0)}[task.kind]
         largest["text"] = max(largest["text"], texts_of_row * task.batch_size)
-        if task.sort == "image":
+        if task.modality == "image":
             largest["image"] = max(largest["image"], task.batch_size)
     device = next(model.parameters()).device
     free = _free_memory(device) - 3 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     per_row = dict(zip(largest, kept_per_row(model, max_length, processor, args), strict=True))
     sizes = {}
-    for sort, most in largest.items():
-        affordable = max(1, int(_SHARE * free / 2 / max(1, per_row[sort])))
+    for modality, most in largest.items():
+        affordable = max(1, int(_SHARE * free / 2 / max(1, per_row[modality])))
         # A power of two, or the whole batch.
-        sizes[sort] = most if affordable >= most else 2 ** (affordable.bit_length() - 1)
+        sizes[modality] = most if affordable >= most else 2 ** (affordable.bit_length() - 1)
     return sizes["text"], sizes["image"]
 
 
@@ -81,12 +81,11 @@ def _kept_for_backward(model: nn.Module, texts: list[Any], images: list[Any], ar
         return tensor
 
     half = torch.bfloat16 if args.bf16 else torch.float16
-    random_state = torch.get_rng_state()
     with (
+        torch.random.fork_rng(),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         torch.autocast(next(model.parameters()).device.type, dtype=half, enabled=args.bf16 or args.fp16),
     ):
         outputs = embed(model, texts, images)
     del outputs
-    torch.set_rng_state(random_state)
     return sum(kept.values())

@@ -1,4 +1,4 @@
-"""Gathering embeddings of all processes so that every process sees every candidate, gradients included."""
+"""The processes that train together, and gathering their embeddings with gradients."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,63 +6,45 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.nn.functional import all_gather
 
 from bifocal.errors import BifocalError
 
 
-class _GatherRows(torch.autograd.Function):
-    """All processes' rows; backward, each process gets the sum of what all processes want of its rows.
-
-    torch.distributed.nn has such a function, but its backward pass needs collectives that gloo (CPU) lacks.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor) -> torch.Tensor:
-        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, rows.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        gradient = gradient.contiguous().clone()
-        dist.all_reduce(gradient)
-        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
-
-
 @dataclass(frozen=True)
-class World:
-    """The processes that train together.
+class ProcessGroupInfo:
+    """Rank and number of the processes that train together.
 
-    A loss that each process takes the mean of over its own rows, with gradients averaged over the processes (as DDP
-    and FSDP do), is the loss of the joint batch.
+    Each process takes the mean of a loss over its own rows. With gradients averaged over the processes, as DDP and FSDP
+    do, that is the loss of the joint batch.
     """
 
     rank: int = 0
     size: int = 1
 
     @classmethod
-    def current(cls) -> "World":
+    def current(cls) -> "ProcessGroupInfo":
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size())
         return cls()
 
     @property
     def is_main(self) -> bool:
-        """Whether this process is the one that speaks for all."""
+        """Whether this process logs and writes for all."""
         return self.rank == 0
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
-        """(N, ...) of this process to (size * N, ...) of all, in the order of their ranks; N is the same everywhere."""
+        """Return the rows of all processes in the order of their ranks: (N, ...) to (size * N, ...).
+
+        N is the same on every process. In the backward pass, each process gets the sum of the gradients that all
+        processes have for its rows.
+        """
         if self.size == 1:
             return rows
-        if rows.requires_grad:
-            return _GatherRows.apply(rows)
-        parts = [torch.empty_like(rows) for _ in range(self.size)]
-        dist.all_gather(parts, rows.contiguous())
-        return torch.cat(parts)
+        return torch.cat(all_gather(rows.contiguous()))
 
     def mean(self, values: list[float], device: torch.device) -> list[float]:
-        """The mean of each number over the processes."""
+        """Return the mean of each number over the processes."""
         if self.size == 1 or not values:
             return values
         numbers = torch.tensor(values, dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
@@ -70,7 +52,7 @@ class World:
         return (numbers / self.size).tolist()
 
     def smallest(self, values: Sequence[int], device: torch.device) -> list[int]:
-        """The smallest of each number over the processes."""
+        """Return the smallest of each number over the processes."""
         if self.size == 1:
             return list(values)
         numbers = torch.tensor(values, device=device)

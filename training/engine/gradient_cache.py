@@ -1,19 +1,23 @@
 """Batches larger than memory (GradCache, arXiv 2101.06983), for both towers and any number of processes.
 
-Embed all chunks without a graph; take the loss and its gradients with respect to the embeddings; embed each chunk once
-more with a graph and pass its part of those gradients on. The result is that of the direct step, with one chunk's
-activations in memory. Random states are kept and set again, so that dropout and patch dropout draw the same twice.
+Three phases: `forward_no_grad` embeds all chunks without a graph; `build_cache` computes the loss and its gradients
+with respect to the embeddings; `forward_backward` embeds each chunk again with a graph and passes on its part of the
+gradients. The result is that of the direct step, with the activations of one chunk in memory. Random states are
+restored, so that dropout and patch dropout draw the same in both passes.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import get_device_states, set_device_states
 
 Inputs = dict[str, torch.Tensor]
 Chunk = tuple[list[Inputs], list[Inputs]]
+Embeddings = dict[str, torch.Tensor]
+Forward = Callable[[list[Inputs], list[Inputs]], Embeddings]
+
+_BY_ROW = ("texts", "images")  # outputs with one row per text or image; the others are scalars
 
 
 def into_chunks(
@@ -23,11 +27,12 @@ def into_chunks(
     image_rows: int | None,
     both_last: bool = False,
 ) -> list[Chunk]:
-    """Parts of at most so many rows, each for one forward pass: (texts, images).
+    """Return chunks for one forward pass each: (texts, images).
 
     Args:
-        both_last: the last part holds texts and images if there are both. DDP needs that, which sends the gradients of
-            one pass in which all parameters take part; elsewhere it only costs memory.
+        text_rows, image_rows: most rows of a chunk; None does not cut.
+        both_last: the last chunk holds texts and images if there are both. DDP needs it: it sends the gradients of one
+            pass, in which all parameters must take part. Otherwise it only costs memory.
     """
     text_parts = [{k: v[s] for k, v in part.items()} for part in texts for s in _slices(part, text_rows)]
     image_parts = [{k: v[s] for k, v in part.items()} for part in images for s in _slices(part, image_rows)]
@@ -46,8 +51,8 @@ def _slices(part: Inputs, rows: int | None) -> list[slice]:
 
 def cached_step(
     chunks: Sequence[Chunk],
-    forward: Callable[[list[Inputs], list[Inputs]], dict[str, torch.Tensor]],
-    objective: Callable[[dict[str, torch.Tensor]], torch.Tensor],
+    forward: Forward,
+    loss_of: Callable[[Embeddings], torch.Tensor],
     backward: Callable[[torch.Tensor], Any],
     no_sync: Callable[[], AbstractContextManager],
 ) -> torch.Tensor:
@@ -56,67 +61,89 @@ def cached_step(
     Args:
         chunks: from `into_chunks`.
         forward: embeds a chunk: `texts`, `images` and the scalars `scale` and `bias`.
-        objective: the loss of all embeddings.
+        loss_of: the loss of all embeddings.
         backward: starts a backward pass from a scalar.
-        no_sync: a context in which processes keep their gradients to themselves; all but the last pass run in it.
+        no_sync: a context in which processes keep their gradients to themselves; all passes but the last run in it.
 
     Returns:
         The loss, without a graph.
     """
-    states, parts = [], []
-    with torch.no_grad():
-        for texts, images in chunks:
-            states.append(_RandomState())
-            parts.append(forward(texts, images))
-    names = {name for part in parts for name in part}
-    leaves = {
-        name: (
-            torch.cat([part[name] for part in parts if name in part]) if name in ("texts", "images") else parts[0][name]
-        )
-        .detach()
-        .requires_grad_()
-        for name in sorted(names)
-    }
+    outputs, random_states = forward_no_grad(chunks, forward)
+    loss, cache = build_cache(outputs, loss_of)
+    forward_backward(chunks, forward, cache, random_states, backward, no_sync)
+    return loss
+
+
+@torch.no_grad()
+def forward_no_grad(chunks: Sequence[Chunk], forward: Forward) -> tuple[list[Embeddings], list["RandomState"]]:
+    """Return the outputs of each chunk, without a graph, and the random state before each."""
+    outputs, random_states = [], []
+    for texts, images in chunks:
+        random_states.append(RandomState())
+        outputs.append(forward(texts, images))
+    return outputs, random_states
+
+
+def build_cache(
+    outputs: Sequence[Embeddings], loss_of: Callable[[Embeddings], torch.Tensor]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
+    """Return the loss of all chunks together and its gradients with respect to the embeddings, `scale` and `bias`."""
+    leaves = {}
+    for name in sorted({name for output in outputs for name in output}):
+        values = [output[name] for output in outputs if name in output]
+        leaves[name] = (torch.cat(values) if name in _BY_ROW else values[0]).detach().requires_grad_()
     with torch.enable_grad():
-        loss = objective(leaves)
+        loss = loss_of(leaves)
         loss.backward()
-    used = {"texts": 0, "images": 0}
-    for number, ((texts, images), state) in enumerate(zip(chunks, states, strict=True)):
-        last = number == len(chunks) - 1
-        with _nothing() if last else no_sync(), state.again():
-            again = forward(texts, images)
-            # Its gradient with respect to the embeddings is the cached one.
-            surrogate = torch.zeros((), device=loss.device)
-            for name, value in again.items():
-                gradient = leaves[name].grad
-                if name in used:
-                    start = used[name]
-                    used[name] = start + len(value)
+    return loss.detach(), {name: leaf.grad for name, leaf in leaves.items()}
+
+
+def forward_backward(
+    chunks: Sequence[Chunk],
+    forward: Forward,
+    cache: dict[str, torch.Tensor | None],
+    random_states: Sequence["RandomState"],
+    backward: Callable[[torch.Tensor], Any],
+    no_sync: Callable[[], AbstractContextManager],
+) -> None:
+    """Embed each chunk again, with a graph, and pass its part of the cached gradients on to the parameters."""
+    starts = dict.fromkeys(_BY_ROW, 0)
+    for number, ((texts, images), random_state) in enumerate(zip(chunks, random_states, strict=True)):
+        is_last = number == len(chunks) - 1
+        with nullcontext() if is_last else no_sync():
+            random_state.restore()
+            outputs = forward(texts, images)
+            # A scalar whose gradient with respect to the embeddings is the cached one.
+            surrogate = next(iter(outputs.values())).new_zeros(())
+            for name, value in outputs.items():
+                gradient = cache[name]
+                if name in _BY_ROW:
+                    start, starts[name] = starts[name], starts[name] + len(value)
                     if gradient is not None:
-                        surrogate = surrogate + (value * gradient[start : used[name]]).sum()
-                elif last and gradient is not None:  # temperature and bias, once
+                        surrogate = surrogate + (value * gradient[start : starts[name]]).sum()
+                elif is_last and gradient is not None:  # temperature and bias, once
                     surrogate = surrogate + value * gradient
             backward(surrogate)
-    return loss.detach()
 
 
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
+class RandomState:
+    """The state of the random generators of the CPU and of the accelerator in use.
 
-
-class _RandomState:
-    """The random generators as they are now, of the CPU and of the accelerator in use."""
+    `torch.random.fork_rng` only brings back the state in which it was entered; a chunk needs that of an earlier pass.
+    """
 
     def __init__(self) -> None:
         self.cpu = torch.get_rng_state()
-        self.devices: tuple[list[int], list[torch.Tensor]] = ([], [])
-        if torch.cuda.is_available():
-            self.devices = get_device_states(torch.empty(0, device="cuda"))
+        self.accelerator: torch.Tensor | None = None
+        if torch.accelerator.is_available():
+            self.accelerator = _accelerator_module().get_rng_state()
 
-    @contextmanager
-    def again(self) -> Iterator[None]:
-        """Draw within as was drawn after this state was taken."""
+    def restore(self) -> None:
+        """Make the following random draws those that followed this state."""
         torch.set_rng_state(self.cpu)
-        set_device_states(*self.devices)
-        yield
+        if self.accelerator is not None:
+            _accelerator_module().set_rng_state(self.accelerator)
+
+
+def _accelerator_module() -> Any:
+    return torch.get_device_module(torch.accelerator.current_accelerator())

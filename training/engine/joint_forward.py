@@ -1,7 +1,7 @@
 """One forward pass over everything a step embeds, through whatever a model is wrapped in.
 
-DDP, FSDP and accelerate's mixed precision work through a model's `forward`, called once before a backward pass. So the
-trainer gives a dual encoder a `forward` that also takes a step's inputs and calls the two methods itself.
+DDP, FSDP and accelerate's mixed precision work through a model's `forward`, called once before a backward pass. So
+`joint_forward` gives a dual encoder a `forward` that also takes a step's inputs and calls both towers.
 """
 
 import math
@@ -20,7 +20,7 @@ Inputs = dict[str, torch.Tensor]
 
 
 def embed(model: nn.Module, texts: Sequence[Inputs], images: Sequence[Inputs]) -> dict[str, torch.Tensor]:
-    """Unit vectors of texts and images, and what the image-text loss needs of the model.
+    """Return unit vectors of texts and images, and the temperature and bias of the image-text loss.
 
     Args:
         model: with `get_text_features` and `get_image_features`, as Bifocal and transformers' CLIP and SigLIP have.
@@ -39,7 +39,7 @@ def embed(model: nn.Module, texts: Sequence[Inputs], images: Sequence[Inputs]) -
 
 
 def logit_scale_bounds(model: Any) -> tuple[float, float] | None:
-    """Smallest and largest ln(1 / tau) of a dual encoder; None if it has no bounds.
+    """Return the smallest and largest ln(1 / tau) of a dual encoder; None if it has no bounds.
 
     Bifocal's maximum is in its config. CLIP cuts at 100 while it trains; SigLIP, which learns a bias, never does.
     """
@@ -51,9 +51,9 @@ def logit_scale_bounds(model: Any) -> tuple[float, float] | None:
 
 @torch.no_grad()
 def clamp_logit_scale(model: Any) -> None:
-    """Bring the parameter itself between its bounds, where the clamp of the forward pass lets a gradient through.
+    """Clamp the parameter itself, so that the clamp of the forward pass lets a gradient through.
 
-    The bounds are the very numbers of the forward pass, since a last digit beyond them the gradient is zero for ever.
+    The bounds are exactly those of the forward pass: a parameter beyond them would never get a gradient again.
     """
     scale, bounds = getattr(model, "logit_scale", None), logit_scale_bounds(model)
     if scale is not None and scale.requires_grad and bounds is not None:
@@ -61,17 +61,17 @@ def clamp_logit_scale(model: Any) -> None:
 
 
 def temperature_of(model: Any) -> dict[str, torch.Tensor]:
-    """`scale` and `bias` of a dual encoder, each if it has one."""
-    found = {}
+    """Return `scale` and `bias` of a dual encoder, each if it has one."""
+    scalars = {}
     scale, bounds = getattr(model, "logit_scale", None), logit_scale_bounds(model)
     if hasattr(model, "get_logit_scale"):
-        found["scale"] = model.get_logit_scale()
+        scalars["scale"] = model.get_logit_scale()
     elif scale is not None:
-        found["scale"] = (scale if bounds is None else scale.clamp(*bounds)).exp().reshape(())
+        scalars["scale"] = (scale if bounds is None else scale.clamp(*bounds)).exp().reshape(())
     bias = getattr(model, "logit_bias", None)
     if bias is not None:
-        found["bias"] = bias.reshape(())
-    return found
+        scalars["bias"] = bias.reshape(())
+    return scalars
 
 
 def _pooled(output: Any) -> torch.Tensor:
@@ -83,7 +83,9 @@ def require_dual_encoder(model: Any, processor: Any, tasks: Sequence[Task]) -> N
     Raises:
         TrainingError: if the model cannot embed what the tasks hold, or nothing prepares its inputs.
     """
-    methods = ["get_text_features", *(["get_image_features"] if any(task.sort == "image" for task in tasks) else [])]
+    methods = ["get_text_features"]
+    if any(task.modality == "image" for task in tasks):
+        methods.append("get_image_features")
     missing = next((method for method in methods if not callable(getattr(model, method, None))), None)
     if missing is not None:
         raise TrainingError(
@@ -98,7 +100,7 @@ def require_dual_encoder(model: Any, processor: Any, tasks: Sequence[Task]) -> N
 
 @contextmanager
 def joint_forward(model: Any) -> Iterator[None]:
-    """Within, `model(step_texts=..., step_images=...)` is `embed`; every other call goes on as before."""
+    """Within, `model(step_texts=..., step_images=...)` is `embed`; other calls stay as they are."""
     before: Callable[..., Any] | None = vars(model).get("forward")
     original = model.forward
 

@@ -7,115 +7,131 @@ from typing import Any
 import torch
 
 from bifocal.errors import TrainingError
-from bifocal.training.collator import Columns, StepInputs
-from bifocal.training.engine.distributed import World
-from bifocal.training.losses.info_nce import info_nce, info_nce_plus, matryoshka, sigmoid_loss
-from bifocal.training.losses.tiled_similarity import Exclusions
+from bifocal.training.collator import JointBatch
+from bifocal.training.engine.distributed import ProcessGroupInfo
+from bifocal.training.losses.info_nce import info_nce, info_nce_plus
+from bifocal.training.losses.matryoshka import matryoshka
+from bifocal.training.losses.sigmoid import sigmoid_loss
+from bifocal.training.losses.tiled_similarity import FalseNegativeMask
 from bifocal.training.tasks import TEXT_TEMPERATURE, Task
 
-_RATED = 1024  # rows of a batch that the in-batch accuracy looks at
+ACCURACY_ROWS = 1024  # rows of a batch that the in-batch accuracy is computed on
 
 
 @dataclass
 class TaskResult:
-    """
+    """Loss and accuracy of a task in one step.
+
     Args:
         loss: scalar, before the task's weight.
-        accuracy: share of the rows whose partner is the most similar of this process's candidates, hard negatives
-            among them, excluded pairs not.
+        accuracy: share of the rows whose positive is the most similar of this process's candidates, hard negatives
+            included, excluded pairs not.
     """
 
     loss: torch.Tensor
     accuracy: torch.Tensor
 
 
-class Objective:
-    """Sum over the tasks of loss_weight * loss.
+class MultiTaskLoss:
+    """The joint loss of a step, such as L1 = L_nce(text pairs) + L_nce(short captions).
 
     Args:
         tasks: by name.
         world: candidates come from all its processes.
-        form: of the losses, "auto", "plain" or "tiled".
+        impl: of the losses, "auto", "plain" or "tiled".
         reduction: "sum" (the paper) or "mean" of the two directions.
     """
 
     def __init__(
-        self, tasks: dict[str, Task], world: World = World(), form: str = "auto", reduction: str = "sum"
+        self,
+        tasks: dict[str, Task],
+        world: ProcessGroupInfo = ProcessGroupInfo(),
+        impl: str = "auto",
+        reduction: str = "sum",
     ) -> None:
-        self.tasks, self.world, self.form, self.reduction = tasks, world, form, reduction
+        self.tasks, self.world, self.impl, self.reduction = tasks, world, impl, reduction
 
     def __call__(
-        self, embedded: dict[str, torch.Tensor], inputs: StepInputs
+        self, embeddings: dict[str, torch.Tensor], batch: JointBatch
     ) -> tuple[torch.Tensor, dict[str, TaskResult]]:
-        """
+        """Return the sum of loss_weight * loss over the tasks of a batch, and the result of each task.
+
         Args:
-            embedded: of all texts (in the sorted order of the inputs) and images, with `scale` and `bias`.
+            embeddings: of all texts (in the sorted order of the batch) and images, with `scale` and `bias`.
         """
-        if "texts" in embedded:
-            embedded = {**embedded, "texts": embedded["texts"][inputs["order"]]}
-        total = torch.zeros((), device=inputs["order"].device)
+        texts = embeddings["texts"][batch["order"]] if "texts" in embeddings else None
+        images = embeddings.get("images")
+        total = torch.zeros((), device=batch["order"].device)
         results = {}
-        for name, columns in inputs["tasks"].items():
-            task = self.tasks[name]
-            sides = {
-                column: embedded["images" if column == "image" else "texts"][first:last]
-                for column, (first, last) in columns.spans.items()
+        for name, task_batch in batch["tasks"].items():
+            columns = {
+                column: (images if column == "image" else texts)[first:last]  # type: ignore[index]
+                for column, (first, last) in task_batch.spans.items()
             }
-            results[name] = self._task(task, sides, columns, embedded)
-            total = total + task.loss_weight * results[name].loss
+            results[name] = self._task_result(self.tasks[name], columns, task_batch.ids, embeddings)
+            total = total + self.tasks[name].loss_weight * results[name].loss
         return total, results
 
-    def _task(
-        self, task: Task, sides: dict[str, torch.Tensor], columns: Columns, embedded: dict[str, torch.Tensor]
+    def _task_result(
+        self,
+        task: Task,
+        columns: dict[str, torch.Tensor],
+        ids: dict[str, torch.Tensor],
+        embeddings: dict[str, torch.Tensor],
     ) -> TaskResult:
         first, second = ("caption", "image") if task.kind == "image-text" else ("query", "positive")
-        a, b, a_ids, b_ids = sides[first], sides[second], columns.ids[first], columns.ids[second]
-        temperature: float | torch.Tensor
-        if task.temperature is not None:
-            temperature = task.temperature
-        elif task.kind != "image-text":
-            temperature = TEXT_TEMPERATURE
-        elif "scale" in embedded:
-            temperature = 1.0 / embedded["scale"]
-        else:
-            raise TrainingError(f"Task '{task.name}' needs a temperature, since the model has no logit_scale.")
-        negatives = sides["negatives"].unflatten(0, (len(a), -1)) if "negatives" in sides else None
-        function: Callable[..., torch.Tensor] = info_nce
-        options: dict[str, Any] = dict(form=self.form, world=self.world)
+        a, b, a_ids, b_ids = columns[first], columns[second], ids[first], ids[second]
+        negatives, negative_ids = None, ids.get("negatives")
+        if "negatives" in columns:
+            negatives = columns["negatives"].unflatten(0, (len(a), -1))
+        temperature = self._temperature(task, embeddings)
+        options: dict[str, Any] = dict(impl=self.impl, world=self.world)
         if task.loss == "sigmoid":
-            function = sigmoid_loss
-            options["bias"] = embedded.get("bias", -10.0)
+            options["bias"] = embeddings.get("bias", -10.0)
         else:
             options |= dict(reduction=self.reduction, label_smoothing=task.label_smoothing)
-        if task.kind == "text-triplet":
-            function = info_nce_plus
-        loss = matryoshka(function, task.matryoshka_dims) if task.matryoshka_dims else function
+        loss_function: Callable[..., torch.Tensor] = sigmoid_loss if task.loss == "sigmoid" else info_nce
         if negatives is not None:
-            value = loss(a, b, negatives, temperature, a_ids, b_ids, columns.ids["negatives"], **options)
+            loss_function = info_nce_plus
+        if task.matryoshka_dims:
+            loss_function = matryoshka(loss_function, task.matryoshka_dims)
+        if negatives is not None:
+            loss = loss_function(a, b, negatives, temperature, a_ids, b_ids, negative_ids, **options)
         else:
-            value = loss(a, b, temperature, a_ids, b_ids, **options)
-        return TaskResult(value, _accuracy(a, b, negatives, columns, a_ids, b_ids))
+            loss = loss_function(a, b, temperature, a_ids, b_ids, **options)
+        return TaskResult(loss, in_batch_accuracy(a, b, a_ids, b_ids, negatives, negative_ids))
+
+    @staticmethod
+    def _temperature(task: Task, embeddings: dict[str, torch.Tensor]) -> float | torch.Tensor:
+        if task.temperature is not None:
+            return task.temperature
+        if task.kind != "image-text":
+            return TEXT_TEMPERATURE
+        if "scale" not in embeddings:
+            raise TrainingError(f"Task '{task.name}' needs a temperature, since the model has no logit_scale.")
+        return 1.0 / embeddings["scale"]
 
 
 @torch.no_grad()
-def _accuracy(
+def in_batch_accuracy(
     a: torch.Tensor,
     b: torch.Tensor,
-    negatives: torch.Tensor | None,
-    columns: Columns,
     a_ids: torch.Tensor,
     b_ids: torch.Tensor,
+    negatives: torch.Tensor | None = None,
+    negative_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    a, b, a_ids, b_ids = (side[:_RATED] for side in (a, b, a_ids, b_ids))
+    """Return the share of the first `ACCURACY_ROWS` rows whose positive is more similar than every other candidate."""
+    a, b, a_ids, b_ids = (values[:ACCURACY_ROWS] for values in (a, b, a_ids, b_ids))
     rows = slice(0, len(a))
-    excluded = Exclusions(((a_ids, a_ids), (b_ids, b_ids), (a_ids, b_ids)), 0).matrix(rows, rows)
+    excluded = FalseNegativeMask(((a_ids, a_ids), (b_ids, b_ids), (a_ids, b_ids)), 0).matrix(rows, rows)
     assert excluded is not None
     scores = (a @ b.t()).masked_fill(excluded, -2.0)
-    own = scores.diagonal()
+    positive = scores.diagonal()
     best = scores.masked_fill(torch.eye(len(a), dtype=torch.bool, device=a.device), -2.0).amax(1)
-    if negatives is not None:
-        hard = columns.ids["negatives"][:_RATED]
-        known = (hard == b_ids[:, None]) | (hard == a_ids[:, None])
-        to_negatives = torch.einsum("nd,nkd->nk", a, negatives[:_RATED]).masked_fill(known, -2.0)
+    if negatives is not None and negative_ids is not None:
+        hard_ids = negative_ids[:ACCURACY_ROWS]
+        excluded = (hard_ids == b_ids[:, None]) | (hard_ids == a_ids[:, None])
+        to_negatives = torch.einsum("nd,nkd->nk", a, negatives[:ACCURACY_ROWS]).masked_fill(excluded, -2.0)
         best = torch.maximum(best, to_negatives.amax(1))
-    return (own > best).float().mean()
+    return (positive > best).float().mean()

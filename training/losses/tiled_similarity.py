@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-# Entries of the matrix from which tiles are used unless the caller decides, and the side of a tile.
+# Number of entries from which "auto" uses tiles, and the side of a tile.
 TILED_FROM = 2**22
 TILE = 1024
 # Exponents down to here are normal numbers in float32, with room for sums.
 _NARROW = 80.0
 
 
-def partners(tile: torch.Tensor, rows: slice, columns: slice, diagonal: int) -> torch.Tensor:
-    """A view of the entries of a tile in which row i meets column `diagonal + i`; it may be empty."""
+def positive_diagonal(tile: torch.Tensor, rows: slice, columns: slice, diagonal: int) -> torch.Tensor:
+    """Return a view of the entries of a tile where row i meets column `diagonal + i`; it may be empty."""
     offset = rows.start + diagonal - columns.start
     if offset >= tile.shape[1] or offset <= -tile.shape[0]:
         return tile[:0, 0]
@@ -29,35 +29,35 @@ def partners(tile: torch.Tensor, rows: slice, columns: slice, diagonal: int) -> 
 
 
 @dataclass(frozen=True)
-class Exclusions:
-    """Which pairs of row i and column j count nowhere: those that share an id.
+class FalseNegativeMask:
+    """Pairs (i, j) excluded from the loss because they share an id.
 
     Args:
         ids: pairs of (rows,) and (columns,) integers; a pair (i, j) is excluded where any of them agree.
-        diagonal: column of row 0's own partner (row i's is `diagonal + i`), which is never excluded; None without.
+        diagonal: column of row 0's positive (row i's is `diagonal + i`), never excluded; None if there is none.
     """
 
     ids: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
     diagonal: int | None = None
 
     def matrix(self, rows: slice, columns: slice) -> torch.Tensor | None:
-        """True at the excluded pairs of a tile; None where there are no ids."""
+        """Return True at the excluded pairs of a tile; None if there are no ids."""
         if not self.ids:
             return None
         excluded = torch.zeros((), dtype=torch.bool, device=self.ids[0][0].device)
         for row_ids, column_ids in self.ids:
             excluded = excluded | (row_ids[rows, None] == column_ids[None, columns])
         if self.diagonal is not None:
-            partners(excluded, rows, columns, self.diagonal).fill_(False)
+            positive_diagonal(excluded, rows, columns, self.diagonal).fill_(False)
         return excluded
 
-    def relevant(self, rows: int) -> "Exclusions":
-        """The same without the ids by which nothing is excluded, so that tiles need not look for them."""
+    def relevant(self, rows: int) -> "FalseNegativeMask":
+        """Return the mask without the ids that exclude nothing, so that tiles need not compare them."""
         kept = []
         for row_ids, column_ids in self.ids:
             hits = torch.isin(row_ids, column_ids)
             if self.diagonal is not None and torch.equal(row_ids, column_ids[self.diagonal : self.diagonal + rows]):
-                values, counts = column_ids.unique(return_counts=True)  # beside its own partner's
+                values, counts = column_ids.unique(return_counts=True)  # in addition to its own positive's
                 hits = torch.isin(row_ids, values[counts > 1])
             if bool(hits.any()):
                 kept.append((row_ids, column_ids))
@@ -65,12 +65,12 @@ class Exclusions:
 
 
 @dataclass
-class Statistics:
-    """Of scale * rows @ columns^T without the excluded pairs.
+class LogSumExps:
+    """Log-sum-exps of scale * rows @ columns^T without the excluded pairs.
 
     Args:
-        rows, columns: (N,) and (M,) log-sum-exps; the columns' only if asked for.
-        row_means, column_means: (N,) and (M,) means, only if asked for.
+        rows, columns: (N,) and (M,) log-sum-exps; those of the columns only if requested.
+        row_means, column_means: (N,) and (M,) means, only if requested.
     """
 
     rows: torch.Tensor
@@ -79,31 +79,31 @@ class Statistics:
     column_means: torch.Tensor | None = None
 
 
-def statistics(
+def similarity_logsumexp(
     rows: torch.Tensor,
     columns: torch.Tensor,
     scale: torch.Tensor,
-    exclusions: Exclusions = Exclusions(),
+    mask: FalseNegativeMask = FalseNegativeMask(),
     both: bool = False,
     means: bool = False,
-    form: str = "auto",
-) -> Statistics:
-    """Log-sum-exps over the columns (and with `both` over the rows) of scale * rows @ columns^T.
+    impl: str = "auto",
+) -> LogSumExps:
+    """Return log-sum-exps over the columns (and with `both` over the rows) of scale * rows @ columns^T.
 
     Args:
         rows, columns: (N, D) and (M, D).
         scale: scalar tensor, 1 / tau.
-        form: "plain" holds the matrix, "tiled" never does, "auto" tiles large ones.
+        impl: "plain" holds the matrix, "tiled" never does, "auto" tiles large ones.
     """
-    if is_tiled(form, len(rows), len(columns)):
-        return _tiled_statistics(rows, columns, scale, exclusions, both, means)
+    if is_tiled(impl, len(rows), len(columns)):
+        return _tiled_logsumexp(rows, columns, scale, mask, both, means)
     logits = rows @ columns.t() * scale
-    excluded = exclusions.matrix(slice(0, len(rows)), slice(0, len(columns)))
+    excluded = mask.matrix(slice(0, len(rows)), slice(0, len(columns)))
     if excluded is None:
-        stats = Statistics(logits.logsumexp(1), logits.logsumexp(0) if both else None)
+        stats = LogSumExps(logits.logsumexp(1), logits.logsumexp(0) if both else None)
     else:
         lowest = logits.masked_fill(excluded, float("-inf"))
-        stats = Statistics(lowest.logsumexp(1), lowest.logsumexp(0) if both else None)
+        stats = LogSumExps(lowest.logsumexp(1), lowest.logsumexp(0) if both else None)
         logits = logits.masked_fill(excluded, 0.0)
     if means:
         valid = torch.ones_like(logits) if excluded is None else (~excluded).to(logits.dtype)
@@ -112,59 +112,59 @@ def statistics(
     return stats
 
 
-def is_tiled(form: str, rows: int, columns: int) -> bool:
+def is_tiled(impl: str, rows: int, columns: int) -> bool:
     """
     Raises:
-        ValueError: no such form.
+        ValueError: if `impl` is unknown.
     """
-    if form not in ("auto", "plain", "tiled"):
-        raise ValueError(f"form must be 'auto', 'plain' or 'tiled', but it is '{form}'.")
-    return form == "tiled" or (form == "auto" and rows * columns >= TILED_FROM)
+    if impl not in ("auto", "plain", "tiled"):
+        raise ValueError(f"impl must be 'auto', 'plain' or 'tiled', but it is '{impl}'.")
+    return impl == "tiled" or (impl == "auto" and rows * columns >= TILED_FROM)
 
 
-def _tiled_statistics(
-    rows: torch.Tensor, columns: torch.Tensor, scale: torch.Tensor, exclusions: Exclusions, both: bool, means: bool
-) -> Statistics:
-    exclusions = exclusions.relevant(len(rows))
-    row_lse, column_lse, row_sums, column_sums, row_counts, column_counts = _TiledStatistics.apply(
-        rows, columns, scale, exclusions, both, means
+def _tiled_logsumexp(
+    rows: torch.Tensor, columns: torch.Tensor, scale: torch.Tensor, mask: FalseNegativeMask, both: bool, means: bool
+) -> LogSumExps:
+    mask = mask.relevant(len(rows))
+    row_lse, column_lse, row_sums, column_sums, row_counts, column_counts = _TiledLogSumExps.apply(
+        rows, columns, scale, mask, both, means
     )
-    stats = Statistics(row_lse, column_lse if both else None)
+    stats = LogSumExps(row_lse, column_lse if both else None)
     if means:
         stats.row_means = row_sums / row_counts.clamp(min=1)
         stats.column_means = column_sums / column_counts.clamp(min=1) if both else None
     return stats
 
 
-def sides(length: int) -> Iterator[slice]:
+def tile_slices(length: int) -> Iterator[slice]:
     for start in range(0, length, TILE):
         yield slice(start, min(start + TILE, length))
 
 
 class Tile:
-    """Makes tiles of scaled similarities in one buffer."""
+    """Computes tiles of scaled similarities in one buffer."""
 
-    def __init__(self, rows: torch.Tensor, columns: torch.Tensor, scale: torch.Tensor, exclusions: Exclusions) -> None:
-        self.columns, self.exclusions = columns, exclusions
+    def __init__(self, rows: torch.Tensor, columns: torch.Tensor, scale: torch.Tensor, mask: FalseNegativeMask) -> None:
+        self.columns, self.mask = columns, mask
         self.scaled = rows * scale
         self.buffer = rows.new_empty(min(TILE, len(rows)) * min(TILE, len(columns)))
 
-    def make(self, i: slice, j: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Similarities (rows i, columns j) and the excluded pairs among them, if there are any ids."""
+    def compute(self, i: slice, j: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the similarities (rows i, columns j) and the excluded pairs among them, if there are ids."""
         shape = (i.stop - i.start, j.stop - j.start)
         tile = self.buffer[: shape[0] * shape[1]].view(shape)
         torch.mm(self.scaled[i], self.columns[j].t(), out=tile)
-        return tile, self.exclusions.matrix(i, j)
+        return tile, self.mask.matrix(i, j)
 
 
-class _TiledStatistics(torch.autograd.Function):
+class _TiledLogSumExps(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         rows: torch.Tensor,
         columns: torch.Tensor,
         scale: torch.Tensor,
-        exclusions: Exclusions,
+        mask: FalseNegativeMask,
         both: bool,
         means: bool,
     ) -> tuple[torch.Tensor, ...]:
@@ -174,10 +174,10 @@ class _TiledStatistics(torch.autograd.Function):
         column_lse = rows.new_full((len(columns),) if both else (0,), lowest)
         row_sums, row_counts = rows.new_zeros(2, len(rows) if means else 0)
         column_sums, column_counts = rows.new_zeros(2, len(columns) if means and both else 0)
-        tiles = Tile(rows, columns, scale, exclusions)
-        for i in sides(len(rows)):
-            for j in sides(len(columns)):
-                tile, excluded = tiles.make(i, j)
+        tiles = Tile(rows, columns, scale, mask)
+        for i in tile_slices(len(rows)):
+            for j in tile_slices(len(columns)):
+                tile, excluded = tiles.compute(i, j)
                 if means:
                     valid = torch.ones_like(tile) if excluded is None else (~excluded).to(tile.dtype)
                     row_sums[i] += (tile * valid).sum(1)
@@ -198,7 +198,7 @@ class _TiledStatistics(torch.autograd.Function):
                 if by_column is not None:
                     column_lse[j] = torch.logaddexp(column_lse[j], by_column)
         ctx.save_for_backward(rows, columns, scale, row_lse, column_lse)
-        ctx.exclusions, ctx.both, ctx.means, ctx.bound = exclusions, both, means, bound
+        ctx.mask, ctx.both, ctx.means, ctx.bound = mask, both, means, bound
         ctx.mark_non_differentiable(row_counts, column_counts)
         return row_lse, column_lse, row_sums, column_sums, row_counts, column_counts
 
@@ -214,10 +214,10 @@ class _TiledStatistics(torch.autograd.Function):
             row_factor = by_row * (bound - row_lse).clamp(max=2 * _NARROW).exp()
             column_factor = by_column * (bound - column_lse).clamp(max=2 * _NARROW).exp()
         d_rows, d_columns = torch.zeros_like(rows), torch.zeros_like(columns)
-        tiles = Tile(rows, columns, scale, ctx.exclusions)
-        for i in sides(len(rows)):
-            for j in sides(len(columns)):
-                tile, excluded = tiles.make(i, j)
+        tiles = Tile(rows, columns, scale, ctx.mask)
+        for i in tile_slices(len(rows)):
+            for j in tile_slices(len(columns)):
+                tile, excluded = tiles.compute(i, j)
                 if excluded is not None:
                     tile.masked_fill_(excluded, float("-inf"))
                 if bound is not None:
@@ -239,13 +239,13 @@ class _TiledStatistics(torch.autograd.Function):
 
 
 def _bound(rows: torch.Tensor, columns: torch.Tensor, scale: torch.Tensor) -> torch.Tensor | None:
-    """What no similarity exceeds, if exponentials relative to it cannot vanish in float32; else None."""
+    """Return an upper bound of the similarities if exponentials relative to it cannot vanish in float32; else None."""
     bound = rows.norm(dim=1).max() * columns.norm(dim=1).max() * scale.abs().max()
     return bound if 2 * float(bound) <= _NARROW else None
 
 
 class TiledSigmoid(torch.autograd.Function):
-    """Sum over all pairs of log(1 + exp(-z (scale * row . column + bias))), z = 1 for partners and -1 for others."""
+    """Sum over all pairs of log(1 + exp(-z (scale * row . column + bias))), z = 1 for positives, -1 for others."""
 
     @staticmethod
     def forward(
@@ -254,20 +254,20 @@ class TiledSigmoid(torch.autograd.Function):
         columns: torch.Tensor,
         scale: torch.Tensor,
         bias: torch.Tensor,
-        exclusions: Exclusions,
+        mask: FalseNegativeMask,
     ) -> torch.Tensor:
         total = rows.new_zeros(())
-        tiles = Tile(rows, columns, scale, exclusions)
-        for i in sides(len(rows)):
-            for j in sides(len(columns)):
-                tile, excluded = tiles.make(i, j)
+        tiles = Tile(rows, columns, scale, mask)
+        for i in tile_slices(len(rows)):
+            for j in tile_slices(len(columns)):
+                tile, excluded = tiles.compute(i, j)
                 tile.add_(bias)
-                partners(tile, i, j, exclusions.diagonal or 0).neg_()
+                positive_diagonal(tile, i, j, mask.diagonal or 0).neg_()
                 if excluded is not None:
                     tile.masked_fill_(excluded, float("-inf"))
                 total += torch.nn.functional.softplus(tile).sum()
         ctx.save_for_backward(rows, columns, scale, bias)
-        ctx.exclusions = exclusions
+        ctx.mask = mask
         return total
 
     @staticmethod
@@ -276,16 +276,16 @@ class TiledSigmoid(torch.autograd.Function):
         (gradient,) = gradients
         rows, columns, scale, bias = ctx.saved_tensors
         d_rows, d_columns, d_bias = torch.zeros_like(rows), torch.zeros_like(columns), torch.zeros_like(bias)
-        tiles = Tile(rows, columns, scale, ctx.exclusions)
-        for i in sides(len(rows)):
-            for j in sides(len(columns)):
-                tile, excluded = tiles.make(i, j)
+        tiles = Tile(rows, columns, scale, ctx.mask)
+        for i in tile_slices(len(rows)):
+            for j in tile_slices(len(columns)):
+                tile, excluded = tiles.compute(i, j)
                 tile.add_(bias)
-                partners(tile, i, j, ctx.exclusions.diagonal or 0).neg_()
+                positive_diagonal(tile, i, j, ctx.mask.diagonal or 0).neg_()
                 if excluded is not None:
                     tile.masked_fill_(excluded, float("-inf"))
                 tile.sigmoid_().mul_(gradient)
-                partners(tile, i, j, ctx.exclusions.diagonal or 0).neg_()
+                positive_diagonal(tile, i, j, ctx.mask.diagonal or 0).neg_()
                 d_rows[i].addmm_(tile, columns[j])
                 d_columns[j].addmm_(tile.t(), tiles.scaled[i])
                 d_bias += tile.sum()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bifocal.hub.export import export_model
-from bifocal.hub.sample_images import samples
+from bifocal.hub.sample_images import sample_pairs
 from bifocal.hub.search.index import SearchIndex
 from bifocal.hub.search.items import Item
 from bifocal.hub.search.models import weights_hash
@@ -19,7 +19,7 @@ from tests.processes import Process
 
 def sample_items() -> list[Item]:
     items = []
-    for number, (text, image) in enumerate(samples()):
+    for number, (text, image) in enumerate(sample_pairs()):
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
         items.append(Item(f"drawings/{number}.png", text, buffer.getvalue()))

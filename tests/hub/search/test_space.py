@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from bifocal.files import MARKER, NotOursError
-from bifocal.hub.push import look
+from bifocal.hub.push import validate_folder
 from bifocal.hub.space import write_space
 from tests.hub.search.serving import Server, free_port
 from tests.hub_stand_in import TOKEN, hub
@@ -61,7 +61,7 @@ def test_a_space_runs_on_its_own(searcher, tmp_path):
 
 def test_a_space_is_pushed_as_one(searcher, tmp_path):
     space = write_space(searcher.index, tmp_path / "space", 'A "search": all\n---')
-    assert look(space).space, "whatever is in the title"
+    assert validate_folder(space).is_space, "whatever is in the title"
     with hub() as (_, state):
         done = run("-c", PUSH, space, hub=True, HF_TOKEN=TOKEN)
         assert done.returncode == 0, done.stderr[-2000:]
