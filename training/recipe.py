@@ -1,4 +1,4 @@
-"""A recipe: what a stage starts from, trains on, and how; read from YAML and checked before anything is loaded."""
+"""Recipes: what a training stage starts from, trains on, and how. Read from YAML and checked before loading data."""
 
 import dataclasses
 from pathlib import Path
@@ -16,12 +16,12 @@ from bifocal.training.shipped_recipes import shipped_recipe
 from bifocal.training.tasks import Task
 
 # The fields of a `Task` that a recipe sets itself; the share of bad rows is that of the source.
-_TASK_FIELDS: dict[str, Any] = {
+_FIELDS: dict[str, Any] = {
     item.name: (item.type, ... if item.default is dataclasses.MISSING else item.default)
     for item in dataclasses.fields(Task)
     if item.name not in ("dataset", "max_bad_fraction")
 }
-_TaskFields: Any = create_model("_TaskFields", __base__=Strict, **_TASK_FIELDS)
+_TaskFields: Any = create_model("_TaskFields", __base__=Strict, **_FIELDS)
 
 
 class TaskRecipe(_TaskFields):
@@ -34,47 +34,47 @@ class TaskRecipe(_TaskFields):
     data: Source
 
 
-class MaskedLanguageModelling(Strict):
+class MaskedLanguageModeling(Strict):
     """Stage 0: the text tower learns to fill masked words.
 
     Args:
         data: rows with a column `text`.
         batch_size: texts per step and process.
-        probability: share of the tokens that are masked, whole words at a time.
+        mlm_probability: share of the tokens that are masked, whole words at a time.
     """
 
     data: Source
     batch_size: Annotated[int, Field(ge=1)]
-    probability: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    mlm_probability: Annotated[float, Field(gt=0, lt=1)] = 0.3
 
 
-class StartFrom(Strict):
+class InitFrom(Strict):
     """The stage before, by its recipe's name; or a text tower and an image tower from two folders or Hub ids.
 
     Args:
         stage: name of the recipe whose finished model this one starts from.
         text: folder or Hub id of a text tower.
-        image: folder or Hub id of an image tower.
+        vision: folder or Hub id of an image tower.
     """
 
     stage: str | None = None
     text: str | None = None
-    image: str | None = None
+    vision: str | None = None
 
 
 class Lora(Strict):
-    """Low-rank adapters (peft) in place of full training.
+    """Low-rank adapters in place of full training; the names are those of peft's `LoraConfig`.
 
     Args:
         r: rank of the adapters.
-        alpha: adapters are scaled by alpha / r.
-        dropout: probability that an input of an adapter is dropped.
+        lora_alpha: adapters are scaled by lora_alpha / r.
+        lora_dropout: probability that an input of an adapter is dropped.
         target_modules: names of the linear layers that get an adapter.
     """
 
     r: Annotated[int, Field(ge=1)] = 16
-    alpha: Annotated[int, Field(ge=1)] = 32
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    lora_alpha: Annotated[int, Field(ge=1)] = 32
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: list[str] = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
@@ -82,18 +82,19 @@ class Recipe(Strict):
     """One stage.
 
     Args:
-        name: of the run; the next stage may start from it by this name.
+        name: name of the run, by which the next stage can start from it.
         output_dir: runs/NAME when None.
-        seed: of weights, orders and draws.
+        seed: random seed of new weights, the order of the rows and all random draws.
         device: "auto", "cpu" or "cuda".
-        start_from: a Bifocal folder or Hub id, `StartFrom`, or nothing.
+        init_from: a Bifocal folder or Hub id, `InitFrom`, or nothing.
         model: keys of `BifocalConfig` that differ from what it starts from, or from the base size.
-        processor: folder or Hub id of tokenizer and image processor; that of `start_from` when None.
-        train_tokenizer: train a WordPiece tokenizer of so many pieces on the texts of the tasks.
-        image_size, max_length: of this stage, in pixels and tokens.
-        augment: "shift" moves training pictures by up to two pixels.
-        tasks, eval_tasks: what to train and to evaluate on.
-        mlm: masked language modelling in place of tasks.
+        processor: folder or Hub id of tokenizer and image processor; that of `init_from` when None.
+        tokenizer_vocab_size: train a WordPiece tokenizer of this many tokens on the texts of the tasks.
+        image_size: width and height of the images in pixels.
+        max_length: longest text in tokens; longer ones are cut.
+        augment: "shift" moves training images by up to two pixels.
+        tasks, eval_tasks: data sets to train and to evaluate on.
+        mlm: masked language modeling in place of tasks.
         lora: adapters in place of full training.
         training: fields of `BifocalTrainingArguments`.
     """
@@ -102,16 +103,16 @@ class Recipe(Strict):
     output_dir: str | None = None
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    start_from: str | StartFrom | None = None
+    init_from: str | InitFrom | None = None
     model: dict[str, Any] = {}
     processor: str | None = None
-    train_tokenizer: Annotated[int, Field(ge=100)] | None = None
+    tokenizer_vocab_size: Annotated[int, Field(ge=100)] | None = None
     image_size: Annotated[int, Field(ge=1)] | None = None
     max_length: Annotated[int, Field(ge=3)] = 512
     augment: Literal["shift"] | None = None
     tasks: list[TaskRecipe] = []
     eval_tasks: list[TaskRecipe] = []
-    mlm: MaskedLanguageModelling | None = None
+    mlm: MaskedLanguageModeling | None = None
     lora: Lora | None = None
     training: dict[str, Any] = {}
 
@@ -128,68 +129,71 @@ class Recipe(Strict):
         return Path(self.output_dir or f"runs/{self.name}")
 
 
-def find_recipe(given: str) -> Path:
-    """A file, or the name of a recipe that comes with Bifocal.
+def find_recipe(name: str) -> Path:
+    """Return the path of a recipe: a YAML file, or the name of a recipe that comes with Bifocal.
 
     Raises:
-        RecipeError: neither.
+        RecipeError: if there is no such file or recipe.
     """
-    path = Path(given)
-    return path if path.is_file() else shipped_recipe(given.removesuffix(".yaml"))
+    path = Path(name)
+    return path if path.is_file() else shipped_recipe(name.removesuffix(".yaml"))
 
 
 def load_recipe(path: Path, overrides: list[str] | None = None, files: bool = False) -> Recipe:
     """Read and check a recipe.
 
     Args:
-        files: also look whether the files and folders that it names are there.
-        overrides: "key=value" with dots between keys; tasks go by their names, as in `tasks.pictures.batch_size=64`.
+        overrides: "key=value" with dots between keys; tasks are named by their names, as in
+            `tasks.pictures.batch_size=64`.
+        files: also check that the files and folders it names exist.
 
     Raises:
-        RecipeError: no YAML, an unknown key (and the nearest known one), a wrong type, a missing key or (with `files`)
-            a missing file; with the line.
+        RecipeError: if it is not YAML, a key is unknown or missing, a value has the wrong type or (with `files`) a file
+            is missing. The message names the line, or the override.
     """
     values = read_yaml(path)
     node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    given: dict[tuple[Any, ...], str] = {}
+    by_key: dict[tuple[Any, ...], str] = {}
     for override in overrides or []:
-        given[set_override(values, override)] = override
+        by_key[set_override(values, override)] = override
     try:
         recipe = Recipe(**values)
         _check_training(recipe.training)
     except ValidationError as error:
         # A misspelt key is missing under its right name, too; the misspelling says more.
-        first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
-        raise RecipeError(_sentence(path, node, given, first["loc"], problem_of(first, Recipe))) from error
+        first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
+        raise RecipeError(_sentence(path, node, by_key, first["loc"], problem_of(first, Recipe))) from error
     except _TrainingKeyError as error:
-        raise RecipeError(_sentence(path, node, given, ("training", error.key), str(error))) from error
+        raise RecipeError(_sentence(path, node, by_key, ("training", error.key), str(error))) from error
     for loc, source in _sources(recipe) if files else []:
         for one in [source.path] if isinstance(source.path, str) else source.path:
             missing = _missing_file(one)
             if missing:
-                raise RecipeError(_sentence(path, node, given, (*loc, "path"), missing))
+                raise RecipeError(_sentence(path, node, by_key, (*loc, "path"), missing))
     return recipe
 
 
 def _sources(recipe: Recipe) -> list[tuple[tuple[Any, ...], Source]]:
-    """Every source with its place in the recipe."""
-    found: list[tuple[tuple[Any, ...], Source]] = []
+    """Return every source of a recipe with its keys."""
+    sources: list[tuple[tuple[Any, ...], Source]] = []
     for name in ("tasks", "eval_tasks"):
-        found += [((name, number, "data"), task.data) for number, task in enumerate(getattr(recipe, name))]
+        sources += [((name, number, "data"), task.data) for number, task in enumerate(getattr(recipe, name))]
     if recipe.mlm is not None:
-        found.append((("mlm", "data"), recipe.mlm.data))
-    return found
+        sources.append((("mlm", "data"), recipe.mlm.data))
+    return sources
 
 
-def _missing_file(given: str) -> str | None:
-    """What to say of a path that can only be a file or folder here and is none."""
-    path = Path(given).expanduser()
-    local = format_of(given) is not None or path.is_absolute() or given.startswith((".", "~")) or given.count("/") > 1
-    if not local or "://" in given or any(sign in given for sign in "*?[{") or path.exists():
+def _missing_file(source: str) -> str | None:
+    """Return the problem with a path that can only mean a local file or folder but does not exist; None without one."""
+    path = Path(source).expanduser()
+    local = (
+        format_of(source) is not None or path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1
+    )
+    if not local or "://" in source or any(sign in source for sign in "*?[{") or path.exists():
         return None
     beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
     closest = closest_name(path.name, beside, cutoff=0.8)
-    return f"there is nothing at '{given}'; " + (
+    return f"there is nothing at '{source}'; " + (
         f"did you mean '{path.parent / closest}'?" if closest else "check the path"
     )
 
@@ -201,7 +205,7 @@ class _TrainingKeyError(ValueError):
 
 
 def _check_training(training: dict[str, Any]) -> None:
-    """Names and types of the training arguments; values are converted in place ("1e-4" is a string to YAML)."""
+    """Check names and types of the training arguments, and convert their values ("1e-4" is a string to YAML)."""
     fields = {item.name: item for item in dataclasses.fields(BifocalTrainingArguments) if item.init}
     for key, value in training.items():
         if key in ("output_dir", "seed"):
@@ -220,22 +224,22 @@ def _check_training(training: dict[str, Any]) -> None:
             raise _TrainingKeyError(key, f"'{key}' is {value!r}, but: {error.errors()[0]['msg'].lower()}") from error
 
 
-def _sentence(path: Path, node: Any, given: dict[tuple[Any, ...], str], loc: tuple[Any, ...], problem: str) -> str:
-    for where, override in given.items():
+def _sentence(path: Path, node: Any, overrides: dict[tuple[Any, ...], str], loc: tuple[Any, ...], problem: str) -> str:
+    for where, override in overrides.items():
         if loc[: len(where)] == where:
             return f"'{override}': {ended(problem)}"
     return f"{path}, line {line_of(node, loc)}: {ended(problem)}"
 
 
 def line_of(node: Any, loc: tuple[Any, ...]) -> int:
-    """The line of the key at `loc`, or of the nearest mapping around it."""
+    """Return the line of the key at `loc`, or of the nearest mapping around it."""
     line = node.start_mark.line + 1
     for part in loc:
         if isinstance(node, yaml.MappingNode):
-            found = next(((key, value) for key, value in node.value if key.value == str(part)), None)
-            if found is None:
+            entry = next(((key, value) for key, value in node.value if key.value == str(part)), None)
+            if entry is None:
                 break
-            line, node = found[0].start_mark.line + 1, found[1]
+            line, node = entry[0].start_mark.line + 1, entry[1]
         elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
             node = node.value[part]
             line = node.start_mark.line + 1

@@ -118,8 +118,5 @@ class Task:
 
 @cache
 def _field_adapters() -> dict[str, TypeAdapter[Any]]:
-    return {
-        field.name: TypeAdapter(field.type)  # type: ignore[arg-type]
-        for field in fields(Task)
-        if field.name != "dataset"
-    }
+    types: dict[str, Any] = {field.name: field.type for field in fields(Task) if field.name != "dataset"}
+    return {name: TypeAdapter(its_type) for name, its_type in types.items()}
