@@ -82,7 +82,7 @@ def require_replaceable(folder: str | Path, kind: str) -> Path:
 def replace_folder(folder: str | Path, kind: str) -> Iterator[Path]:
     """Yield the path of a new folder that replaces `folder` at the end, with a list of its files.
 
-    The new folder is written beside the old one. After an error the old one is unchanged. A killed run leaves its
+    The new folder is written next to the old one. After an error the old one is unchanged. A killed run leaves its
     unfinished folder, which the next call for the same folder removes.
 
     Args:
@@ -104,7 +104,7 @@ def replace_folder(folder: str | Path, kind: str) -> Iterator[Path]:
             new.parent.mkdir()
             yield new
             _list_all(new, kind)
-            require_replaceable(folder, kind)  # somebody may have put something there in the meantime
+            require_replaceable(folder, kind)  # somebody may have written to it in the meantime
             _swap(target, new, scratch / _BEFORE)
         finally:
             _discard(scratch, target)
@@ -158,7 +158,7 @@ def require_overwritable(path: str | Path, kind: str) -> Path:
         entry = listed(target.parent).get(target.name)
         if entry is None or entry["kind"] != kind:
             raise NotOursError(
-                f"'{path}' exists and is not known as a file of Bifocal's ({MARKER} beside it lists those); choose "
+                f"'{path}' exists and is not known as a file of Bifocal's ({MARKER} next to it lists those); choose "
                 "another name or move it away."
             )
         if not _is_unchanged(target, entry):
@@ -364,7 +364,7 @@ def _require_writable(target: Path) -> None:
 
 
 def _swap(target: Path, new: Path, before: Path) -> None:
-    """Move `new` to `target`, and what was there to `before`; after an error, undo it."""
+    """Move `target` to `before` and `new` to `target`; after an error, undo it."""
     existed = target.exists()
     if existed:
         shutil.copymode(target, new)

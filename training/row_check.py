@@ -38,7 +38,7 @@ def _texts(column: str, value: Any) -> str | list[str]:
         return _text(column, value)
     if not value:
         raise RowError(f"no {column}", "an empty list")
-    return [_text(column, one) for one in value]
+    return [_text(column, text) for text in value]
 
 
 def _negatives(value: Any, number: int) -> list[str]:
@@ -46,11 +46,11 @@ def _negatives(value: Any, number: int) -> list[str]:
     values = value if isinstance(value, list) else [] if value is None else [value]
     if len(values) < number:
         raise RowError("too few negatives", f"{len(values)} of {number}")
-    return [_text("negatives", one) for one in values[:number]]
+    return [_text("negatives", text) for text in values[:number]]
 
 
 def _as_list(value: Any) -> Any:
-    """Arrays and tuples as lists."""
+    """Return arrays and tuples as lists."""
     if isinstance(value, tuple):
         return list(value)
     return value.tolist() if hasattr(value, "tolist") and not isinstance(value, str) else value

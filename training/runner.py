@@ -72,7 +72,7 @@ def prepare(
     """Load the data and the model of a recipe with tasks, and build its trainer.
 
     Args:
-        callbacks: of the trainer, besides its own.
+        callbacks: further callbacks of the trainer.
         load: function that reads a `Source`, with the arguments of `load_source`.
         arguments: result of `training_arguments`, if there is one already.
         changes: training arguments that override the recipe's, such as `disable_tqdm`.
@@ -201,10 +201,10 @@ def run_recipe(
 
     Args:
         save: function that writes a model and its processor into a folder, whole or not at all. The folder's
-            `stage.json` (`stage_facts`) is there already.
+            `stage.json` (`stage_facts`) is already in it.
         overwrite: remove an earlier run in the folder.
         load: function that reads a `Source`, with the arguments of `load_source`.
-        progress: takes the place of the Trainer's progress bar.
+        progress: replaces the Trainer's progress bar.
 
     Returns:
         The model's folder; None if the run was finished before.

@@ -265,12 +265,12 @@ def _check_folder(folder: Path, test: Any) -> float:
     from sentence_transformers import SentenceTransformer
 
     names = list(test["name"][:16])
-    pictures = [images[0] for images in test["images"][:16]]
+    first_images = [images[0] for images in test["images"][:16]]
     model = transformers.AutoModel.from_pretrained(folder)
     sentences = SentenceTransformer(str(folder), device="cpu")
     return max(
         float(abs(model.encode_text(names) - sentences.encode(names)).max()),
-        float(abs(model.encode_image(pictures) - sentences.encode(pictures)).max()),
+        float(abs(model.encode_image(first_images) - sentences.encode(first_images)).max()),
     )
 
 
@@ -279,7 +279,7 @@ def _described(settings: DemoSettings, out: Path, model: BifocalModel) -> dict[s
         "parameters": f"{sum(parameter.numel() for parameter in model.parameters()):,}",
         "towers": f"width {model.config.projection_dim}, {model.config.vision_config.num_hidden_layers} image and "
         f"{model.config.text_config.num_hidden_layers} text layers",
-        "pictures": f"{model.config.vision_config.image_size} pixels wide and high, patches of "
+        "images": f"{model.config.vision_config.image_size} pixels wide and high, patches of "
         f"{model.config.vision_config.patch_size}",
     }
     for stage, title in STAGES.items():

@@ -60,7 +60,7 @@ def test_ours_is_replaced_whole_and_only_by_its_kind(tmp_path):
     write(folder, new="1")
     assert "old" not in state(folder)
     assert folder.stat().st_mode & 0o777 == 0o750
-    assert [path.name for path in tmp_path.iterdir()] == ["out"], "nothing is left beside it"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"], "no other file is left"
     refused(folder, "'config' in '.*out' belongs to a model, not a Space; choose another folder", "Space")
     (folder / "weights").unlink()  # somebody removed a file: nothing is lost by replacing the rest
     write(folder)
@@ -94,7 +94,7 @@ def test_one_file_of_the_users_protects_the_folder(tmp_path, path, content, mess
     assert (folder / path).read_text() == content
 
 
-def test_what_is_no_ordinary_folder(tmp_path, monkeypatch):
+def test_a_target_that_is_not_an_ordinary_folder(tmp_path, monkeypatch):
     """Each decided on purpose: links, files, the working directory, the home folder, the root, a part of ours."""
     ours, others = write(tmp_path / "ours"), tmp_path / "others"
     others.mkdir()

@@ -82,7 +82,7 @@ def test_overwrite_keeps_a_run_with_something_of_the_users_in_it(tmp_path, chang
 )
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_recipe_of_the_users_in_the_folder_is_kept(tmp_path, content, overwrite):
-    """Somebody keeps a recipe beside the model that it starts from, and lets it write there."""
+    """Somebody keeps a recipe next to the model that it starts from, and lets it write there."""
     (tmp_path / "recipe.yaml").write_text(content)
     with pytest.raises(RecipeError, match=r"recipe.yaml' exists and is not known as a file of Bifocal's"):
         open_run(recipe(tmp_path), overwrite)
