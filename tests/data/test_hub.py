@@ -73,10 +73,10 @@ def test_a_stream_of_datasets_leaves_out_bad_rows_and_resumes(tmp_path, monkeypa
         rows = [{"query": "" if n % 20 == 5 else f"q {part} {n}", "positive": "p"} for n in range(60)]
         Dataset.from_list(rows).to_parquet(tmp_path / "repo" / f"train-{part}.parquet")
     source = Source(path=str(tmp_path / "repo"), streaming=True, format="hub")
-    task = Task("t", "text-pair", load_source(source, "text-pair"), 4, shuffle=32)
+    task = Task("t", "text-pair", load_source(source, "text-pair"), 4, shuffle_buffer_size=32)
     whole = BlockReader(task, 1, 0, 1)
     seen = whole.take(used)[1].get("query", []) if used else []
-    again = BlockReader(Task("t", "text-pair", load_source(source, "text-pair"), 4, shuffle=32), 1, 0, 1)
+    again = BlockReader(Task("t", "text-pair", load_source(source, "text-pair"), 4, shuffle_buffer_size=32), 1, 0, 1)
     again.load_state(json.loads(json.dumps(whole.state())))
     whole.report()
     for _ in range(3):
