@@ -11,6 +11,7 @@ from typing import Any
 import datasets
 import torch
 import transformers
+from transformers import AutoModel
 from transformers.utils import logging
 
 from bifocal.data.kinds import COLUMNS
@@ -255,7 +256,6 @@ def _finish(
 def _check_folder(folder: Path, test: Any) -> float:
     """Load the exported folder in both ways and return the largest difference between their vectors."""
     from sentence_transformers import SentenceTransformer
-    from transformers import AutoModel
 
     names = list(test["name"][:16])
     pictures = [images[0] for images in test["images"][:16]]
