@@ -11,6 +11,7 @@ from typing import Any
 import datasets
 import torch
 import transformers
+from transformers import AutoModel
 from transformers.utils import logging
 
 from bifocal.data.kinds import COLUMNS
