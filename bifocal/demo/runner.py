@@ -11,7 +11,6 @@ from typing import Any
 import datasets
 import torch
 import transformers
-from transformers import AutoModel
 from transformers.utils import logging
 
 from bifocal.data.kinds import COLUMNS
