@@ -21,6 +21,8 @@ sys.path.insert(0, str(Path(__file__).parent / "peers"))
 
 from common import model_of
 
+from bifocal.errors import first_line
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -52,7 +54,7 @@ def main() -> None:
         try:
             row |= _measure(what, dtype, implementation, compiled, device, options.batch, (width, layers, side))
         except Exception as error:  # what a device cannot do is a result
-            row["failed"] = (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
+            row["failed"] = first_line(error)[:100]
         rows.append(row)
         _empty_cache(device)
     rows.append(_largest(device, (width, layers, side), 1024 if options.small else 65536))
@@ -141,7 +143,7 @@ def _largest(device: torch.device, size: tuple[int, int, int], limit: int) -> di
             _wait(device)
             largest, seconds = batch, time.perf_counter() - started
         except (torch.OutOfMemoryError, RuntimeError) as error:
-            failed = str(error).splitlines()[0][:100]
+            failed = first_line(error)[:100]
             break
         finally:
             model = ids = pixels = call = None  # type: ignore[assignment]

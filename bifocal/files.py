@@ -177,6 +177,10 @@ def overwrite(path: str | Path, kind: str) -> Iterator[Path]:
     target = require_overwritable(path, kind)
     with replace_file(target) as scratch:
         yield scratch
+        # Known before it is there: a run that is killed right after the replacement must recognise its file.
+        coming = _entry(scratch, kind)
+        present = listed(target.parent).get(target.name, coming)
+        _add_entries(target.parent, {target.name: {**present, "next": coming}})
     record(target.parent, kind, target.name)
 
 
@@ -216,16 +220,18 @@ def write_json(path: Path, value: Any) -> None:
 
 def record(folder: Path, kind: str, *names: str) -> None:
     """List files in a folder as Bifocal's in their present state; several processes may do this at once."""
+    _add_entries(folder, {name: _entry(folder / name, kind) for name in names})
+
+
+def _add_entries(folder: Path, entries: dict[str, dict[str, Any]]) -> None:
     from filelock import FileLock
 
-    entries = {name: _entry(folder / name, kind) for name in names}
     with FileLock(folder / _LOCK):
         marker = _marker(folder)
         marker["files"] |= entries
         write_json(folder / MARKER, marker)
-        (folder / _LOCK).unlink(
-            missing_ok=True
-        )  # while it is held: waiting processes see that it is gone and create their own
+        # While it is held: waiting processes see that it is gone and create their own.
+        (folder / _LOCK).unlink(missing_ok=True)
 
 
 def _marker(folder: Path) -> dict[str, Any]:
@@ -272,8 +278,11 @@ def _sha256(path: Path) -> str:
 
 def _is_unchanged(path: Path, entry: dict[str, Any]) -> bool:
     # Other weights of the same model have the same size, so large files are hashed, too.
-    regular = path.is_file() and not path.is_symlink()
-    return regular and path.stat().st_size == entry["bytes"] and _sha256(path) == entry["sha256"]
+    if not path.is_file() or path.is_symlink():
+        return False
+    states = [entry, *filter(None, [entry.get("next")])]  # "next": a run was killed while it replaced the file
+    fitting = [state for state in states if state["bytes"] == path.stat().st_size]
+    return bool(fitting) and _sha256(path) in {state["sha256"] for state in fitting}
 
 
 def _entries(folder: Path) -> Iterator[str]:

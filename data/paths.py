@@ -72,8 +72,17 @@ def open_file(path: str) -> BinaryIO:
     return gzip.open(file, "rb") if path.endswith(GZIP) else file
 
 
+# fsspec does not replace this. Its `simplecache` keeps the half file of a cut connection and serves it at every retry
+# (`test_a_connection_that_is_cut`), takes a server's error 500 for a missing file, and holds all files of a run on the
+# disk. Its `get_file` stops after 5 minutes, however large the file, and unpacks a .gz that is sent with
+# `Content-Encoding: gzip`. Its `compression="infer"` does not know .tgz and needs `fsspec.open`, which does not open a
+# local file whose name contains "::".
 def _fetch(address: str) -> Any:
-    """A whole file from a web server: it is read from end to end, and not every server sends parts."""
+    """Download a whole file: it is read from end to end, and not every server sends parts.
+
+    Raises:
+        OSError: if it does not exist or the connection is cut.
+    """
     with contextlib.ExitStack() as unless_whole:
         file = unless_whole.enter_context(tempfile.SpooledTemporaryFile(_SPOOLED))
         request = urllib.request.Request(address, headers={"User-Agent": "bifocal"})

@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from bifocal.data.kinds import COLUMNS
 from bifocal.data.skips import start_log
-from bifocal.errors import RecipeError
+from bifocal.errors import RecipeError, first_line
 from bifocal.files import RUN, replace_folder
 from bifocal.modeling import BifocalConfig, BifocalModel, BifocalProcessor, BifocalTextModel, BifocalVisionModel
 from bifocal.modeling.processing_bifocal import image_processor_of_size
@@ -111,8 +111,9 @@ def _saved_processor(recipe: Recipe, source: str) -> BifocalProcessor:
                     raise
         return _with_image_processor(recipe, AutoTokenizer.from_pretrained(source))
     except (OSError, ValueError) as error:
-        line = str(error).strip().splitlines()[0]
-        raise RecipeError(f"Recipe '{recipe.name}': there is no processor at '{source}' ({line}).") from error
+        raise RecipeError(
+            f"Recipe '{recipe.name}': there is no processor at '{source}' ({first_line(error)})."
+        ) from error
 
 
 def _with_image_processor(recipe: Recipe, tokenizer: Any) -> BifocalProcessor:

@@ -19,7 +19,16 @@ from bifocal.data.symbols import SymbolsConfig, build_symbols
 from bifocal.demo.report import Stage
 from bifocal.demo.results import evaluate_symbols, example_searches, searches_as_text, write_demo_report
 from bifocal.errors import BifocalError
-from bifocal.files import MARKER, RUN, overwrite, replace_folder, require_overwritable, require_replaceable, write_json
+from bifocal.files import (
+    MARKER,
+    RUN,
+    overwrite,
+    record,
+    replace_folder,
+    require_overwritable,
+    require_replaceable,
+    write_json,
+)
 from bifocal.hub.card import Card, TrainedStage
 from bifocal.hub.export import export_model
 from bifocal.modeling import BifocalModel, BifocalProcessor
@@ -195,12 +204,11 @@ def _run_stage(recipe: Recipe, title: str, symbols: Any) -> dict[str, Any]:
     def save(model: BifocalModel, processor: BifocalProcessor, folder: Path) -> None:
         evaluation = evaluate_symbols(model, symbols["test"])
         stage = _read_json(recipe.folder / STAGE)
-        with overwrite(result, RUN) as scratch:
-            values = {"name": title, "metrics": evaluation.metrics, "recall": evaluation.recall}
-            write_json(
-                scratch, values | {"losses": stage["curves"]} | {key: stage[key] for key in ("steps", "seconds")}
-            )
-        with replace_folder(folder, RUN) as scratch:  # the run is finished as soon as this folder exists
+        values = {"name": title, "steps": stage["steps"], "seconds": stage["seconds"], "losses": stage["curves"]}
+        # It may be there already, from a run that was killed before it was listed.
+        write_json(result, values | {"metrics": evaluation.metrics, "recall": evaluation.recall})
+        record(result.parent, RUN, result.name)
+        with replace_folder(folder, RUN) as scratch:  # the run is finished as soon as this is there
             model.save_pretrained(scratch)
 
     load = _from(symbols["train"])

@@ -126,7 +126,7 @@ def test_a_recipe_reads_shards_from_a_pattern(here):
 
     recipe = {
         "name": "r", "init_from": "m", "training": {"max_steps": 1},
-        "tasks": [{"name": "laion", "kind": "image-text", "batch_size": 4, "rows": 5, "data": {
+        "tasks": [{"name": "laion", "kind": "image-text", "batch_size": 4, "num_rows": 5, "data": {
             "path": shards(here / "laion", [3, 2]), "streaming": True, "clean": {"min_image_size": 8},
             "max_bad_fraction": 0.02,
         }}],

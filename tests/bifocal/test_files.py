@@ -317,12 +317,47 @@ def test_an_amended_file_is_as_much_ours_as_before(tmp_path):
 
 # Calls that remove, move or cut a file, by file and function. Look at a new one with a user's file in mind before it is
 # added here: `bifocal.files` has what asks whose a file or a folder is.
+@pytest.mark.parametrize("existing", [False, True])
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_killed_around_the_replacement_of_a_file_it_is_still_ours(existing, moment, tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+
+    def write(text: str) -> None:
+        with files.overwrite(path, "numbers") as scratch:
+            scratch.write_text(text)
+
+    class KilledError(BaseException):
+        pass
+
+    replace = os.replace
+
+    def killed(source, target):
+        if Path(target).name != path.name:
+            return replace(source, target)
+        if moment == "after":
+            replace(source, target)
+        raise KilledError
+
+    if existing:
+        write("1")
+    with monkeypatch.context() as patch:
+        patch.setattr("bifocal.files.os.replace", killed)
+        with pytest.raises(KilledError):
+            write("2")
+    assert path.exists() == (existing or moment == "after")
+    write("3")
+    assert path.read_text() == "3"
+    path.write_text("mine")
+    with pytest.raises(files.NotOursError, match="changed after Bifocal wrote it"):
+        write("4")
+
+
 REVIEWED = {
     "bifocal/files.py": Counter(
         replace_file=2,  # a scratch file of our own takes its place; callers ask whose that is
         _remove_listed=2,  # files in the list, and folders that are empty
         _swap=4, _discard=2,  # after asking; the unfinished folder is our own
-        record=1,  # the lock that it holds
+        _add_entries=1,  # the lock that it holds
     ),
     "hub/sentence_files.py": Counter(save_sentence_files=1),  # in a folder that is being made
     "hub/release.py": Counter(write_release=1),  # in a folder that is being made

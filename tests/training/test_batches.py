@@ -80,6 +80,7 @@ def test_two_processes_share_the_batches_of_one():
         (lambda data: Task("t", "text-pair", data, 2, loss="triplet"), "loss is 'triplet'"),
         (lambda data: Task("t", "text-pair", data, 2, loss="sigmoid"), "sigmoid loss is for image-text"),
         (lambda data: Task("t", "text-pair", data, 2, caption_mode="last"), "caption_mode is 'last'"),
+        (lambda data: Task("t", "text-pair", data, 2, temperature=float("nan")), "temperature is nan. Input should be"),
         (lambda data: Task("t", "text-pair", data, 0), "batch_size is 0. Input should be greater than or equal to 1"),
         (
             lambda data: JointBatchDataset([Task("t", "text-pair", data, 11)], 1, 0),

@@ -190,7 +190,8 @@ def test_a_loss_that_is_not_finite_leaves_a_checkpoint(tmp_path, processor):
 
 
 def _spoilt(task: Task) -> Task:
-    spoilt = copy.copy(task)  # a new Task would refuse the value
+    """Return the task with a temperature that no `Task` accepts, which makes its loss NaN."""
+    spoilt = copy.copy(task)
     object.__setattr__(spoilt, "temperature", float("nan"))
     return spoilt
 
