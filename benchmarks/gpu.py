@@ -129,7 +129,7 @@ def _step(
 
 
 def _largest(device: torch.device, size: tuple[int, int, int], limit: int) -> dict[str, Any]:
-    """The largest batch, doubled until memory is out, that the gradient cache trains."""
+    """Return the largest batch, doubled until memory is out, that the gradient cache trains."""
     batch, largest, seconds = 256, 0, 0.0
     failed = ""
     while batch <= limit:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 _ROOT = Path(__file__).parents[1]
 if (_ROOT / "pyproject.toml").is_file():
-    # Imported from the root of a checkout, where the folders of `bifocal.*` lie beside this one (see pyproject.toml).
+    # Imported from the root of a checkout, where the folders of `bifocal.*` are next to this one (see pyproject.toml).
     __path__.append(str(_ROOT))
 
 from bifocal.errors import BifocalError  # noqa: E402

@@ -82,7 +82,7 @@ def require_replaceable(folder: str | Path, kind: str) -> Path:
 def replace_folder(folder: str | Path, kind: str) -> Iterator[Path]:
     """Yield the path of a new folder that replaces `folder` at the end, with a list of its files.
 
-    The new folder is written beside the old one. After an error the old one is unchanged. A killed run leaves its
+    The new folder is written next to the old one. After an error the old one is unchanged. A killed run leaves its
     unfinished folder, which the next call for the same folder removes.
 
     Args:
@@ -104,7 +104,7 @@ def replace_folder(folder: str | Path, kind: str) -> Iterator[Path]:
             new.parent.mkdir()
             yield new
             _list_all(new, kind)
-            require_replaceable(folder, kind)  # somebody may have put something there in the meantime
+            require_replaceable(folder, kind)  # somebody may have written to it in the meantime
             _swap(target, new, scratch / _BEFORE)
         finally:
             _discard(scratch, target)
@@ -158,7 +158,7 @@ def require_overwritable(path: str | Path, kind: str) -> Path:
         entry = listed(target.parent).get(target.name)
         if entry is None or entry["kind"] != kind:
             raise NotOursError(
-                f"'{path}' exists and is not known as a file of Bifocal's ({MARKER} beside it lists those); choose "
+                f"'{path}' exists and is not known as a file of Bifocal's ({MARKER} next to it lists those); choose "
                 "another name or move it away."
             )
         if not _is_unchanged(target, entry):
@@ -177,6 +177,10 @@ def overwrite(path: str | Path, kind: str) -> Iterator[Path]:
     target = require_overwritable(path, kind)
     with replace_file(target) as scratch:
         yield scratch
+        # Known before it is there: a run that is killed right after the replacement must recognise its file.
+        coming = _entry(scratch, kind)
+        present = listed(target.parent).get(target.name, coming)
+        _add_entries(target.parent, {target.name: {**present, "next": coming}})
     record(target.parent, kind, target.name)
 
 
@@ -216,16 +220,18 @@ def write_json(path: Path, value: Any) -> None:
 
 def record(folder: Path, kind: str, *names: str) -> None:
     """List files in a folder as Bifocal's in their present state; several processes may do this at once."""
+    _add_entries(folder, {name: _entry(folder / name, kind) for name in names})
+
+
+def _add_entries(folder: Path, entries: dict[str, dict[str, Any]]) -> None:
     from filelock import FileLock
 
-    entries = {name: _entry(folder / name, kind) for name in names}
     with FileLock(folder / _LOCK):
         marker = _marker(folder)
         marker["files"] |= entries
         write_json(folder / MARKER, marker)
-        (folder / _LOCK).unlink(
-            missing_ok=True
-        )  # while it is held: waiting processes see that it is gone and create their own
+        # While it is held: waiting processes see that it is gone and create their own.
+        (folder / _LOCK).unlink(missing_ok=True)
 
 
 def _marker(folder: Path) -> dict[str, Any]:
@@ -272,8 +278,11 @@ def _sha256(path: Path) -> str:
 
 def _is_unchanged(path: Path, entry: dict[str, Any]) -> bool:
     # Other weights of the same model have the same size, so large files are hashed, too.
-    regular = path.is_file() and not path.is_symlink()
-    return regular and path.stat().st_size == entry["bytes"] and _sha256(path) == entry["sha256"]
+    if not path.is_file() or path.is_symlink():
+        return False
+    states = [entry, *filter(None, [entry.get("next")])]  # "next": a run was killed while it replaced the file
+    fitting = [state for state in states if state["bytes"] == path.stat().st_size]
+    return bool(fitting) and _sha256(path) in {state["sha256"] for state in fitting}
 
 
 def _entries(folder: Path) -> Iterator[str]:
@@ -355,7 +364,7 @@ def _require_writable(target: Path) -> None:
 
 
 def _swap(target: Path, new: Path, before: Path) -> None:
-    """Move `new` to `target`, and what was there to `before`; after an error, undo it."""
+    """Move `target` to `before` and `new` to `target`; after an error, undo it."""
     existed = target.exists()
     if existed:
         shutil.copymode(target, new)

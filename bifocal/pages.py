@@ -12,7 +12,7 @@ def render(templates: Path, name: str, **values: Any) -> str:
     """Return an HTML page that needs no other file and requests nothing over the network.
 
     Args:
-        templates: folder of the template. It may include `style.css.j2`, which is in the folder beside this module.
+        templates: folder of the template. It may include `style.css.j2`, which is in the folder next to this module.
         name: file name of the template.
         values: variables of the template. A missing one is an error.
     """

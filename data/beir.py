@@ -55,18 +55,18 @@ def read_beir(folder: str, start: Any = None, split: str = "train") -> Iterator[
     root = Path(folder)
     judgements = root / "qrels" / f"{split}.tsv"
     if not judgements.exists():
-        error = FileNotFoundError(f"no judgements '{judgements}' (splits that are there: {_splits(root)})")
+        error = FileNotFoundError(f"no judgements '{judgements}' (existing splits: {_splits(root)})")
         yield Row(None, f"{root.name}/qrels/{split}.tsv", file_error(error))
         return
     relevant, bad_rows = _relevant(judgements)
-    queries, bad_queries = _texts(root, "queries", {one.query_id for one in relevant})
-    corpus, bad_passages = _texts(root, "corpus", {one.passage_id for one in relevant})
+    queries, bad_queries = _texts(root, "queries", {judgement.query_id for judgement in relevant})
+    corpus, bad_passages = _texts(root, "corpus", {judgement.passage_id for judgement in relevant})
     pairs: list[Row] = []
-    for one in relevant:
-        value = _missing(one, queries, corpus) or {
-            "query": queries[one.query_id], "positive": corpus[one.passage_id],
+    for judgement in relevant:
+        value = _missing(judgement, queries, corpus) or {
+            "query": queries[judgement.query_id], "positive": corpus[judgement.passage_id],
         }  # fmt: skip
-        pairs.append(Row(None, one.name, value))
+        pairs.append(Row(None, judgement.name, value))
     yield from numbered([*bad_rows, *bad_queries, *bad_passages, *pairs], start)
 
 
@@ -89,12 +89,12 @@ def load_beir(folder: str, split: str = "test") -> BeirData:
         if isinstance(row.value, RowError)
     ]
     passages: dict[str, list[str]] = {}
-    for one in relevant:
-        missing = _missing(one, queries, corpus)
+    for judgement in relevant:
+        missing = _missing(judgement, queries, corpus)
         if missing is None:
-            passages.setdefault(one.query_id, []).append(one.passage_id)
+            passages.setdefault(judgement.query_id, []).append(judgement.passage_id)
         else:
-            skips.append(SkippedRow.of(one.name, missing))
+            skips.append(SkippedRow.of(judgement.name, missing))
     return BeirData({query: queries[query] for query in passages}, corpus, passages, skips)
 
 

@@ -115,7 +115,7 @@ def _done(out: Path, provenance: dict[str, str]) -> tuple[set[str], int]:
         numbers.append(int(path.stem.partition("-")[2]))
         table = read_table(path, columns=columns)
         for name, value in provenance.items():
-            other = next((one for one in table[name].unique().to_pylist() if one != value), None)
+            other = next((kept for kept in table[name].unique().to_pylist() if kept != value), None)
             if other is not None:
                 raise DataError(f"'{out}' holds captions by another {name} ('{other}'). Choose another folder.")
         done.update(table["row"].to_pylist())

@@ -1,4 +1,4 @@
-"""The columns that a kind of rows needs, and which may be meant if one is missing."""
+"""Checks that a source has the columns that a kind of rows needs, and suggests one for each that is missing."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +10,7 @@ from bifocal.data.readers import IMAGE_SUFFIXES
 from bifocal.data.source import Source
 from bifocal.errors import DataError, closest_name
 
-# Suggestions besides the names that are found without a mapping; the likeliest first.
+# Suggestions besides the names that need no mapping; the likeliest first.
 _SYNONYMS: dict[str, tuple[str, ...]] = {
     "image": ("img", "picture", "photo", "filename", "file", "image_file", "image_url", "url", "jpg", "png"),
     "caption": ("title", "description", "alt", "alt_text", "sentence", "sentences", "label", "prompt", "raw", "tags"),
@@ -51,7 +51,7 @@ def require_columns(names: list[str] | None, source: Source, kind: str, rows: Se
         rows: some of its rows, used to suggest a column.
 
     Raises:
-        MissingColumnError: if a column is missing, or there are two of one name.
+        MissingColumnError: if a column is missing, or two have the same name.
     """
     if names is None:
         return
@@ -62,10 +62,10 @@ def require_columns(names: list[str] | None, source: Source, kind: str, rows: Se
             meant = f"; did you mean column_mapping.{closest}={ours}?" if closest else "; correct column_mapping."
             raise MissingColumnError(f"'{source.title}' has no column '{theirs}' (it has {has}){meant}", names)
     steps = RowNormaliser(kind, source.mapped_columns)
-    found = {ours: steps.column_of(ours, names) for ours in KINDS[kind]}
-    for ours, column in found.items():
+    columns = {ours: steps.column_of(ours, names) for ours in KINDS[kind]}
+    for ours, column in columns.items():
         if ours not in source.mapped_columns and column is None and not has_column(ours, names):
-            taken = [one for one in found.values() if one is not None]
+            taken = [name for name in columns.values() if name is not None]
             hint = column_hint(ours, names, rows, taken)
             raise MissingColumnError(f"'{source.title}' has no column '{ours}' (it has {has}){hint}.", names)
         if ours not in source.mapped_columns and f"{column}.1" in names:
@@ -88,10 +88,11 @@ def column_hint(ours: str, names: Sequence[str], rows: Sequence[Mapping[str, Any
     free = [name for name in names if name not in taken]
     known = [*NAMES[ours], *_SYNONYMS.get(ours, ())]
 
-    def rank(name: str) -> int:
-        plain = name.lower().replace("-", "_").replace(" ", "_")
-        exact = [place for place, one in enumerate(known) if one == plain]
-        within = [len(known) + place for place, one in enumerate(known) if len(one) > 2 and one in plain.split("_")]
+    def rank(column: str) -> int:
+        plain = column.lower().replace("-", "_").replace(" ", "_")
+        words = plain.split("_")
+        exact = [number for number, name in enumerate(known) if name == plain]
+        within = [len(known) + number for number, name in enumerate(known) if len(name) > 2 and name in words]
         return min(exact + within, default=10_000)
 
     fits = {name: _fits(ours, name, [row.get(name) for row in rows]) for name in free}

@@ -102,18 +102,18 @@ def listing() -> str:
 
 def explained(name: str) -> str:
     """Return what is known about a corpus, and the lines that a recipe needs for it."""
-    found = corpus(name)
+    entry = corpus(name)
     facts = {
-        "kind": found.kind, "used": found.usage, "on the Hub": found.dataset_id or "no",
-        "rows": f"about {found.num_rows:,}",
-        "licence": found.licence, "verified": found.verified,
+        "kind": entry.kind, "used": entry.usage, "on the Hub": entry.dataset_id or "no",
+        "rows": f"about {entry.num_rows:,}",
+        "licence": entry.licence, "verified": entry.verified,
     }  # fmt: skip
-    lines = [f"{name}: {found.description}", ""] + [f"  {key:<11} {value}" for key, value in facts.items()]
-    if found.download is not None:
-        return "\n".join([*lines, "", f"To download: {found.download}."])
-    streaming = ", streaming: true" if found.path else ""
+    lines = [f"{name}: {entry.description}", ""] + [f"  {key:<11} {value}" for key, value in facts.items()]
+    if entry.download is not None:
+        return "\n".join([*lines, "", f"To download: {entry.download}."])
+    streaming = ", streaming: true" if entry.path else ""
     data = f"data: {{path: corpus:{name}{streaming}}}"
-    if found.kind == "text-only":
+    if entry.kind == "text-only":
         return "\n".join([*lines, "", "In a recipe:", "  mlm:", f"    {data}", "    batch_size: 32"])
-    task = [f"  - name: {name}", f"    kind: {found.kind}", f"    {data}", "    batch_size: 256"]
+    task = [f"  - name: {name}", f"    kind: {entry.kind}", f"    {data}", "    batch_size: 256"]
     return "\n".join([*lines, "", "In a recipe:", "tasks:", *task])

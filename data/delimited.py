@@ -151,8 +151,8 @@ class _Lines:
 
     Attributes:
         number: lines taken so far.
-        taken: the lines of the record at hand.
-        ended: whether the end of the file, or its own length, ended the record at hand.
+        taken: the lines of the current record.
+        ended: whether the end of the file, or its own length, ended the current record.
     """
 
     def __init__(self, text: Any) -> None:
@@ -171,7 +171,7 @@ class _Lines:
             self.number += 1
 
     def put_back(self, keep: int) -> None:
-        """Take only the first lines of the record at hand."""
+        """Take only the first lines of the current record."""
         self.back.extendleft(reversed(self.taken[keep:]))
         self.number -= len(self.taken) - keep
         del self.taken[keep:]
@@ -226,21 +226,21 @@ class _Records:
             line = self.lines.number + 1
             if line <= self.doubt[1]:
                 return line, self._doubtful(next(self.lines))
-            found: list[str] | RowError
+            record: list[str] | RowError
             try:
-                found = next(self.reader)
+                record = next(self.reader)
             except csv.Error as error:
-                found = RowError("broken CSV", str(error))
-            if not isinstance(found, RowError):
-                found = self._believed(found)
-            if isinstance(found, RowError):
+                record = RowError("broken CSV", str(error))
+            if not isinstance(record, RowError):
+                record = self._believed(record)
+            if isinstance(record, RowError):
                 self.lines.put_back(1)
-                return line, found
-            blank = not found or (len(found) == 1 != self.columns and not found[0].strip())
+                return line, record
+            blank = not record or (len(record) == 1 != self.columns and not record[0].strip())
             if not blank:
-                return line, found
+                return line, record
 
-    def _believed(self, found: list[str]) -> list[str] | RowError:
+    def _believed(self, record: list[str]) -> list[str] | RowError:
         """Return the record, or the error of its first line if its quote is not meant to enclose the others."""
         taken = self.lines.taken
         if len(taken) == 1 and self.lines.size >= _LONGEST_ROW:
@@ -252,13 +252,13 @@ class _Records:
         elif len(taken) > 1 and self.quoting is None and not self._strict(taken):
             problem = f"its quote closes {len(taken) - 1} lines later, in the middle of a text"
         elif len(taken) > 1 and self.quoting is None and self._encloses_rows():
-            if len(found) == self.columns:
+            if len(record) == self.columns:
                 self.doubt = (self.lines.number - len(taken) + 1, self.lines.number)
                 return self._doubtful(taken[0])
             problem = f"its quote encloses {len(taken) - 1} lines that look like rows"
             remedy += ", or quoting=minimal if the lines are one field"
         else:
-            return found
+            return record
         return RowError("open quote", f"{problem}, in {taken[0].strip()[:100]!r}; {remedy}")
 
     def _doubtful(self, line: str) -> RowError:

@@ -35,5 +35,5 @@ PROTOCOLS: dict[str, Protocol] = {
 
 
 def find_protocol(name: str) -> Protocol:
-    """Return the protocol of a name; for one from elsewhere, such as mteb's "MTEB STS", the name is its title."""
+    """Return the protocol with a name; the name of any other, such as mteb's "MTEB STS", is its title."""
     return PROTOCOLS.get(name) or Protocol(name, "", "feature-extraction")

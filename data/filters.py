@@ -116,10 +116,10 @@ class RowFilter:
             self._text(column, value)
             return value
         good, last = [], None
-        for one in value:  # an image keeps the captions that pass
+        for caption in value:  # an image keeps the captions that pass
             try:
-                self._text(column, one)
-                good.append(one)
+                self._text(column, caption)
+                good.append(caption)
             except RowError as row_error:
                 last = row_error
         if not good and last is not None:

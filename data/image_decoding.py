@@ -31,7 +31,7 @@ def _decodes(feature: Any) -> bool:
     if isinstance(feature, Image):
         return feature.decode
     inner = feature.values() if isinstance(feature, dict) else [getattr(feature, "feature", None)]
-    return any(one is not None and _decodes(one) for one in inner)
+    return any(part is not None and _decodes(part) for part in inner)
 
 
 def _undecoded(feature: Any) -> Any:

@@ -103,7 +103,7 @@ def _sort_entry(entry: "os.DirEntry[str]", name: str, images: FoundImages) -> No
         regular = stat.S_ISREG(entry.stat().st_mode)
     except FileNotFoundError:
         images.unreadable.append((name, "a link without a target"))
-        images.complete = False  # a folder that was there may be on a disk that is not mounted now
+        images.complete = False  # a folder from an earlier run may be on a disk that is not mounted now
         return
     except OSError as error:
         images.unreadable.append((name, f"cannot be read ({error.strerror})"))
@@ -137,7 +137,7 @@ def printable(name: str) -> str:
 
 def by_suffix(others: Counter[str]) -> str:
     """Return counts by suffix in words, such as ".txt 2, .pdf 1, no suffix 1"."""
-    first = sorted(others.items(), key=lambda one: (-one[1], one[0]))[:5]
+    first = sorted(others.items(), key=lambda item: (-item[1], item[0]))[:5]
     shown = [f"{printable(suffix) or 'no suffix'} {count:,}" for suffix, count in first]
     more = sum(others.values()) - sum(count for _, count in first)
     return ", ".join(shown + ([f"others {more:,}"] if more else []))

@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate
 from bifocal.data.skips import RowError
 from bifocal.modeling import load_image
 
-# A JPEG is decoded at a half, a quarter or an eighth of its size as long as its shorter side stays at least so many
+# A JPEG is decoded at a half, a quarter or an eighth of its size as long as its shorter side stays at least this many
 # times that of the target; the rest is resized as always.
 _MARGIN = 1.5
 _ADDRESS = re.compile(r"<_io\.BytesIO object at 0x[0-9a-f]+>")  # in messages of Pillow; another one in each run
@@ -68,7 +68,7 @@ class ImageReader:
         if isinstance(value, list | tuple):
             if not value:
                 raise RowError("no image", "an empty list")
-            return [self.decode(one) for one in value]
+            return [self.decode(item) for item in value]
         if isinstance(value, Cropped):
             return value
         if isinstance(value, dict) and {"bytes", "path"} & set(value):
@@ -91,15 +91,15 @@ class ImageReader:
         """Return the image tower's inputs from what `decode` returns: pixel values and further outputs."""
         if self.exact:
             return self._processed(images)
-        found = np.empty((len(images), 3, self.side, self.side), dtype=np.float32)
-        for place, image in enumerate(images):
+        pixel_values = np.empty((len(images), 3, self.side, self.side), dtype=np.float32)
+        for number, image in enumerate(images):
             array: Any = self._cropped(image)
             for channel in range(3):
-                np.take(self._table[channel], array[channel], out=found[place, channel], mode="clip")
-        return {"pixel_values": torch.from_numpy(found)}
+                np.take(self._table[channel], array[channel], out=pixel_values[number, channel], mode="clip")
+        return {"pixel_values": torch.from_numpy(pixel_values)}
 
     def _processed(self, images: list[Image.Image]) -> dict[str, torch.Tensor]:
-        # Images of the wanted size pass resizing and cropping unchanged; leaving both out saves most of the time.
+        # Images of the wanted size pass resizing and cropping unchanged; skipping both saves most of the time.
         fits = self.usual and all(image.size == (self.side, self.side) for image in images)
         resize = {"do_resize": False, "do_center_crop": False} if fits else {}
         return dict(self.processor(images, return_tensors="pt", **resize))
@@ -125,7 +125,7 @@ class ImageReader:
         decoded.load()
         if scale == 1 or not upright or not self.crop:
             return decoded
-        # Half of 749 pixels are 375, of which the last is half empty: places are found in the whole image.
+        # Half of 749 pixels are 375, and the last is half empty: positions are computed in the original image.
         return self._resized(decoded, whole[0] / scale, whole[1] / scale)
 
     def _cropped(self, image: Any) -> np.ndarray:
@@ -139,7 +139,7 @@ class ImageReader:
         """Return an image resized and centre-cropped as the processor does, as (3, height, width) bytes.
 
         Args:
-            width, height: of the image without what reduction has added at its right and lower edges.
+            width, height: size of the image without the pixels that reduction has added at its right and lower edges.
         """
         side = self.side
         longer = int(side * max(width, height) / min(width, height))
@@ -169,10 +169,10 @@ def _is_nested(value: list[Any]) -> bool:
 
 def _array(value: list[Any]) -> np.ndarray:
     try:
-        found = np.asarray(value)
+        array = np.asarray(value)
     except ValueError as error:
         raise RowError("broken image", "nested lists of different lengths") from error
-    return found.astype(np.uint8) if found.dtype == np.int64 and 0 <= found.min() <= found.max() < 256 else found
+    return array.astype(np.uint8) if array.dtype == np.int64 and 0 <= array.min() <= array.max() < 256 else array
 
 
 def _stored(value: dict[str, Any]) -> Any:
@@ -191,8 +191,8 @@ def _stored(value: dict[str, Any]) -> Any:
 def _table(processor: Any) -> np.ndarray:
     """Return (3, 256) normalised values of each byte and channel, computed by the processor and so equal to the bit."""
     values = np.repeat(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), 3, axis=2)
-    found = processor(Image.fromarray(values), do_resize=False, do_center_crop=False, return_tensors="np")
-    return np.ascontiguousarray(np.asarray(found["pixel_values"][0]).reshape(3, 256))
+    processed = processor(Image.fromarray(values), do_resize=False, do_center_crop=False, return_tensors="np")
+    return np.ascontiguousarray(np.asarray(processed["pixel_values"][0]).reshape(3, 256))
 
 
 def image_row_error(error: BaseException) -> RowError:

@@ -34,5 +34,5 @@ def with_class_names(row: dict[str, Any], names: dict[str, list[str]]) -> dict[s
 
 def _named(value: Any, names: list[str]) -> Any:
     if isinstance(value, list):
-        return [_named(one, names) for one in value]
+        return [_named(item, names) for item in value]
     return names[value] if isinstance(value, int) and 0 <= value < len(names) else None

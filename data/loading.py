@@ -163,8 +163,9 @@ def infer_kind(source: Source) -> str:
             f"Cannot infer the kind of rows of '{source.title}' from its columns ({', '.join(names[:20])}). Name it "
             "with --kind, and the columns with column_mapping, such as column_mapping.title=query."
         )
-    # Read as another kind, a row lacks a column; prefer an error that is about the row itself.
-    problem = next((one for one in problems if not one[1].cause.startswith("no ")), problems[0] if problems else None)
+    # Read as another kind, a row has a column missing; prefer an error that is about the row itself.
+    problem = next((problem for problem in problems if not problem[1].cause.startswith("no ")), None)
+    problem = problem or next(iter(problems), None)
     reason = f"; none of the first can be used ({problem[0]}: {problem[1]})" if problem is not None else ""
     raise DataError(f"Cannot infer the kind of rows of '{source.title}'{reason}. Name it with --kind.")
 
@@ -235,7 +236,7 @@ def _not_loaded(path: str, folder: str) -> str:
 
 
 def _held(folder: str) -> str:
-    """Return what a folder holds, and what it lacks if these are images, as the end of a sentence."""
+    """Return what a folder holds, and what is missing if these are images, as the end of a sentence."""
     endings = Counter(name.rpartition(".")[2].lower() for _, _, files in os.walk(folder) for name in files)
     images = sum(count for ending, count in endings.items() if ending in IMAGE_SUFFIXES)
     if images:

@@ -103,11 +103,11 @@ def _text_tables(folder: str, source: Source) -> list[str]:
         config = load_dataset_builder(folder, source.name).config
     except Exception:  # reported when the folder is loaded
         return []
-    files = {str(split): list(map(str, found)) for split, found in (config.data_files or {}).items()}
-    found = files.get(source.split, [])
-    if not found and files:
+    files = {str(split): list(map(str, paths)) for split, paths in (config.data_files or {}).items()}
+    paths = files.get(source.split, [])
+    if not paths and files:
         raise DataError(f"'{folder}' has no split '{source.split}' (it has {', '.join(files)}); set split.")
-    return found if all(format_of(path) in _TEXT_TABLES for path in found) else []
+    return paths if all(format_of(path) in _TEXT_TABLES for path in paths) else []
 
 
 def holds_files(folder: str, formats: Collection[str]) -> bool:
@@ -170,23 +170,23 @@ def _first_rows(shards: list[str], read: Reader) -> list[dict[str, Any]]:
     """
     unread = len(shards) > _PEEKED_FILES
     for shard in shards[:_PEEKED_FILES]:
-        found: list[dict[str, Any]] = []
+        rows: list[dict[str, Any]] = []
         seen = 0
         try:
             for _, row in zip(range(_PEEKED_ROWS), read(shard, None), strict=False):
                 seen += 1
                 if not isinstance(row.value, RowError):
-                    found.append(row.value)
+                    rows.append(row.value)
         except FileError as error:
             raise DataError(f"'{shard}' cannot be read ({error.cause}): {error.detail}.") from error
         except Exception:
             unread = True
             continue
         if seen and not _is_empty(shard):
-            return found
+            return rows
     if unread:
         return []
-    more = f", nor have the {len(shards) - 1} files after it" if len(shards) > 1 else ""
+    more = f", and the {len(shards) - 1} files after it have none either" if len(shards) > 1 else ""
     raise DataError(f"{_empty(shards[0], read)}{more}.")
 
 

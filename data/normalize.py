@@ -58,7 +58,7 @@ class RowNormaliser:
         kind: kind of the rows.
         columns: the source's column for each of ours that is not found by `NAMES`; `json.FIELD` is a field of a
             sample's JSON.
-        fence: of the images.
+        allowed_roots: folders below which images may be read.
         negatives: hard negatives per row; rows with fewer are bad, further ones are cut. None takes all.
     """
 
@@ -128,13 +128,13 @@ class RowNormaliser:
         """Return the text or texts of a column.
 
         Raises:
-            RowError: if there is none, or none that can be used.
+            RowError: if the row has none, or none that can be used.
         """
         value = self._find(column, raw)
         if isinstance(value, list):
             if not value:
                 raise RowError(f"no {column}", "an empty list")
-            return [_text(column, one) for one in value]
+            return [_text(column, text) for text in value]
         return _text(column, value)
 
     def _plain(self, column: str, raw: Mapping[str, Any]) -> Any:
@@ -159,11 +159,11 @@ class RowNormaliser:
         values = list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
         if "negatives" not in self.columns:
             values += [raw[name] for _, name in numbered if raw[name] is not None]
-        found = [_text("negatives", one) for one in values]
+        negatives = [_text("negatives", text) for text in values]
         wanted = self.negatives
-        if len(found) < (wanted or 1):
-            raise RowError("too few negatives", f"{len(found)} of {wanted or 1}")
-        return found[:wanted]
+        if len(negatives) < (wanted or 1):
+            raise RowError("too few negatives", f"{len(negatives)} of {wanted or 1}")
+        return negatives[:wanted]
 
     def _image(self, raw: Mapping[str, Any]) -> tuple[Any, str | None]:
         """Return the image as bytes or path, and its id if it has a path."""
@@ -232,7 +232,7 @@ def sharegpt4v(raw: Mapping[str, Any]) -> dict[str, Any]:
         str(turn.get("value", "")) for turn in turns
         if isinstance(turn, Mapping) and turn.get("from") in ("gpt", "assistant")
     ]  # fmt: skip
-    captions = [text for text in (re.sub(r"\s*<image>\s*", " ", one).strip() for one in answers) if text]
+    captions = [text for text in (re.sub(r"\s*<image>\s*", " ", answer).strip() for answer in answers) if text]
     if not captions:
         raise RowError("no caption", "no answer in the conversations")
     return {"image": raw.get("image"), "caption": captions[0] if len(captions) == 1 else captions}
@@ -247,7 +247,7 @@ def dpr(raw: Mapping[str, Any], negatives: int | None = None) -> dict[str, Any]:
     return {
         "query": raw.get("question"),
         "positive": passage(positives[0]),
-        "negatives": [passage(one) for one in others[: negatives or DPR_NEGATIVES]],
+        "negatives": [passage(other) for other in others[: negatives or DPR_NEGATIVES]],
     }
 
 

@@ -1,4 +1,4 @@
-"""Read the rows of one file from a position on; a broken row is a `RowError` in its place.
+"""Reads the rows of one file from a position on; a `RowError` stands for each broken row.
 
 The readers of `datasets`, which read data sets of the Hub, stop at the first broken row or silently skip rows.
 """
@@ -73,15 +73,15 @@ def read_arrow(path: str, start: Any = None, labels: bool = True) -> Iterator[Ro
 
 def _arrow_rows(batches: Any, names: dict[str, list[str]]) -> Iterator[Any]:
     for batch in batches:
-        for piece in range(0, batch.num_rows, 256):
+        for start in range(0, batch.num_rows, 256):
             try:
-                found = batch.slice(piece, 256).to_pylist()
+                values = batch.slice(start, 256).to_pylist()
             except UnicodeDecodeError:  # a string column with bytes that are not UTF-8: row by row
-                found = [_arrow_row(batch, row) for row in range(piece, min(piece + 256, batch.num_rows))]
+                values = [_arrow_row(batch, row) for row in range(start, min(start + 256, batch.num_rows))]
             if not names:
-                yield from found
+                yield from values
                 continue
-            yield from (row if isinstance(row, RowError) else with_class_names(row, names) for row in found)
+            yield from (row if isinstance(row, RowError) else with_class_names(row, names) for row in values)
 
 
 def _arrow_row(batch: Any, row: int) -> Any:

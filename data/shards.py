@@ -166,15 +166,15 @@ class ShardPart:
             if row is None:
                 shards += 1
                 continue
-            found = normalised(self.stream.normalise, row)
-            if isinstance(found, RowError):
-                skips.append(SkippedRow.of(row.name, found))
+            row_values = normalised(self.stream.normalise, row)
+            if isinstance(row_values, RowError):
+                skips.append(SkippedRow.of(row.name, row_values))
             else:
                 names.append(row.name)
                 for column, values in columns.items():
-                    values.append(found[column])
-                if isinstance(found.get("image"), bytes):
-                    held += len(found["image"])
+                    values.append(row_values[column])
+                if isinstance(row_values.get("image"), bytes):
+                    held += len(row_values["image"])
             if len(names) + len(skips) >= size or held >= _BLOCK_BYTES:
                 break
         rows = len(names) + len(skips)

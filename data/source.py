@@ -91,7 +91,7 @@ class Source(Strict):
     @classmethod
     def _known_to_python(cls, value: str | None) -> str | None:
         try:
-            "".encode(value or "utf-8")  # also refuses codecs that are no encodings of text, such as base64
+            "".encode(value or "utf-8")  # also refuses codecs that are not text encodings, such as base64
         except LookupError:
             raise ValueError(
                 f"'{value}' is not an encoding that Python knows; use one such as cp1252 or utf-16"

@@ -56,7 +56,7 @@ _SYNONYM_PATTERN = re.compile(r"\b(" + "|".join(sorted(map(re.escape, SYNONYMS),
 
 
 def plain_name(symbol: str) -> str:
-    """The Unicode name in lower case, hyphens as spaces and the dots of a braille pattern one by one.
+    """Return the Unicode name in lower case, hyphens as spaces and the dots of a braille pattern one by one.
 
     >>> plain_name("é"), plain_name("⠓")
     ('latin small letter e with acute', 'braille pattern dots 1 2 5')
@@ -68,7 +68,7 @@ def plain_name(symbol: str) -> str:
 
 
 def facts(symbol: str, hidden: frozenset[str] = frozenset()) -> list[str]:
-    """Sentences, without capital or full stop, on what Unicode knows of the symbol beside its name.
+    """Return what Unicode says about a symbol besides its name, as clauses without capital or full stop.
 
     Args:
         hidden: symbols that no sentence may name: what training must not hear of.
@@ -91,8 +91,8 @@ def facts(symbol: str, hidden: frozenset[str] = frozenset()) -> list[str]:
     if number is not None:
         known.append(f"its value is {Fraction(number).limit_denominator(1000)}")
     if unicodedata.combining(symbol):
-        place = {220: " below", 230: " above"}.get(unicodedata.combining(symbol), "")
-        known.append(f"it combines with the letter before it{place}")
+        position = {220: " below", 230: " above"}.get(unicodedata.combining(symbol), "")
+        known.append(f"it combines with the letter before it{position}")
     if unicodedata.mirrored(symbol):
         known.append("it turns around in text from right to left")
     if unicodedata.bidirectional(symbol) in ("R", "AL"):
@@ -101,7 +101,7 @@ def facts(symbol: str, hidden: frozenset[str] = frozenset()) -> list[str]:
 
 
 def paraphrase(name: str, generator: random.Random) -> str:
-    """The name in other words: most words with a synonym are replaced, and what follows "with" may come first."""
+    """Return the name in other words: synonyms replace most words, and what follows "with" may come first."""
 
     def replace(match: re.Match) -> str:
         return generator.choice(SYNONYMS[match[0]]) if generator.random() < 0.75 else match[0]
@@ -114,7 +114,7 @@ def paraphrase(name: str, generator: random.Random) -> str:
 
 
 def long_caption(symbol: str, generator: random.Random, hidden: frozenset[str] = frozenset()) -> str:
-    """A caption of a few sentences that says the name once and then what Unicode knows, in random order."""
+    """Return a caption of a few sentences that says the name once and then what Unicode knows, in random order."""
     opening = generator.choice(
         ["the picture shows {}", "a drawing of {}", "this is the sign called {}", "here one sees {}", "{}"]
     ).format(plain_name(symbol))
@@ -124,14 +124,14 @@ def long_caption(symbol: str, generator: random.Random, hidden: frozenset[str] =
 
 
 def describe(symbol: str, generator: random.Random, hidden: frozenset[str] = frozenset()) -> str:
-    """What the symbol is, in other words than its name: a paraphrase and up to three facts."""
+    """Return what the symbol is, in other words than its name: a paraphrase and up to three facts."""
     known = facts(symbol, hidden)
     generator.shuffle(known)
     return ". ".join([paraphrase(plain_name(symbol), generator), *known[: generator.randint(1, 3)]]) + "."
 
 
 def confusable_names(names: list[str], count: int) -> list[list[str]]:
-    """For each name the `count` other names with the most similar words (cosine, words weighted by their rarity).
+    """Return for each name the `count` other names with the most similar words (cosine, weighted by rarity).
 
     Ties go to the name that comes first, so the result is a function of the list.
     """

@@ -92,7 +92,7 @@ def draw(symbol: str, path: Path, size: int) -> Image.Image | None:
         em = int(em / excess)
     baseline: float = round(size * 0.78)
     baseline += max(0, -(baseline + top)) - max(0, baseline + bottom - size)  # an accent on a capital still fits
-    # By the advance, so that the left dots of a braille cell stay left; a combining mark has none, there by the ink.
+    # By the advance, so that the left dots of a braille cell stay left. A combining mark has no advance, so by its ink.
     advance = font.getlength(symbol)
     x = (size - advance) / 2
     if not (advance and x + left >= 0 and x + right <= size):

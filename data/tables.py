@@ -49,7 +49,7 @@ def to_dataset(stream: ShardStream, source: Source, skipped: SkipLog, name: str,
     lists = {column for column, feature in features.items() if isinstance(feature, List)}
     arguments = {"stream": stream, "limit": source.limit, "lists": lists}
     dataset = _cached(Features(features), arguments, fingerprint)
-    # Images that were missing when the rows were cached may be there now.
+    # Images that were missing when the rows were cached may exist now.
     returned = [skip.row for skip in _skips(dataset) if skip.cause == MISSING and existing(skip.detail) is not None]
     if returned:
         salted = hashlib.blake2b(json.dumps([fingerprint, returned]).encode(), digest_size=12).hexdigest()
@@ -117,8 +117,8 @@ def _features(stream: ShardStream, source: Source) -> dict[str, Any]:
     for column in stream.column_names:
         text = Value("string")
         lists = column in ("negatives", "caption") or any(isinstance(row[column], list) for row in first)
-        one = Value("float64") if column == "score" else text
-        features[column] = Image(decode=False) if column == "image" else List(text) if lists else one
+        single = Value("float64") if column == "score" else text
+        features[column] = Image(decode=False) if column == "image" else List(text) if lists else single
     return {**features, ERROR_COLUMN: Value("string"), ROW: Value("string")}
 
 

@@ -38,11 +38,11 @@ def read_tar(path: str, start: Any = None) -> Iterator[Row]:
                 key = this
                 try:
                     _add(sample, ending, member, tar)
-                except RowError as found:
-                    row_error = found
+                except RowError as error:
+                    row_error = error
             _require_end(file, tar.offset)
         except (tarfile.TarError, OSError, EOFError) as error:
-            # The current sample may lack members: it is lost with the rest.
+            # Members of the current sample may be missing: it is lost with the rest.
             yield Row(None, f"{file_name(path)}/{key or 0}", file_error(error))
             return
         if key is not None:

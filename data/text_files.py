@@ -30,7 +30,7 @@ class Row(NamedTuple):
 
     Args:
         position: where to resume after this row, in plain JSON types.
-        name: name for logs: the file's name and the row's place in it.
+        name: name for logs: the file's name and the row's number or line.
         value: its columns, or why it cannot be read.
     """
 
@@ -142,7 +142,7 @@ def read_json(path: str, start: Any = None, encoding: str | None = None) -> Iter
     """Yield the rows of a JSON file: an array of objects, or lines. A position in an array is a number of rows.
 
     Raises:
-        FileError: as `read_json_lines`.
+        FileError: if the file is in another encoding, or holds one object over several lines.
     """
     return _read_json(path, start, encoding, ("[",))
 
@@ -208,7 +208,7 @@ def _lines(file: Any) -> Iterator[tuple[bytes | None, int]]:
     """Yield lines with their lengths in bytes; None for a line that is too long. A carriage return ends a line, too."""
     while line := file.readline(LONGEST_LINE):
         if len(line) < LONGEST_LINE or line.endswith(b"\n"):
-            # Within a line of JSON there is no carriage return, so it can only be the end of one.
+            # A line of JSON contains no carriage return, so one can only end a line.
             for piece in line.splitlines(keepends=True) if b"\r" in line else (line,):
                 yield piece, len(piece)
             continue

@@ -12,7 +12,7 @@ def shortened(vectors: np.ndarray, dimensions: int) -> np.ndarray:
     """Return the first dimensions of unit vectors, normalised again.
 
     Raises:
-        EvaluationError: if the vectors do not have so many dimensions.
+        EvaluationError: if the vectors have fewer dimensions.
     """
     if not 1 <= dimensions <= vectors.shape[1]:
         raise EvaluationError(f"{dimensions} dimensions cannot be taken of {vectors.shape[1]}.")

@@ -117,7 +117,7 @@ def load_encoder(path: str, batch_size: int = 64, device: str | None = None) -> 
     Args:
         path: local folder or Hub id.
         batch_size: texts or images per forward pass.
-        device: "cpu", "cuda", ... If None, a GPU where there is one.
+        device: "cpu", "cuda", ... If None, a GPU if there is one.
 
     Raises:
         EvaluationError: if there is no such model, or it belongs to none of the families.
@@ -202,7 +202,7 @@ def _sentence_transformer(path: str, batch_size: int, device: str | None) -> Enc
         return model.encode(items, batch_size=batch_size, normalize_embeddings=True, convert_to_numpy=True)
 
     def image(images: list[Any]) -> np.ndarray:
-        return encode([load_image(one) for one in images])
+        return encode([load_image(value) for value in images])
 
     embeds_images = "image" in (getattr(model, "modalities", None) or [])
     count = sum(p.numel() for p in model.parameters())
@@ -249,7 +249,7 @@ def dual_encoder(model: Any, processor: Any, name: str, batch_size: int = 64) ->
 
     def image(images: list[Any]) -> np.ndarray:
         def embed(batch: list[Any]) -> Any:
-            loaded = [load_image(one) for one in batch]
+            loaded = [load_image(value) for value in batch]
             return model.get_image_features(**processor(images=loaded, return_tensors="pt").to(model.device))
 
         return batches(images, embed)

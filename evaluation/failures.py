@@ -31,7 +31,7 @@ def worst_searches(
 
     Returns:
         For each search `query`, `hits`, `answer`, `rank` and `direction`. A query, hit or answer has a `text` or a
-        `thumbnail` (a data URI); hits also have `score` and `right`. A right answer at rank 1 is no failure.
+        `thumbnail` (a data URI); hits also have `score` and `right`. A right answer at rank 1 is not a failure.
     """
     searches = []
     for direction, ranks in (("text to image", to_image[:, 0]), ("image to text", to_text[:, 0])):

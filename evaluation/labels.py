@@ -29,8 +29,8 @@ def class_names(task: str, labels: Any, classes: Sequence[str] | None) -> list[s
                 f"The labels of '{task}' are numbers without names; give classes, such as dataset.features"
                 "['label'].names."
             )
-    names = [str(one) for one in as_sequence(task, "classes", classes)]
-    numbers = [one for one in names if one.strip().lstrip("+-").isdigit()]
+    names = [str(name) for name in as_sequence(task, "classes", classes)]
+    numbers = [name for name in names if name.strip().lstrip("+-").isdigit()]
     if numbers:
         raise EvaluationError(
             f"The classes of '{task}' are named by numbers ({', '.join(numbers[:4])}), which make no prompts; give "
@@ -49,14 +49,14 @@ def class_numbers(rows: Rows, classes: Sequence[str]) -> dict[int, int]:
     Raises:
         EvaluationError: if a label is none of the classes.
     """
-    number_of = {one: number for number, one in reversed(list(enumerate(classes)))}
+    number_of = {name: number for number, name in reversed(list(enumerate(classes)))}
     by_row = {}
     for number in rows.good:
         label = rows.columns["labels"][number]
         if isinstance(label, str) and label.strip():
             if label.strip() not in number_of:
                 raise EvaluationError(
-                    f"{rows.name(number)} of '{rows.task}' has the label '{label}', which is no class."
+                    f"{rows.name(number)} of '{rows.task}' has the label '{label}', which is not a class."
                 )
             by_row[number] = number_of[label.strip()]
             continue

@@ -25,7 +25,7 @@ def find_tasks(names: Sequence[str]) -> list[Any]:
         names: names of tasks, or of suites (`mteb_suites.yaml`).
 
     Raises:
-        EvaluationError: if there is no task of a name.
+        EvaluationError: if there is no task with one of the names.
     """
     import mteb
 

@@ -154,7 +154,7 @@ def zero_shot(
     rows = Rows(name, names, images=images, labels=labels)
     classes = class_names(name, labels, classes)
     sentences = as_sequence(name, "templates", templates)
-    if not len(sentences) or not all(isinstance(one, str) and "{}" in one for one in sentences):
+    if not len(sentences) or not all(isinstance(sentence, str) and "{}" in sentence for sentence in sentences):
         raise EvaluationError(f"Each template of '{name}' needs {{}} where the name of a class goes.")
     if len(set(classes)) < 2:
         raise EvaluationError(f"'{name}' has {rows.count} images of {len(classes)} classes; give at least two.")
@@ -162,7 +162,7 @@ def zero_shot(
     vectors, _ = rows.images(encoder)
     rows.require_some()
     target = np.array([numbers[number] for number in rows.good])
-    prompts = [template.format(one) for one in classes for template in sentences]
+    prompts = [template.format(label) for label in classes for template in sentences]
     class_vectors = encoder.texts(prompts).reshape(len(classes), len(sentences), -1).mean(axis=1)
     class_vectors /= np.linalg.norm(class_vectors, axis=1, keepdims=True)
     image_vectors = np.stack([vectors[number] for number in rows.good])
@@ -322,8 +322,8 @@ def text_retrieval(
     for what, mapping in (("queries", queries), ("corpus", corpus), ("relevant passages", relevant)):
         if not isinstance(mapping, Mapping):
             raise EvaluationError(f"The {what} of '{name}' are a {type(mapping).__name__}; give a dictionary by id.")
-    query_rows = Rows(name, [f"query {one}" for one in queries], True, queries=list(queries.values()))
-    corpus_rows = Rows(name, [f"passage {one}" for one in corpus], True, corpus=list(corpus.values()))
+    query_rows = Rows(name, [f"query {query_id}" for query_id in queries], True, queries=list(queries.values()))
+    corpus_rows = Rows(name, [f"passage {passage_id}" for passage_id in corpus], True, corpus=list(corpus.values()))
     query_texts, passages = query_rows.texts("queries", "query", 1), corpus_rows.texts("corpus", "positive", 1)
     corpus_rows.require_some()
     query_rows.require_some()
@@ -336,10 +336,10 @@ def text_retrieval(
         if number in query_rows.skipped:
             continue
         relevant_ids = _relevant_ids(relevant.get(query_id))
-        missing = next((one for one in relevant_ids if one not in row_of), None)
+        missing = next((passage_id for passage_id in relevant_ids if passage_id not in row_of), None)
         if missing is not None:
             raise EvaluationError(f"'{name}' names the relevant passage '{missing}', which is not in its corpus.")
-        items = [item_of[row_of[one]] for one in relevant_ids if row_of[one] in item_of]
+        items = [item_of[row] for row in map(row_of.__getitem__, relevant_ids) if row in item_of]
         if not items:
             without += 1
             continue
@@ -370,5 +370,5 @@ def _relevant_ids(judgement: Any) -> list[str]:
     if isinstance(judgement, str):
         return [judgement]
     if isinstance(judgement, Mapping):
-        return [one for one, grade in judgement.items() if grade > 0]
+        return [passage_id for passage_id, grade in judgement.items() if grade > 0]
     return list(dict.fromkeys(judgement))

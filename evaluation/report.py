@@ -106,10 +106,9 @@ def row_remarks(result: Result) -> list[str]:
     remarks = []
     shared, skipped = result.sizes.get("shared rows", 0), len(result.skips)
     if shared:
-        one = shared == 1
         remarks.append(
-            f"{shared:,} row{' shares' if one else 's share'} a text or an image with another row; such rows are right "
-            "answers of each other"
+            f"{shared:,} row{' shares' if shared == 1 else 's share'} a text or an image with another row; such rows "
+            "are right answers of each other"
         )
     if skipped:
         causes = skip_summary(Counter(result.skipped))
@@ -139,9 +138,11 @@ def _comparison(results: Mapping[str, Sequence[Result]]) -> list[dict[str, Any]]
         values = [result.metrics[result.main] if result.metrics else None for result in of_task]
         best = max((value for value in values if value is not None), default=None)
         cells = [("" if value is None else f"{value:.3f}", len(values) > 1 and value == best) for value in values]
-        one = next((result for result in of_task if result.metrics), of_task[0])
-        sizes = (f"{count:,} {what}" for what, count in one.sizes.items() if count and what not in _NOT_IN_TABLE)
-        rows.append({"task": one.task, "metric": _metric_title(one.main), "cells": cells, "sizes": ", ".join(sizes)})
+        first = next((result for result in of_task if result.metrics), of_task[0])
+        sizes = (f"{count:,} {what}" for what, count in first.sizes.items() if count and what not in _NOT_IN_TABLE)
+        rows.append(
+            {"task": first.task, "metric": _metric_title(first.main), "cells": cells, "sizes": ", ".join(sizes)}
+        )
     return rows
 
 

@@ -16,7 +16,7 @@ from bifocal.errors import EvaluationError
 from bifocal.evaluation.relevance import right_answers
 
 _BLOCK_BYTES = 128 * 2**20  # size of a block of similarities
-_SORTED_FROM = 16  # with so many right items, sorting a query's similarities is faster than one pass per item
+_SORTED_FROM = 16  # from this many right items, sorting a query's similarities is faster than one pass per item
 
 
 def target_ranks(

@@ -112,8 +112,8 @@ class Rows:
                 texts = [normalised] if isinstance(normalised, str) else normalised
                 if most is not None and len(texts) > most:
                     raise RowError(f"a list as {column}", f"{len(texts)} texts instead of one")
-            except RowError as fault:
-                self.skipped[number] = fault
+            except RowError as error:
+                self.skipped[number] = error
             else:
                 by_row[number] = texts
         return by_row
@@ -133,7 +133,7 @@ class Rows:
                 if not np.isfinite(by_row[number]):
                     raise ValueError
             except (TypeError, ValueError):
-                self.skipped[number] = RowError(f"no {column}", f"{value!r:.100} is no number")
+                self.skipped[number] = RowError(f"no {column}", f"{value!r:.100} is not a number")
         return {number: value for number, value in by_row.items() if number not in self.skipped}
 
     def images(self, encoder: Encoder) -> tuple[dict[int, np.ndarray], dict[int, str]]:
@@ -175,7 +175,7 @@ class Rows:
         """
         if not self.skipped:
             return
-        causes = summary(Counter(fault.cause for fault in self.skipped.values()))
+        causes = summary(Counter(error.cause for error in self.skipped.values()))
         skips = self.skips
         named = "; ".join(f"{skip.row}: {skip.cause}, {skip.detail:.150}".rstrip(",. ") for skip in skips[:_NAMED])
         if len(skips) == self.count:

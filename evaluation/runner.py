@@ -104,7 +104,7 @@ def evaluate(
         BadRowsError: if more rows are bad than a source's `max_bad_fraction` allows.
         OSError: if the folder cannot be written.
     """
-    models, only, mteb = ([one] if isinstance(one, str) else list(one) for one in (models, only, mteb))
+    models, only, mteb = ([value] if isinstance(value, str) else list(value) for value in (models, only, mteb))
     tasks = suite.select(only) if suite is not None else []
     batch_size = suite.batch_size if suite is not None else 64
     mteb_tasks = find_tasks(mteb) if mteb else []

@@ -67,7 +67,7 @@ class EvaluationSuite(Strict):
         """Return the tasks of these names, in the suite's order; all tasks if `names` is empty.
 
         Raises:
-            RecipeError: if there is no task of a name.
+            RecipeError: if there is no task with one of the names.
         """
         known = [task.name for task in self.tasks]
         unknown = next((name for name in names if name not in known), None)
@@ -82,7 +82,7 @@ def load_suite(name: str) -> EvaluationSuite:
     """Return a suite that comes with Bifocal, by its name, or one from a YAML file.
 
     Raises:
-        RecipeError: if there is no such suite or file, or the file is no YAML, has a wrong key or two tasks of a name.
+        RecipeError: if there is no such suite or file, or the file is not YAML, has a wrong key or repeats a name.
     """
     path = next((path for path in (Path(name), SHIPPED / f"{name}.yaml") if path.is_file()), None)
     if path is None:

@@ -250,7 +250,7 @@ def _to_source_tensor(
 
 
 def save_converted(model: Any, source: str, out: Path) -> list[str]:
-    """Write a converted model, with a processor if the source has a tokenizer; return what the folder lacks.
+    """Write a converted model, with a processor if the source has a tokenizer; return what is missing in the folder.
 
     A joint model with a tokenizer becomes a folder that is ready for the Hub.
 

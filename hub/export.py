@@ -87,7 +87,9 @@ def _merge_adapters(model: Any, processor: Any) -> tuple[Any, Any]:
         processor = processor or getattr(model, "processor", None)
         model = copy.deepcopy(model).merge_and_unload()
     elif hasattr(model, "peft_config"):
-        kinds = ", ".join(str(getattr(one.peft_type, "value", one.peft_type)) for one in model.peft_config.values())
+        kinds = ", ".join(
+            str(getattr(config.peft_type, "value", config.peft_type)) for config in model.peft_config.values()
+        )
         raise ExportError(f"peft cannot merge {kinds} into the weights; save the adapter alone with save_pretrained.")
     elif getattr(model, "_hf_peft_config_loaded", False):
         raise ExportError(

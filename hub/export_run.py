@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, distribution
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -178,8 +178,7 @@ def _license_text(name: str | None) -> str | None:
     """Return the text of the Apache licence, which this package contains; None for others."""
     if name != "apache-2.0":
         return None
-    try:
-        package = distribution("bifocal")
-    except PackageNotFoundError:
-        return None
-    return package.read_text("licenses/LICENSE") or package.read_text("LICENSE")
+    # In a checkout's root, the metadata of a build (*.egg-info) comes first and has no licence.
+    names = ("licenses/LICENSE", "LICENSE")
+    texts = (package.read_text(file) for package in distributions(name="bifocal") for file in names)
+    return next(filter(None, texts), None)

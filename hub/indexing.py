@@ -154,7 +154,8 @@ def _folder(source: Source) -> str | None:
 
 
 def _require_rows(path: str, kind: str | None) -> None:
-    """
+    """Raise an error if `path` means a file that is missing or empty.
+
     Raises:
         DataError: if a path that means a file has no file, or an empty one.
     """
@@ -185,7 +186,7 @@ class ItemReader:
         captions: whether captions are items as well.
         exclude: folders that are not read, such as the index itself.
         skipped: filled with name and reason of rows and files that cannot be read.
-        other_files: filled with the files of a folder that are no images, counted by suffix.
+        other_files: filled with the files of a folder that are not images, counted by suffix.
         hidden_files: set to the number of hidden files and folders.
         images_without_row: set to the number of images that the folder's table does not name.
     """
@@ -208,7 +209,7 @@ class ItemReader:
         paths = [self.source.path] if isinstance(self.source.path, str) else self.source.path
         parent = self.root or os.path.dirname(os.path.expanduser(paths[0])) or "."
         roots = [*AllowedRoots(self.source.image_root).roots.items(), ("", os.path.realpath(parent))]
-        self.roots = sorted(roots, key=lambda one: -len(one[1]))  # innermost first
+        self.roots = sorted(roots, key=lambda root: -len(root[1]))  # innermost first
         self.item_source = ItemSource(self._identity(), {"captions": self.captions}, complete=self.source.limit is None)
 
     def restore_options(self, index: SearchIndex) -> None:
@@ -295,9 +296,9 @@ class ItemReader:
             try:
                 if row_filter is not None:
                     row_filter({"image": path})
-            except RowError as fault:
-                self.skipped.append((printable(name), str(fault)))
-                if not fault.filtered:
+            except RowError as error:
+                self.skipped.append((printable(name), str(error)))
+                if not error.filtered:
                     self.item_source.unread.add(printable(name))
                 continue
             yield Item(printable(name), "", path, has_stable_name=True)

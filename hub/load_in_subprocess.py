@@ -82,8 +82,8 @@ def _by_tokenizer(processor: Any, folder: Path, texts: list[str]) -> dict[str, n
     tokenizer.enable_padding()
     words = tokenizer.encode_batch(texts)
     return {
-        "input_ids": np.array([one.ids for one in words]),
-        "attention_mask": np.array([one.attention_mask for one in words]),
+        "input_ids": np.array([encoding.ids for encoding in words]),
+        "attention_mask": np.array([encoding.attention_mask for encoding in words]),
     }
 
 

@@ -101,7 +101,8 @@ def remove_wrapper_prefix(tensors: Tensors) -> Tensors:
 
 
 def require_floats(name: str, tensor: torch.Tensor) -> None:
-    """
+    """Check that a weight is of floating point and finite.
+
     Raises:
         ConversionError: if a weight is not of floating point (quantised, for example) or not finite.
     """

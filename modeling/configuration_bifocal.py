@@ -20,7 +20,7 @@ from .configuration_bifocal_base import (
 )
 
 if TYPE_CHECKING:
-    # transformers distinguishes local folders of one name by the files that this one imports. With this import,
+    # transformers distinguishes local folders with the same name by the files that this one imports. With this import,
     # that is all files. Without it, a second folder with another model but the same configuration would run the first
     # one's code.
     from .modeling_bifocal import BifocalModel  # noqa: F401

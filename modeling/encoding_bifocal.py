@@ -121,7 +121,7 @@ class EncodingMixin:
             truncate_dim: number of leading dimensions to keep (Matryoshka, arXiv 2205.13147); all when None.
             normalize: whether vectors (after truncation) are scaled to length 1; True when None.
             convert_to: "numpy", "torch" (on the model's device) or "list"; "numpy" when None.
-            show_progress: whether to show a progress bar; when None, from 20 batches on.
+            show_progress: whether to show a progress bar; if None, from 20 batches on.
             aliases: names of sentence-transformers and Jina CLIP: `normalize_embeddings`, `convert_to_numpy`,
                 `convert_to_tensor`, `show_progress_bar`, `prompt` (prepended to each text), and `device`, if it is the
                 model's.

@@ -65,7 +65,7 @@ def apply_rotary_pos_emb(states: torch.Tensor, rotary: torch.Tensor) -> torch.Te
     pairs = states.unflatten(-1, (-1, 2))
     supported = states.dtype == torch.float32 and states.device.type in ("cpu", "cuda")
     if supported and not torch.compiler.is_compiling():
-        # A product of complex numbers is one kernel and takes a tenth of the time; compilers and ONNX lack it.
+        # A product of complex numbers, one kernel, takes a tenth of the time, but compilers and ONNX do not support it.
         return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotary)).flatten(-2)
     cos, sin = rotary.unbind(-1)
     first, second = pairs.unbind(-1)

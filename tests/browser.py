@@ -14,7 +14,7 @@ needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this
 WIDTHS = (390, 800, 1400)  # a phone, a small window, a screen
 
 # Every visible image lies within each box around it, keeps its proportions and touches no other image; nothing is wider
-# than the window. What scrolls sideways by itself may hold wider things.
+# than the window. An element that scrolls sideways may hold wider things.
 _LAYOUT = """() => {
   const wrong = [], slack = 1.5;
   const scrolls = element => ["auto", "scroll", "hidden"].includes(getComputedStyle(element).overflowX);
@@ -56,7 +56,7 @@ LONG_NAME = "a_name_of_one_word_as_files_have_it_" * 4 + " and  <b>more</b>"
 
 
 def odd_images() -> dict[str, Image.Image]:
-    """What picture collections hold beside squares: wide, tall, tiny and white images."""
+    """What image collections hold besides squares: wide, tall, tiny and white images."""
     sizes = {"wide": (192, 14), "tall": (14, 192), "tiny": (3, 2), "white": (96, 80), "square": (32, 32)}
     images = {name: Image.new("RGB", size, "white") for name, size in sizes.items()}
     for name, image in images.items():

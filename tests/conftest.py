@@ -19,7 +19,7 @@ from bifocal.modeling import BifocalConfig, BifocalModel, BifocalProcessor
 from bifocal.training.tokenizer import train_wordpiece
 from tests import processes
 
-# Real data beside the project, for those who have it; tests that need it are skipped elsewhere.
+# Real data next to the project, for those who have it; tests that need it are skipped elsewhere.
 SHARED = Path(os.environ.get("BIFOCAL_SHARED_DATA") or Path(__file__).parents[2] / "shared" / "data")
 
 TEXTS = [
@@ -85,14 +85,14 @@ def saved(processor, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def desk(tmp_path, saved) -> Path:
-    """A working directory beside a model, where commands are called."""
+    """A working directory next to a model, where commands are called."""
     (tmp_path / "model").symlink_to(saved)
     return tmp_path
 
 
 @pytest.fixture
 def inputs(processor) -> dict[str, torch.Tensor]:
-    """Padded texts and random pictures, five of each."""
+    """Padded texts and random images, five of each."""
     generator = torch.Generator().manual_seed(1)
     encoded = processor.tokenizer(TEXTS, padding=True, return_tensors="pt")
     return {

@@ -1,4 +1,4 @@
-"""A small real web server in the place of the Hub: repositories that are made, read and written, with LFS."""
+"""A small real web server instead of the Hub: repositories that are made, read and written, with LFS."""
 
 import base64
 import hashlib
@@ -36,7 +36,7 @@ class State:
     objects: dict[str, bytes] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
     sent: list[str] = field(default_factory=list)  # large objects that arrived
-    cut_after: int | None = None  # so many large objects arrive, then connections are cut
+    cut_after: int | None = None  # large objects that arrive before connections are cut
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):

@@ -128,7 +128,7 @@ def run(
 
 
 def run_ranks(count: int, *command: str | Path, cwd: Path | None = None, **environment: str) -> list[CompletedProcess]:
-    """Run a command in so many processes that find each other as those of torchrun do; each gets one thread."""
+    """Run a command in several processes that find each other as those of torchrun do; each gets one thread."""
     from torch.distributed import TCPStore
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

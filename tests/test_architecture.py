@@ -45,7 +45,7 @@ MODULES = modules()
 
 
 def imports(name: str) -> Iterator[tuple[str, bool, int]]:
-    """The modules that a module imports: (name, inside a function, line); imports for type checkers are left out."""
+    """Return (name, inside a function, line) of each import of a module, without those for type checkers."""
     package = name if MODULES[name].name == "__init__.py" else name.rpartition(".")[0]
 
     def visit(node: ast.AST, inside: bool) -> Iterator[tuple[str, bool, int]]:

@@ -86,7 +86,7 @@ def test_installed(options, source, python, tmp_path):
 
 
 def check_types(python: Path, folder: Path) -> None:
-    """A type checker resolves `bifocal.*` in the environment from another working directory, and nothing it has not."""
+    """A type checker resolves `bifocal.*` in the environment from another folder, and reports a missing module."""
     names = [f"bifocal.{name}" for name in ("cli.console", "data.source", "hub.search.index", "modeling", "nothing")]
     (folder / "user.py").write_text("".join(f"import {name}\n" for name in names))
     mypy = (sys.executable, "-m", "mypy", "--python-executable", python, "--follow-imports=skip", "user.py")
@@ -97,6 +97,6 @@ def check_types(python: Path, folder: Path) -> None:
 
 
 def test_imported_from_the_root_of_a_checkout(source, python):
-    """Without an installation, `import bifocal` finds the folders beside it."""
+    """Without an installation, `import bifocal` finds the folders next to it."""
     code = "import bifocal.cli, bifocal.data.source, bifocal.hub.push; print(bifocal.data.source.__file__)"
     assert Path(run(python, "-c", code, cwd=source).strip()) == source / "data" / "source.py"

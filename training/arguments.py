@@ -122,7 +122,7 @@ def _not_installed(report_to: Any) -> str | None:
     """Return the first of transformers' known integrations for reports that is not installed here."""
     available = get_available_reporting_integrations()
     names = [report_to] if isinstance(report_to, str) else report_to or []
-    # "flyte" and the like are in no list; transformers itself says what they lack.
+    # "flyte" and the like are in no list; transformers itself says what they need.
     known = ("clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio",
              "wandb")  # fmt: skip
     return next((n for n in names if n in known and n in INTEGRATION_TO_CALLBACK and n not in available), None)
@@ -130,11 +130,11 @@ def _not_installed(report_to: Any) -> str | None:
 
 def given_arguments(args: Any) -> dict[str, Any]:
     """Return the fields of transformers' arguments that are not at their default, as given to a new object."""
-    given = {}
+    values = {}
     for item in dataclasses.fields(args):
         if item.init and getattr(args, item.name) != item.default:
-            given[item.name] = getattr(args, item.name)
-    return given
+            values[item.name] = getattr(args, item.name)
+    return values
 
 
 def unsupported(args: TrainingArguments) -> str | None:

@@ -54,9 +54,10 @@ def training_arguments(recipe: Recipe, **changes: Any) -> BifocalTrainingArgumen
 
 
 def require_device(recipe: Recipe) -> None:
-    """
+    """Check that the device of a recipe is available.
+
     Raises:
-        RecipeError: if the recipe needs a GPU and there is none.
+        RecipeError: if the recipe needs a GPU and the machine has none.
     """
     if recipe.device == "cuda" and not torch.cuda.is_available():
         raise RecipeError(f"Recipe '{recipe.name}' needs CUDA, but this machine has none. Set device=cpu or auto.")

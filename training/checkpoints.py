@@ -26,7 +26,7 @@ _WRITTEN = re.compile(
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint of transformers' Trainer in `folder` that was saved whole; None if there is none.
+    """Return the newest complete checkpoint of transformers' Trainer in `folder`; None if there is none.
 
     The Trainer writes `trainer_state.json` last, so a checkpoint in which it is missing or cut short was being saved
     when the run was killed, or somebody removed that file. It gets another name, since the Trainer would count it as
@@ -100,7 +100,7 @@ def require_clearable(folder: Path, *files: str) -> None:
     """Check that `clear_run` may remove what it would remove.
 
     Raises:
-        NotOursError: see `clear_run`.
+        NotOursError: if it may not.
     """
     for name in files:
         require_overwritable(folder / name, RUN)

@@ -1,4 +1,4 @@
-"""From the rows of a step to the tensors the towers take."""
+"""Turns the rows of a step into the tensors that the towers take."""
 
 import hashlib
 import random
@@ -25,33 +25,33 @@ Augmentation = Callable[[Image.Image, random.Random], Image.Image]
 Inputs = dict[str, torch.Tensor]
 
 # A bucket of texts ends where a text has fewer than this share of the tokens of the bucket's longest, if the bucket
-# holds at least so many texts.
+# holds at least this many texts.
 _SHORTEST, _FEWEST = 0.8, 8
-_TRIES = 100  # of finding a row in the place of one that cannot be used
+_TRIES = 100  # to replace a row that cannot be used by another one
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 
-def fault_text(skip: SkippedRow) -> str:
+def skip_text(skip: SkippedRow) -> str:
     return f"{skip.cause}: {skip.detail}" if skip.detail else skip.cause
 
 
 def content_id(text: str) -> int:
-    """A 63-bit number that equal texts share and different ones, for all practical purposes, do not."""
+    """Return a 63-bit hash of a text; for all practical purposes, different texts have different ones."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def _image_key(name: Any, image_id: Any) -> str:
-    """Return what the image of a row is known by: its `image_id`, or else the row itself."""
+    """Return the key by which equal images are recognised: the `image_id`, or else the row itself."""
     return f"row {name}" if is_missing(image_id) else f"image {image_id}"
 
 
 @dataclass
 class TaskBatch:
-    """Where a task's embeddings lie, and by which ids equal pictures and texts are known.
+    """The positions of a task's embeddings, and the ids by which equal images and texts are recognised.
 
     Args:
         rows: names of the rows, for errors.
-        spans: first and last place (exclusive) of each column among all texts or all images of the step.
+        spans: first and last position (exclusive) of each column among all texts or all images of the step.
         ids: (rows,) integers of each column, (rows, negatives) of the negatives.
     """
 
@@ -61,16 +61,16 @@ class TaskBatch:
 
 
 class JointBatch(dict):
-    """What a step embeds and how its losses are made of it.
+    """What a step embeds, and what its losses need.
 
     Items:
         texts: the tower's inputs for all texts of all tasks, sorted by length and cut into buckets, so that little is
             padded.
-        order: (texts,) the place of each text among the sorted ones.
+        order: (texts,) position of each text among the sorted ones.
         images: the tower's inputs for all images, one entry per task with images.
         tasks: `TaskBatch` by task.
         step, position: the step, and where the streams stand after it (see `JointBatchStream`).
-        skips: by task how many rows were looked at, those left out, and files read to their end.
+        skips: by task how many rows were read, the skipped ones, and files read to their end.
     """
 
     def to(self, device: Any, **options: Any) -> "JointBatch":
@@ -91,18 +91,18 @@ class JointBatch(dict):
 
 
 class MultiTaskCollator:
-    """Draws one of several pictures or texts of a row, augments, tokenises and stacks.
+    """Draws one of several images or texts of a row, augments, tokenises and stacks.
 
     What is drawn at a step is a function of the seed, the step, the task and the process.
 
     Args:
         processor: tokenizer and image processor.
         max_length: tokens kept of a text, special tokens included.
-        seed: of the draws.
-        augment: applied to each picture with a random generator.
-        rank: of the process.
-        exact: hand pictures to the processor whole (see `ImageReader`).
-        skip: put another row of the data set in the place of one that cannot be used.
+        seed: seed of the draws.
+        augment: applied to each image with a random generator.
+        rank: rank of the process.
+        exact: hand images to the processor in full size (see `ImageReader`).
+        skip: replace a row that cannot be used by another row of the data set.
         pad_to: tokens that every text is padded to, without an attention mask (see `padded_length`).
 
     Attributes:
@@ -129,10 +129,11 @@ class MultiTaskCollator:
         self.rank = rank
         self.skip = skip
         self.pad_to = pad_to
-        self.pictures = ImageReader(processor.image_processor, exact, crop=augment is None)
+        self.image_reader = ImageReader(processor.image_processor, exact, crop=augment is None)
 
     def __call__(self, items: Sequence[dict[str, Any] | None]) -> JointBatch | None:
-        """
+        """Return the batch of a step; None for a step before the one to resume from.
+
         Args:
             items: exactly one item of `JointBatchDataset` or `JointBatchStream`.
 
@@ -145,31 +146,31 @@ class MultiTaskCollator:
         texts: list[str] = []
         images: list[Inputs] = []
         tasks: dict[str, TaskBatch] = {}
-        pictures = 0
+        num_images = 0
         skips: dict[str, tuple[int, list[SkippedRow], int]] = dict(item.get("skips", {}))
         for task, names, columns in item["tasks"]:
             names, rows, skipped = self._whole(task, names, columns, item["step"])
             skips.setdefault(task.name, (len(rows), skipped, 0))
             generator = random.Random(f"{self.seed}/{item['step']}/{task.name}/{self.rank}")
-            found = tasks[task.name] = TaskBatch(names)
+            task_batch = tasks[task.name] = TaskBatch(names)
             for column in COLUMNS[task.kind]:
                 values = [row[column] for row in rows]
                 if column == "image":
                     images.append(self._pixels(values, generator))
-                    found.spans[column] = (pictures, pictures + len(values))
-                    pictures += len(values)
+                    task_batch.spans[column] = (num_images, num_images + len(values))
+                    num_images += len(values)
                     known = [_image_key(name, row.get("image_id")) for name, row in zip(names, rows, strict=True)]
-                    found.ids[column] = torch.tensor([content_id(key) for key in known])
+                    task_batch.ids[column] = torch.tensor([content_id(key) for key in known])
                 elif column == "negatives":
                     flat = [text for negatives in values for text in negatives]
-                    found.spans[column] = (len(texts), len(texts) + len(flat))
+                    task_batch.spans[column] = (len(texts), len(texts) + len(flat))
                     texts += flat
-                    found.ids[column] = torch.tensor([content_id(text) for text in flat]).view(len(values), -1)
+                    task_batch.ids[column] = torch.tensor([content_id(text) for text in flat]).view(len(values), -1)
                 else:
                     drawn = [self._one_of(task, column, value, generator) for value in values]
-                    found.spans[column] = (len(texts), len(texts) + len(drawn))
+                    task_batch.spans[column] = (len(texts), len(texts) + len(drawn))
                     texts += drawn
-                    found.ids[column] = torch.tensor([content_id(text) for text in drawn])
+                    task_batch.ids[column] = torch.tensor([content_id(text) for text in drawn])
         buckets, order = self._buckets(texts)
         return JointBatch(
             texts=buckets, order=order, images=images, tasks=tasks, step=item["step"], position=item.get("position"),
@@ -190,55 +191,55 @@ class MultiTaskCollator:
         """Return each row as the collator takes it, None for those that cannot be used, and why not."""
         rows: list[dict[str, Any] | None] = []
         skipped = []
-        for place, name in enumerate(names):
-            values = {column: found[place] for column, found in columns.items()}
+        for number, name in enumerate(names):
+            values = {column: values_of_column[number] for column, values_of_column in columns.items()}
             try:
-                rows.append(usable_row(task, values, self.pictures.decode))
-            except RowError as fault:
+                rows.append(usable_row(task, values, self.image_reader.decode))
+            except RowError as error:
                 rows.append(None)
-                skipped.append(SkippedRow.of(row_name(task.dataset, name), fault))
+                skipped.append(SkippedRow.of(row_name(task.dataset, name), error))
         return rows, skipped
 
     def _whole(
         self, task: Task, names: Sequence[Any], columns: dict[str, Any], step: int
     ) -> tuple[list[Any], list[dict[str, Any]], list[SkippedRow]]:
-        """Names and rows of a batch; with `skip`, other rows of the data set in place of those that cannot be used."""
+        """Return the names and rows of a batch; with `skip`, other rows replace those that cannot be used."""
         names = list(names)
         rows, skipped = self.usable(task, names, columns)
-        for place, row in enumerate(rows):
+        for number, row in enumerate(rows):
             if row is not None:
                 continue
             if task.streams or not self.skip:  # a stream skips such rows before they come here
                 raise TrainingError(
-                    f"Row {skipped[0].row} of task '{task.name}' cannot be used ({fault_text(skipped[0])}); "
+                    f"Row {skipped[0].row} of task '{task.name}' cannot be used ({skip_text(skipped[0])}); "
                     "correct or remove it."
                 )
-            draws = random.Random(f"{self.seed}/{step}/{task.name}/{self.rank}/{names[place]}")
+            draws = random.Random(f"{self.seed}/{step}/{task.name}/{self.rank}/{names[number]}")
             for _ in range(_TRIES):
                 other = draws.randrange(len(task.dataset))
                 if other in names:
                     continue
-                (rows[place],), problems = self.usable(task, [other], read_rows(task.dataset, [other]))
+                (rows[number],), problems = self.usable(task, [other], read_rows(task.dataset, [other]))
                 skipped += problems
-                if rows[place] is not None:
-                    names[place] = other
+                if rows[number] is not None:
+                    names[number] = other
                     break
             else:
                 raise TrainingError(
                     f"Task '{task.name}' has too few rows that can be used: none of {len(skipped)} tried for one batch "
-                    f"can ({fault_text(skipped[-1])})."
+                    f"can ({skip_text(skipped[-1])})."
                 )
         return names, cast(list[dict[str, Any]], rows), skipped
 
     def _pixels(self, values: list[Any], generator: random.Random) -> Inputs:
         chosen = []
         for value in values:
-            picture = generator.choice(value) if isinstance(value, list) else value
-            chosen.append(self.augment(picture, generator) if self.augment else picture)
-        return self.pictures.inputs(chosen)
+            image = generator.choice(value) if isinstance(value, list) else value
+            chosen.append(self.augment(image, generator) if self.augment else image)
+        return self.image_reader.inputs(chosen)
 
     def _buckets(self, texts: list[str]) -> tuple[list[Inputs], torch.Tensor]:
-        """Token ids and attention masks of the texts, longest first, in buckets of similar length."""
+        """Return token ids and attention masks of the texts, longest first, in buckets of similar length."""
         if not texts:
             return [], torch.empty(0, dtype=torch.long)
         tokenizer = self.processor.tokenizer

@@ -47,13 +47,14 @@ def task_list(tasks: Any, what: str = "tasks") -> list[Task]:
 
 
 def require_rows_by_number(tasks: Sequence[Task]) -> None:
-    """
+    """Check that rows of all tasks can be read by number.
+
     Raises:
-        TrainingError: if one of them streams.
+        TrainingError: if a task streams.
     """
     streamed = next((task.name for task in tasks if task.streams), None)
     if streamed is not None:
-        raise TrainingError(f"The evaluation task '{streamed}' streams; give it a data set that is read whole.")
+        raise TrainingError(f"The evaluation task '{streamed}' streams; give it a data set that does not stream.")
 
 
 def evaluate_tasks(trainer: Any, tasks: Sequence[Task], prefix: str) -> dict[str, float]:
@@ -68,7 +69,7 @@ def evaluate_tasks(trainer: Any, tasks: Sequence[Task], prefix: str) -> dict[str
 
     Args:
         trainer: a `MultiTaskTrainer`.
-        prefix: of the names, such as "eval".
+        prefix: prefix of the metrics' names, such as "eval".
 
     Raises:
         BadRowsError: if more rows of a task are bad than its `max_bad_fraction` allows.
@@ -136,7 +137,7 @@ def _stand_in(task: Task) -> dict[str, Any]:
 
 
 def _report(task: Task, skipped: Sequence[SkippedRow]) -> int:
-    """Say once which rows are skipped; returns their number."""
+    """Log once which rows are skipped, and return their number."""
     if not skipped:
         return 0
     counts = SkipLog()

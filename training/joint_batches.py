@@ -1,4 +1,4 @@
-"""Which rows each step sees, as a function of the seed and the step, so that a run resumes exactly."""
+"""Joint batches: the rows of each step are a function of the seed and the step, so that a run resumes exactly."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -17,12 +17,12 @@ MODALITIES = ("image", "text")
 
 
 class Schedule:
-    """Which task of each modality a step draws, and how often it was drawn before.
+    """The task of each modality that a step draws, and how often it was drawn before.
 
     Args:
         tasks: the tasks of the stage.
         steps: number of batches.
-        seed: of the draws.
+        seed: seed of the draws.
 
     Raises:
         TrainingError: if one of several tasks of one modality streams and has no `num_rows`.
@@ -39,7 +39,7 @@ class Schedule:
             sizes = [tasks[number].size for number in members]
             if len(members) > 1 and None in sizes:
                 name = tasks[members[sizes.index(None)]].name
-                raise TrainingError(f"Task '{name}' streams beside others of its modality; set num_rows of the task.")
+                raise TrainingError(f"Task '{name}' streams with others of its modality; set num_rows of the task.")
             weights = np.array(
                 [(size or 1) * tasks[number].sampling_weight for number, size in zip(members, sizes, strict=True)]
             )
@@ -56,12 +56,12 @@ class Schedule:
             self.uses[modality] = uses
 
     def at(self, step: int) -> list[tuple[int, int]]:
-        """(number of a task, how often it was drawn before this step), images first."""
+        """Return (number of a task, how often it was drawn before this step), images first."""
         return [(int(self.numbers[modality][step]), int(self.uses[modality][step])) for modality in self.numbers]
 
 
 class Batches:
-    """What map-style and streamed batches have in common.
+    """The base of map-style and streamed batches.
 
     Each map-style task is passed through in a new random order per epoch; rows that do not fill a batch of all
     processes at the end of an epoch are left for the next one.
@@ -69,7 +69,7 @@ class Batches:
     Args:
         tasks: the tasks of the stage.
         steps: number of batches, the length of the data set.
-        seed: of all random orders.
+        seed: seed of all random orders.
         world: a process takes its part of the joint batch.
 
     Attributes:
@@ -97,7 +97,7 @@ class Batches:
                 )
 
     def rows(self, number: int, use: int) -> np.ndarray:
-        """The row numbers of this process when task `number` is drawn for the `use`-th time."""
+        """Return the row numbers of this process when task `number` is drawn for the `use`-th time."""
         task = self.tasks[number]
         joint = task.batch_size * self.world.size
         epoch, batch = divmod(use, len(task.dataset) // joint)
@@ -108,7 +108,7 @@ class Batches:
         return self._orders[number][1][start : start + task.batch_size]
 
     def drawn(self, step: int) -> list[tuple[Task, list[Any], dict[str, list[Any]]]]:
-        """(task, row numbers, columns of the rows) of the map-style tasks of a step."""
+        """Return (task, row numbers, columns of the rows) of the map-style tasks of a step."""
         parts = []
         for number, use in self.schedule.at(step):
             task = self.tasks[number]
@@ -125,12 +125,12 @@ class JointBatchDataset(Batches, Dataset):
         return self.steps
 
     def __getitem__(self, step: int) -> dict[str, Any]:
-        """`{"step": step, "tasks": [(task, row numbers, columns of the rows), ...]}`."""
+        """Return `{"step": step, "tasks": [(task, row numbers, columns of the rows), ...]}`."""
         return {"step": step, "tasks": self.drawn(step)}
 
 
 class JointBatchStream(Batches, IterableDataset):
-    """The same in order, for tasks of which some stream.
+    """A stream of the same items in order, for stages in which a task streams.
 
     Worker w of W makes the steps w, w + W, ...; each reads its own part of every stream. Every item says where its
     worker's readers stand after it, so that a checkpoint knows exactly what was used and what was only prefetched.

@@ -29,7 +29,7 @@ class MiningError(BifocalError):
 
 @dataclass(frozen=True)
 class MiningSettings:
-    """Which candidates become negatives; names and meaning are those of sentence-transformers' `mine_hard_negatives`.
+    """Settings of the choice of negatives, with the names and meanings of `mine_hard_negatives`.
 
     Args:
         num_negatives: negatives per query. Queries with fewer are skipped.
@@ -59,7 +59,7 @@ def mine_texts(pairs: Any, model: Any, settings: MiningSettings = MiningSettings
     """Mine negatives for text pairs with sentence-transformers' `mine_hard_negatives`.
 
     Texts that differ in case, spaces or punctuation only count as one, so neither a positive nor its duplicate comes
-    back as a negative; nor does the query itself.
+    back as a negative. The query itself does not either.
 
     Args:
         pairs: a `datasets.Dataset` with `query` and `positive`. Rows with the same query have several positives.
@@ -131,7 +131,7 @@ def mine_across(
 ) -> Any:
     """Mine images that a text is confused with, or texts that an image is confused with.
 
-    Embeddings are written to files in `cache` batch by batch: they need not fit into memory, and a killed run resumes.
+    Embeddings are written to files in `cache` batch by batch: they may exceed memory, and a killed run resumes.
     A candidate with the same image, the same `image_id` or the same caption as the query's row is never a negative.
     Rows without a readable image or a caption are skipped, and a warning names them.
 
@@ -254,7 +254,7 @@ def _warn_of_skipped(rows: Sequence[int], total: int) -> None:
     if rows:
         shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
         logger.warning(
-            f"Mining skips {len(rows):,} of {total:,} rows, which lack a text or an image that can be read: "
+            f"Mining skips {len(rows):,} of {total:,} rows, which have no readable text or image: "
             f"{'row' if len(rows) == 1 else 'rows'} {shown}."
         )
 

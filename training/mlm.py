@@ -62,7 +62,7 @@ def train_mlm(recipe: Recipe, arguments: BifocalTrainingArguments | None = None)
 
     def tokenize(rows: dict[str, list[Any]]) -> dict[str, Any]:
         good = [text for text in rows["text"] if text is not None]  # None: a bad row of a stream
-        texts = [one for text in good for one in (text if isinstance(text, list) else [text])]
+        texts = [wording for text in good for wording in (text if isinstance(text, list) else [text])]
         options = dict(truncation=True, max_length=recipe.max_length, return_special_tokens_mask=True)
         return dict(tokenizer(texts, return_offsets_mapping=True, **options))
 
@@ -106,7 +106,7 @@ class WholeWordCollator(DataCollatorForLanguageModeling):
 def _processor(recipe: Recipe, data: Any) -> BifocalProcessor:
     if recipe.tokenizer_vocab_size is None:
         return load_processor(recipe, [])
-    # A tokenizer is trained on what tasks hold; the texts stand in for both sides of one.
+    # A tokenizer is trained on the columns of tasks; the texts serve as both sides of a pair.
     pairs = data.rename_column("text", "query")
     pairs = pairs.add_column("positive", pairs["query"])
     return load_processor(recipe, [Task("texts", "text-pair", pairs, 1)])

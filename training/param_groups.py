@@ -10,7 +10,7 @@ from torch import nn
 from bifocal.training.arguments import BifocalTrainingArguments
 from bifocal.training.tasks import Task
 
-# As EVA: neither learned positions nor the class token decay; nor does what is no matrix (norms, biases, logit_scale).
+# As in EVA, only matrices decay (not norms, biases, logit_scale), without learned positions and the class token.
 _NO_DECAY = re.compile(
     "class_token|class_embedding|position_embedding|word_embeddings|token_type_embeddings|embed_tokens"
 )
@@ -58,7 +58,7 @@ def without_gradient(model: nn.Module, tasks: Iterable[Task]) -> list[str]:
 
 @contextmanager
 def not_trained(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
-    """Within, these parameters want no gradient; afterwards those that did before do again."""
+    """Switch the gradients of these parameters off within, and back on afterwards where they were on."""
     chosen = set(names)
     stopped = [p for name, p in model.named_parameters() if name in chosen and p.requires_grad]
     for parameter in stopped:

@@ -29,7 +29,7 @@ def set_master_dtype(model: nn.Module, dtype: torch.dtype) -> set[torch.dtype]:
 
 @contextmanager
 def rounded(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
-    """Within, the model's weights are in `dtype`; afterwards they are what they were. None changes nothing.
+    """Hold the model's weights in `dtype` within, and restore them afterwards. None changes nothing.
 
     The same holds for the dtype in its config, which saving the model sets.
     """

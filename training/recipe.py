@@ -63,7 +63,7 @@ class InitFrom(Strict):
 
 
 class Lora(Strict):
-    """Low-rank adapters in place of full training; the names are those of peft's `LoraConfig`.
+    """Low-rank adapters instead of full training; the names are those of peft's `LoraConfig`.
 
     Args:
         r: rank of the adapters.
@@ -94,8 +94,8 @@ class Recipe(Strict):
         max_length: longest text in tokens; longer ones are cut.
         augment: "shift" moves training images by up to two pixels.
         tasks, eval_tasks: data sets to train and to evaluate on.
-        mlm: masked language modeling in place of tasks.
-        lora: adapters in place of full training.
+        mlm: masked language modeling instead of tasks.
+        lora: adapters instead of full training.
         training: fields of `BifocalTrainingArguments`.
     """
 
@@ -144,7 +144,7 @@ def load_recipe(path: Path, overrides: list[str] | None = None, files: bool = Fa
 
     Args:
         overrides: "key=value" with dots between keys; tasks are named by their names, as in
-            `tasks.pictures.batch_size=64`.
+            `tasks.images.batch_size=64`.
         files: also check that the files and folders it names exist.
 
     Raises:
@@ -161,13 +161,13 @@ def load_recipe(path: Path, overrides: list[str] | None = None, files: bool = Fa
         _check_training(recipe.training)
     except ValidationError as error:
         # A misspelt key is missing under its right name, too; the misspelling says more.
-        first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
+        first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
         raise RecipeError(_sentence(path, node, by_key, first["loc"], problem_of(first, Recipe))) from error
     except _TrainingKeyError as error:
         raise RecipeError(_sentence(path, node, by_key, ("training", error.key), str(error))) from error
     for loc, source in _sources(recipe) if files else []:
-        for one in [source.path] if isinstance(source.path, str) else source.path:
-            missing = _missing_file(one)
+        for file in [source.path] if isinstance(source.path, str) else source.path:
+            missing = _missing_file(file)
             if missing:
                 raise RecipeError(_sentence(path, node, by_key, (*loc, "path"), missing))
     return recipe
@@ -191,8 +191,8 @@ def _missing_file(source: str) -> str | None:
     )
     if not local or "://" in source or any(sign in source for sign in "*?[{") or path.exists():
         return None
-    beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
-    closest = closest_name(path.name, beside, cutoff=0.8)
+    siblings = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+    closest = closest_name(path.name, siblings, cutoff=0.8)
     return f"there is nothing at '{source}'; " + (
         f"did you mean '{path.parent / closest}'?" if closest else "check the path"
     )

@@ -46,7 +46,7 @@ class ResumableTrainer(Trainer):
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """Within, the model holds the averaged weights, if training keeps some (`ema_decay`)."""
+        """Put the averaged weights into the model within, if training keeps some (`ema_decay`)."""
         if self.ema is None:
             yield
             return
@@ -58,7 +58,7 @@ class ResumableTrainer(Trainer):
             self.ema = EMA(self.model, self.args.ema_decay)
 
     def finish_ema(self) -> None:
-        """At the end of training: leave the average in the model, unless the best weights, an average, are there."""
+        """Leave the average in the model when training ends, unless it holds the best weights (an average, too)."""
         if self.ema is not None and not self.best_loaded:
             self.ema.copy_to_model()
         self.ema = None
@@ -70,14 +70,14 @@ class ResumableTrainer(Trainer):
             self._pending[worker] = states
 
     def commit_positions(self) -> None:
-        """At the end of an optimizer step: its rows of streams are used, and a checkpoint may continue after them."""
+        """Mark the rows of streams as used when an optimizer step ends; a checkpoint then continues after them."""
         self._positions |= self._pending
         self._pending = {}
 
     # Writing
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As the Trainer's, with the averaged weights if there are some; in `save_dtype` unless it is a checkpoint."""
+        """Save as the Trainer does: averaged weights if there are some, in `save_dtype` unless it is a checkpoint."""
         is_checkpoint = _internal_call and output_dir is not None  # `push_to_hub` names no folder
         dtype = None if is_checkpoint or self.is_fsdp_enabled else DTYPES.get(self.args.save_dtype or "")
         with self.averaged_weights(), rounded(self.model, dtype), no_progress_bars():

@@ -39,7 +39,7 @@ def _texts(column: str, value: Any) -> str | list[str]:
         return _text(column, value)
     if not value:
         raise RowError(f"no {column}", "an empty list")
-    return [_text(column, one) for one in value]
+    return [_text(column, text) for text in value]
 
 
 def _negatives(value: Any, number: int) -> list[str]:
@@ -47,7 +47,7 @@ def _negatives(value: Any, number: int) -> list[str]:
     values = value if isinstance(value, list) else [] if value is None else [value]
     if len(values) < number:
         raise RowError("too few negatives", f"{len(values)} of {number}")
-    return [_text("negatives", one) for one in values[:number]]
+    return [_text("negatives", text) for text in values[:number]]
 
 
 def _text(column: str, value: Any) -> str:

@@ -72,7 +72,7 @@ def prepare(
     """Load the data and the model of a recipe with tasks, and build its trainer.
 
     Args:
-        callbacks: of the trainer, besides its own.
+        callbacks: further callbacks of the trainer.
         load: function that reads a `Source`, with the arguments of `load_source`.
         arguments: result of `training_arguments`, if there is one already.
         changes: training arguments that override the recipe's, such as `disable_tqdm`.
@@ -134,10 +134,10 @@ def open_run(recipe: Recipe, overwrite: bool = False) -> bool:
     kept = folder / RESOLVED
     if folder.exists() and any(path.name != MARKER for path in folder.iterdir()) and not kept.exists():
         raise RecipeError(f"'{folder}' holds other files, but no run. Set another output_dir.")
+    trained = bool(checkpoints(folder)) or (folder / "model").exists()
     try:
         if kept.exists():
             changed = sorted(_changes(_resolved(kept), wanted))
-            trained = bool(checkpoints(folder)) or (folder / "model").exists()
             if overwrite or (changed and not trained):
                 clear_run(folder, *RUN_FILES)
             elif changed:
@@ -150,7 +150,8 @@ def open_run(recipe: Recipe, overwrite: bool = False) -> bool:
             elif not trained:  # its tokenizer is trained again, since the data may have changed
                 clear_run(folder)
         require_replaceable(folder / "model", RUN)  # now, and not after the training
-        require_overwritable(folder / STAGE, RUN)
+        if not trained:  # otherwise it may be ours, from a run that was killed before the file was listed
+            require_overwritable(folder / STAGE, RUN)
     except NotOursError as error:
         raise RecipeError(str(error)) from error
     # The folder is new, cleared, or holds the same recipe.
@@ -200,10 +201,10 @@ def run_recipe(
 
     Args:
         save: function that writes a model and its processor into a folder, whole or not at all. The folder's
-            `stage.json` (`stage_facts`) is there already.
+            `stage.json` (`stage_facts`) is already in it.
         overwrite: remove an earlier run in the folder.
         load: function that reads a `Source`, with the arguments of `load_source`.
-        progress: takes the place of the Trainer's progress bar.
+        progress: replaces the Trainer's progress bar.
 
     Returns:
         The model's folder; None if the run was finished before.

@@ -17,7 +17,7 @@ def shipped_recipe(name: str) -> Path:
     """Return the file of a recipe that comes with Bifocal.
 
     Raises:
-        RecipeError: if there is none of this name.
+        RecipeError: if there is no recipe of this name.
     """
     recipes = shipped_recipes()
     if name not in recipes:
@@ -35,7 +35,7 @@ def copy_recipe(name: str, out: Path) -> None:
     """Copy a recipe to a new file.
 
     Raises:
-        RecipeError: if there is none of this name, the file exists, or its folder does not.
+        RecipeError: if there is no recipe of this name, the file exists, or its folder does not.
         OSError: if the file cannot be written.
     """
     text = shipped_recipe(name).read_text(encoding="utf-8")

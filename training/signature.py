@@ -1,4 +1,4 @@
-"""What decides which rows each step sees, so that a run is resumed with those that follow, or not at all."""
+"""The signature of a run: what decides which rows each step sees. A run resumes only if it is unchanged."""
 
 import hashlib
 import json
@@ -11,10 +11,10 @@ _SAMPLED = 64  # rows of a data set whose texts are compared
 
 
 def run_signature(tasks: Sequence[Task], seed: int, accumulation: int, processes: int, workers: int) -> dict[str, Any]:
-    """In plain types, as a checkpoint keeps it.
+    """Return what must stay the same for a run to resume, in plain types as a checkpoint keeps it.
 
     Args:
-        seed: of the order of the rows.
+        seed: seed of the order of the rows.
         accumulation: batches of an optimiser step.
         workers: data workers of each process; only streams depend on them.
     """
@@ -39,9 +39,9 @@ def run_signature(tasks: Sequence[Task], seed: int, accumulation: int, processes
 
 
 def content_digest(task: Task) -> str | None:
-    """Digest of a data set's texts and numbers in a sample of its rows; of a stream's columns and file names.
+    """Return a digest of texts and numbers in a sample of rows; for a stream, of its columns and file names.
 
-    Images and their paths are left out, and so is the folder of a file: a data set that was moved is still the same.
+    Images, their paths and the folder of a file do not count: a data set that was moved is still the same.
     None for objects with code of their own, such as a torch `Dataset`, whose rows may differ each time they are read.
     """
     data = task.dataset
@@ -53,7 +53,7 @@ def content_digest(task: Task) -> str | None:
         # As stored: nothing is decoded, and no transform of the user's is run.
         columns = [name for name, kind in data.features.items() if name != "image" and _is_plain(kind)]
         plain = data.with_format(None).select_columns(columns)
-        return _digest([{name: found[name] for name in columns} for found in plain.select(rows)])
+        return _digest([{name: stored[name] for name in columns} for stored in plain.select(rows)])
     source = getattr(data, "source", data)  # a list or a frame may be wrapped
     if hasattr(source, "iloc"):
         return _digest([_texts(source.iloc[row].to_dict()) for row in rows])
@@ -61,7 +61,7 @@ def content_digest(task: Task) -> str | None:
 
 
 def _is_plain(kind: Any) -> bool:
-    """Whether a feature of `datasets` is text, a number, or a list of them."""
+    """Return whether a feature of `datasets` is text, a number, or a list of them."""
     from datasets import ClassLabel, Value
 
     inner = getattr(kind, "feature", kind[0] if isinstance(kind, list) else None)
@@ -83,11 +83,11 @@ def _digest(value: Any) -> str:
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What changed from one signature to another, each as "NAME was OLD and is now NEW"."""
+    """Return what changed from one signature to another, each as "NAME was OLD and is now NEW"."""
     old, new = ([task["name"] for task in signature["tasks"]] for signature in (before, now))
     if old != new:
         return [f"the tasks were {', '.join(old)} and are now {', '.join(new)}"]
-    found = [
+    changes = [
         _changed(name, before.get(name), now.get(name))
         for name in sorted(before.keys() | now.keys())
         if name != "tasks" and before.get(name) != now.get(name)
@@ -95,13 +95,13 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     for was, is_now in zip(before["tasks"], now["tasks"], strict=True):
         changed = [name for name in was.keys() | is_now.keys() if was.get(name) != is_now.get(name)]
         if changed == ["content"]:
-            found.append(f"the data set of task '{was['name']}' has other rows than before")
-        found += [
+            changes.append(f"the data set of task '{was['name']}' has other rows than before")
+        changes += [
             _changed(f"{name} of task '{was['name']}'", was.get(name), is_now.get(name))
             for name in sorted(changed)
             if name != "content"
         ]
-    return found
+    return changes
 
 
 def _changed(name: str, before: Any, now: Any) -> str:

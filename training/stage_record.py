@@ -10,7 +10,7 @@ import torch
 from transformers.utils import cached_file
 
 from bifocal.data.source import Source
-from bifocal.files import RUN, overwrite, write_json
+from bifocal.files import RUN, record, write_json
 from bifocal.training.engine.distributed import ProcessGroupInfo
 from bifocal.training.recipe import InitFrom, Recipe
 
@@ -62,11 +62,10 @@ def stage_facts(prepared: Any, seconds: float, versions: dict[str, str]) -> dict
 def write_stage(folder: Path, facts: dict[str, Any]) -> None:
     """Write a stage's record into its run's folder.
 
-    Raises:
-        NotOursError: if a file of that name is there that Bifocal did not write.
+    It may be there from a run that was killed before it was listed, so `open_run` has checked the file, not this.
     """
-    with overwrite(folder / STAGE, RUN) as scratch:
-        write_json(scratch, facts)
+    write_json(folder / STAGE, facts)
+    record(folder, RUN, STAGE)
 
 
 def public_name(source: Source) -> str:

@@ -1,4 +1,4 @@
-"""Reading a stream in blocks, each in random order, from a position that can be kept and found again."""
+"""Reads a stream in blocks, each in random order, from a position that a checkpoint keeps."""
 
 import json
 from collections import Counter
@@ -16,7 +16,7 @@ from bifocal.training.tasks import Task
 
 
 class BlockReader:
-    """The rows of one reader's part of a stream, again and again.
+    """The rows of one reader's part of a stream, epoch after epoch.
 
     Rows come in blocks, and a block in an order that is a function of the seed, the epoch and the block's number. A
     position is where the stream stood at the start of the block and how many of its rows are used, so that a resumed
@@ -24,7 +24,7 @@ class BlockReader:
 
     Args:
         task: whose data set is read: a `ShardStream` or a `datasets.IterableDataset`.
-        seed: of the order in each block.
+        seed: seed of the order in each block.
         number, count: this reader takes part `number` of `count`.
         decode: reads the value of an `image` column, and raises `RowError` where it cannot.
     """
@@ -49,10 +49,10 @@ class BlockReader:
         self._report: tuple[int, list[SkippedRow], int] = (0, [], 0)
 
     def take(self, count: int) -> tuple[list[str], dict[str, list[Any]]]:
-        """Names of the next `count` rows that can be used, and their columns, pictures decoded.
+        """Return the names of the next `count` rows that can be used, and their columns, images decoded.
 
         Raises:
-            TrainingError: the stream has no rows for this reader, or lacks a column.
+            TrainingError: if the stream has no rows for this reader, or a column is missing.
         """
         names: list[str] = []
         columns: dict[str, list[Any]] = {}
@@ -63,9 +63,10 @@ class BlockReader:
             row = int(self._order[self.used])
             self.used += 1
             try:
-                values = usable_row(self.task, {name: found[row] for name, found in self._columns.items()}, self.decode)
-            except RowError as fault:
-                self._add(0, [SkippedRow.of(self._names[row], fault)])
+                stored = {name: column[row] for name, column in self._columns.items()}
+                values = usable_row(self.task, stored, self.decode)
+            except RowError as error:
+                self._add(0, [SkippedRow.of(self._names[row], error)])
                 continue
             self.good += 1
             names.append(self._names[row])
@@ -74,9 +75,9 @@ class BlockReader:
         return names, columns
 
     def report(self) -> tuple[int, list[SkippedRow], int]:
-        """Rows looked at since the last report, those left out, and files read to their end."""
-        found, self._report = self._report, (0, [], 0)
-        return found
+        """Return the number of rows read since the last report, the skipped ones, and the files read to their end."""
+        report, self._report = self._report, (0, [], 0)
+        return report
 
     def _add(self, rows: int, skips: list[SkippedRow], shards: int = 0) -> None:
         before = self._report
@@ -88,8 +89,8 @@ class BlockReader:
         else:
             self._open(None)
         self._before = self.part.state() if self.block else None
-        found = self.part.next(self.task.shuffle_buffer_size)
-        if found is None:  # the end of an epoch
+        block = self.part.next(self.task.shuffle_buffer_size)
+        if block is None:  # the end of an epoch
             if not self.good:
                 raise TrainingError(
                     f"The stream of task '{self.task.name}' has no rows for reader {self.key[1]} that can be used"
@@ -98,8 +99,8 @@ class BlockReader:
             self.epoch, self.block, self.good, self.opened = self.epoch + 1, 0, 0, False
             self._order, self.used = np.empty(0, dtype=np.int64), 0
             return
-        self._add(found.rows, found.skips, found.shards)
-        self._arrange(found)
+        self._add(block.rows, block.skips, block.shards)
+        self._arrange(block)
 
     def _open(self, state: Any) -> None:
         self.part.open(self.epoch, state)
@@ -109,7 +110,7 @@ class BlockReader:
         missing = [column for column in COLUMNS[self.task.kind] if column not in block.columns]
         if missing:
             raise TrainingError(
-                f"The stream of task '{self.task.name}' lacks the column '{missing[0]}' (it has "
+                f"The stream of task '{self.task.name}' has no column '{missing[0]}' (it has "
                 f"{', '.join(block.columns)}); rename or add it."
             )
         self._columns, self.used = block.columns, 0
@@ -118,26 +119,26 @@ class BlockReader:
         self._order = np.random.default_rng([*self.key, self.epoch, self.block]).permutation(length)
 
     def state(self) -> dict[str, Any]:
-        """Where the reader stands, in plain types."""
+        """Return the reader's position, in plain types."""
         return {
             "epoch": self.epoch, "block": self.block, "used": self.used, "good": self.good, "opened": self.opened,
             "stream": self._before,
         }  # fmt: skip
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Stand where a reader of the same part stood."""
+        """Continue at the position of a reader of the same part."""
         self.epoch, self.block, self.good = state["epoch"], state["block"], state["good"]
         if not state["opened"]:  # nothing of this epoch was read yet
             return
         self._open(state["stream"])
-        found = self.part.next(self.task.shuffle_buffer_size)
-        if found is None:
+        block = self.part.next(self.task.shuffle_buffer_size)
+        if block is None:
             raise TrainingError(
-                f"The stream of task '{self.task.name}' ends before the place where the checkpoint was made; resume "
+                f"The stream of task '{self.task.name}' ends before the position of the checkpoint; resume "
                 "with the data it was made with."
             )
         self._before = state["stream"]
-        self._arrange(found)  # and not into the report: these rows were counted before
+        self._arrange(block)  # and not into the report: these rows were counted before
         self.used = state["used"]
 
 
@@ -150,7 +151,7 @@ class _DatasetPart:
     def __init__(self, stream: Any, number: int, count: int, task: Task) -> None:
         from datasets.distributed import split_dataset_by_node
 
-        # With "auto", a number of shards that is no multiple of `count` would make every reader load every shard.
+        # With "auto", a number of shards that is not a multiple of `count` would make every reader load every shard.
         by_shards = stream.num_shards >= count
         strategy = "shards" if by_shards else "auto"
         self.stream = split_dataset_by_node(stream, number, count, strategy=strategy) if count > 1 else stream
@@ -174,7 +175,7 @@ class _DatasetPart:
     def next(self, size: int) -> Block | None:
         try:
             rows = next(self._blocks, None)
-        except Exception as error:  # of the code that makes the rows, or of the place where they are read
+        except Exception as error:  # of the code that makes the rows, or of the disk or network they come from
             line = first_line(error)[:300]
             raise TrainingError(
                 f"The stream of task '{self.task.name}' cannot be read beyond row {self._name(self.row)} "
@@ -183,9 +184,9 @@ class _DatasetPart:
         if rows is None:
             return None
         total = len(next(iter(rows.values())))
-        faults = rows.pop(ERROR_COLUMN, None) or [None] * total
-        skips = [SkippedRow(*json.loads(fault)) for fault in faults if fault is not None]
-        kept = [row for row, fault in enumerate(faults) if fault is None]
+        errors = rows.pop(ERROR_COLUMN, None) or [None] * total
+        skips = [SkippedRow(*json.loads(error)) for error in errors if error is not None]
+        kept = [row for row, error in enumerate(errors) if error is None]
         columns = rows if len(kept) == total else {name: [v[row] for row in kept] for name, v in rows.items()}
         names = [self._name(self.row + row) for row in kept]
         self.row += total

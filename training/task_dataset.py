@@ -1,4 +1,4 @@
-"""The data set of a task, as users hold it, made readable row by row or as a stream."""
+"""Makes the data sets that users pass readable row by row or as a stream."""
 
 import os
 from collections import Counter
@@ -21,7 +21,7 @@ _ACCEPTED = "a datasets.Dataset or IterableDataset, a list of dicts, a pandas Da
 
 
 def is_missing(value: Any) -> bool:
-    """Return whether a value of a row stands for none: None, or the NaN, NaT or NA of pandas."""
+    """Return whether a value is missing: None, or the NaN, NaT or NA of pandas."""
     if isinstance(value, float | np.floating):
         return bool(value != value)
     return value is None or type(value).__name__ in ("NAType", "NaTType")
@@ -44,17 +44,17 @@ class RowsByNumber:
 
     def row(self, number: int) -> dict[str, Any]:
         """Return a row, with None for each missing value."""
-        found = self.source.iloc[number].to_dict() if hasattr(self.source, "iloc") else self.source[number]
-        if not isinstance(found, Mapping):
-            raise TypeError(f"the row is of type {type(found).__name__} and not a dict")
-        return {name: None if is_missing(value) else value for name, value in found.items()}
+        row = self.source.iloc[number].to_dict() if hasattr(self.source, "iloc") else self.source[number]
+        if not isinstance(row, Mapping):
+            raise TypeError(f"the row is of type {type(row).__name__} and not a dict")
+        return {name: None if is_missing(value) else value for name, value in row.items()}
 
     def __getitem__(self, rows: Any) -> dict[str, Any]:
-        """A row as a dict, or the columns of a list of rows."""
+        """Return a row as a dict, or the columns of a list of rows."""
         if isinstance(rows, int):
             return self.row(rows)
-        found = [self.row(number) for number in rows]
-        return {name: [row.get(name) for row in found] for name in self.column_names}
+        all_rows = [self.row(number) for number in rows]
+        return {name: [row.get(name) for row in all_rows] for name in self.column_names}
 
 
 def task_data(dataset: Any, name: str, kind: str) -> Any:
@@ -65,29 +65,29 @@ def task_data(dataset: Any, name: str, kind: str) -> Any:
 
     Args:
         dataset: what a user gave a `Task`.
-        name, kind: of the task.
+        name, kind: the task's name and kind.
 
     Returns:
         A `datasets.Dataset`, a `datasets.IterableDataset`, a `ShardStream` or `RowsByNumber`.
 
     Raises:
-        TrainingError: if it cannot be read so, or has no rows.
+        TrainingError: if it cannot be read by number or as a stream, or has no rows.
     """
     import datasets
 
     if isinstance(dataset, ShardStream | RowsByNumber):
-        found = dataset
+        data = dataset
     elif isinstance(dataset, datasets.Dataset):
         is_transformed = dataset.format["type"] == "custom"
         plain = dataset if dataset.format["type"] in (None, "custom") else dataset.with_format(None)
-        found = plain if is_transformed else disable_image_decoding(plain)
+        data = plain if is_transformed else disable_image_decoding(plain)
     elif isinstance(dataset, datasets.IterableDataset):
-        found = disable_image_decoding(dataset.with_format(None) if dataset._formatting is not None else dataset)
+        data = disable_image_decoding(dataset.with_format(None) if dataset._formatting is not None else dataset)
     else:
-        found = _rows_by_number(dataset, name, kind)
-    if hasattr(found, "__len__") and not len(found):
+        data = _rows_by_number(dataset, name, kind)
+    if hasattr(data, "__len__") and not len(data):
         raise TrainingError(f"The data set of task '{name}' has no rows.")
-    return found
+    return data
 
 
 def _rows_by_number(dataset: Any, name: str, kind: str) -> RowsByNumber:
@@ -119,7 +119,7 @@ def _rows_by_number(dataset: Any, name: str, kind: str) -> RowsByNumber:
     if first is not None:
         names = list(map(str, dataset.columns)) if hasattr(dataset, "iloc") else list(first)
         if set(COLUMNS[kind]) <= set(names) and kind == "image-text":
-            names.append("image_id")  # later rows may have one where the first lacks it
+            names.append("image_id")  # later rows may have one if the first has none
         rows.column_names = [column for column in wanted if column in names] or names
     return rows
 
@@ -132,7 +132,7 @@ def _has_length(dataset: Any) -> bool:
 
 
 def _first_row(rows: RowsByNumber) -> tuple[dict[str, Any] | None, Exception | None]:
-    """The first row that can be read; why none can."""
+    """Return the first row that can be read, or the error of the first one if none can."""
     problem = None
     for number in range(min(len(rows), _PEEKED)):
         try:
@@ -147,9 +147,9 @@ def read_rows(dataset: Any, rows: Sequence[int]) -> dict[str, list[Any]]:
     try:
         return dict(dataset[list(rows)])
     except Exception:  # a transform, a user's own class, or a disk: find out which rows it is
-        found = [_read_alone(dataset, row) for row in rows]
-    names = next((list(row) for row in found if not isinstance(row, RowError)), list(dataset.column_names))
-    return {name: [row if isinstance(row, RowError) else row.get(name) for row in found] for name in names}
+        all_rows = [_read_alone(dataset, row) for row in rows]
+    names = next((list(row) for row in all_rows if not isinstance(row, RowError)), list(dataset.column_names))
+    return {name: [row if isinstance(row, RowError) else row.get(name) for row in all_rows] for name in names}
 
 
 def _read_alone(dataset: Any, row: int) -> dict[str, Any] | RowError:
@@ -165,7 +165,7 @@ def _line(error: BaseException) -> str:
 
 
 def column_names(dataset: Any) -> list[str] | None:
-    """The columns of what `task_data` returned; None for a stream that does not know them before it is read."""
+    """Return the columns of what `task_data` returned; None for a stream that does not know them before it is read."""
     if getattr(dataset, "format", {}).get("type") != "custom" or not len(dataset):
         return dataset.column_names
     names = list(read_rows(dataset, range(min(len(dataset), _PEEKED))))  # what the transform makes of them
@@ -175,8 +175,7 @@ def column_names(dataset: Any) -> list[str] | None:
 def choose_negatives(dataset: Any, name: str, wanted: int | None, max_bad_fraction: float) -> int:
     """Return how many hard negatives of each row a task uses: `wanted`, or as many as nearly all rows have.
 
-    A table tells the lengths of its lists. Of other data sets the first rows are read, and what most of them have
-    counts.
+    In a table all lengths are counted. In other data sets the first rows are read, and the most frequent number counts.
 
     Raises:
         TrainingError: if no row has negatives, or too many rows of a table have fewer than `wanted`.
@@ -206,13 +205,13 @@ def choose_negatives(dataset: Any, name: str, wanted: int | None, max_bad_fracti
     if (fewer or (more and wanted is None)) and os.environ.get("RANK", "0") == "0":
         logger.warning(
             f"Task '{name}' uses {number} negatives of each row: of {total:,} rows {fewer:,} have fewer and are "
-            f"skipped, {more:,} have more, of which the first are used. Set num_negatives for another number."
+            f"skipped, {more:,} have more, and the first ones are used. Set num_negatives for another number."
         )
     return number
 
 
 def _numbers_of_negatives(dataset: Any) -> tuple[Counter[int], bool]:
-    """How many rows have how many negatives, and whether these are all rows."""
+    """Return how many rows have how many negatives, and whether these are all rows."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -223,7 +222,7 @@ def _numbers_of_negatives(dataset: Any) -> tuple[Counter[int], bool]:
             lengths = pc.list_value_length(column)
             lengths = lengths if dataset._indices is None else lengths.take(dataset._indices.column(0))
             counts = pc.value_counts(pc.fill_null(lengths, 0)).to_pylist()
-            return Counter({one["values"]: one["counts"] for one in counts}), True
+            return Counter({entry["values"]: entry["counts"] for entry in counts}), True
     if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
         values: list[Any] = read_rows(dataset, range(min(len(dataset), _PEEKED))).get("negatives", [])
     else:

@@ -84,7 +84,7 @@ class Task:
             missing = [column for column in COLUMNS[self.kind] if column not in names]
             if missing:
                 raise TrainingError(
-                    f"The data set of task '{self.name}' lacks the column '{missing[0]}' (it has "
+                    f"The data set of task '{self.name}' has no column '{missing[0]}' (it has "
                     f"{', '.join(names)}); rename or add it."
                 )
         if self.kind == "text-triplet":

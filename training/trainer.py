@@ -76,8 +76,8 @@ class MultiTaskTrainer(ResumableTrainer):
         steps_per_epoch: optimiser steps of an epoch (see `epochs`); None if a task streams without known rows.
 
     Raises:
-        TrainingError: if there are no tasks or two of one name, an argument would have no effect, or the model cannot
-            do what a task needs.
+        TrainingError: if there are no tasks or two with the same name, an argument would have no effect, or the model
+            cannot do what a task needs.
     """
 
     data_collator: Any
@@ -164,7 +164,7 @@ class MultiTaskTrainer(ResumableTrainer):
             if hasattr(callback, "attach"):  # one that logs by itself
                 callback.attach(self)
         self.order_callbacks()
-        self.joint_batches.decode = self.data_collator.pictures.decode
+        self.joint_batches.decode = self.data_collator.image_reader.decode
         self.model_accepts_loss_kwargs = False  # the losses are means over the batch, not sums over its tokens
         self.can_return_loss = True
         # Where a forward pass is itself a collective, all processes must make as many.
@@ -175,7 +175,7 @@ class MultiTaskTrainer(ResumableTrainer):
             warn_of_settings(self.args, self.model, tasks, before)
 
     def add_callback(self, callback: Any) -> None:
-        """As the Trainer's; the order does not matter."""
+        """Add a callback as the Trainer does; the order does not matter."""
         super().add_callback(callback)
         added = self.callback_handler.callbacks[-1]
         if hasattr(added, "attach"):
@@ -188,7 +188,10 @@ class MultiTaskTrainer(ResumableTrainer):
     # The steps
 
     def get_train_dataloader(self) -> DataLoader:
-        """One item is one step. A sampler of its own per item lets the Trainer skip done steps without loading them."""
+        """Return a data loader in which one item is one step.
+
+        A sampler of its own per item lets the Trainer skip finished steps without loading them.
+        """
         context = getattr(self.args, "dataloader_multiprocessing_context", None)
         return DataLoader(
             self.joint_batches,
@@ -212,7 +215,7 @@ class MultiTaskTrainer(ResumableTrainer):
     def train(  # type: ignore[override]
         self, resume_from_checkpoint: Any = None, **kwargs: Any
     ) -> Any:
-        """As the Trainer's.
+        """Train as the Trainer does.
 
         Raises:
             TrainingError: if the checkpoint belongs to another model, or to a run that saw other rows.
@@ -288,7 +291,7 @@ class MultiTaskTrainer(ResumableTrainer):
         return MultiTaskLoss(tasks, world, self.args.loss_impl, self.args.loss_reduction)
 
     def _fits_in_one_pass(self, batch: JointBatch) -> bool:
-        """Whether the batch needs no gradient cache.
+        """Return whether the batch needs no gradient cache.
 
         Raises:
             TrainingError: if it needs one under DeepSpeed.
@@ -323,7 +326,7 @@ class MultiTaskTrainer(ResumableTrainer):
         return [name for name, parameter in model.named_parameters() if decays(name, parameter)]
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW, or what `args.optim` names, over the groups of `parameter_groups`."""
+        """Return AdamW, or what `args.optim` names, over the groups of `parameter_groups`."""
         if self.optimizer is None:
             model = self.model if model is None else model
             optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, model)
@@ -339,7 +342,7 @@ class MultiTaskTrainer(ResumableTrainer):
         """Return the mean loss and in-batch accuracy of each evaluation task over all its rows (see `evaluate_tasks`).
 
         Args:
-            eval_dataset: a `Task`, a list of them, or a dict of them by name; the trainer's `eval_tasks` when None.
+            eval_dataset: a `Task`, a list of them, or a dict of them by name; the trainer's `eval_tasks` if None.
 
         Returns:
             `eval_{task}_loss`, `eval_{task}_accuracy`, and `eval_loss`, the weighted sum of the losses.
@@ -360,9 +363,10 @@ class MultiTaskTrainer(ResumableTrainer):
         return metrics
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """
+        """Refuse to predict: a dual encoder embeds and predicts no labels.
+
         Raises:
-            TrainingError: always; a dual encoder embeds, it predicts no labels.
+            TrainingError: if called.
         """
         raise TrainingError(
             "MultiTaskTrainer has no labels to predict; embed with the model's encode_text and encode_image (or "

@@ -98,7 +98,7 @@ def _symbol_recall(model: BifocalModel, test: Any, queries: Mapping[str, Sequenc
 
     Args:
         model: the model.
-        test: symbols, of which identical ones are right answers of each other.
+        test: symbols; identical ones are right answers of each other.
         queries: for each metric a text per symbol.
     """
     images = [images[0] for images in test["images"]]

@@ -227,7 +227,7 @@ class ClaimData:
             "query": [texts[0] for texts in self.captions.train],
             "positive": [texts[1] for texts in self.captions.train],
         })  # fmt: skip
-        # The most similar captions may describe the same scene in other words, and are no negatives.
+        # The most similar captions may describe the same scene in other words; they are not negatives.
         settings = MiningSettings(num_negatives=7, range_min=2, range_max=30)
         write_parquet(mine_texts(pairs, load_miner(), settings, self.out / "mining"), path)
 

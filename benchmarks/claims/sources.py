@@ -21,7 +21,7 @@ def fetch(folder: Path, recipe: Path = RECIPE) -> Path:
         recipe: ids, columns and splits on the Hub.
 
     Raises:
-        Exception: what `datasets` raises if the Hub cannot be reached or has no such data.
+        Exception: if the Hub cannot be reached or has no such data (as `datasets` raises it).
     """
     if folder.exists():
         return folder

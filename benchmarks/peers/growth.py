@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from common import model_of
 
-# The assumptions of the extrapolation: dense bfloat16 peak of an A100, and the share of it that such training reaches.
+# The assumptions of the extrapolation: dense bfloat16 peak of an A100, and the share that such training reaches.
 PEAK, SHARE = 312e12, 0.4
 STEPS, PAIRS, TOKENS, PATCHES = 60_000, 32_768, 77, 197
 TEXT_PARAMETERS, IMAGE_PARAMETERS = 113e6, 86e6  # without embeddings, which are looked up
@@ -138,7 +138,7 @@ def main() -> None:
         "ms_by_batch": {size: round(value, 1) for size, value in batch.items()},
         "batch_exponent": round(power_law(batch)[1], 2),
         "step_seconds": {"1 process": round(one, 3), "2 processes": round(two, 3), "ratio": round(two / one, 2)},
-        "on_paper_days": on_paper(), "assumptions": f"{PEAK / 1e12:.0f} TFLOP/s peak, {SHARE:.0%} of it reached",
+        "on_paper_days": on_paper(), "assumptions": f"{PEAK / 1e12:.0f} TFLOP/s peak, {SHARE:.0%} reached",
     }  # fmt: skip
     if options.plot:
         draw(length, batch, options.plot)

@@ -1,4 +1,4 @@
-"""One self-contained HTML page about a training run: stages, curves, and searches with what was found."""
+"""One self-contained HTML page about a training run: stages, curves, and searches with their results."""
 
 import base64
 import io
@@ -15,14 +15,14 @@ from bifocal.pages import COLOURS, new_figure, render, svg
 
 @dataclass
 class Item:
-    """A text, a picture, or a picture with a text under it, as it appears in a search.
+    """A text, an image, or an image with a text under it, as it appears in a search.
 
     Args:
-        alt: what a reader who cannot see the picture is told.
+        alt: alternative text, read to those who cannot see the image.
     """
 
     text: str | None = None
-    picture: Image.Image | None = None
+    image: Image.Image | None = None
     alt: str = ""
 
     @property
@@ -31,17 +31,17 @@ class Item:
         return " ".join(part for part in (self.alt, self.text) if part)
 
     @property
-    def picture_uri(self) -> str | None:
-        if self.picture is None:
+    def image_uri(self) -> str | None:
+        if self.image is None:
             return None
         buffer = io.BytesIO()
-        self.picture.save(buffer, "PNG")
+        self.image.save(buffer, "PNG")
         return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 @dataclass
 class Hit:
-    """One thing found: the item, its cosine similarity, and whether it is what was looked for."""
+    """One result: the item, its cosine similarity, and whether it is the right answer."""
 
     item: Item
     score: float
@@ -50,7 +50,7 @@ class Hit:
 
 @dataclass
 class Search:
-    """A query, what it found first, and the right answer with the rank (from 1) at which it came."""
+    """A query, its first results, and the right answer with its rank (from 1)."""
 
     query: Item
     hits: list[Hit]
@@ -64,7 +64,7 @@ class Stage:
 
     Args:
         name: heading of its row.
-        steps, seconds: optimiser steps and the time they took, evaluation left out.
+        steps, seconds: optimiser steps and the time they took, without evaluation.
         metrics: by column of the table.
         losses: for each task the points (step, mean loss since the point before).
         recall: for each direction Recall@1, Recall@2, ...
@@ -101,7 +101,7 @@ def write_report(report: Report, path: Path) -> None:
     """Render the page. It needs no other file and asks for nothing over the network.
 
     Raises:
-        NotOursError: if a file is there that is no such page, or that was changed since it was written.
+        NotOursError: if the file exists and is not such a page, or was changed since it was written.
     """
     page = render(
         Path(__file__).parent / "templates",

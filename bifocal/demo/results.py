@@ -37,7 +37,7 @@ class Evaluation:
     keys: dict[str, list[str]]
 
     def ranks(self, query: str, item: str) -> np.ndarray:
-        """The rank at which each symbol finds the first right answer."""
+        """Return the rank at which each symbol finds the first right answer."""
         return target_ranks(
             self.vectors[query], self.vectors[item], query_keys=self.keys[query], item_keys=self.keys[item]
         )
@@ -45,22 +45,22 @@ class Evaluation:
 
 def evaluate_symbols(model: BifocalModel, symbols: Any) -> Evaluation:
     """Search all of `symbols` (a split of the data set) by name, by image and from name to description."""
-    pictures = [images[0] for images in symbols["images"]]
+    first_images = [images[0] for images in symbols["images"]]
     keys = {
         "name": list(symbols["name"]),
         "long caption": [texts[0] for texts in symbols["long_captions"]],
         "description": [texts[0] for texts in symbols["descriptions"]],
     }
     vectors = {name: model.encode_text(texts, batch_size=128, show_progress=False) for name, texts in keys.items()}
-    vectors["image"] = model.encode_image(pictures, batch_size=128, show_progress=False)
-    keys["image"] = [image_digest(load_image(picture)) for picture in pictures]
+    vectors["image"] = model.encode_image(first_images, batch_size=128, show_progress=False)
+    keys["image"] = [image_digest(load_image(image)) for image in first_images]
     metrics: dict[str, float] = {}
     recall: dict[str, list[float]] = {}
     found_by = Evaluation(vectors, metrics, recall, keys)
     for direction, (query, item) in DIRECTIONS.items():
         ranks = found_by.ranks(query, item)
-        found = retrieval_metrics(ranks)
-        metrics |= {f"{direction} R@{k}": found[f"recall@{k}"] for k in (1, 5, 10)}
+        at_k = retrieval_metrics(ranks)
+        metrics |= {f"{direction} R@{k}": at_k[f"recall@{k}"] for k in (1, 5, 10)}
         recall[direction] = recall_curve(ranks, _CURVE)
     metrics["long caption to image R@5"] = recall_at(found_by.ranks("long caption", "image"), 5)
     to_description = found_by.ranks("name", "description")
@@ -69,15 +69,15 @@ def evaluate_symbols(model: BifocalModel, symbols: Any) -> Evaluation:
 
 
 def example_searches(evaluation: Evaluation, symbols: Any, seed: int, count: int = 8) -> list[Gallery]:
-    """Searches drawn at random, so that what goes wrong is shown as often as it happens."""
-    pictures = [images[0] for images in symbols["images"]]
+    """Return searches drawn at random, so that what goes wrong is shown as often as it happens."""
+    first_images = [images[0] for images in symbols["images"]]
     signs = symbols["symbol"]
     items = {
         "name": [Item(name) for name in symbols["name"]],
         "description": [Item(texts[0]) for texts in symbols["descriptions"]],
-        "image": [Item(None, picture, sign) for picture, sign in zip(pictures, signs, strict=True)],
+        "image": [Item(None, image, sign) for image, sign in zip(first_images, signs, strict=True)],
         "named image": [
-            Item(name, picture, sign) for name, picture, sign in zip(symbols["name"], pictures, signs, strict=True)
+            Item(name, image, sign) for name, image, sign in zip(symbols["name"], first_images, signs, strict=True)
         ],
     }
     drawn = random.Random(seed).sample(range(len(symbols)), min(4 * count, len(symbols)))
@@ -122,13 +122,13 @@ def _search(
 
 
 def searches_as_text(galleries: Sequence[Gallery], each: int = 3) -> str:
-    """The first searches of each gallery for a terminal, images as the symbols they show."""
+    """Return the first searches of each gallery for a terminal, images as the symbols they show."""
     lines = []
     for gallery in galleries:
         lines.append(f"\n{gallery.title}")
         for search in gallery.searches[:each]:
-            found = " | ".join(f"{'*' if hit.right else ''}{hit.item.label}" for hit in search.hits[:3])
-            lines.append(f"  {search.query.label}\n    -> {found}   (right answer at rank {search.rank})")
+            hits = " | ".join(f"{'*' if hit.right else ''}{hit.item.label}" for hit in search.hits[:3])
+            lines.append(f"  {search.query.label}\n    -> {hits}   (right answer at rank {search.rank})")
     return "\n".join(lines)
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import datasets
 import torch
 import transformers
-from transformers import AutoModel
 from transformers.utils import logging
 
 from bifocal.data.kinds import COLUMNS
@@ -20,7 +19,16 @@ from bifocal.data.symbols import SymbolsConfig, build_symbols
 from bifocal.demo.report import Stage
 from bifocal.demo.results import evaluate_symbols, example_searches, searches_as_text, write_demo_report
 from bifocal.errors import BifocalError
-from bifocal.files import MARKER, RUN, overwrite, replace_folder, require_overwritable, require_replaceable, write_json
+from bifocal.files import (
+    MARKER,
+    RUN,
+    overwrite,
+    record,
+    replace_folder,
+    require_overwritable,
+    require_replaceable,
+    write_json,
+)
 from bifocal.hub.card import Card, TrainedStage
 from bifocal.hub.export import export_model
 from bifocal.modeling import BifocalModel, BifocalProcessor
@@ -196,11 +204,10 @@ def _run_stage(recipe: Recipe, title: str, symbols: Any) -> dict[str, Any]:
     def save(model: BifocalModel, processor: BifocalProcessor, folder: Path) -> None:
         evaluation = evaluate_symbols(model, symbols["test"])
         stage = _read_json(recipe.folder / STAGE)
-        with overwrite(result, RUN) as scratch:
-            values = {"name": title, "metrics": evaluation.metrics, "recall": evaluation.recall}
-            write_json(
-                scratch, values | {"losses": stage["curves"]} | {key: stage[key] for key in ("steps", "seconds")}
-            )
+        values = {"name": title, "steps": stage["steps"], "seconds": stage["seconds"], "losses": stage["curves"]}
+        # It may be there already, from a run that was killed before it was listed.
+        write_json(result, values | {"metrics": evaluation.metrics, "recall": evaluation.recall})
+        record(result.parent, RUN, result.name)
         with replace_folder(folder, RUN) as scratch:  # the run is finished as soon as this is there
             model.save_pretrained(scratch)
 
@@ -258,12 +265,12 @@ def _check_folder(folder: Path, test: Any) -> float:
     from sentence_transformers import SentenceTransformer
 
     names = list(test["name"][:16])
-    pictures = [images[0] for images in test["images"][:16]]
-    model = AutoModel.from_pretrained(folder)
+    first_images = [images[0] for images in test["images"][:16]]
+    model = transformers.AutoModel.from_pretrained(folder)
     sentences = SentenceTransformer(str(folder), device="cpu")
     return max(
         float(abs(model.encode_text(names) - sentences.encode(names)).max()),
-        float(abs(model.encode_image(pictures) - sentences.encode(pictures)).max()),
+        float(abs(model.encode_image(first_images) - sentences.encode(first_images)).max()),
     )
 
 
@@ -272,7 +279,7 @@ def _described(settings: DemoSettings, out: Path, model: BifocalModel) -> dict[s
         "parameters": f"{sum(parameter.numel() for parameter in model.parameters()):,}",
         "towers": f"width {model.config.projection_dim}, {model.config.vision_config.num_hidden_layers} image and "
         f"{model.config.text_config.num_hidden_layers} text layers",
-        "pictures": f"{model.config.vision_config.image_size} pixels wide and high, patches of "
+        "images": f"{model.config.vision_config.image_size} pixels wide and high, patches of "
         f"{model.config.vision_config.patch_size}",
     }
     for stage, title in STAGES.items():

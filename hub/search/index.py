@@ -74,7 +74,7 @@ class SearchIndex:
                 )
         for precision in precisions:
             if precision not in PRECISIONS:
-                raise SearchError(f"'{precision}' is no precision. Choose one of {', '.join(PRECISIONS)}.")
+                raise SearchError(f"'{precision}' is not a precision. Choose one of {', '.join(PRECISIONS)}.")
         variants = [(dim, precision) for dim in (dims or [dimensions]) for precision in precisions]
         if os.path.isdir(os.path.expanduser(model)):
             model = os.path.abspath(os.path.expanduser(model))
@@ -101,7 +101,7 @@ class SearchIndex:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise SearchError(f"'{folder}' cannot be made ({error.strerror}). Choose another folder.") from error
+            raise SearchError(f"'{folder}' cannot be created ({error.strerror}). Choose another folder.") from error
         write_settings(folder, {**settings, "variants": variants})
         return cls(folder)
 
@@ -137,7 +137,8 @@ class SearchIndex:
                     folder.rmdir()
 
     def require_same_weights(self, weights: str, model: str) -> None:
-        """
+        """Check that the index was made with these weights.
+
         Raises:
             SearchError: if the index was made with other weights.
         """
@@ -220,7 +221,7 @@ class SearchIndex:
         if source is None:
             return NO_SOURCE
         self.sources = read_settings(self.folder)["sources"]
-        number = next((n for n, one in enumerate(self.sources) if one["identity"] == source.identity), None)
+        number = next((n for n, known in enumerate(self.sources) if known["identity"] == source.identity), None)
         record = {"identity": source.identity, "options": source.options}
         if number is None:
             self.sources.append(record)
@@ -257,20 +258,21 @@ class SearchIndex:
             self._delete_temporary_files()
             sources = read_settings(self.folder)["sources"]
             paths = {source, os.path.abspath(os.path.expanduser(source))} if source is not None else set()
-            numbers = {n for n, one in enumerate(sources) if paths & set(one["identity"].get("paths", ()))}
+            numbers = {n for n, record in enumerate(sources) if paths & set(record["identity"].get("paths", ()))}
             if source is not None and not numbers:
-                known = ", ".join(sorted({str(path) for one in sources for path in one["identity"].get("paths", ())}))
-                raise SearchError(f"'{source}' is no source of '{self.folder}'. Its sources are {known or 'unknown'}.")
-            rows = [(key, one.name) for key, occurrences in all_occurrences(self.snapshot()) for one in occurrences]
+                all_paths = {str(path) for record in sources for path in record["identity"].get("paths", ())}
+                known = ", ".join(sorted(all_paths))
+                raise SearchError(f"'{source}' is not a source of '{self.folder}'. It has {known or 'none by name'}.")
+            rows = [(key, item.name) for key, occurrences in all_occurrences(self.snapshot()) for item in occurrences]
             for name in names:
                 if not any(_matches(name, *row) for row in rows):
                     raise SearchError(f"Nothing in '{self.folder}' is called '{name}'. Use the names that hits show.")
 
             def kept(key: str, kind: str, occurrences: list[Occurrence]) -> list[Occurrence]:
                 return [
-                    one
-                    for one in occurrences
-                    if one.source not in numbers and not any(_matches(name, key, one.name) for name in names)
+                    item
+                    for item in occurrences
+                    if item.source not in numbers and not any(_matches(name, key, item.name) for name in names)
                 ]
 
             count = self.table.rewrite(kept)
@@ -303,7 +305,7 @@ class SearchIndex:
         snapshot = self._open()
         if not len(snapshot.keys):
             raise SearchError(f"The index '{self.folder}' is empty. Add something with bifocal index.")
-        dim, precision = variant or max(self.variants, key=lambda one: (one[0], one[1] == "float32"))
+        dim, precision = variant or max(self.variants, key=lambda choice: (choice[0], choice[1] == "float32"))
         if (dim, precision) not in self.variants:
             known = ", ".join(f"{dim} {precision}" for dim, precision in self.variants)
             raise SearchError(
@@ -320,7 +322,7 @@ class SearchIndex:
             several = len(kinds) > 1
             ranking_scores = snapshot.calibration.ranking_scores(scores, kind, query) if several else scores
             ranked += zip(ranking_scores.tolist(), scores.tolist(), rows.tolist(), strict=True)
-        ranked = sorted(ranked, key=lambda one: (-one[0], one[2]))[:k]
+        ranked = sorted(ranked, key=lambda hit: (-hit[0], hit[2]))[:k]
         return [snapshot.hit(row, score, ranking_score) for ranking_score, score, row in ranked]
 
     def _open(self) -> SearchSnapshot:
@@ -337,7 +339,8 @@ class SearchIndex:
             path.unlink(missing_ok=True)
 
     def _require_parts(self) -> None:
-        """
+        """Check that all parts of the table exist.
+
         Raises:
             SearchError: if parts of the table are missing.
         """

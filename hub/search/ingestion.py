@@ -15,7 +15,7 @@ _MAX_PIXELS_IN_MEMORY = 2**28  # of decoded images, 0.8 GB; a whole part of phot
 
 
 class Ingestion:
-    """A run over items, which embeds and writes those that the table lacks and shows each one to the scan.
+    """A run over items, which embeds and writes those that are not in the table and shows each one to the scan.
 
     Args:
         table: table to add to; the caller holds its index's lock.
@@ -90,7 +90,7 @@ class Ingestion:
                     continue
                 row["image"] = thumbnail(image)
                 images.append(image)
-                if sum(one.width * one.height for one in images) > _MAX_PIXELS_IN_MEMORY:
+                if sum(image.width * image.height for image in images) > _MAX_PIXELS_IN_MEMORY:
                     image_vectors += list(self.encode_image(images))
                     images = []
             rows.append(row)

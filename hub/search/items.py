@@ -30,7 +30,7 @@ class Item:
 
     Args:
         name: where the item comes from: a path, or a file and row.
-        text: of a text, the text itself; of an image, the text that is shown with it.
+        text: the text itself, or the text that is shown with an image.
         image: a path or the bytes of a file; None for a text.
         has_stable_name: whether the name stays with the item, as that of a file does; the number of a row does not.
     """
@@ -72,7 +72,7 @@ class Hit:
     Args:
         name: first name of the content.
         kind: "image" or "text".
-        text: of a text, the text itself; of an image, its captions.
+        text: the text itself, or the captions of an image.
         score: cosine similarity to the query.
         ranking_score: what hits are ranked by: the score, or in one ranking of both kinds its distance from the mean
             score of the kind, in standard deviations.

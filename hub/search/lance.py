@@ -23,9 +23,9 @@ _DELETE_BATCH_SIZE = 1024
 
 
 def export_to_lancedb(index: SearchIndex, uri: str) -> int:
-    """Write an index's items to a LanceDB database and return the number of rows there.
+    """Write an index's items to a LanceDB database and return its number of rows.
 
-    Rows that are there already are updated, and rows that the index no longer has are deleted.
+    Existing rows are updated, and rows that the index no longer has are deleted.
 
     Args:
         uri: a folder, or an address that LanceDB knows.
@@ -58,11 +58,11 @@ def export_to_lancedb(index: SearchIndex, uri: str) -> int:
         for rows, vectors in zip(snapshot.tables, snapshot.vectors(), strict=True):
             if not len(rows):
                 continue
-            names = [[one["name"] for one in occurrences] for occurrences in rows.column("occurrences").to_pylist()]
+            names = [[item["name"] for item in items] for items in rows.column("occurrences").to_pylist()]
             columns = {name: rows.column(name) for name in ("key", "kind", "name", "text")}
             columns = {name: column.cast(text).combine_chunks() for name, column in columns.items()}
             columns |= {
-                "names": pa.array([list(dict.fromkeys(one)) for one in names], schema.field("names").type),
+                "names": pa.array([list(dict.fromkeys(of_row)) for of_row in names], schema.field("names").type),
                 "thumbnail": pc.struct_field(rows.column("image"), "bytes").combine_chunks(),
                 "vector": pa.FixedSizeListArray.from_arrays(vectors.ravel(), index.dimensions),
                 "weights": pa.array([index.weights] * len(rows), text),
@@ -162,7 +162,8 @@ def _errors_as_search_errors(uri: str) -> Iterator[None]:
 
 
 def _require_same_weights(table: Any, weights: str, uri: str) -> None:
-    """
+    """Check that a table is Bifocal's and was made with these weights.
+
     Raises:
         SearchError: if the table is of another model, version or program.
     """

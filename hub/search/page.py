@@ -118,7 +118,7 @@ def _uploaded_file(page: gradio.Blocks, payload: Any) -> str | None:
     if payload is None:
         return None
     path = os.path.realpath(payload.path)
-    if path not in {os.path.realpath(one) for one in page.upload_file_set}:
+    if path not in {os.path.realpath(file) for file in page.upload_file_set}:
         raise gradio.Error(_REFUSED, print_exception=False)
     return path
 
@@ -148,7 +148,7 @@ class OwnFilesOnly:
         await self.app(scope, receive, send)
 
     def _is_upload(self, path: str) -> bool:
-        return os.path.realpath(path) in {os.path.realpath(one) for one in self.page.upload_file_set}
+        return os.path.realpath(path) in {os.path.realpath(file) for file in self.page.upload_file_set}
 
 
 def search_function(searcher: Searcher) -> Callable[..., str]:

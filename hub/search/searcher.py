@@ -35,7 +35,7 @@ class Searcher:
         """Return the unit vector of a query.
 
         Args:
-            text: of any length; the model sees its beginning.
+            text: a query of any length; the model sees its beginning.
             image: anything that `load_image` reads, up to 64 million pixels.
             weight: weight of the text if there are both, from 0 to 1.
 

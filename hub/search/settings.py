@@ -23,7 +23,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise SearchError(f"'{folder}' is no index. Make one with bifocal index.") from None
+        raise SearchError(f"'{folder}' is not an index. Make one with bifocal index.") from None
     except OSError as error:
         raise SearchError(f"'{path}' cannot be read ({error.strerror}). Change that and try again.") from error
     except (ValueError, RecursionError):

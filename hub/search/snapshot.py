@@ -70,7 +70,7 @@ class SearchSnapshot:
 
     def hit(self, row: int, score: float, ranking_score: float) -> Hit:
         image = self.arrow.column("image")[row].as_py()
-        names = tuple(dict.fromkeys(one["name"] for one in self.arrow.column("occurrences")[row].as_py()))
+        names = tuple(dict.fromkeys(occurrence["name"] for occurrence in self.arrow.column("occurrences")[row].as_py()))
         thumbnail = None if image is None else image["bytes"]
         text = self.arrow.column("text")[row].as_py()
         return Hit(self.names[row], str(self.kinds[row]), text, score, ranking_score, thumbnail, names)

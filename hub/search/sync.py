@@ -127,16 +127,16 @@ class SourceScan:
             state = "kept" if occurrence.source != self.source else states[occurrence.name]
             if state == "kept" or (state == "seen" and occurrence in seen) or (state == "missing" and not prune):
                 kept.append(occurrence)
-        changed = {one.name for one in [*new, *(one for one in before if one not in kept)]}
+        changed = {item.name for item in [*new, *(item for item in before if item not in kept)]}
         result.updated += sum(states[name] == "seen" for name in changed & known)
-        order = {name: number for number, name in enumerate(dict.fromkeys(one.name for one in [*before, *new]))}
+        order = {name: number for number, name in enumerate(dict.fromkeys(item.name for item in [*before, *new]))}
         return sorted([*kept, *new], key=lambda occurrence: order[occurrence.name])
 
     def _state(self, key: str, kind: str, name: str, complete: bool, unread: set[str]) -> str:
         """Return what happened to a name of some content.
 
         "seen", "kept" (unknown, so that it stays), "replaced", "lost" (the content exists, under another name) or
-        "missing". The number of a row is no stable name: after a row is deleted, it stands for the next row.
+        "missing". The number of a row is not a stable name: after a row is deleted, it stands for the next row.
         """
         if (key, name) in self.texts:
             return "seen"

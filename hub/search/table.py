@@ -73,7 +73,8 @@ class TableSnapshot:
 
 
 def require_unit_length(vectors: np.ndarray, part: Path) -> None:
-    """
+    """Check that all vectors of a part have length 1.
+
     Raises:
         SearchError: if vectors of a part have other lengths than 1.
     """
@@ -209,7 +210,7 @@ class Table:
         columns = {
             "key": [row["key"] for row in rows], "kind": [row["kind"] for row in rows],
             "name": [name for name, _ in shown], "text": [text for _, text in shown], "image": thumbnails,
-            "occurrences": [[one._asdict() for one in row["occurrences"]] for row in rows],
+            "occurrences": [[item._asdict() for item in row["occurrences"]] for row in rows],
         }  # fmt: skip
         schema = self.schema
         arrays = [pa.array(values, schema.field(name).type) for name, values in columns.items()]
@@ -247,7 +248,7 @@ class Table:
             shown = [_name_and_text(kinds[row], texts[number], after[row]) for number, row in enumerate(kept)]
             columns = {
                 "name": [name for name, _ in shown], "text": [text for _, text in shown],
-                "occurrences": [[one._asdict() for one in after[row]] for row in kept],
+                "occurrences": [[item._asdict() for item in after[row]] for row in kept],
             }  # fmt: skip
             for name, values in columns.items():
                 number = self.schema.get_field_index(name)
@@ -290,7 +291,7 @@ def _occurrences(values: list[dict[str, Any]]) -> list[Occurrence]:
 def _name_and_text(kind: str, text: str, occurrences: Sequence[Occurrence]) -> tuple[str, str]:
     """Return what a hit shows: the first name, and the text or all captions of an image."""
     if kind == "image":
-        text = " · ".join(dict.fromkeys(one.text for one in occurrences if one.text))
+        text = " · ".join(dict.fromkeys(item.text for item in occurrences if item.text))
     return occurrences[0].name, text
 
 

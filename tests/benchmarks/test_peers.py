@@ -28,7 +28,7 @@ def test_growth_on_paper(monkeypatch):
     sizes, exponent, factor = growth.power_law({size: 3.0 * size**1.5 for size in (64, 128, 256, 512)})
     assert (sizes, exponent, factor) == ([256, 512], pytest.approx(1.5), pytest.approx(3.0))
     days = growth.on_paper()
-    # By hand: 60,000 steps of 32,768 rows, three texts of 77 tokens and a picture of 197 patches in each, 8 operations
+    # By hand: 60,000 steps of 32,768 rows, three texts of 77 tokens and an image of 197 patches in each, 8 operations
     # for each parameter and token, on cards of 124.8 TFLOP/s.
     by_hand = 60_000 * 32_768 * 8 * (3 * 77 * 113e6 + 197 * 86e6) / 124.8e12 / 86_400
     assert days["1 GPU"] == pytest.approx(by_hand, abs=0.1)

@@ -99,7 +99,7 @@ def test_errors_of_the_users_end_in_one_sentence(tmp_path, error, message, words
 
 @pytest.mark.parametrize("error", [ValueError("a defect"), OSError(errno.ENOENT, "no such file"), FULL])
 def test_other_errors_keep_their_stack_trace(tmp_path, error):
-    """Also a full disk while the command writes nowhere: the folder of an earlier command does not count."""
+    """Also a full disk while the command writes no folder: that of an earlier command does not count."""
     app = typer.Typer(cls=console.Group)
 
     @app.command()

@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from bifocal.cli import app
-from tests.data.files import lines, picture, shards
+from tests.data.files import image_bytes, lines, shards
 
 
 def run(*command: str):
@@ -71,7 +71,7 @@ def test_bad_input_gets_one_sentence(here, command, message):
     (here / "s.csv").write_text("query;positive\na;b\n")
     lines(here / "bad.jsonl", [{"query": "a", "positive": "b"}, {"query": "", "positive": "b"}])
     (here / "photos").mkdir()
-    (here / "photos" / "a.jpg").write_bytes(picture())
+    (here / "photos" / "a.jpg").write_bytes(image_bytes())
     done = run(*command)
     assert done.exit_code == 1
     assert done.stderr.startswith("Error: ")
@@ -83,7 +83,7 @@ def test_settings_of_a_table_and_kinds_without_captions(here):
     (here / "s.csv").write_bytes("query;positive\nfür;schön\n".encode("cp1252"))
     assert run("inspect", "s.csv", "delimiter=;", "encoding=cp1252").stdout.startswith("1 of 1 rows can be used")
     (here / "photos").mkdir()
-    (here / "photos" / "a.jpg").write_bytes(picture())
+    (here / "photos" / "a.jpg").write_bytes(image_bytes())
     assert run("inspect", "photos", "--kind", "image-only").stdout.startswith("1 of 1 rows can be used")
 
 
@@ -126,7 +126,7 @@ def test_a_recipe_reads_shards_from_a_pattern(here):
 
     recipe = {
         "name": "r", "init_from": "m", "training": {"max_steps": 1},
-        "tasks": [{"name": "laion", "kind": "image-text", "batch_size": 4, "rows": 5, "data": {
+        "tasks": [{"name": "laion", "kind": "image-text", "batch_size": 4, "num_rows": 5, "data": {
             "path": shards(here / "laion", [3, 2]), "streaming": True, "clean": {"min_image_size": 8},
             "max_bad_fraction": 0.02,
         }}],

@@ -60,7 +60,7 @@ def test_ours_is_replaced_whole_and_only_by_its_kind(tmp_path):
     write(folder, new="1")
     assert "old" not in state(folder)
     assert folder.stat().st_mode & 0o777 == 0o750
-    assert [path.name for path in tmp_path.iterdir()] == ["out"], "nothing is left beside it"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"], "no other file is left"
     refused(folder, "'config' in '.*out' belongs to a model, not a Space; choose another folder", "Space")
     (folder / "weights").unlink()  # somebody removed a file: nothing is lost by replacing the rest
     write(folder)
@@ -94,7 +94,7 @@ def test_one_file_of_the_users_protects_the_folder(tmp_path, path, content, mess
     assert (folder / path).read_text() == content
 
 
-def test_what_is_no_ordinary_folder(tmp_path, monkeypatch):
+def test_a_target_that_is_not_an_ordinary_folder(tmp_path, monkeypatch):
     """Each decided on purpose: links, files, the working directory, the home folder, the root, a part of ours."""
     ours, others = write(tmp_path / "ours"), tmp_path / "others"
     others.mkdir()
@@ -317,12 +317,47 @@ def test_an_amended_file_is_as_much_ours_as_before(tmp_path):
 
 # Calls that remove, move or cut a file, by file and function. Look at a new one with a user's file in mind before it is
 # added here: `bifocal.files` has what asks whose a file or a folder is.
+@pytest.mark.parametrize("existing", [False, True])
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_killed_around_the_replacement_of_a_file_it_is_still_ours(existing, moment, tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+
+    def write(text: str) -> None:
+        with files.overwrite(path, "numbers") as scratch:
+            scratch.write_text(text)
+
+    class KilledError(BaseException):
+        pass
+
+    replace = os.replace
+
+    def killed(source, target):
+        if Path(target).name != path.name:
+            return replace(source, target)
+        if moment == "after":
+            replace(source, target)
+        raise KilledError
+
+    if existing:
+        write("1")
+    with monkeypatch.context() as patch:
+        patch.setattr("bifocal.files.os.replace", killed)
+        with pytest.raises(KilledError):
+            write("2")
+    assert path.exists() == (existing or moment == "after")
+    write("3")
+    assert path.read_text() == "3"
+    path.write_text("mine")
+    with pytest.raises(files.NotOursError, match="changed after Bifocal wrote it"):
+        write("4")
+
+
 REVIEWED = {
     "bifocal/files.py": Counter(
         replace_file=2,  # a scratch file of our own takes its place; callers ask whose that is
         _remove_listed=2,  # files in the list, and folders that are empty
         _swap=4, _discard=2,  # after asking; the unfinished folder is our own
-        record=1,  # the lock that it holds
+        _add_entries=1,  # the lock that it holds
     ),
     "hub/sentence_files.py": Counter(save_sentence_files=1),  # in a folder that is being made
     "hub/release.py": Counter(write_release=1),  # in a folder that is being made

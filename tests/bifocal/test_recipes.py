@@ -47,6 +47,6 @@ def test_wrong_names_and_folders_end_in_a_sentence(tmp_path):
     assert "There is no recipe 'finetun'" in unknown.output
     assert "finetune" in unknown.output
     assert not (tmp_path / "a.yaml").exists()
-    nowhere = run("copy", "finetune", str(tmp_path / "no" / "a.yaml"))
-    assert nowhere.exit_code == 1
-    assert f"There is no folder '{tmp_path / 'no'}'" in nowhere.output
+    missing_folder = run("copy", "finetune", str(tmp_path / "no" / "a.yaml"))
+    assert missing_folder.exit_code == 1
+    assert f"There is no folder '{tmp_path / 'no'}'" in missing_folder.output

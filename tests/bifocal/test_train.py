@@ -82,7 +82,7 @@ def test_the_run_says_what_made_it(tuned, reader):
     assert "This run is finished" in again.stdout
     other = run(reader, *commands()[0], *SHORT[1:], "training.max_steps=6")
     assert other.returncode == 1
-    assert other.stderr.strip().endswith("set another output_dir, or add --overwrite.")
+    assert other.stderr.strip().endswith("Set another output_dir, or add --overwrite.")
     assert "other values of training.max_steps" in other.stderr
 
 
@@ -276,7 +276,7 @@ def test_bad_input_gets_one_sentence(reader, change, message):
     (reader / "broken.jsonl").write_text('{"query": "a", "positive"')
     rows = [{"query": f"a {n}", "positive": " " if n == 1 else f"b {n}"} for n in range(64)]
     (reader / "empty.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    command = [*commands()[0], "training.max_steps=1", "output_dir=runs/bad", change]
+    command = [*commands()[0], *SIZES, "training.max_steps=1", "output_dir=runs/bad", change]
     assert message in error_of(reader, *command)
 
 
@@ -284,6 +284,7 @@ def test_two_processes_by_torchrun(reader):
     """As `accelerate launch -m bifocal train` starts them: the losses of one process with the whole batch."""
     common = [
         *commands()[0],
+        *SIZES,
         "training.max_steps=3",
         "training.logging_steps=1",
         "training.auto_find_chunk_size=false",

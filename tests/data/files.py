@@ -1,4 +1,4 @@
-"""Real files for the tests of readers: pictures, tar shards, tables."""
+"""Real files for the tests of readers: images, tar shards, tables."""
 
 import gzip
 import io
@@ -14,8 +14,8 @@ from bifocal.data.skips import RowError
 from bifocal.data.source import Source
 
 
-def picture(size: tuple[int, int] = (40, 30), form: str = "JPEG", seed: int = 0, **options) -> bytes:
-    """A picture with smooth content, as photos have."""
+def image_bytes(size: tuple[int, int] = (40, 30), form: str = "JPEG", seed: int = 0, **options) -> bytes:
+    """An image with smooth content, as photos have."""
     noise = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     image = Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
@@ -30,20 +30,20 @@ def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def shard(path: Path, first: int, count: int) -> Path:
-    """LAION's layout: a picture, its caption, and a JSON with the same caption and more."""
+    """LAION's layout: an image, its caption, and a JSON with the same caption and more."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w:gz" if path.suffix in (".gz", ".tgz") else "w") as tar:
         for number in range(first, first + count):
             form = ("JPEG", "PNG", "WEBP")[number % 3]
             ending = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}[form]
-            add(tar, f"{number:06}.{ending}", picture(form=form, seed=number))
+            add(tar, f"{number:06}.{ending}", image_bytes(form=form, seed=number))
             add(tar, f"{number:06}.txt", f"caption {number}".encode())
             add(tar, f"{number:06}.json", json.dumps({"caption": f"other {number}", "alt": f"alt {number}"}).encode())
     return path
 
 
 def shards(folder: Path, counts: list[int]) -> str:
-    """A brace pattern of shards with so many samples each, numbered through."""
+    """A brace pattern of shards with these numbers of samples, numbered consecutively."""
     for number, count in enumerate(counts):
         shard(folder / f"{number:05}.tar", sum(counts[:number]), count)
     return f"{folder}/{{00000..{len(counts) - 1:05}}}.tar"
@@ -58,7 +58,7 @@ def lines(path: Path, rows: list) -> Path:
 
 
 def row_errors(stream) -> dict[str, str]:
-    """Cause by row name of what a stream leaves out."""
+    """Return the cause of each row that a stream skips, by row name."""
     return {name: row.cause for name, row in stream.rows() if isinstance(row, RowError)}
 
 

@@ -1,4 +1,4 @@
-"""Broken input, each with a real such file: left out, counted by cause, and named."""
+"""Broken input, each with a real file: skipped, counted by cause, and named."""
 
 import gzip
 import http.server
@@ -20,9 +20,9 @@ from bifocal.data.images import ImageReader
 from bifocal.data.loading import load_source
 from bifocal.data.skips import BadRowsError, RowError, SkipLog, SkippedRow
 from bifocal.data.source import Source
-from tests.data.files import add, good, lines, picture, row_errors, shard, shards, stream
+from tests.data.files import add, good, image_bytes, lines, row_errors, shard, shards, stream
 
-# Pictures
+# Images
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["reduced", "exact"])
@@ -49,16 +49,16 @@ def bomb() -> bytes:
 @pytest.mark.parametrize(
     ("content", "cause"),
     [
-        (picture((400, 300))[:5000], "broken image"),
-        (picture()[:100] + b"\0" * 200 + picture()[300:], "not an image"),
-        (picture((400, 300), "PNG")[:3000], "broken image"),
+        (image_bytes((400, 300))[:5000], "broken image"),
+        (image_bytes()[:100] + b"\0" * 200 + image_bytes()[300:], "not an image"),
+        (image_bytes((400, 300), "PNG")[:3000], "broken image"),
         (b"<!doctype html><html><body>404 Not Found</body></html>", "not an image"),
         (b"\xff\xd8\xff\xe0 no JPEG after this", "broken image"),
         (bomb(), "decompression bomb"),
-        ("/no/such/picture.jpg", "missing image"),
+        ("/no/such/image.jpg", "missing image"),
     ],
 )
-def test_broken_pictures_by_cause(reader, content, cause):
+def test_broken_images_by_cause(reader, content, cause):
     with pytest.raises(RowError) as row_error:
         reader.decode(content)
     assert row_error.value.cause == cause
@@ -71,7 +71,7 @@ def saved(image: Image.Image, form: str, **options) -> bytes:
     return buffer.getvalue()
 
 
-def test_odd_pictures_are_read(reader):
+def test_odd_images_are_read(reader):
     """CMYK, 16 bits, animated, rotated by EXIF: upright RGB."""
     red = Image.new("RGB", (64, 48), (200, 30, 30))
     cmyk = reader.decode(saved(red.convert("CMYK"), "JPEG"))
@@ -120,26 +120,26 @@ def test_a_tar_cut_between_two_members_or_with_a_broken_header(tmp_path):
 
 def test_members_that_are_not_as_they_should_be(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        add(tar, "00.jpg", picture())  # no caption
-        add(tar, "01.txt", b"no picture")
-        add(tar, "../02.jpg", picture())
+        add(tar, "00.jpg", image_bytes())  # no caption
+        add(tar, "01.txt", b"no image")
+        add(tar, "../02.jpg", image_bytes())
         add(tar, "../02.txt", b"outside")
-        add(tar, "/03.jpg", picture())
+        add(tar, "/03.jpg", image_bytes())
         add(tar, "/03.txt", b"absolute")
         for number, kind in ((4, tarfile.SYMTYPE), (5, tarfile.LNKTYPE), (6, tarfile.FIFOTYPE)):
             member = tarfile.TarInfo(f"{number:02}.jpg")
             member.type, member.linkname = kind, "/etc/passwd"
             tar.addfile(member)
             add(tar, f"{number:02}.txt", b"a link")
-        add(tar, "07.jpg", picture())
+        add(tar, "07.jpg", image_bytes())
         add(tar, "07.txt", b"caf\xe9")
-        add(tar, "08.jpg", picture())
+        add(tar, "08.jpg", image_bytes())
         add(tar, "08.txt", b"a \x00 b")
-        add(tar, "09.jpg", picture())
+        add(tar, "09.jpg", image_bytes())
         add(tar, "09.json", b'{"caption": "cut')
         add(tar, "10.jpg", b"")
         add(tar, "10.txt", b"no bytes")
-        add(tar, "11.jpg", picture())
+        add(tar, "11.jpg", image_bytes())
         add(tar, "11.txt", b"good")
     found = stream(tmp_path / "a.tar")
     assert [row["caption"] for row in good(found)] == ["good"]
@@ -176,7 +176,7 @@ def test_a_shard_that_vanishes_while_it_is_read(tmp_path):
 
 
 class _Cut(http.server.BaseHTTPRequestHandler):
-    """Sends half of what it promised, so many times."""
+    """Sends half of what it promised, a number of times."""
 
     content, cuts, asked = b"", 0, 0
 
@@ -286,7 +286,7 @@ def test_a_parquet_with_a_changed_schema_and_one_cut_short(tmp_path):
 
 
 def test_a_disk_that_fills(tmp_path):
-    """The device that is always full; the error says so, and is no row's fault."""
+    """The device that is always full; the error says so and blames no row."""
     if not Path("/dev/full").exists():
         pytest.skip("there is no /dev/full here")
     (tmp_path / "s.jsonl").symlink_to("/dev/full")
@@ -295,7 +295,7 @@ def test_a_disk_that_fills(tmp_path):
 
 
 def test_gzip_bombs_and_long_lines_end(tmp_path):
-    """A line of 100 MB is one bad row, and no more than 64 MiB of it are ever held."""
+    """A line of 100 MB is one bad row, and at most 64 MiB are ever in memory."""
     with gzip.open(tmp_path / "a.jsonl.gz", "wb", compresslevel=1) as file:
         for _ in range(100):
             file.write(b" " * 2**20)

@@ -1,4 +1,4 @@
-"""Captions by small captioners with random weights: every picture once, with its origin, also after a kill."""
+"""Captions by small captioners with random weights: every image once, with its origin, also after a kill."""
 
 import signal
 from pathlib import Path
@@ -25,7 +25,7 @@ from bifocal.data.captioning import caption_recipe, caption_source
 from bifocal.data.loading import load_source
 from bifocal.data.source import Source
 from bifocal.errors import RecipeError
-from tests.data.files import good, picture
+from tests.data.files import good, image_bytes
 from tests.processes import run
 
 SIDE = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
@@ -76,12 +76,12 @@ def llava(processor, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def pictures(tmp_path) -> Path:
-    folder = tmp_path / "pictures"
+def image_folder(tmp_path) -> Path:
+    folder = tmp_path / "images"
     folder.mkdir()
     for number in range(7):
-        (folder / f"{number}.jpg").write_bytes(picture(seed=number))
-    (folder / "3.jpg").write_bytes(b"no picture")
+        (folder / f"{number}.jpg").write_bytes(image_bytes(seed=number))
+    (folder / "3.jpg").write_bytes(b"no image")
     return folder
 
 
@@ -90,10 +90,10 @@ def settings(model: Path, **changes):
 
 
 @pytest.mark.parametrize("captioner", ["blip", "llava"])
-def test_every_picture_gets_a_caption_and_its_origin(request, captioner, pictures, tmp_path):
+def test_every_image_gets_a_caption_and_its_origin(request, captioner, image_folder, tmp_path):
     model = request.getfixturevalue(captioner)
     recipe = settings(model, prompt="black star")
-    made = caption_source(Source(path=str(pictures)), tmp_path / "out", recipe)
+    made = caption_source(Source(path=str(image_folder)), tmp_path / "out", recipe)
     assert (made.captioned, made.existing, made.skipped) == (6, 0, 1)
     rows = read_table(tmp_path / "out" / "part-00000.parquet").to_pylist()
     assert [row["row"] for row in rows] == [f"{n}.jpg" for n in range(7) if n != 3]
@@ -105,18 +105,18 @@ def test_every_picture_gets_a_caption_and_its_origin(request, captioner, picture
         assert row["prompt"] == "black star"
         assert row["created_at"].endswith("+00:00")
     assert '"not an image"' in (tmp_path / "out" / "skipped.jsonl").read_text()
-    again = caption_source(Source(path=str(pictures)), tmp_path / "out", recipe)
+    again = caption_source(Source(path=str(image_folder)), tmp_path / "out", recipe)
     assert (again.captioned, again.existing, again.skipped) == (0, 6, 1)
     data = load_source(Source(path=f"{tmp_path}/out/*.parquet", image_root="/", streaming=True), "image-text")
-    assert [row["image"] for row in good(data)] == [str(pictures / f"{n}.jpg") for n in range(7) if n != 3]
+    assert [row["image"] for row in good(data)] == [str(image_folder / f"{n}.jpg") for n in range(7) if n != 3]
     with pytest.raises(ValueError, match=r"holds captions by another prompt .'black star'.. Choose another folder"):
-        caption_source(Source(path=str(pictures)), tmp_path / "out", settings(model))
+        caption_source(Source(path=str(image_folder)), tmp_path / "out", settings(model))
 
 
-def test_batches_change_nothing(blip, pictures, tmp_path):
+def test_batches_change_nothing(blip, image_folder, tmp_path):
     found = []
     for size in (1, 5):
-        caption_source(Source(path=str(pictures)), tmp_path / f"out{size}", settings(blip, batch_size=size))
+        caption_source(Source(path=str(image_folder)), tmp_path / f"out{size}", settings(blip, batch_size=size))
         found.append(read_table(tmp_path / f"out{size}" / "part-00000.parquet")["caption"].to_pylist())
     assert found[0] == found[1]
     assert len(set(found[0])) > 0
@@ -132,12 +132,12 @@ def test_rows_with_bytes_are_copied(blip, tmp_path):
     assert rows[3]["image_id"] == "00001.tar/000003"
 
 
-def test_killed_it_goes_on(blip, tmp_path):
-    """After a real SIGKILL in the middle, every picture has one caption, those before untouched."""
-    folder = tmp_path / "pictures"
+def test_a_killed_run_resumes(blip, tmp_path):
+    """After a real SIGKILL in the middle, every image has one caption, those before untouched."""
+    folder = tmp_path / "images"
     folder.mkdir()
     for number in range(9):
-        (folder / f"{number}.jpg").write_bytes(picture(seed=number))
+        (folder / f"{number}.jpg").write_bytes(image_bytes(seed=number))
     script = f"""
 import os, signal
 import bifocal.data.captioning as c
@@ -169,19 +169,19 @@ print(c.caption_source(Source(path={str(folder)!r}), Path({str(tmp_path / "out")
     assert names == [f"{n}.jpg" for n in range(9)]
 
 
-def test_captions_that_are_there_are_never_overwritten(blip, pictures, tmp_path):
+def test_captions_that_are_there_are_never_overwritten(blip, image_folder, tmp_path):
     out = tmp_path / "out"
-    caption_source(Source(path=str(pictures)), out, settings(blip))
+    caption_source(Source(path=str(image_folder)), out, settings(blip))
     (out / "part-00000.parquet").rename(out / "part-00001.parquet")
     kept = (out / "part-00001.parquet").read_bytes()
-    (pictures / "9.jpg").write_bytes(picture(seed=9))
-    assert caption_source(Source(path=str(pictures)), out, settings(blip)).captioned == 1
+    (image_folder / "9.jpg").write_bytes(image_bytes(seed=9))
+    assert caption_source(Source(path=str(image_folder)), out, settings(blip)).captioned == 1
     assert (out / "part-00001.parquet").read_bytes() == kept
     assert sorted(path.name for path in out.glob("*.parquet")) == ["part-00001.parquet", "part-00002.parquet"]
     for content in (b"words", (tmp_path / "out" / "part-00001.parquet").read_bytes()):
         (out / "part-mine.parquet").write_bytes(content)
         with pytest.raises(ValueError, match=r"part-mine.parquet' was not written by this command. Choose another"):
-            caption_source(Source(path=str(pictures)), out, settings(blip))
+            caption_source(Source(path=str(image_folder)), out, settings(blip))
 
 
 def test_what_cannot_be_done(blip, tmp_path):

@@ -93,7 +93,7 @@ WORDS = ["a cat", "two dogs", "on the mat", "say 'hi'", "it costs 1.50", "rows o
 
 @pytest.mark.parametrize("seed", range(40))
 def test_a_quote_that_never_closes_costs_its_own_row_and_no_other(tmp_path, seed):
-    """Stray quotes before texts, some of which a later inch sign would close, beside captions of several lines."""
+    """Stray quotes before texts, some of which a later inch sign would close, next to captions of several lines."""
     draw = random.Random(seed)
     count = draw.randint(50, 300)
     rows = [[f"{n}.jpg", ", ".join(draw.choices(WORDS, k=draw.randint(1, 3)))] for n in range(count)]
@@ -187,7 +187,7 @@ def test_what_quotes_enclose_is_one_field_if_one_says_so(tmp_path):
     ],
 )
 def test_what_may_be_one_row_or_several_is_neither(tmp_path, record, label):
-    """Each of its lines is bad and named, with what to set; also for who goes on in the middle of it."""
+    """Each of its lines is bad and named, with what to set; also for a reader that continues in the middle."""
     path = tmp_path / "a.csv"
     path.write_text(f"id,text{',label' * label}\n0,a{',b' * label}\n{record}\n9,next{',d' * label}\n")
     found = read(path)
@@ -205,7 +205,7 @@ def test_what_may_be_one_row_or_several_is_neither(tmp_path, record, label):
 
 
 def test_texts_of_several_lines_before_and_after_other_fields(tmp_path):
-    """They are rows, whatever their commas: prose has a space after them, or the first line is no row by itself."""
+    """They are rows, whatever their commas: prose has a space after them, or the first line alone is not a row."""
     rows = [
         ["Hello\nbye", "x"], ["Hello, you\nand, well, me", "x"], ["one\n\ntwo\nthree", "x"], ["a", "Hello\nbye, you"],
         ["a", "x, y\nz"], ["a\nb", "c\nd"],
@@ -217,7 +217,7 @@ def test_texts_of_several_lines_before_and_after_other_fields(tmp_path):
 
 
 def test_tabs_and_quotes(tmp_path):
-    """In a TSV file a quote is a character; where quotes enclosed fields, the fault says what to set."""
+    """In a TSV file a quote is a character; where quotes enclosed fields, the error says what to set."""
     path = tmp_path / "a.tsv"
     path.write_text('query\tpositive\n"q\t12" disc\n"a\nb"\tp\n')
     found = stream(path)

@@ -1,4 +1,4 @@
-"""Filters leave out what they are asked to, and count it."""
+"""Filters skip the rows they are set to skip, and count them."""
 
 import json
 
@@ -12,7 +12,7 @@ from bifocal.data.skips import RowError, SkipLog
 from bifocal.data.source import Source, parse_source
 from bifocal.errors import DataError, RecipeError
 from tests.conftest import SHARED
-from tests.data.files import good, lines, picture, row_errors
+from tests.data.files import good, image_bytes, lines, row_errors
 
 
 def test_filters_of_texts(tmp_path):
@@ -44,11 +44,11 @@ def test_filters_of_texts(tmp_path):
     assert [row["text"] for row in good(keep)] == [dog]
 
 
-def test_filters_of_pictures(tmp_path):
+def test_filters_of_images(tmp_path):
     sizes = [(64, 48), (20, 30), (300, 40), (64, 48), (50, 50)]
     for number, size in enumerate(sizes):
-        (tmp_path / f"{number}.jpg").write_bytes(picture(size, seed=0 if number == 3 else number))
-    (tmp_path / "5.jpg").write_bytes(b"no picture")
+        (tmp_path / f"{number}.jpg").write_bytes(image_bytes(size, seed=0 if number == 3 else number))
+    (tmp_path / "5.jpg").write_bytes(b"no image")
     lines(tmp_path / "metadata.jsonl", [{"file_name": f"{n}.jpg", "caption": f"c {n}"} for n in range(7)])
     cleaning = Cleaning(min_image_size=32, max_aspect_ratio=3, deduplicate_images=True)
     found = open_stream(Source(path=str(tmp_path), clean=cleaning), "image-text")
@@ -62,7 +62,7 @@ def test_filters_of_pictures(tmp_path):
     assert filtered == [True, True, True, False, False], "what cannot be read is bad, not filtered"
 
 
-def test_a_picture_keeps_the_captions_that_pass():
+def test_an_image_keeps_the_captions_that_pass():
     keep = RowFilter(Cleaning(min_characters=3))
     assert keep({"image": b"", "caption": ["a", "a dog", "dogs"]})["caption"] == ["a dog", "dogs"]
     with pytest.raises(RowError, match="short caption: b"):
@@ -132,7 +132,7 @@ def test_consistency_on_real_captions(tmp_path, minilm):
     assert skipped.filtered["pairs"] == {"inconsistent pair": len(rows) - len(data)}
     again = SkipLog()
     assert len(load_source(source, "text-pair", 0, again, "pairs")) == len(data)
-    assert again.filtered == skipped.filtered, "from what was kept of it"
+    assert again.filtered == skipped.filtered, "from the stored counts"
 
 
 def model_folder(package: str) -> str:
@@ -143,15 +143,15 @@ def model_folder(package: str) -> str:
 
 def test_a_cleaned_copy_may_be_streamed(tmp_path):
     for number in range(4):
-        (tmp_path / f"{number}.jpg").write_bytes(picture(seed=number % 3))
+        (tmp_path / f"{number}.jpg").write_bytes(image_bytes(seed=number % 3))
     lines(tmp_path / "metadata.jsonl", [{"file_name": f"{n}.jpg", "caption": [f"c {n}", "x"]} for n in range(4)])
     source = Source(path=str(tmp_path), clean={"deduplicate_images": True})
     skipped = SkipLog(tmp_path / "out" / "skipped.jsonl")
     assert write_clean(source, "image-text", tmp_path / "out", skipped) == 3
-    (tmp_path / "0.jpg").unlink()  # the copy holds its pictures
+    (tmp_path / "0.jpg").unlink()  # the copy holds its images
     found = load_source(Source(path=f"{tmp_path}/out/*.parquet", streaming=True), "image-text")
     rows = good(found)
-    assert [row["image"] for row in rows] == [picture(seed=number) for number in range(3)]
+    assert [row["image"] for row in rows] == [image_bytes(seed=number) for number in range(3)]
     assert rows[1]["caption"] == ["c 1", "x"]
     assert json.loads((tmp_path / "out" / "skipped.jsonl").read_text())["cause"] == "duplicate image"
     with pytest.raises(ValueError, match="is not empty"):

@@ -66,7 +66,7 @@ print(json.dumps([row["query"] for row in stream][:5]))
 
 
 @pytest.mark.parametrize("used", [0, 3, 90, 150])
-def test_a_stream_of_datasets_leaves_out_bad_rows_and_resumes(tmp_path, monkeypatch, used):
+def test_a_stream_of_datasets_skips_bad_rows_and_resumes(tmp_path, monkeypatch, used):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "repo").mkdir()
     for part in range(2):

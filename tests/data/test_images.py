@@ -1,4 +1,4 @@
-"""Pictures decoded at reduced scale look like those decoded whole."""
+"""Images decoded at reduced scale look like those decoded whole."""
 
 import io
 from functools import cache
@@ -66,7 +66,7 @@ def test_what_is_reduced_differs_by_less_than_a_hundredth(clip, size, mode):
     assert not torch.equal(fast, whole) or min(size) < 448
 
 
-def test_pictures_of_the_wanted_size_are_the_processors_to_the_bit(clip):
+def test_images_of_the_wanted_size_are_the_processors_to_the_bit(clip):
     fast, whole = both(clip, photo(224, 224, form="PNG"))
     assert torch.equal(fast, whole)
 

@@ -11,15 +11,16 @@ from bifocal.data.loading import infer_kind
 from bifocal.data.source import Source
 from bifocal.errors import DataError
 from tests.browser import LONG_NAME, needs_browser, odd_images, opened
-from tests.data.files import lines, picture, shards
+from tests.data.files import image_bytes, lines, shards
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Six pictures: one twice, one broken, one too small for the filter, one with a caption that is markup."""
+    """Six images: one twice, one broken, one too small for the filter, one with a caption that is markup."""
     for number in range(6):
-        (tmp_path / f"{number}.jpg").write_bytes(picture((10, 10) if number == 3 else (64, 48), seed=min(number, 4)))
-    (tmp_path / "1.jpg").write_bytes(b"<html>no picture</html>")
+        size = (10, 10) if number == 3 else (64, 48)
+        (tmp_path / f"{number}.jpg").write_bytes(image_bytes(size, seed=min(number, 4)))
+    (tmp_path / "1.jpg").write_bytes(b"<html>no image</html>")
     captions = ["one", "two", "", "four", "<script>alert(1)</script>", "long " * 200]
     lines(tmp_path / "metadata.jsonl", [{"file_name": f"{n}.jpg", "caption": text} for n, text in enumerate(captions)])
     return tmp_path

@@ -1,4 +1,4 @@
-"""Images are read below the roots that a recipe names, and nowhere else."""
+"""Images are read only below the roots that a recipe names."""
 
 import json
 
@@ -9,19 +9,19 @@ import pytest
 from bifocal.data.loading import load_source
 from bifocal.data.skips import SkipLog
 from bifocal.data.source import Source
-from tests.data.files import good, lines, picture, row_errors, stream
+from tests.data.files import good, image_bytes, lines, row_errors, stream
 
 
 def test_nothing_outside_the_roots_is_read(tmp_path, monkeypatch):
     root = tmp_path / "root"
     root.mkdir()
-    (root / "a.jpg").write_bytes(picture())
+    (root / "a.jpg").write_bytes(image_bytes())
     secret = tmp_path / "secret.jpg"
-    secret.write_bytes(picture())
+    secret.write_bytes(image_bytes())
     (root / "link.jpg").symlink_to(secret)
     (root / "inside.jpg").symlink_to(root / "a.jpg")
     (tmp_path / "root2").mkdir()
-    (tmp_path / "root2" / "b.jpg").write_bytes(picture())
+    (tmp_path / "root2" / "b.jpg").write_bytes(image_bytes())
     (root / "folder").symlink_to(tmp_path)
     given = [
         "a.jpg", "inside.jpg", "../secret.jpg", str(secret), "link.jpg", "folder/secret.jpg", "../root2/b.jpg",
@@ -41,12 +41,12 @@ def test_nothing_outside_the_roots_is_read(tmp_path, monkeypatch):
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("as_struct", [False, True])
 def test_a_data_set_that_is_loaded_names_no_file_elsewhere(tmp_path, streaming, as_struct):
-    """What datasets loads may hold paths, too; they lead nowhere but to what it has loaded."""
+    """What datasets loads may hold paths, too; they lead only to what it has loaded."""
     secret = tmp_path / "secret.jpg"
-    secret.write_bytes(picture())
+    secret.write_bytes(image_bytes())
     (tmp_path / "repo").mkdir()
     inside = tmp_path / "repo" / "a.jpg"
-    inside.write_bytes(picture())
+    inside.write_bytes(image_bytes())
     paths = [str(inside), str(secret), "../secret.jpg", "http://127.0.0.1:9/a.jpg"]
     rows = [{"image": {"bytes": None, "path": path} if as_struct else path, "caption": "c"} for path in paths]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "repo" / "train.parquet")
@@ -65,7 +65,7 @@ def test_a_data_set_that_is_loaded_names_no_file_elsewhere(tmp_path, streaming, 
 
 def test_paths_in_shares_of_sharegpt4v_stay_in_their_root(tmp_path):
     (tmp_path / "coco").mkdir()
-    (tmp_path / "coco" / "1.jpg").write_bytes(picture())
+    (tmp_path / "coco" / "1.jpg").write_bytes(image_bytes())
     answer = [{"from": "gpt", "value": "A caption."}]
     rows = [{"image": name, "conversations": answer} for name in ("coco/../../etc/passwd", "/etc/passwd", "coco/1.jpg")]
     path = tmp_path / "s.json"

@@ -71,7 +71,7 @@ def test_files_come_in_a_new_order_each_epoch():
 
 @pytest.mark.parametrize("used", [0, 1, 6, BLOCK - 1, BLOCK, BLOCK + 1, 1500, 2049, 2200, 5000])
 @pytest.mark.parametrize(("readers", "counts"), [(1, [900, 700, 500]), (5, [3000, 2500, 4000])])
-def test_a_reader_goes_on_with_what_was_not_seen(used, readers, counts):
+def test_a_reader_continues_with_unseen_rows(used, readers, counts):
     """From any place, in mid-file and mid-block, also where readers share a file."""
     task = Task("t", "text-pair", simulated(counts), 1)
     whole = BlockReader(task, 5, readers - 1, readers)
@@ -83,7 +83,7 @@ def test_a_reader_goes_on_with_what_was_not_seen(used, readers, counts):
     whole.report()
     for count in (3, 500, 2000):
         assert again.take(count) == whole.take(count)
-        assert again.report() == whole.report(), "and what is left out is counted once"
+        assert again.report() == whole.report(), "and skipped rows are counted once"
 
 
 @pytest.mark.parametrize("layout", ["tar", "tar.gz", "jsonl", "jsonl.gz", "csv", "parquet", "json"])
@@ -141,7 +141,7 @@ def test_a_pattern_of_ten_thousand_is_not_looked_at(tmp_path):
     assert part.next(4).names == [f"00000.tar/{n:06}" for n in range(4)]
 
 
-def test_a_block_ends_where_its_pictures_are_many(monkeypatch):
+def test_a_block_ends_where_its_images_are_many(monkeypatch):
     monkeypatch.setattr("bifocal.data.shards._BLOCK_BYTES", 1000)
 
     def heavy(path, start=None):

@@ -1,4 +1,4 @@
-"""Rows that are left out are counted by cause and named in the log, and too many of them stop a run."""
+"""Skipped rows are counted by cause and named in the log, and too many of them stop a run."""
 
 import json
 

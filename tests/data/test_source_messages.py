@@ -15,7 +15,7 @@ from bifocal.data.row_names import row_name
 from bifocal.data.skips import SkipLog
 from bifocal.data.source import Source
 from bifocal.errors import DataError
-from tests.data.files import good, lines, picture, row_errors, shard
+from tests.data.files import good, image_bytes, lines, row_errors, shard
 
 
 @pytest.fixture(autouse=True)
@@ -72,11 +72,11 @@ def test_the_column_that_is_suggested_is_a_plausible_one(tmp_path, row, kind, sa
         open_stream(Source(path=str(path)), kind)
 
 
-def test_the_kind_of_rows_that_cannot_be_told(tmp_path):
+def test_a_kind_of_rows_that_cannot_be_inferred(tmp_path):
     for name in ("empty", "odd", "photos", "root"):
         (tmp_path / name).mkdir()
     (tmp_path / "odd" / "a.doc").touch()
-    (tmp_path / "photos" / "a.jpg").write_bytes(picture())
+    (tmp_path / "photos" / "a.jpg").write_bytes(image_bytes())
     lines(tmp_path / "root" / "m.jsonl", [{"image": str(tmp_path / "photos" / "a.jpg"), "caption": "c"}])
     lines(tmp_path / "x.jsonl", [{"a": 1, "b": "two"}])
     (tmp_path / "nothing.csv").touch()
@@ -146,7 +146,7 @@ def test_images_by_other_spellings_of_their_paths(tmp_path):
     (tmp_path / "sub").mkdir()
     names = [unicodedata.normalize("NFD", "sub/é.jpg"), unicodedata.normalize("NFC", "sub/ü.jpg"), "sub/a.jpg"]
     for name in names:
-        (tmp_path / name).write_bytes(picture())
+        (tmp_path / name).write_bytes(image_bytes())
     given = [
         unicodedata.normalize("NFC", names[0]),
         unicodedata.normalize("NFD", names[1]),
@@ -164,7 +164,8 @@ def test_images_by_other_spellings_of_their_paths(tmp_path):
     assert skipped.bad == {"t": {"missing image": 1}}
     assert inspect_source(source, "image-text").good == 3
     for there in (True, False, True):  # a file that is put there is found, whatever the cache remembers
-        (tmp_path / "sub" / "none.jpg").write_bytes(picture()) if there else (tmp_path / "sub" / "none.jpg").unlink()
+        path = tmp_path / "sub" / "none.jpg"
+        path.write_bytes(image_bytes()) if there else path.unlink()
         assert len(open_stream(source, "image-text").shards) == 1
         assert len(good(open_stream(source, "image-text"))) == 3 + there
         if there:
@@ -172,7 +173,7 @@ def test_images_by_other_spellings_of_their_paths(tmp_path):
 
 
 def test_cells_that_hold_no_path(tmp_path):
-    content = picture()
+    content = image_bytes()
     encoded = base64.b64encode(content).decode()
     rows = [
         {"file_name": "", "caption": "empty"}, {"file_name": None, "caption": "none"},
@@ -202,7 +203,7 @@ def test_cells_that_hold_no_path(tmp_path):
 @pytest.mark.parametrize("form", ["parquet", "saved", "folder", "folder, streamed"])
 def test_labels_are_the_names_of_classes(tmp_path, form):
     classes = ClassLabel(names=["tabby cat", "beagle"])
-    rows = {"image": [{"bytes": picture(seed=n), "path": None} for n in range(4)], "label": [0, 1, -1, 1]}
+    rows = {"image": [{"bytes": image_bytes(seed=n), "path": None} for n in range(4)], "label": [0, 1, -1, 1]}
     data = Dataset.from_dict(rows, features=Features({"image": Image(), "label": classes}))
     (tmp_path / "f").mkdir()
     if form == "parquet":
@@ -239,17 +240,17 @@ def test_a_label_of_natural_language_inference_that_is_none(tmp_path):
     assert [row["positive"] for row in good(open_stream(Source(path="a.jsonl"), "text-pair"))] == ["h 2", "h 3"]
 
 
-def test_minus_one_is_no_label(tmp_path):
+def test_minus_one_is_not_a_label(tmp_path):
     """Unlabelled splits of the Hub have it; as a text it is a name like others."""
     for name in ("a.png", "b.png"):
-        (tmp_path / name).write_bytes(picture())
+        (tmp_path / name).write_bytes(image_bytes())
     lines(tmp_path / "a.jsonl", [{"image": "a.png", "label": 1}, {"image": "b.png", "label": -1}])
     stream = open_stream(Source(path="a.jsonl"), "image-label")
     assert [row["label"] for row in good(stream)] == ["1"]
     assert list(row_errors(stream)) == ["a.jsonl:2"]
 
 
-def test_an_error_without_a_message_is_told_by_its_class(monkeypatch):
+def test_an_error_without_a_message_is_named_by_its_class(monkeypatch):
     def fail(*_, **__):
         raise OSError
 

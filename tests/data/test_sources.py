@@ -16,7 +16,7 @@ from bifocal.data.loading import load_source, open_stream
 from bifocal.data.skips import SkipLog
 from bifocal.data.source import Source
 from bifocal.errors import DataError
-from tests.data.files import good, lines, picture, row_errors, shard, shards
+from tests.data.files import good, image_bytes, lines, row_errors, shard, shards
 
 
 def stream(path, kind: str, **options):
@@ -31,7 +31,8 @@ def test_tar_shards_in_laions_layout(tmp_path):
     pattern = shards(tmp_path / "laion", [3, 2])
     rows = good(stream(pattern, "image-text"))
     assert [row["caption"] for row in rows] == [f"caption {n}" for n in range(5)]
-    assert [row["image"] for row in rows] == [picture(form=("JPEG", "PNG", "WEBP")[n % 3], seed=n) for n in range(5)]
+    forms = ("JPEG", "PNG", "WEBP", "JPEG", "PNG")
+    assert [row["image"] for row in rows] == [image_bytes(form=form, seed=n) for n, form in enumerate(forms)]
     assert rows[3]["image_id"] == "00001.tar/000003"
     by_glob = good(stream(tmp_path / "laion" / "*.tar", "image-text", column_mapping={"json.alt": "caption"}))
     assert [row["caption"] for row in by_glob] == [f"alt {n}" for n in range(5)]
@@ -43,7 +44,7 @@ def test_tar_shards_in_laions_layout(tmp_path):
 def test_shards_that_are_not_streamed(tmp_path):
     data = load(shards(tmp_path / "laion", [3, 2]), "image-text")
     assert data[3] == {
-        "image": {"bytes": picture(form="JPEG", seed=3), "path": None}, "caption": ["caption 3"],
+        "image": {"bytes": image_bytes(form="JPEG", seed=3), "path": None}, "caption": ["caption 3"],
         "image_id": "00001.tar/000003",
     }  # fmt: skip
     assert len(load(shards(tmp_path / "laion", [3, 2]), "image-text", limit=4)) == 4
@@ -74,24 +75,24 @@ def test_shards_behind_an_address(tmp_path):
         server.shutdown()
 
 
-def test_pictures_in_parquet_and_arrow(tmp_path):
+def test_images_in_parquet_and_arrow(tmp_path):
     rows = [
-        {"image": {"bytes": picture(seed=n), "path": None}, "text": f"t {n}", "image_id": f"i{n}"} for n in range(3)
+        {"image": {"bytes": image_bytes(seed=n), "path": None}, "text": f"t {n}", "image_id": f"i{n}"} for n in range(3)
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     data = Dataset.from_list(rows)
     data.save_to_disk(tmp_path / "saved")
-    expected = [{"image": picture(seed=n), "caption": f"t {n}", "image_id": f"i{n}"} for n in range(3)]
+    expected = [{"image": image_bytes(seed=n), "caption": f"t {n}", "image_id": f"i{n}"} for n in range(3)]
     assert good(stream(tmp_path / "a.parquet", "image-text")) == expected
     assert good(stream(tmp_path / "saved", "image-text")) == expected
-    assert load(tmp_path / "a.parquet", "image-text")[2]["image"]["bytes"] == picture(seed=2)
+    assert load(tmp_path / "a.parquet", "image-text")[2]["image"]["bytes"] == image_bytes(seed=2)
 
 
 @pytest.mark.parametrize("metadata", ["metadata.csv", "metadata.jsonl"])
-def test_a_folder_of_pictures(tmp_path, metadata):
+def test_a_folder_of_images(tmp_path, metadata):
     (tmp_path / "sub").mkdir()
     for name in ("a.jpg", "sub/b.png"):
-        (tmp_path / name).write_bytes(picture(form="JPEG" if name == "a.jpg" else "PNG"))
+        (tmp_path / name).write_bytes(image_bytes(form="JPEG" if name == "a.jpg" else "PNG"))
     rows = [{"file_name": "a.jpg", "caption": "one"}, {"file_name": "sub/b.png", "caption": "two"}]
     write_table(tmp_path / metadata, rows)
     found = good(stream(tmp_path, "image-text"))
@@ -112,9 +113,9 @@ def write_table(path: Path, rows: list[dict]) -> Path:
 
 
 def test_a_table_of_paths_and_captions(tmp_path):
-    """Rows that show one picture share its id, so that they are not each other's negatives."""
+    """Rows that show one image share its id, so that they are not each other's negatives."""
     (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "a.jpg").write_bytes(picture())
+    (tmp_path / "photos" / "a.jpg").write_bytes(image_bytes())
     rows = [{"filepath": "a.jpg", "title": "one"}, {"filepath": "a.jpg", "title": "two"}]
     path = write_table(tmp_path / "list.csv", rows)
     found = good(stream(path, "image-text", image_root=str(tmp_path / "photos"), column_mapping={"title": "caption"}))
@@ -133,7 +134,7 @@ def test_sharegpt4v(tmp_path):
     """Its layout, a root for each source, and the prompt's image token cut out."""
     for name in ("coco/train2017/1.jpg", "sam/images/sa_2.jpg"):
         (tmp_path / name).parent.mkdir(parents=True)
-        (tmp_path / name).write_bytes(picture())
+        (tmp_path / name).write_bytes(image_bytes())
     rows = [
         conversation("coco/train2017/1.jpg", "<image>\nA long caption of a street."),
         conversation("sam/images/sa_2.jpg", "A harbour.", "Three boats."),

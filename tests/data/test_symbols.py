@@ -1,4 +1,4 @@
-"""The symbols data set: pictures, texts, split, cache."""
+"""The symbols data set: images, texts, split, cache."""
 
 import random
 import unicodedata
@@ -41,9 +41,9 @@ def test_drawing():
         for face in ("DejaVuSans", "DejaVuSans-Bold"):
             if symbol not in covered_symbols(fonts[face]):
                 continue
-            picture = draw(symbol, fonts[face], 32)
-            assert picture.size == (32, 32)
-            ink = np.asarray(picture) < 128
+            image = draw(symbol, fonts[face], 32)
+            assert image.size == (32, 32)
+            ink = np.asarray(image) < 128
             assert ink.any()
     comma, apostrophe = (np.asarray(draw(symbol, fonts["DejaVuSans"], 48)) < 128 for symbol in ",'")
     assert np.nonzero(comma)[0].mean() > np.nonzero(apostrophe)[0].mean() + 10, "one baseline for all"
@@ -55,9 +55,9 @@ def test_drawing():
 
 
 def test_a_shift_moves_and_loses_nothing():
-    picture = draw("★", font_files()["DejaVuSans"], 32).convert("RGB")
+    image = draw("★", font_files()["DejaVuSans"], 32).convert("RGB")
     generator = random.Random(0)
-    moved = [np.asarray(random_shift(picture, generator, 2)) for _ in range(20)]
+    moved = [np.asarray(random_shift(image, generator, 2)) for _ in range(20)]
     assert len({array.tobytes() for array in moved}) > 5
     assert len({(array < 128).sum() for array in moved}) == 1
     assert all((array[0] == 255).all() for array in moved)

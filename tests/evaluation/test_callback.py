@@ -92,7 +92,7 @@ def test_models_of_transformers(processor, tmp_path):
     trainer.train()
     (logged,) = (entry for entry in trainer.state.log_history if "eval_photos_mean_recall" in entry)
     assert logged["eval_photos_skipped_rows"] == 1.0
-    assert logged["eval_photos_shared_rows"] == 2.0, "the first image stands in two rows"
+    assert logged["eval_photos_shared_rows"] == 2.0, "the first image is in two rows"
     with pytest.raises(EvaluationError, match="To evaluate a CLIPModel, give its processor"):
         watch.attach(SimpleNamespace(log=None, averaged_weights=None, model=model))
     bert = BertModel(BertConfig(**tiny, vocab_size=320))

@@ -50,5 +50,5 @@ def test_ndcg(load, k):
 def test_bad_input(load):
     with pytest.raises(ValueError, match="Query 0 has no right item"):
         load("recall_at_k").compute(predictions=[["a"]], references=[[]])
-    with pytest.raises(ValueError, match="'all' is no definition of recall"):
+    with pytest.raises(ValueError, match="'all' is not a definition of recall"):
         load("recall_at_k").compute(predictions=[["a"]], references=[["a"]], definition="all")

@@ -11,9 +11,9 @@ from tests.browser import LONG_NAME, check_layout, needs_browser, odd_images, op
 
 
 def example() -> Report:
-    picture = Item("black star", Image.new("RGB", (32, 32), "black"), "★")
+    image = Item("black star", Image.new("RGB", (32, 32), "black"), "★")
     other = Item("white star", Image.new("RGB", (32, 32), "white"), "☆")
-    found = Search(Item("a star <b>& more</b>"), [Hit(picture, 0.91, True), Hit(other, 0.5, False)], picture, 1)
+    found = Search(Item("a star <b>& more</b>"), [Hit(image, 0.91, True), Hit(other, 0.5, False)], image, 1)
     missed = Search(Item(None, Image.new("RGB", (32, 32)), "★"), [Hit(Item("omega"), 0.4, False)], Item("star"), 17)
     stages = [
         Stage(f"{number}: a stage", 20, 3.4, {"R@5": 0.1 * number, "R@1": 0.05},

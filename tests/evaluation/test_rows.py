@@ -147,7 +147,7 @@ def test_a_decoded_column_with_a_broken_image(model):
     assert (found.sizes["classes"], [skip.row for skip in found.skips]) == (2, ["t:2", "t:4"])
     half = data.select([0, 1, 3])
     found = linear_probe(encoder, "t", (data["image"], data["label"]), (half["image"], half["label"]))
-    assert (found.sizes["train"], found.sizes["test"]) == (4, 3), "not the broken image, nor the row without a label"
+    assert (found.sizes["train"], found.sizes["test"]) == (4, 3), "neither the broken image nor the row without a label"
     arrays = data.select([0, 1]).with_format("numpy")
     assert image_text_retrieval(encoder, "t", arrays["image"], ["a", "b"]).sizes["images"] == 2
 
@@ -188,7 +188,10 @@ def test_a_string_is_one_caption_and_a_name_one_label():
         (lambda e, i: zero_shot(e, "t", i, [0, 1], ["a", "b"], "a {}"), "The templates of 't' are a single str"),
         (lambda e, i: zero_shot(e, "t", i, [0, 1], ["a", "b"], ["a"]), "Each template of 't' needs {}"),
         (lambda e, i: zero_shot(e, "t", i, [0, 2], ["a", "b"]), "t:1 of 't' has the label 2, but there are 2 classes"),
-        (lambda e, i: zero_shot(e, "t", i, ["a", "c"], ["a", "b"]), "t:1 of 't' has the label 'c', which is no class"),
+        (
+            lambda e, i: zero_shot(e, "t", i, ["a", "c"], ["a", "b"]),
+            "t:1 of 't' has the label 'c', which is not a class",
+        ),
         (lambda e, i: semantic_similarity(e, "t", ["a", "b"], ["a"], [1, 2]), "2 first texts and 1 second texts and"),
         (lambda e, i: semantic_similarity(e, "t", "ab", ["a", "b"], [1, 2]), "The first texts of 't' are a single str"),
         (lambda e, i: text_retrieval(e, "t", ["a"], {"1": "a"}, {}), "The queries of 't' are a list; give a dict"),

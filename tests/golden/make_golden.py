@@ -1,6 +1,6 @@
 """Make golden.json again: outputs of small towers by code that is not ours.
 
-The image tower is timm's EVA02 of the design `eva02_base_patch16_clip_224` at small sizes; a larger picture takes the
+The image tower is timm's EVA02 of the design `eva02_base_patch16_clip_224` at small sizes; a larger image takes the
 position embedding resized by EVA-CLIP's own rule (bicubic, not antialiased). The text tower is transformers' BERT with
 its position table at zero, the ALiBi slopes of transformers' Bloom as an additive attention mask, and torch's own
 functions for the gated feed-forward. Only the numbers enter the tests.

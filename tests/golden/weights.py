@@ -34,7 +34,7 @@ VISION = dict(
 )  # fmt: skip
 PROJECTION = 40
 LENGTHS = (13, 7, 1)  # tokens of the three texts; the batch is padded to 13
-LARGER = 48  # side of the larger pictures, in pixels
+LARGER = 48  # side of the larger images, in pixels
 
 
 def token_ids() -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -116,7 +116,7 @@ def test_an_earlier_folder_is_replaced_whole_unless_it_was_changed(folder, proce
     model = BifocalModel(small_config(projection_dim=24))
     export_model(model, folder, processor, CARD)
     assert BifocalModel.from_pretrained(folder).config.projection_dim == 24
-    assert [path.name for path in folder.parent.iterdir()] == ["model"], "nothing is left beside it"
+    assert [path.name for path in folder.parent.iterdir()] == ["model"], "no other file is left"
     add_results(folder, [("photos", "zero-shot", {"accuracy": 0.5})])
     export_model(model, folder, processor, CARD)  # results in the card are ours
     assert "photos" not in (folder / "README.md").read_text()

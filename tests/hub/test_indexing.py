@@ -70,7 +70,7 @@ def test_images_by_pattern_and_filters(desk):
     assert "'photos' has images and no table" in said
 
 
-def test_a_folder_with_a_name_that_is_no_text(desk):
+def test_a_folder_whose_name_is_not_valid_text(desk):
     odd = os.fsdecode(b"caf\xe9")
     (desk / odd).mkdir()
     save_image(desk / odd / "a.png", 1)
@@ -125,7 +125,7 @@ def test_a_kind_that_is_not_there_is_said_to_be_missing(desk):
     assert said == "Error: 'index' has no texts. Add some with bifocal index, or omit --only."
 
 
-def test_links_that_lead_nowhere_are_named(tmp_path):
+def test_broken_links_are_named(tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "gone.png").symlink_to("nothing")
     save_image(tmp_path / "a.png", 1)

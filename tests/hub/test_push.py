@@ -1,4 +1,4 @@
-"""Publishing through the real huggingface_hub to a server in the place of the Hub, and loading from there."""
+"""Publishing through the real huggingface_hub to a server instead of the Hub, and loading from there."""
 
 import json
 import shutil
@@ -113,7 +113,7 @@ def test_another_name_than_the_cards_is_noted(exported, tmp_path):
 
 
 def test_a_full_disk_here(exported, small_disk, tmp_path):
-    """What is published is read and not copied, so a full disk is no obstacle; exporting to one is."""
+    """What is published is read and not copied, so a full disk does not matter; it does for an export."""
     with (small_disk / "filled").open("wb") as file:
         file.write(bytes(290_000))
     with hub() as (_, state):

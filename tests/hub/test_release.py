@@ -63,8 +63,8 @@ def test_everything_is_there(folder):
         onnx/text_model.onnx onnx/vision_model.onnx onnx/text_model_int8.onnx onnx/vision_model_int8.onnx
         recipes/first.yaml evaluation.json plots/losses.png LICENSE README.md examples/inputs.json card.json"""
     assert [name for name in wanted.split() if not (folder / name).exists()] == []
-    assert [path.name for path in folder.parent.iterdir()] == ["out"], "nothing is left beside it"
-    assert require_replaceable(folder, MODEL) == folder, "all of it is listed as it is, the card's results too"
+    assert [path.name for path in folder.parent.iterdir()] == ["out"], "no other file is left"
+    assert require_replaceable(folder, MODEL) == folder, "every file is listed as it is, the card's results too"
     assert "/home" not in (folder / "recipes" / "first.yaml").read_text()
     assert "path: a.tar" in (folder / "recipes" / "first.yaml").read_text()
 
@@ -120,7 +120,7 @@ def test_int8_is_smaller_and_its_loss_is_reported(folder, model):
 
 
 def test_the_onnx_files_in_eight_threads(folder, model):
-    """Also beside `encode_text` of other lengths, on one tokenizer."""
+    """Also while `encode_text` runs with other lengths, on one tokenizer."""
     encoder = OnnxEncoder(folder / "onnx", model.processor)
     calls = [functools.partial(encoder.encode_text, [text]) for text in MIXED]
     calls += [functools.partial(encoder.encode_text, MIXED), functools.partial(encoder.encode_image, [photo()])]

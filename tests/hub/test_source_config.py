@@ -10,7 +10,7 @@ from bifocal.hub.source_config import ConversionError
 from tests.hub.sources import Eva, FlashBert
 from tests.hub.test_convert import IDS, PIXELS, TEXT, source, text_of
 
-# What a configuration may say of an image tower, and what comes of it.
+# What a configuration may say about an image tower, and the result.
 GRID = 4  # of the sources, whose images have 32 pixels and patches of 8
 
 
@@ -113,7 +113,7 @@ def test_tables_that_contradict_are_refused():
             plan_conversion(changed, config)
 
 
-def test_weights_that_are_no_numbers_are_refused():
+def test_weights_that_are_not_numbers_are_refused():
     theirs, config = source("JinaBERT")
     state = theirs.state_dict()
     key = "encoder.layer.1.mlp.wo.weight"

@@ -92,7 +92,7 @@ def test_unknown_keys_of_a_saved_config_are_kept_with_a_warning(config_class, tm
             name = type(part).__name__
             assert f"The saved {name} has an unknown key 'made_by', which is kept." in caplog.text
             assert f"{name} has an unknown key 'hiden_size', which is kept" in caplog.text
-        assert "token_id" not in caplog.text, "a trainer's keys are no news"
+        assert "token_id" not in caplog.text, "a trainer's keys need no warning"
     if "hidden_size" in plain:
         assert "the nearest known key is 'hidden_size'" in caplog.text
 
@@ -118,7 +118,7 @@ def test_the_version_is_that_of_the_package(tmp_path):
 
 
 @pytest.mark.parametrize("given", [1, 2.5, ["0.1.0"], {"major": 1}])
-def test_a_version_that_is_no_string_does_not_matter(tmp_path, given, caplog):
+def test_a_version_that_is_not_a_string_does_not_matter(tmp_path, given, caplog):
     config = small_config()
     config.bifocal_version = given
     warn_of_other_code(str(tmp_path), config)

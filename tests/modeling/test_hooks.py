@@ -18,7 +18,7 @@ def tensors(value: Any) -> list[torch.Tensor]:
     return [tensor for one in value for tensor in tensors(one)] if isinstance(value, list | tuple) else []
 
 
-@pytest.mark.parametrize("activation", ["gelu", "silu", "relu", "linear"])  # the last gives what it was given
+@pytest.mark.parametrize("activation", ["gelu", "silu", "relu", "linear"])  # the last is the identity
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_nothing_that_a_hook_holds_is_changed(inputs, activation, mode):
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Images of every kind become upright 8-bit RGB; what is no image is refused in one sentence."""
+"""Images of every kind become upright 8-bit RGB; anything else is refused in one sentence."""
 
 import base64
 import functools
@@ -127,7 +127,7 @@ def test_several_images_and_one():
         list_images({"a.png", "b.png"})
 
 
-def test_a_data_set_is_no_list_of_images():
+def test_a_data_set_is_not_a_list_of_images():
     reason = "datasets needs a newer huggingface_hub than the oldest one that loading needs"
     datasets = pytest.importorskip("datasets", reason=reason, exc_type=ImportError)
     with pytest.raises(ValueError, match=COLUMNS):
@@ -267,7 +267,7 @@ def test_arrays_and_tensors():
         (jpeg(photo())[:200], "image"),
     ],
 )
-def test_what_is_no_image(source, message):
+def test_what_is_not_an_image(source, message):
     with pytest.raises(ValueError, match=message):
         load_image(source)
 

@@ -61,7 +61,7 @@ def meanwhile(work: Callable[[], Any]) -> Iterator[list[Any]]:
 
 
 def in_threads(calls: list[Callable[[], Any]], times: int) -> list[list[Any]]:
-    """Run the calls in turn, so many times in all, in 8 threads; the results of each call."""
+    """Run the calls in turn, `times` in all, in 8 threads, and return the results of each call."""
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda number: calls[number % len(calls)](), range(times)))
     return [found[start :: len(calls)] for start in range(len(calls))]
@@ -99,7 +99,7 @@ def test_eight_threads_get_the_vectors_of_one(model):
     assert not hasattr(model, "_one_at_a_time")
 
 
-def test_encoding_beside_training(processor):
+def test_encoding_during_training(processor):
     """Who trains never sees the model in eval mode, and who encodes never has dropout."""
     torch.manual_seed(0)
     model = BifocalModel(small_config(text_config={"hidden_dropout_prob": 0.5}, vision_config={"patch_dropout": 0.5}))

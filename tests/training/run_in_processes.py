@@ -14,9 +14,9 @@ from tests.modeling.test_images import photo
 
 
 def tasks(batch: int, kind: str, **options) -> list[Task]:
-    """Data in which pictures, captions, queries and negatives occur several times."""
+    """Data in which images, captions, queries and negatives occur several times."""
     rows = range(16)
-    pictures = Dataset.from_dict(
+    images = Dataset.from_dict(
         {
             "image": [photo(32 + n % 6, 32) for n in rows],
             "image_id": [n % 6 for n in rows],
@@ -31,7 +31,7 @@ def tasks(batch: int, kind: str, **options) -> list[Task]:
             "negatives": [[f"{TEXTS[(n + k) % 5]} star {(n + k) % 8}" for k in (1, 4, 5)] for n in rows],
         }
     )
-    return [Task("pictures", "image-text", pictures, batch, **options), Task("texts", kind, texts, batch, **options)]
+    return [Task("images", "image-text", images, batch, **options), Task("texts", kind, texts, batch, **options)]
 
 
 class Recorder(MultiTaskTrainer):
@@ -72,7 +72,7 @@ def train(folder: Path, case: str, processes: int) -> None:
     model = BifocalModel(small_config(**({"logit_bias_init_value": -5.0} if loss == "sigmoid" else {})))
     parts = tasks(batch, kind, matryoshka_dims=dims)
     if loss != "info_nce":
-        parts[0] = Task("pictures", "image-text", parts[0].dataset, batch, loss=loss)
+        parts[0] = Task("images", "image-text", parts[0].dataset, batch, loss=loss)
     # Seven rows in batches of three, and fewer rows than processes: what is left over counts, too.
     few = [Task(part.name, part.kind, part.dataset.select(range(n)), 3) for part, n in zip(parts, (7, 1), strict=True)]
     trainer = Recorder(model=model, args=args, tasks=parts, processor=processor, max_length=32, eval_tasks=few)

@@ -2,7 +2,7 @@
 
 python run_until_killed.py OUT STEP {map,stream,shards} WORKERS
 
-With "shards", pictures come from the tar shards in OUT/../shards, some of whose samples are broken.
+With "shards", images come from the tar shards in OUT/../shards, in which some samples are broken.
 """
 
 import os

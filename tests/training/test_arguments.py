@@ -12,7 +12,7 @@ from bifocal.training.tasks import Task
 from bifocal.training.trainer import MultiTaskTrainer
 from tests.conftest import small_config
 from tests.training.test_signature import pairs
-from tests.training.test_trainer import pictures, trainer
+from tests.training.test_trainer import image_task, trainer
 
 WORKS = """
     output_dir num_train_epochs max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio
@@ -30,7 +30,7 @@ WORKS = """
     ddp_static_graph ddp_backend ddp_timeout fsdp fsdp_config deepspeed debug skip_memory_metrics local_rank
 """
 # What they speak of does not exist here: columns, predictions, losses by tokens, losses that are not finite, a cache of
-# keys, batches that are not whole; or only scripts read them.
+# keys, incomplete batches; or only scripts read them.
 HARMLESS = """
     average_tokens_across_devices use_cache logging_nan_inf_filter prediction_loss_only eval_do_concat_batches
     eval_use_gather_object eval_accumulation_steps dataloader_drop_last remove_unused_columns label_names
@@ -84,8 +84,8 @@ def test_the_length_of_an_epoch():
     assert steps_per_epoch([one], 2, 1) == 2
     assert steps_per_epoch([one, two], 1, 1) == 6, "all batches of the texts, whatever their weights"
     assert steps_per_epoch([one, two], 1, 4) == 2
-    assert steps_per_epoch([pictures(), one, two], 1, 1) == 6, "one batch of pictures is passed through six times"
-    assert steps_per_epoch([pictures(), two], 4, 1) == 1
+    assert steps_per_epoch([image_task(), one, two], 1, 1) == 6, "one batch of images is passed through six times"
+    assert steps_per_epoch([image_task(), two], 4, 1) == 1
     assert steps_per_epoch([pairs(stream=True)], 1, 1) is None
     assert steps_per_epoch([pairs(stream=True, num_rows=80)], 1, 1) == 20
 
@@ -144,7 +144,7 @@ def test_epochs_of_streams_are_refused(tmp_path, processor):
 
 
 def test_the_closing_line_counts_rows(tmp_path, processor):
-    result = trainer(tmp_path, processor, steps=6, gradient_accumulation_steps=2, tasks=[pictures(), pairs()]).train()
+    result = trainer(tmp_path, processor, steps=6, gradient_accumulation_steps=2, tasks=[image_task(), pairs()]).train()
     metrics = result.metrics
     rows = metrics["train_samples_per_second"] * metrics["train_runtime"]
     assert rows == pytest.approx(6 * 2 * (4 + 4), rel=0.02)

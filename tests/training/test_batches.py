@@ -49,19 +49,17 @@ def test_batches_are_a_function_of_seed_and_step():
 def test_a_step_has_one_batch_of_each_sort_drawn_by_size_times_weight():
     small, large, light = pairs(100, name="small"), pairs(300, name="large"), pairs(400, name="light")
     light = replace(light, sampling_weight=0.25)
-    pictures = Task(
-        "pictures", "image-text", small.dataset.rename_columns({"query": "image", "positive": "caption"}), 4
-    )
-    batches = JointBatchDataset([small, pictures, large, light], 4000, seed=0)
+    images = Task("images", "image-text", small.dataset.rename_columns({"query": "image", "positive": "caption"}), 4)
+    batches = JointBatchDataset([small, images, large, light], 4000, seed=0)
     drawn = [[batches.tasks[number].name for number, _ in batches.schedule.at(step)] for step in range(4000)]
-    assert {names[0] for names in drawn} == {"pictures"}
+    assert {names[0] for names in drawn} == {"images"}
     assert {len(names) for names in drawn} == {2}
     counts = Counter(names[1] for names in drawn)
     assert counts["small"] / 4000 == pytest.approx(0.2, abs=0.03)
     assert counts["large"] / 4000 == pytest.approx(0.6, abs=0.03)
     assert batches.schedule.shares["light"] == pytest.approx(0.2)
     uses = [use for step in range(4000) for number, use in batches.schedule.at(step) if number == 2]
-    assert uses == list(range(counts["large"])), "each use goes on where the last one ended"
+    assert uses == list(range(counts["large"])), "each use continues where the last one ended"
 
 
 def test_two_processes_share_the_batches_of_one():
@@ -76,12 +74,13 @@ def test_two_processes_share_the_batches_of_one():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda data: Task("t", "text-triplet", data, 2), "task 't' lacks the column 'negatives' .it has query, pos"),
-        (lambda data: Task("t", "image-text", data, 2), "task 't' lacks the column 'image'"),
+        (lambda data: Task("t", "text-triplet", data, 2), "task 't' has no column 'negatives' .it has query, pos"),
+        (lambda data: Task("t", "image-text", data, 2), "task 't' has no column 'image'"),
         (lambda data: Task("t", "pairs", data, 2), "kind is 'pairs'"),
         (lambda data: Task("t", "text-pair", data, 2, loss="triplet"), "loss is 'triplet'"),
         (lambda data: Task("t", "text-pair", data, 2, loss="sigmoid"), "sigmoid loss is for image-text"),
         (lambda data: Task("t", "text-pair", data, 2, caption_mode="last"), "caption_mode is 'last'"),
+        (lambda data: Task("t", "text-pair", data, 2, temperature=float("nan")), "temperature is nan. Input should be"),
         (lambda data: Task("t", "text-pair", data, 0), "batch_size is 0. Input should be greater than or equal to 1"),
         (
             lambda data: JointBatchDataset([Task("t", "text-pair", data, 11)], 1, 0),
@@ -130,7 +129,7 @@ def test_texts_are_tokenised_and_known_by_id(processor):
     assert found.ids["negatives"].shape == (5, 3)
 
 
-def test_one_of_several_wordings_is_drawn_anew_at_each_use(processor):
+def test_one_of_several_wordings_is_drawn_again_at_each_use(processor):
     data = Dataset.from_dict({"query": ["a"] * 4, "positive": [TEXTS] * 4})
     task = Task("t", "text-pair", data, 4)
     drawn = [collate(processor, task, step)["tasks"]["t"].ids["positive"].tolist() for step in range(6)]
@@ -172,7 +171,7 @@ def test_little_is_padded(processor):
     assert 1 - tokens / (256 * longest) > 0.5, "padded to the longest, most would be padding"
 
 
-def test_pictures(processor):
+def test_images(processor):
     from datasets import Features, Image, List, Value
 
     def pixels(task: Task, step: int = 0, augment=None):
@@ -206,13 +205,13 @@ def test_pictures(processor):
 
 
 def test_a_row_that_cannot_be_used_is_named(processor):
-    data = Dataset.from_dict({"image": [b"no picture"] * 2, "caption": ["a", "b"]})
+    data = Dataset.from_dict({"image": [b"no image"] * 2, "caption": ["a", "b"]})
     with pytest.raises(ValueError, match=r"Row \d of task 't' cannot be used \(not an image: .*; correct or"):
         collate(processor, Task("t", "image-text", data, 2))
 
 
 def test_streams_are_mixed_by_rows_times_weight():
-    """Each batch comes from one stream; how often is in proportion, and every stream goes on where it was."""
+    """Each batch comes from one stream; how often is in proportion, and every stream continues where it was."""
     from bifocal.training.joint_batches import JointBatchStream
     from tests.data.test_shards import simulated
 
@@ -231,7 +230,7 @@ def test_streams_are_mixed_by_rows_times_weight():
 @pytest.mark.parametrize("missing", [None, float("nan"), np.float32("nan"), pd.NA, pd.NaT])
 @pytest.mark.parametrize("form", [list, pd.DataFrame])
 def test_rows_without_an_image_id_show_images_of_their_own(processor, form, missing):
-    """They are no false negatives of each other, nor of the row whose image_id is their number."""
+    """They are not false negatives of each other or of the row whose image_id is their number."""
     rows = [{"image": png(photo(32, 32)), "caption": text} for text in TEXTS[:4]]
     ids = [missing, missing, 0, 0]
     task = Task("t", "image-text", form([{**row, "image_id": one} for row, one in zip(rows, ids, strict=True)]), 4)

@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 from bifocal.modeling import BifocalModel
 from bifocal.training.tasks import Task
 from tests.conftest import TEXTS
-from tests.training.test_trainer import pictures, texts, trainer
+from tests.training.test_trainer import image_task, texts, trainer
 
 
 def pairs(name: str, shift: int) -> Task:
@@ -95,4 +95,4 @@ def test_a_run_with_an_average_resumes_to_the_bit(tmp_path, processor):
 
 def test_an_average_of_16_bits_is_refused(tmp_path, processor):
     with pytest.raises(ValueError, match="average in bfloat16 would not move"):
-        trainer(tmp_path, processor, ema_decay=0.9, master_dtype="bfloat16", tasks=[pictures(), texts()])
+        trainer(tmp_path, processor, ema_decay=0.9, master_dtype="bfloat16", tasks=[image_task(), texts()])

@@ -69,7 +69,7 @@ def test_bad_rows_are_said_once(tmp_path, processor, caplog):
         it.evaluate(replace(task, max_bad_fraction=0.01))
 
 
-def test_what_is_no_task(tmp_path, processor):
+def test_what_is_not_a_task(tmp_path, processor):
     it = trainer(tmp_path, processor, tasks=[texts("text-pair")])
     with pytest.raises(TrainingError, match=r"must be Tasks, but there is a Dataset; wrap data like Task\('name'"):
         it.evaluate(pairs(4, 2).dataset)

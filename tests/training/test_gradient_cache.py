@@ -62,7 +62,7 @@ def test_same_gradients_as_a_direct_step(processor, text_rows, image_rows, check
         _Nothing,
     )
     torch.testing.assert_close(loss, expected.detach())
-    assert torch.equal(torch.rand(1), drawn_after), "the random state goes on as after the direct step"
+    assert torch.equal(torch.rand(1), drawn_after), "the random state continues as after the direct step"
     for (name, left), right in zip(direct.named_parameters(), cached.parameters(), strict=True):
         torch.testing.assert_close(right.grad, left.grad, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
     assert direct.logit_scale.grad.abs() > 0

@@ -73,7 +73,7 @@ def test_info_nce_plus_by_loops():
     assert info_nce_plus(q, p, n, 0.05).item() == pytest.approx(plus_by_loops(q, p, n, 0.05), rel=1e-12)
 
 
-def test_a_positive_that_is_somebody_elses_negative_is_left_out():
+def test_a_positive_that_is_another_rows_negative_is_excluded():
     q, p, n = unit(3, 6), unit(3, 6, seed=1), unit(3, 2, 6, seed=2)
     positive_ids = torch.tensor([10, 11, 12])
     negative_ids = torch.tensor([[20, 21], [22, 23], [24, 10]])  # the last row's negative is the first row's positive

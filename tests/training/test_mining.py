@@ -29,7 +29,7 @@ def minilm():
 def captions(count: int) -> list[list[str]]:
     path = SHARED / "captions" / "flickr30k-val.jsonl"
     if not path.exists():
-        pytest.skip("the captions of Flickr30k are not beside the project")
+        pytest.skip("the captions of Flickr30k are not next to the project")
     return [json.loads(line)["captions"] for line in path.read_text().splitlines()[:count]]
 
 
@@ -72,7 +72,7 @@ def test_easier_ones_are_skipped_to(minilm):
     assert np.mean(easier["negative_scores"]) < np.mean(hard["negative_scores"]) - 0.05
 
 
-def pictures(count: int = 12) -> Dataset:
+def image_dataset(count: int = 12) -> Dataset:
     rows = {
         "image": [photo(32 + n % 9, 32) for n in range(count)],  # rows 9, 10 and 11 show what rows 0, 1 and 2 show
         "caption": [f"star number {n % 10}" for n in range(count)],  # rows 10 and 11 say what rows 0 and 1 say
@@ -83,7 +83,7 @@ def pictures(count: int = 12) -> Dataset:
 
 @pytest.mark.parametrize("direction", ["text-to-image", "image-to-text"])
 def test_across_modalities_by_loops(model, tmp_path, direction):
-    data = pictures()
+    data = image_dataset()
     mined = mine_across(data, model, direction, tmp_path, MiningSettings(num_negatives=3, range_max=12, batch_size=1))
     texts = model.encode_text(data["caption"])
     images = model.encode_image([row["bytes"] for row in data["image"]])
@@ -108,7 +108,7 @@ def test_across_modalities_by_loops(model, tmp_path, direction):
 
 def test_range_min_counts_what_the_margin_leaves(model, tmp_path):
     """As in sentence-transformers' `mine_hard_negatives`: the margin first, then the rank."""
-    data = pictures(9)
+    data = image_dataset(9)
     similarity = model.encode_text(data["caption"]) @ model.encode_image([row["bytes"] for row in data["image"]]).T
     row = 0
     others = [n for n in np.argsort(-similarity[row]) if n != row]
@@ -120,22 +120,22 @@ def test_range_min_counts_what_the_margin_leaves(model, tmp_path):
 
 
 def test_rows_that_cannot_be_used_are_neither_mined_nor_found(model, tmp_path, caplog):
-    stored = list(pictures(8)["image"])
-    stored[3] = {"bytes": b"no picture", "path": None}
+    stored = list(image_dataset(8)["image"])
+    stored[3] = {"bytes": b"no image", "path": None}
     captions = [f"star number {n}" for n in range(8)]
     captions[5] = None
-    data = Dataset.from_dict({"image": stored, "caption": captions}, features=pictures().features)
+    data = Dataset.from_dict({"image": stored, "caption": captions}, features=image_dataset().features)
     data = data.cast_column("image", Image())
     for _ in ("made", "from the cache"):
         mined = mine_across(data, model, "text-to-image", tmp_path, MiningSettings(num_negatives=5, range_max=8))
         assert mined["row"][:] == [0, 1, 2, 4, 6, 7]
         assert all(not {3, 5} & set(row["negative_rows"]) for row in mined)
-    said = "Mining skips 2 of 8 rows, which lack a text or an image that can be read: rows 3, 5."
+    said = "Mining skips 2 of 8 rows, which have no readable text or image: rows 3, 5."
     assert caplog.text.count(said) == 2
 
 
 def test_a_killed_run_embeds_only_the_rest(model, tmp_path):
-    data, settings = pictures(40), MiningSettings(num_negatives=2, range_max=10, batch_size=1)
+    data, settings = image_dataset(40), MiningSettings(num_negatives=2, range_max=10, batch_size=1)
 
     class StopError(Exception):
         pass
@@ -170,7 +170,7 @@ def test_kept_embeddings_are_of_the_same_model_and_data(model, tmp_path):
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    data, changed = pictures(20), pictures(40).select(range(20, 40))
+    data, changed = image_dataset(20), image_dataset(40).select(range(20, 40))
     for given, rows in ((model, data), (other, data), (model, changed), (model, data)):
         kept = mine_across(rows, given, "text-to-image", tmp_path / "kept", settings)
         fresh = mine_across(rows, given, "text-to-image", tmp_path / "fresh", settings)
@@ -192,14 +192,14 @@ def test_texts_kept_for_another_model_are_not_used(minilm, tmp_path):
 
 def test_files_of_the_users_are_left_alone(model, tmp_path):
     settings = MiningSettings(num_negatives=2, range_max=10)
-    mined = mine_across(pictures(), model, "text-to-image", tmp_path / "new", settings)
+    mined = mine_across(image_dataset(), model, "text-to-image", tmp_path / "new", settings)
     kept = next((tmp_path / "new").glob("captions-*.json"))
     for name, content in ((kept.name, '{"images": []}'), (kept.name, "words"), (f"{kept.stem}.npy", "words")):
         cache = tmp_path / f"{name}{len(content)}"
         cache.mkdir()
         (cache / name).write_text(content)
         with pytest.raises(MiningError, match=f"{name}' is not a file of a mining run.* Choose another cache folder"):
-            mine_across(pictures(), model, "text-to-image", cache, settings)
+            mine_across(image_dataset(), model, "text-to-image", cache, settings)
         assert [(path.name, path.read_text()) for path in cache.iterdir()] == [(name, content)]
     write_parquet(mined, tmp_path / "mined.parquet")
     write_parquet(mined, tmp_path / "mined.parquet")
@@ -214,17 +214,17 @@ def test_what_cannot_be_mined(model, minilm, tmp_path):
     with pytest.raises(MiningError, match="num_negatives >= 1 and range_max >= range_min"):
         MiningSettings(num_negatives=5, range_max=4)
     with pytest.raises(MiningError, match=r"no column 'query' .it has image, caption"):
-        mine_texts(pictures(), minilm)
+        mine_texts(image_dataset(), minilm)
     with pytest.raises(MiningError, match="2 different pairs are too few to find 7 negatives"):
         mine_texts(Dataset.from_dict({"query": ["a", "b"], "positive": ["c", "d"]}), minilm)
     with pytest.raises(MiningError, match="direction must be one of text-to-image, image-to-text, but"):
-        mine_across(pictures(), model, "text-to-text", tmp_path)
+        mine_across(image_dataset(), model, "text-to-text", tmp_path)
     with pytest.raises(MiningError, match="No row has enough negatives"):
-        mine_across(pictures(), model, "text-to-image", tmp_path, MiningSettings(absolute_margin=5.0))
+        mine_across(image_dataset(), model, "text-to-image", tmp_path, MiningSettings(absolute_margin=5.0))
 
 
 def test_rows_without_an_image_id_are_negatives_of_each_other(model, tmp_path):
-    data, settings = pictures(9), MiningSettings(num_negatives=3, range_max=9)
+    data, settings = image_dataset(9), MiningSettings(num_negatives=3, range_max=9)
     mined = mine_across(data.add_column("image_id", [None] * 8 + ["a"]), model, "text-to-image", tmp_path, settings)
     assert (
         mined["negative_rows"][:] == mine_across(data, model, "text-to-image", tmp_path, settings)["negative_rows"][:]

@@ -1,4 +1,4 @@
-"""Stage 0 on texts that stream, from files and from what datasets loads; bad rows are left out."""
+"""Stage 0 on texts that stream, from files and from what datasets loads; bad rows are skipped."""
 
 import json
 

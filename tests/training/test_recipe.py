@@ -13,9 +13,9 @@ GOOD = """\
 name: mine
 init_from: runs/demo/model
 tasks:
-  - name: pictures
+  - name: images
     kind: image-text
-    data: {path: pictures}
+    data: {path: images}
     batch_size: 64
 training:
   max_steps: 100
@@ -69,7 +69,7 @@ def test_values_and_overrides(tmp_path):
     assert recipe.training["learning_rate"] == pytest.approx(1e-4), "a string to YAML, a number here"
     changed = load_recipe(
         path,
-        ["training.max_steps=5", "tasks.pictures.batch_size=8", "tasks.0.data.path=other", "model.projection_dim=64",
+        ["training.max_steps=5", "tasks.images.batch_size=8", "tasks.0.data.path=other", "model.projection_dim=64",
          "init_from.stage=stage1"],
     )  # fmt: skip
     assert changed.training["max_steps"] == 5
@@ -84,7 +84,7 @@ def test_values_and_overrides(tmp_path):
     [
         ("init_from:", "init_form:", r"line 2: unknown key 'init_form'; did you mean 'init_from'\?"),
         ("batch_size: 64", "batchsize: 64", r"line 7: unknown key 'batchsize'; did you mean 'batch_size'\?"),
-        ("{path: pictures}", "{pth: pictures}", r"line 6: unknown key 'pth'; did you mean 'path'\?"),
+        ("{path: images}", "{pth: images}", r"line 6: unknown key 'pth'; did you mean 'path'\?"),
         ("learning_rate:", "learnin_rate:", r"line 10: unknown key 'learnin_rate'; did you mean 'learning_rate'\?"),
         ("max_steps: 100", "max_steps: many", r"line 9: 'max_steps' is 'many', but: input should be a valid integer"),
         ("batch_size: 64", "batch_size: 0", r"line 7: 'batch_size' is 0, but: input should be greater than or equal"),
@@ -106,17 +106,17 @@ def test_what_is_wrong_is_named_with_its_line(tmp_path, old, new, message):
 
 def test_a_missing_file_is_named_with_its_line(tmp_path):
     (tmp_path / "pairs.jsonl").touch()
-    path = write(tmp_path, GOOD.replace("{path: pictures}", f"{{path: {tmp_path}/pairs.json}}"))
+    path = write(tmp_path, GOOD.replace("{path: images}", f"{{path: {tmp_path}/pairs.json}}"))
     with pytest.raises(
         RecipeError, match=r"line 6: there is nothing at .*pairs.json'; did you mean '.*/pairs.jsonl'\?$"
     ):
         load_recipe(path, files=True)
     load_recipe(path)
-    load_recipe(path, [f"tasks.pictures.data.path={tmp_path}/pairs.jsonl"], files=True)
+    load_recipe(path, [f"tasks.images.data.path={tmp_path}/pairs.jsonl"], files=True)
     with pytest.raises(
-        RecipeError, match=r"^'tasks.pictures.data.path=./no': there is nothing at './no'; check the path.$"
+        RecipeError, match=r"^'tasks.images.data.path=./no': there is nothing at './no'; check the path.$"
     ):
-        load_recipe(path, ["tasks.pictures.data.path=./no"], files=True)
+        load_recipe(path, ["tasks.images.data.path=./no"], files=True)
 
 
 def test_wrong_overrides(tmp_path):
@@ -127,7 +127,7 @@ def test_wrong_overrides(tmp_path):
         load_recipe(path, ["training.max_step=3"])
     with pytest.raises(RecipeError, match="'max_steps' is not an override; write key=value"):
         load_recipe(path, ["max_steps"])
-    with pytest.raises(RecipeError, match="there is no 'photos' among pictures"):
+    with pytest.raises(RecipeError, match="there is no 'photos' among images"):
         load_recipe(path, ["tasks.photos.batch_size=3"])
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests import processes
-from tests.data.files import add, picture
+from tests.data.files import add, image_bytes
 from tests.training import run_until_killed
 
 
@@ -35,12 +35,12 @@ def assert_equal(left, right, name: str = "") -> None:
 
 
 def spoilt_shards(folder: Path) -> None:
-    """Three tar shards, of whose 70 samples six are no pictures and three have no caption."""
+    """Three tar shards with 70 samples: six are not images and three have no caption."""
     folder.mkdir()
     for number, (first, count) in enumerate([(0, 30), (30, 25), (55, 15)]):
         with tarfile.open(folder / f"{number}.tar", "w") as tar:
             for sample in range(first, first + count):
-                add(tar, f"{sample}.jpg", b"no picture" if sample % 13 == 5 else picture(seed=sample))
+                add(tar, f"{sample}.jpg", b"no image" if sample % 13 == 5 else image_bytes(seed=sample))
                 add(tar, f"{sample}.txt", b"" if sample % 20 == 9 else f"star {sample}".encode())
 
 

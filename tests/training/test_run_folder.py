@@ -10,6 +10,7 @@ from bifocal.errors import RecipeError
 from bifocal.files import MARKER, RUN, replace_folder
 from bifocal.training.recipe import Recipe
 from bifocal.training.runner import open_run
+from bifocal.training.stage_record import write_stage
 
 
 def recipe(folder: Path, steps: int = 3) -> Recipe:
@@ -81,7 +82,7 @@ def test_overwrite_keeps_a_run_with_something_of_the_users_in_it(tmp_path, chang
 )
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_recipe_of_the_users_in_the_folder_is_kept(tmp_path, content, overwrite):
-    """Somebody keeps a recipe beside the model that it starts from, and lets it write there."""
+    """Somebody keeps a recipe next to the model that it starts from, and lets it write there."""
     (tmp_path / "recipe.yaml").write_text(content)
     with pytest.raises(RecipeError, match=r"recipe.yaml' exists and is not known as a file of Bifocal's"):
         open_run(recipe(tmp_path), overwrite)
@@ -108,6 +109,16 @@ def test_a_stage_record_of_the_users_is_noticed_before_the_training(tmp_path):
     with pytest.raises(RecipeError, match=r"stage\.json' exists and is not known"):
         open_run(recipe(tmp_path), False)
     assert (tmp_path / "stage.json").read_text() == "mine"
+
+
+def test_a_run_killed_before_its_record_was_listed_is_resumed(tmp_path):
+    open_run(recipe(tmp_path), False)
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "stage.json").write_text("{}")
+    assert open_run(recipe(tmp_path), False)
+    write_stage(tmp_path, {"name": "words"})
+    assert open_run(recipe(tmp_path, 4), True)
+    assert files(tmp_path) == {"recipe.yaml", "versions.json", MARKER}
 
 
 TWO_PROCESSES = """

@@ -106,7 +106,7 @@ def test_more_steps_draw_the_same_first_ones():
     ]
 
 
-def test_weights_alone_are_no_checkpoint(processor, tmp_path):
+def test_weights_alone_are_not_a_checkpoint(processor, tmp_path):
     options = dict(tasks=[pairs()], save_strategy="steps", save_steps=2, save_only_model=True)
     trainer(tmp_path, processor, steps=2, **options).train()
     with pytest.raises(ValueError, match=r"has no bifocal_state_0.json.*start a new run"):
@@ -132,7 +132,7 @@ def test_a_data_set_is_known_by_its_texts(tmp_path):
     assert digest(Subset(rows, range(3))) is None, "what a torch Dataset gives may be drawn at each look"
 
 
-def test_images_that_were_moved_are_no_other_rows():
+def test_images_that_were_moved_are_the_same_rows():
     def digests(folder):
         rows = [{"caption": row, "image": f"{folder}/{n}.png"} for n, row in enumerate(ROWS)]
         return [content_digest(Task("v", "image-text", data, 4)) for data in (rows, Dataset.from_list(rows))]

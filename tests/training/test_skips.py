@@ -1,4 +1,4 @@
-"""Rows that turn out broken in training: others stand in, they are counted and named, too many stop the run."""
+"""Rows that turn out broken in training: others replace them, they are counted and named, and too many stop the run."""
 
 import json
 
@@ -9,17 +9,17 @@ from bifocal.data.skips import BadRowsError
 from bifocal.training.arguments import BifocalTrainingArguments
 from bifocal.training.tasks import Task
 from bifocal.training.trainer import MultiTaskTrainer
-from tests.data.files import picture
+from tests.data.files import image_bytes
 
 
-def broken_pictures(count: int, every: int):
-    rows = [b"no picture" if n % every == 3 else picture((32, 32), seed=n) for n in range(count)]
+def broken_images(count: int, every: int):
+    rows = [b"no image" if n % every == 3 else image_bytes((32, 32), seed=n) for n in range(count)]
     return Dataset.from_dict({"image": rows, "caption": [f"star {n}" for n in range(count)]})
 
 
-def test_another_row_stands_in_for_a_broken_picture(model, processor, tmp_path):
-    """Batches stay whole, what was left out is counted and named, and the draws are a function of seed and step."""
-    task = Task("pictures", "image-text", broken_pictures(40, 20), 8, max_bad_fraction=0.2)
+def test_another_row_replaces_a_broken_image(model, processor, tmp_path):
+    """Batches stay full, skipped rows are counted and named, and the draws are a function of seed and step."""
+    task = Task("images", "image-text", broken_images(40, 20), 8, max_bad_fraction=0.2)
     args = BifocalTrainingArguments(
         output_dir=str(tmp_path), max_steps=10, report_to="none", use_cpu=True, disable_tqdm=True, logging_steps=5
     )
@@ -27,28 +27,28 @@ def test_another_row_stands_in_for_a_broken_picture(model, processor, tmp_path):
     batches = [trainer.data_collator([trainer.joint_batches[step]]) for step in range(10)]
     for batch in batches:
         assert len(batch["images"][0]["pixel_values"]) == 8
-        assert len(set(batch["tasks"]["pictures"].rows)) == 8
-        assert not {3, 23} & set(batch["tasks"]["pictures"].rows)
+        assert len(set(batch["tasks"]["images"].rows)) == 8
+        assert not {3, 23} & set(batch["tasks"]["images"].rows)
     again = [trainer.data_collator([trainer.joint_batches[step]]) for step in range(10)]
-    assert [b["tasks"]["pictures"].rows for b in again] == [b["tasks"]["pictures"].rows for b in batches]
+    assert [b["tasks"]["images"].rows for b in again] == [b["tasks"]["images"].rows for b in batches]
     trainer.train()
     log = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert {(line["row"], line["cause"]) for line in log} == {("3", "not an image"), ("23", "not an image")}
     last = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
-    assert last["skipped/pictures"] == len(log) >= 4
+    assert last["skipped/images"] == len(log) >= 4
 
 
-def test_too_many_broken_pictures_stop_the_run(model, processor, tmp_path):
-    task = Task("pictures", "image-text", broken_pictures(40, 10), 8)
+def test_too_many_broken_images_stop_the_run(model, processor, tmp_path):
+    task = Task("images", "image-text", broken_images(40, 10), 8)
     args = BifocalTrainingArguments(
         output_dir=str(tmp_path), max_steps=10, report_to="none", use_cpu=True, disable_tqdm=True
     )
-    with pytest.raises(BadRowsError, match=r"'pictures': .*% of 40 rows are bad, .* not an image\); they are named in"):
+    with pytest.raises(BadRowsError, match=r"'images': .*% of 40 rows are bad, .* not an image\); they are named in"):
         MultiTaskTrainer(model, args, [task], processor, 32).train()
 
 
-def test_pictures_that_are_all_broken(model, processor, tmp_path):
-    data = Dataset.from_dict({"image": [b"no picture"] * 16, "caption": [f"star {n}" for n in range(16)]})
+def test_images_that_are_all_broken(model, processor, tmp_path):
+    data = Dataset.from_dict({"image": [b"no image"] * 16, "caption": [f"star {n}" for n in range(16)]})
     args = BifocalTrainingArguments(output_dir=str(tmp_path), max_steps=1, report_to="none", use_cpu=True)
     with pytest.raises(ValueError, match="Task 'p' has too few rows that can be used"):
         MultiTaskTrainer(model, args, [Task("p", "image-text", data, 4)], processor, 32).train()

@@ -51,7 +51,7 @@ def test_rows_come_in_an_order_of_the_seed():
 
 
 @pytest.mark.parametrize("used", [0, 1, 6, 7, 8, 20, 29, 30, 31, 55])
-def test_a_reader_goes_on_where_another_stood(used):
+def test_a_reader_continues_where_another_stopped(used):
     whole = BlockReader(task(30, 4), 5, 0, 1)
     whole.take(used) if used else None
     state = json.loads(json.dumps(whole.state()))
@@ -66,7 +66,7 @@ def test_a_stream_without_rows_and_one_without_a_column():
     with pytest.raises(ValueError, match="stream of task 's' has no rows for reader 0"):
         BlockReader(Task("s", "text-pair", empty, 1), 0, 0, 1).take(1)
     unknown = Dataset.from_dict({"query": ["a"]}).to_iterable_dataset().map(lambda row: {**row})
-    with pytest.raises(ValueError, match="lacks the column 'positive'"):
+    with pytest.raises(ValueError, match="has no column 'positive'"):
         BlockReader(Task("s", "text-pair", unknown, 1), 0, 0, 1).take(1)
 
 

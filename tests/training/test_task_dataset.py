@@ -18,11 +18,11 @@ from bifocal.training.collator import MultiTaskCollator
 from bifocal.training.joint_batches import JointBatchDataset, JointBatchStream
 from bifocal.training.tasks import Task
 from bifocal.training.trainer import MultiTaskTrainer
-from tests.data.files import picture
+from tests.data.files import image_bytes
 
 COUNT = 24
 CAPTIONS = [f"star number {n}" for n in range(COUNT)]
-PNG = [picture((36, 40), "PNG", seed=n) for n in range(COUNT)]
+PNG = [image_bytes((36, 40), "PNG", seed=n) for n in range(COUNT)]
 FEATURES = Features({"image": ImageFeature(), "caption": Value("string")})
 
 
@@ -116,7 +116,7 @@ BAD = {2: "broken image", 5: "no image", 7: "no caption", 11: "no caption", 13: 
 
 def with_bad_rows() -> Dataset:
     images, captions = list(PNG), [[text] for text in CAPTIONS]
-    images[2], images[5], images[20] = PNG[2][:60], None, b"no picture"
+    images[2], images[5], images[20] = PNG[2][:60], None, b"no image"
     captions[7], captions[11], captions[13] = None, [], ["good", "  "]
     stored = [None if image is None else {"bytes": image, "path": None} for image in images]
     features = Features({"image": ImageFeature(), "caption": List(Value("string"))})
@@ -144,7 +144,7 @@ def test_bad_rows_are_skipped_and_named(processor, holder):
     task = Task("t", "image-text", HOLDERS[holder](with_bad_rows()), 4, max_bad_fraction=1.0)
     collator = MultiTaskCollator(processor, 16, 0, skip=True)
     steps = (JointBatchStream if task.streams else JointBatchDataset)([task], 12, 0)
-    steps.decode = collator.pictures.decode
+    steps.decode = collator.image_reader.decode
     named: dict[str, str] = {}
     for item in iter(steps) if task.streams else map(steps.__getitem__, range(12)):
         inputs = collator([item])
@@ -189,11 +189,11 @@ def pairs(**columns) -> Dataset:
         ({"query": ["a"], "positive": ["b"]}, r"is a dict of query, positive; make one with datasets.Dataset.from_d"),
         (({"query": "a", "positive": "b"} for _ in range(3)), "can be read only once; give the function"),
         (Tuples(), r"cannot be read \(TypeError: the row is of type tuple and not a dict\); give dicts with query, po"),
-        ([{"query": "a", "answer": "b"}], "lacks the column 'positive' .it has query"),
+        ([{"query": "a", "answer": "b"}], "has no column 'positive' .it has query"),
         (pairs().select([]), "has no rows"),
         ([], "has no rows"),
         (7, "is of type int, which has no rows by number; give a datasets.Dataset"),
-        (pairs().with_transform(lambda b: {"q": b["query"]}), "lacks the column 'query' .it has q"),
+        (pairs().with_transform(lambda b: {"q": b["query"]}), "has no column 'query' .it has q"),
     ],
 )
 def test_what_cannot_be_read_is_refused_at_the_start(data, message):

@@ -182,7 +182,7 @@ def test_against_sentence_transformers_cached_loss(impl):
     torch.testing.assert_close(info_nce_plus(q, p, n, 0.05, impl=impl), there + back)
 
 
-def test_a_candidate_that_is_the_query_is_no_negative():
+def test_a_candidate_that_is_the_query_is_not_a_negative():
     """Rows (x, y) and (y, x): the first row's other candidate is x itself."""
     a, b = unit(2, 4), unit(2, 4, seed=1)
     mirrored = info_nce(a, b, 0.1, torch.tensor([1, 2]), torch.tensor([2, 1]))

@@ -23,12 +23,12 @@ from tests.modeling.test_images import photo
 SMALL = dict(vocab_size=320, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
 
 
-def pictures(**options) -> Task:
+def image_task(**options) -> Task:
     data = Dataset.from_dict(
         {"image": [photo(32 + n, 32) for n in range(5)], "caption": TEXTS},
         features=Features({"image": Image(), "caption": Value("string")}),
     )
-    return Task("pictures", "image-text", data, 4, **options)
+    return Task("images", "image-text", data, 4, **options)
 
 
 def texts(kind: str = "text-triplet", **options) -> Task:
@@ -50,7 +50,7 @@ def trainer(
     return MultiTaskTrainer(
         model=model or BifocalModel(small_config(vision_config={"patch_dropout": 0.2})),
         args=BifocalTrainingArguments(**{**settings, **options}),
-        tasks=tasks or [pictures(), texts()],
+        tasks=tasks or [image_task(), texts()],
         processor=processor,
         max_length=32,
         eval_tasks=eval_tasks,
@@ -59,7 +59,7 @@ def trainer(
 
 
 def test_the_loss_is_the_weighted_sum(tmp_path, processor):
-    parts = [pictures(loss_weight=0.5), texts()]
+    parts = [image_task(loss_weight=0.5), texts()]
     it = trainer(tmp_path, processor, tasks=parts)
     model = it.model.eval()
     batch = next(iter(it.get_train_dataloader()))
@@ -73,7 +73,7 @@ def test_the_loss_is_the_weighted_sum(tmp_path, processor):
         return torch.from_numpy(model.encode_text(flat, max_length=32))
 
     model.processor = processor
-    images = torch.from_numpy(model.encode_image([parts[0].dataset[row]["image"]["bytes"] for row in rows["pictures"]]))
+    images = torch.from_numpy(model.encode_image([parts[0].dataset[row]["image"]["bytes"] for row in rows["images"]]))
     torch.testing.assert_close(outputs["images"], images, atol=1e-5, rtol=0)
     expected = 0.5 * info_nce(text(parts[0], "caption"), images, 0.07)
     expected = expected + info_nce_plus(
@@ -88,11 +88,11 @@ def test_training_learns_and_logs(tmp_path, processor):
     it.train()
     logs = [entry for entry in it.state.log_history if "loss" in entry]
     assert len(logs) == 6
-    for name in ("pictures", "triplets"):
+    for name in ("images", "triplets"):
         assert logs[-1][f"loss/{name}"] < logs[0][f"loss/{name}"]
         assert 0 <= logs[0][f"accuracy/{name}"] <= 1
     assert logs[-1]["accuracy/triplets"] > logs[0]["accuracy/triplets"]
-    assert logs[-1]["loss"] == pytest.approx(logs[-1]["loss/pictures"] + logs[-1]["loss/triplets"], rel=1e-5)
+    assert logs[-1]["loss"] == pytest.approx(logs[-1]["loss/images"] + logs[-1]["loss/triplets"], rel=1e-5)
     assert 0.01 <= logs[-1]["temperature"] <= 0.1
     whole = (logs[0]["grad_norm/text"] ** 2 + logs[0]["grad_norm/image"] ** 2) ** 0.5
     assert whole == pytest.approx(logs[0]["grad_norm"], rel=0.02), "all but the temperature's"
@@ -102,7 +102,7 @@ def test_training_learns_and_logs(tmp_path, processor):
     assert 0 <= logs[0]["data_wait"] <= 1
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not(tmp_path, processor):
+def test_a_stopped_run_resumes_exactly(tmp_path, processor):
     whole = trainer(tmp_path / "whole", processor, steps=8)
     whole.train()
     options = dict(save_strategy="steps", save_steps=3, restore_callback_states_from_checkpoint=True)
@@ -143,16 +143,14 @@ def test_a_loss_that_is_not_finite_stops_with_its_task(tmp_path, processor):
     it = trainer(tmp_path, processor, steps=2)
     with torch.no_grad():
         it.model.vision_projection.weight.fill_(float("nan"))
-    with pytest.raises(
-        FloatingPointError, match=r"loss of task 'pictures' is nan at step 1 .rows \d, \d, \d, \d.. Look"
-    ):
+    with pytest.raises(FloatingPointError, match=r"loss of task 'images' is nan at step 1 .rows \d, \d, \d, \d.. Look"):
         it.train()
 
 
 def test_wrong_set_ups(tmp_path, processor):
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
     model = BifocalModel(small_config())
-    stream = Task("stream", "image-text", pictures().dataset.to_iterable_dataset(), 4)
+    stream = Task("stream", "image-text", image_task().dataset.to_iterable_dataset(), 4)
     with pytest.raises(
         ValueError, match="no length, since task 'stream' streams; set max_steps, or num_rows of the task"
     ):

@@ -1,5 +1,6 @@
 """What the Trainer offers keeps working, and what ours adds: other models, LoRA, averages, evaluation, bad input."""
 
+import copy
 import json
 import math
 
@@ -14,7 +15,7 @@ from bifocal.training.engine.joint_forward import temperature_of
 from bifocal.training.tasks import Task
 from tests.conftest import TEXTS, small_config
 from tests.training.run_in_processes import tasks
-from tests.training.test_trainer import pictures, texts, trainer
+from tests.training.test_trainer import image_task, texts, trainer
 
 TINY = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
 
@@ -35,7 +36,7 @@ def siglip() -> SiglipModel:
 @pytest.mark.parametrize("build", [clip, siglip])
 def test_any_dual_encoder_with_the_two_methods(build, tmp_path, processor):
     torch.manual_seed(0)
-    image = pictures(loss="sigmoid") if build is siglip else pictures()
+    image = image_task(loss="sigmoid") if build is siglip else image_task()
     it = trainer(
         tmp_path, processor, steps=20, model=build(), tasks=[image, texts()], image_chunk_size=2, learning_rate=3e-3
     )
@@ -61,7 +62,7 @@ def test_every_family_keeps_its_own_bound_of_the_temperature(build, start, bound
         def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
             seen.append((model.logit_scale.item(), model.logit_scale.grad.item()))
 
-    it = trainer(tmp_path, processor, steps=2, model=model, tasks=[pictures()], learning_rate=1e-2)
+    it = trainer(tmp_path, processor, steps=2, model=model, tasks=[image_task()], learning_rate=1e-2)
     it.add_callback(Gradient())
     it.train()
     assert seen[0][0] == pytest.approx(start if bound is None else bound, rel=1e-7)
@@ -78,7 +79,7 @@ def test_lora_end_to_end(tmp_path, processor, caplog):
         tmp_path, processor, steps=8, model=adapted, save_strategy="steps", save_steps=4, learning_rate=1e-2,
         text_chunk_size=4,
     )  # fmt: skip
-    assert "temperature of task 'pictures' stays at 0.0700, since logit_scale is not trained" in caplog.text
+    assert "temperature of task 'images' stays at 0.0700, since logit_scale is not trained" in caplog.text
     it.train()
     assert (tmp_path / "checkpoint-8" / "adapter_model.safetensors").stat().st_size < 100_000
     merged = it.model.merge_and_unload()
@@ -111,17 +112,17 @@ def test_lora_resumes(tmp_path, processor):
 def test_evaluation_and_the_best_model(tmp_path, processor):
     it = trainer(
         tmp_path, processor, steps=12, save_strategy="steps", eval_strategy="steps", save_steps=3, eval_steps=3,
-        load_best_model_at_end=True, metric_for_best_model="eval_pictures_loss", greater_is_better=False,
-        save_total_limit=1, eval_tasks=[pictures(), texts()],
+        load_best_model_at_end=True, metric_for_best_model="eval_images_loss", greater_is_better=False,
+        save_total_limit=1, eval_tasks=[image_task(), texts()],
     )  # fmt: skip
     it.train()
     entries = [entry for entry in it.state.log_history if "eval_loss" in entry]
     assert len(entries) == 4
-    assert entries[0]["eval_loss"] == pytest.approx(entries[0]["eval_pictures_loss"] + entries[0]["eval_triplets_loss"])
-    assert {0 <= entries[0][f"eval_{name}_accuracy"] <= 1 for name in ("pictures", "triplets")} == {True}
-    best = min(entry["eval_pictures_loss"] for entry in entries)
+    assert entries[0]["eval_loss"] == pytest.approx(entries[0]["eval_images_loss"] + entries[0]["eval_triplets_loss"])
+    assert {0 <= entries[0][f"eval_{name}_accuracy"] <= 1 for name in ("images", "triplets")} == {True}
+    best = min(entry["eval_images_loss"] for entry in entries)
     assert it.state.best_metric == pytest.approx(best)
-    assert it.evaluate()["eval_pictures_loss"] == pytest.approx(best, rel=1e-5), "the best weights are back"
+    assert it.evaluate()["eval_images_loss"] == pytest.approx(best, rel=1e-5), "the best weights are back"
 
 
 @pytest.mark.parametrize("decay", [None, 0.5])
@@ -129,7 +130,7 @@ def test_evaluating_does_not_change_the_run(tmp_path, processor, decay):
     weights = []
     for name, options in (
         ("without", {}),
-        ("with", dict(eval_strategy="steps", eval_steps=2, eval_tasks=[pictures()])),
+        ("with", dict(eval_strategy="steps", eval_steps=2, eval_tasks=[image_task()])),
     ):
         it = trainer(tmp_path / name, processor, ema_decay=decay, **options)
         it.train()
@@ -181,7 +182,7 @@ def test_a_loss_that_is_not_finite_leaves_a_checkpoint(tmp_path, processor):
 
     it = trainer(tmp_path, processor, steps=6, save_strategy="steps", save_steps=100)
     it.add_callback(Spoil())
-    with pytest.raises(FloatingPointError, match=r"task 'pictures' is nan at step 4 .*checkpoint-3 has the weights"):
+    with pytest.raises(FloatingPointError, match=r"task 'images' is nan at step 4 .*checkpoint-3 has the weights"):
         it.train()
     assert json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())["global_step"] == 3
     kept = BifocalModel.from_pretrained(tmp_path / "checkpoint-3")
@@ -189,19 +190,20 @@ def test_a_loss_that_is_not_finite_leaves_a_checkpoint(tmp_path, processor):
 
 
 def _spoilt(task: Task) -> Task:
-    from dataclasses import replace
-
-    return replace(task, temperature=float("nan"))
+    """Return the task with a temperature that no `Task` accepts, which makes its loss NaN."""
+    spoilt = copy.copy(task)
+    object.__setattr__(spoilt, "temperature", float("nan"))
+    return spoilt
 
 
 def test_sigmoid_needs_a_bias(tmp_path, processor):
     with pytest.raises(ValueError, match=r"needs a learned bias, but the model has none; set logit_bias_init_value"):
-        trainer(tmp_path, processor, tasks=[pictures(loss="sigmoid")])
+        trainer(tmp_path, processor, tasks=[image_task(loss="sigmoid")])
 
 
-def test_streams_beside_others_must_say_their_rows(tmp_path, processor):
+def test_streams_with_others_need_num_rows(tmp_path, processor):
     data = Dataset.from_dict({"query": ["a"] * 6, "positive": ["b"] * 6}).to_iterable_dataset()
-    with pytest.raises(ValueError, match="'same' streams beside others of its modality; set num_rows"):
+    with pytest.raises(ValueError, match="'same' streams with others of its modality; set num_rows"):
         trainer(tmp_path, processor, tasks=[*tasks(2, "text-pair"), Task("same", "text-pair", data, 3)])
     with pytest.raises(ValueError, match="evaluation task 'same' streams"):
         trainer(tmp_path, processor, eval_tasks=[Task("same", "text-pair", data, 3)])

@@ -35,7 +35,7 @@ class EMA:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within, the model holds the average; afterwards its own weights again, to the bit. May be nested."""
+        """Put the average into the model, and afterwards its own weights again, to the bit. May be nested."""
         if self._raw is not None:
             yield
             return

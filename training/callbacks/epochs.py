@@ -1,4 +1,4 @@
-"""What an epoch is where several tasks are trained on together, and telling callbacks of its ends."""
+"""Epochs in joint training: how many steps they have, and callbacks at their ends."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from bifocal.training.tasks import Task
 
 
 def steps_per_epoch(tasks: Sequence[Task], processes: int, accumulation: int) -> int | None:
-    """Optimiser steps of an epoch; None where a task streams without saying how many rows it has.
+    """Return the optimiser steps of an epoch; None if a task streams without `num_rows`.
 
     An epoch has as many batches as the rows of the image-text tasks fill, or those of the text tasks, whichever are
     more. So a task that is the only one of its modality is passed through once (or more often, if the other has more
@@ -57,7 +57,7 @@ class EpochEnds(TrainerCallback):
 
     Args:
         handler: the trainer's `CallbackHandler`.
-        steps: of an epoch.
+        steps: optimiser steps of an epoch.
     """
 
     def __init__(self, handler: Any, steps: int) -> None:

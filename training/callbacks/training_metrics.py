@@ -43,7 +43,7 @@ class TrainingMetrics:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Time within is time spent waiting for data."""
+        """Count the time within as time spent waiting for data."""
         before = time.monotonic()
         try:
             yield
@@ -73,7 +73,7 @@ class TrainingMetrics:
         seconds = max(time.monotonic() - self.started, 1e-9)
         logs = {f"grad_norm/{tower}": norm for tower, norm in self.norms.items()}
         if self.totals:
-            # In place of the Trainer's sum, which a checkpoint between two logs would lose.
+            # Instead of the Trainer's sum, which a checkpoint between two logs would lose.
             logs["loss"] = accumulated * sum(self.totals) / len(self.totals)
         for kind, values in (("loss", self.losses), ("accuracy", self.accuracies)):
             logs |= {f"{kind}/{name}": sum(numbers) / len(numbers) for name, numbers in values.items() if numbers}
@@ -92,7 +92,7 @@ class TrainingMetrics:
         return logs
 
     def total_seen(self, device: torch.device) -> float:
-        """Rows of all tasks and processes since training started."""
+        """Return the rows of all tasks and processes since training started."""
         return self.world.mean([float(self.seen)], device)[0] * self.world.size
 
     def state(self) -> dict[str, Any]:
@@ -105,7 +105,7 @@ class TrainingMetrics:
 
 
 def norms_by_tower(model: nn.Module) -> dict[str, float]:
-    """The gradient norm of each tower, before clipping."""
+    """Return the gradient norm of each tower, before clipping."""
     squares: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
         tower = tower_of(name)

@@ -18,7 +18,7 @@ _SHARE = 0.6  # of the free memory; the rest is for gradients, optimiser states 
 def find_chunk_sizes(
     model: nn.Module, tasks: Iterable[Task], max_length: int, processor: BifocalProcessor, args: Any
 ) -> tuple[int, int]:
-    """The largest powers of two whose activations, measured on this model, fit into the free memory.
+    """Return the largest powers of two whose activations, measured on this model, fit into the free memory.
 
     What autograd keeps for the backward pass is measured at one and two rows of the longest text and the largest image;
     it grows with the rows. Nothing is risked: no attempt runs out of memory.
@@ -44,7 +44,7 @@ def find_chunk_sizes(
 
 
 def kept_per_row(model: nn.Module, max_length: int, processor: BifocalProcessor, args: Any) -> tuple[int, int]:
-    """Bytes that autograd keeps for one text of `max_length` tokens and for one image of the processor's size."""
+    """Return the bytes that autograd keeps for a text of `max_length` tokens and an image of the processor's size."""
     pad_to = padded_length(model.config)
     device = next(model.parameters()).device
     model.train()
@@ -70,7 +70,7 @@ def _free_memory(device: torch.device) -> int:
 
 
 def _kept_for_backward(model: nn.Module, texts: list[Any], images: list[Any], args: Any) -> int:
-    """Bytes of distinct tensors, parameters aside, that autograd keeps from one forward pass."""
+    """Return the bytes of distinct tensors, parameters aside, that autograd keeps from one forward pass."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
 

@@ -79,7 +79,8 @@ def _pooled(output: Any) -> torch.Tensor:
 
 
 def require_dual_encoder(model: Any, processor: Any, tasks: Sequence[Task]) -> None:
-    """
+    """Check that a model and processor can embed the rows of the tasks.
+
     Raises:
         TrainingError: if the model cannot embed what the tasks hold, or nothing prepares its inputs.
     """
@@ -100,7 +101,7 @@ def require_dual_encoder(model: Any, processor: Any, tasks: Sequence[Task]) -> N
 
 @contextmanager
 def joint_forward(model: Any) -> Iterator[None]:
-    """Within, `model(step_texts=..., step_images=...)` is `embed`; other calls stay as they are."""
+    """Make `model(step_texts=..., step_images=...)` call `embed` within; other calls stay as they are."""
     before: Callable[..., Any] | None = vars(model).get("forward")
     original = model.forward
 

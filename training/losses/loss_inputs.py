@@ -8,7 +8,8 @@ SINGLE_PROCESS = ProcessGroupInfo()
 
 
 def check_pairs(a: torch.Tensor, b: torch.Tensor, reduction: str, label_smoothing: float) -> None:
-    """
+    """Check the arguments that all pair losses share.
+
     Raises:
         ValueError: if the shapes do not fit, or an option is out of its range.
     """
@@ -37,5 +38,5 @@ def gather_ids(world: ProcessGroupInfo, *ids: torch.Tensor | None) -> list[torch
 
 
 def id_pairs(*pairs: tuple[torch.Tensor | None, torch.Tensor | None]) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
-    """Return the pairs of which both have ids."""
+    """Return the pairs in which both have ids."""
     return tuple((left, right) for left, right in pairs if left is not None and right is not None)

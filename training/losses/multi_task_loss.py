@@ -38,7 +38,7 @@ class MultiTaskLoss:
     Args:
         tasks: by name.
         world: candidates come from all its processes.
-        impl: of the losses, "auto", "plain" or "tiled".
+        impl: form of the losses, "auto", "plain" or "tiled".
         reduction: "sum" (the paper) or "mean" of the two directions.
     """
 
@@ -57,7 +57,7 @@ class MultiTaskLoss:
         """Return the sum of loss_weight * loss over the tasks of a batch, and the result of each task.
 
         Args:
-            embeddings: of all texts (in the sorted order of the batch) and images, with `scale` and `bias`.
+            embeddings: embeddings of all texts (in the sorted order of the batch) and images, with `scale` and `bias`.
         """
         texts = embeddings["texts"][batch["order"]] if "texts" in embeddings else None
         images = embeddings.get("images")

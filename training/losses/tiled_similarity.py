@@ -1,8 +1,8 @@
 """Log-sum-exps of the rows and columns of a similarity matrix, whole or in tiles.
 
-The contrastive losses need nothing else of the N x M matrix of similarities. The tiled form never holds it: it passes
+The contrastive losses need only these of the N x M matrix of similarities. The tiled form never holds it: it passes
 over tiles, adds up exponentials, and makes the tiles again in the backward pass (arXiv 2410.17243 has the idea).
-Memory grows with N + M in place of N x M, and gradients are exact, the temperature's included. Plain torch on any
+Memory grows with N + M instead of N x M, and gradients are exact, the temperature's included. Plain torch on any
 device.
 """
 
@@ -52,7 +52,7 @@ class FalseNegativeMask:
         return excluded
 
     def relevant(self, rows: int) -> "FalseNegativeMask":
-        """Return the mask without the ids that exclude nothing, so that tiles need not compare them."""
+        """Return the mask without the ids that exclude nothing, so that tiles do not compare them."""
         kept = []
         for row_ids, column_ids in self.ids:
             hits = torch.isin(row_ids, column_ids)
@@ -113,7 +113,8 @@ def similarity_logsumexp(
 
 
 def is_tiled(impl: str, rows: int, columns: int) -> bool:
-    """
+    """Return whether the matrix is passed through in tiles.
+
     Raises:
         ValueError: if `impl` is unknown.
     """
@@ -207,7 +208,7 @@ class _TiledLogSumExps(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
         rows, columns, scale, row_lse, column_lse = ctx.saved_tensors
         by_row, by_column, by_row_sum, by_column_sum = gradients[:4]
-        # A row in which all is excluded has no exponentials; any finite number in place of its -inf gives zeros.
+        # A row in which all is excluded has no exponentials; any finite number instead of its -inf gives zeros.
         row_lse, column_lse = row_lse.clamp(min=-1e30), column_lse.clamp(min=-1e30)
         bound = ctx.bound
         if bound is not None:

@@ -36,7 +36,7 @@ class RecallAtK(evaluate.Metric):
         self, predictions: list[list[str]], references: list[list[str]], k: int = 10, definition: str = "any"
     ) -> dict[str, float]:
         if definition not in ("any", "share"):
-            raise ValueError(f"'{definition}' is no definition of recall; choose 'any' or 'share'.")
+            raise ValueError(f"'{definition}' is not a definition of recall; choose 'any' or 'share'.")
         if k < 1:
             raise ValueError(f"k must be at least 1, but it is {k}.")
         total = 0.0

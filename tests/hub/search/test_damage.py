@@ -49,7 +49,7 @@ def cut(folder: Path) -> None:
 
 
 def cut_at_a_message(folder: Path) -> None:
-    """What is left is whole, but for the mark of the end."""
+    """What is left is complete except for the end mark."""
     part(folder).write_bytes(part(folder).read_bytes()[:-8])
 
 
@@ -128,7 +128,7 @@ def test_damaged_settings_are_named(folder, content):
     with pytest.raises(SearchError, match=r"index.json' is damaged|made by another version of Bifocal. Index again"):
         SearchIndex(folder)
     (folder / "index.json").unlink()
-    with pytest.raises(SearchError, match="is no index"):
+    with pytest.raises(SearchError, match="is not an index"):
         SearchIndex(folder)
 
 

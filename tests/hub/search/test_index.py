@@ -163,18 +163,18 @@ def test_bad_options_are_named(new, tmp_path, model_folder):
     searcher = new()
     with pytest.raises(SearchError, match=r"choose --dim from 1 to 40, not 41"):
         new([41])
-    with pytest.raises(SearchError, match=r"'int4' is no precision\. Choose one of float32, int8"):
+    with pytest.raises(SearchError, match=r"'int4' is not a precision\. Choose one of float32, int8"):
         new([], ["int4"])
     with pytest.raises(SearchError, match=r"'video' cannot be searched for\. Choose one of image, text"):
         searcher.search("x", kinds=["video"])
-    with pytest.raises(SearchError, match=r"is no index\. Make one with bifocal index"):
+    with pytest.raises(SearchError, match=r"is not an index\. Make one with bifocal index"):
         SearchIndex(tmp_path)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("x")
     with pytest.raises(SearchError, match="holds other files and no index"):
         SearchIndex.create(tmp_path / "full", str(model_folder), "w", 40)
     with pytest.raises(SearchError, match="There is no Bifocal model at"):
-        Searcher(searcher.index, str(tmp_path / "nowhere"))
+        Searcher(searcher.index, str(tmp_path / "missing"))
 
 
 KILLED = """

@@ -1,4 +1,4 @@
-"""A Space: it runs by itself, replaces nothing of the user's, and is pushed as a Space."""
+"""A Space: it runs on its own, replaces nothing of the user's, and is pushed as a Space."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`bifocal index` again: the index follows its source, tells what it could not read, and loses nothing by itself."""
+"""`bifocal index` again: the index follows its source, names what it could not read, and loses nothing unasked."""
 
 import json
 import os
@@ -73,7 +73,7 @@ def test_captions_names_and_content_are_brought_up_to_date(desk, embedded):
     described(folder, {"kite.png": "a kite", "ship.png": "a boat", "dog.png": "a dog"})
     embedded.clear()
     said = index(desk, "photos")  # with captions, as the last time
-    assert sorted(embedded) == ["a kite", "image"], "the corrected caption and the changed image, and nothing else"
+    assert sorted(embedded) == ["a kite", "image"], "only the corrected caption and the changed image"
     assert "2 new, 4 known before, 1 captions updated, 2 renamed, 2 replaced; index has 4 images and 4 texts" in said
     assert "2 items in the index are missing from 'photos'. Pass --prune to delete them." in said
     assert "image cat.png" in rows(desk), "deleted only when asked"
@@ -130,7 +130,7 @@ def test_a_source_that_is_gone_can_be_forgotten(desk):
     said = index(desk, "two", "--prune")
     assert f"'{desk / 'one'}' was indexed but no longer exists. bifocal remove index --source PATH deletes" in said
     assert len(rows(desk)) == 3, "perhaps its disk is only not mounted"
-    assert "'three' is no source of 'index'" in error_of(desk, "remove", "index", "--source", "three")
+    assert "'three' is not a source of 'index'" in error_of(desk, "remove", "index", "--source", "three")
     assert "Nothing to delete" in error_of(desk, "remove", "index")
     assert "1 deleted; index has 2 left." in invoke(desk, "remove", "index", "--source", "one").stdout
     assert set(rows(desk)) == {"image 2.png", "image 3.png"}
