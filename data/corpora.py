@@ -2,11 +2,12 @@
 
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict
 
+from bifocal.data.kinds import CorpusKind
 from bifocal.data.source import Source
 from bifocal.errors import DataError, closest_name
 
@@ -30,7 +31,7 @@ class Corpus(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid")
-    kind: Literal["image-text", "text-pair", "text-triplet", "text-only"]
+    kind: CorpusKind
     usage: str
     description: str
     dataset_id: str | None = None

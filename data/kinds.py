@@ -1,5 +1,9 @@
 """Kinds of rows that a source can be read as, and their columns."""
 
+from typing import Literal
+
+TaskKind = Literal["image-text", "text-pair", "text-triplet"]  # of training tasks
+CorpusKind = Literal[TaskKind, "text-only"]  # of public corpora
 COLUMNS = {
     "image-text": ("image", "caption"),
     "text-pair": ("query", "positive"),
@@ -14,3 +18,6 @@ KINDS = {
     "image-label": ("image", "label"),
     "scored-pair": ("first", "second", "score"),
 }
+# The kinds that are inferred from a source's columns, in the order in which they are tried.
+INFERRED: tuple[CorpusKind, ...] = ("text-triplet", "image-text", "text-pair", "text-only")
+INDEXED = ("image-text", "image-only", "text-pair", "text-only")  # the kinds that a search index is built from

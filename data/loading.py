@@ -14,7 +14,7 @@ from bifocal.data.columns import MissingColumnError, require_columns
 from bifocal.data.corpora import corpus
 from bifocal.data.filters import RowFilter
 from bifocal.data.image_decoding import disable_image_decoding
-from bifocal.data.kinds import KINDS
+from bifocal.data.kinds import INFERRED, KINDS
 from bifocal.data.locate import holds_files, is_files, locate
 from bifocal.data.normalize import ColumnLayout, RowNormaliser, as_is, dpr
 from bifocal.data.paths import AllowedRoots, DatasetsRoots
@@ -140,10 +140,9 @@ def infer_kind(source: Source) -> str:
     folder = os.path.expanduser(paths[0])
     if os.path.isdir(folder) and is_beir(folder):
         return "text-pair"
-    kinds = ("text-triplet", "image-text", "text-pair", "text-only")
     names: list[str] | None = None
     problems: list[tuple[str, RowError]] = []
-    for kind in kinds:
+    for kind in INFERRED:
         try:
             stream = open_stream(source, kind)
         except MissingColumnError as error:
@@ -151,7 +150,7 @@ def infer_kind(source: Source) -> str:
             continue
         if stream is None:  # `datasets` knows the columns without reading all rows
             names = _columns_elsewhere(source)
-            fitting = [kind for kind in kinds if names and _has_columns(names, source, kind)]
+            fitting = [kind for kind in INFERRED if names and _has_columns(names, source, kind)]
             if fitting:
                 return fitting[0]
             break

@@ -3,7 +3,7 @@
 import base64
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from bifocal.data.kinds import KINDS
@@ -34,6 +34,15 @@ _BYTES = re.compile(r"[\udc80-\udcff]")  # what readers put in place of bytes th
 _BASE64_IMAGES = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk0", "SUkq", "TU0AK")  # JPEG, PNG, GIF, WebP, BMP, TIFF
 _SHORTEST_BASE64 = 100  # characters; a shorter text is a path
 _LONGEST_PATH = 4096
+
+
+def as_list(value: Any) -> Any:
+    """Return an array, tuple or other sequence as a list; strings and all other values as they are."""
+    if isinstance(value, str | bytes):
+        return value
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return list(value) if isinstance(value, Sequence) else value
 
 
 class RowNormaliser:

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers.utils import logging
 
 from bifocal.data.images import image_row_error
-from bifocal.data.normalize import RowNormaliser
+from bifocal.data.normalize import RowNormaliser, as_list
 from bifocal.data.skips import RowError, SkippedRow, summary
 from bifocal.errors import EvaluationError
 from bifocal.evaluation.encoders import Encoder
@@ -108,10 +108,7 @@ class Rows:
         by_row = {}
         for number in self.good:
             try:
-                value: Any = self.columns[what][number]
-                if not isinstance(value, str) and isinstance(value, Sequence | np.ndarray):
-                    value = list(value)
-                normalised = self._normalise.texts(column, {column: value})
+                normalised = self._normalise.texts(column, {column: as_list(self.columns[what][number])})
                 texts = [normalised] if isinstance(normalised, str) else normalised
                 if most is not None and len(texts) > most:
                     raise RowError(f"a list as {column}", f"{len(texts)} texts instead of one")

@@ -10,6 +10,7 @@ from typing import Any
 
 from bifocal.data.filters import RowFilter
 from bifocal.data.image_files import FoundImages, by_suffix, find_images, image_suffixes, printable
+from bifocal.data.kinds import INDEXED
 from bifocal.data.loading import infer_kind as infer_row_kind
 from bifocal.data.loading import iter_rows
 from bifocal.data.locate import METADATA_FILES
@@ -24,7 +25,6 @@ from bifocal.hub.search.searcher import Searcher
 from bifocal.hub.search.settings import SETTINGS
 from bifocal.hub.search.sync import AddResult, ItemSource
 
-KINDS = ("image-text", "image-only", "text-pair", "text-only")
 _IMAGE_KINDS = ("image-text", "image-only")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -109,8 +109,8 @@ def infer_kind(source: Source, kind: str | None = None) -> str:
     Raises:
         DataError: if the kind cannot be indexed or inferred, or there is nothing to read.
     """
-    if kind is not None and kind not in KINDS:
-        raise DataError(f"'{kind}' cannot be indexed. Choose --kind from {', '.join(KINDS)}.")
+    if kind is not None and kind not in INDEXED:
+        raise DataError(f"'{kind}' cannot be indexed. Choose --kind from {', '.join(INDEXED)}.")
     folder = _folder(source)
     if isinstance(source.path, str) and folder is None:
         _require_rows(source.path, kind)

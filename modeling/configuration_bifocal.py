@@ -5,191 +5,25 @@ The defaults are the base size of Jina CLIP v1 (arXiv 2405.20204, section 3): a 
 (arXiv 2310.19923) and an EVA02-B/16 image tower (arXiv 2303.11331) with a linear head into the shared space.
 """
 
-import difflib
 import math
-import re
-from contextvars import ContextVar
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.generation.configuration_utils import GenerationConfig
-from transformers.utils import logging
+
+from .configuration_bifocal_base import (
+    BifocalBaseConfig,
+    is_saved,
+    reading_saved,
+    require_heads_divide_width,
+    require_positive_ints,
+    require_probabilities,
+)
 
 if TYPE_CHECKING:
     # transformers distinguishes local folders with the same name by the files that this one imports. With this import,
     # that is all files. Without it, a second folder with another model but the same configuration would run the first
     # one's code.
     from .modeling_bifocal import BifocalModel  # noqa: F401
-
-logger = logging.get_logger(__name__)
-
-VERSION = "0.1.0"  # of this code; stored in saved configs
-# Keys that transformers (its Trainer, too) writes to a config or passes through it, besides its base class's keys.
-_KEYS_OF_TRANSFORMERS = frozenset(
-    [
-        "architectures",
-        "attn_implementation",
-        "auto_map",
-        "bifocal_version",
-        "bos_token_id",
-        "cls_token_id",
-        "decoder_start_token_id",
-        "dtype",
-        "eos_token_id",
-        "experts_implementation",
-        "id2label",
-        "label2id",
-        "mask_token_id",
-        "model_type",
-        "name_or_path",
-        "num_labels",
-        "output_attentions",
-        "output_hidden_states",
-        "pad_token_id",
-        "problem_type",
-        "processor_class",
-        "quantization_config",
-        "return_dict",
-        "sep_token_id",
-        "tie_word_embeddings",
-        "tokenizer_class",
-        "torch_dtype",
-        "transformers_version",
-        "transformers_weights",
-        "unk_token_id",
-        "use_cache",
-    ]
-)
-# Keys of `PreTrainedConfig.to_dict`: a dict with one of them comes from a saved config, not from a person.
-_KEYS_OF_SAVED = ("transformers_version", "model_type")
-_reading: ContextVar[bool] = ContextVar("reading a saved config", default=False)
-
-
-class BifocalBaseConfig(PreTrainedConfig):
-    """Base class of the configurations, for which an unknown key is an error, or a warning in a saved config.
-
-    A misspelt size must not be ignored when a person builds a config. In a saved one, the key may come from a trainer,
-    another tool or a later release; it is kept as an attribute, as in transformers' own configurations.
-    """
-
-    # The class that `auto_map` names for each Auto class, unless a subclass of the model has registered itself.
-    auto_models: ClassVar[dict[str, str]] = {}
-
-    def __init__(self, **kwargs: Any) -> None:
-        self._check_keys(kwargs)
-        super().__init__(**kwargs)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return `PreTrainedConfig.to_dict` with the version of this code."""
-        return super().to_dict() | {"bifocal_version": VERSION}
-
-    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
-        """Save as `PreTrainedConfig.save_pretrained` does, with an `auto_map` for all Auto classes of the folder."""
-        if self._auto_class is not None:
-            self.auto_map = self.auto_models | (getattr(self, "auto_map", None) or {})
-        return super().save_pretrained(save_directory, push_to_hub, **kwargs)
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Load as `PreTrainedConfig.from_dict` does; unknown keys warn, but in a tower's keyword they raise."""
-        for name, tower in cls.sub_configs.items():
-            if isinstance(kwargs.get(name), dict):
-                tower(**{key: value for key, value in kwargs[name].items() if not hasattr(tower(), key)})
-        token = _reading.set(True)
-        try:
-            return super().from_dict(config_dict, **kwargs)
-        finally:
-            _reading.reset(token)
-
-    @classmethod
-    def from_json_file(cls, json_file: Any) -> Any:
-        """Load as `PreTrainedConfig.from_json_file` does; unknown keys are a warning."""
-        return cls.from_dict(cls._dict_from_json_file(json_file))
-
-    def _check_keys(self, kwargs: dict[str, Any]) -> None:
-        """Check the keys that are not arguments of this class, once all of its arguments are attributes.
-
-        Raises:
-            ValueError: if a key is unknown and was not read from a saved config.
-        """
-        own = {name for name in vars(self) if not name.startswith("_")}
-        known = own | _KEYS_OF_TRANSFORMERS | set(PreTrainedConfig().to_dict())
-        saved = _is_saved(kwargs)
-        if saved:  # releases before 5 stored these, too
-            known |= set(GenerationConfig().to_dict())
-        for key in kwargs:
-            if key in known or key.startswith("_"):
-                continue
-            near = difflib.get_close_matches(key, sorted(own), n=1)
-            if saved:
-                hint = f"; the nearest known key is '{near[0]}'" if near else ""
-                logger.warning(f"The saved {type(self).__name__} has an unknown key '{key}', which is kept{hint}.")
-            else:
-                hint = f"did you mean '{near[0]}'?" if near else f"its own keys are {', '.join(sorted(own))}."
-                raise ValueError(f"{type(self).__name__} has no key '{key}'; {hint}")
-
-
-def warn_of_other_code(source: str, config: PreTrainedConfig) -> None:
-    """Warn if a model was saved with code that may give other numbers than the code that runs it.
-
-    This happens if Bifocal is installed: its code then runs every folder, whatever code the folder contains. Older
-    versions cause no warning, since this code is compatible with them.
-
-    Args:
-        source: folder or Hub id that the model was loaded from.
-        config: its configuration.
-    """
-    saved = getattr(config, "bifocal_version", None)
-    if not isinstance(saved, str):  # another tool may have written anything
-        return
-    if _numbers(saved) > _numbers(VERSION):
-        logger.warning(
-            f"'{source}' was saved by Bifocal {saved} but runs with {VERSION}, so its numbers may differ. Upgrade "
-            "Bifocal."
-        )
-        return
-    running = Path(__file__).parent
-    other = [
-        path.name
-        for path in sorted(Path(source).glob("*_bifocal*.py"))
-        if (running / path.name).exists() and path.read_text("utf-8") != (running / path.name).read_text("utf-8")
-    ]
-    if saved == VERSION and other:
-        logger.warning(
-            f"'{source}' contains other code ({', '.join(other)}) than '{running}', which runs it, so its numbers may "
-            "differ. To run the folder's code, load it with trust_remote_code=True without importing Bifocal."
-        )
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(map(int, re.findall(r"\d+", version)[:3]))
-
-
-def _is_saved(kwargs: dict[str, Any]) -> bool:
-    return _reading.get() or any(key in kwargs for key in _KEYS_OF_SAVED)
-
-
-def _require_positive_ints(config: PreTrainedConfig, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-            raise ValueError(f"{type(config).__name__}.{name} must be a positive integer, but it is {value!r}.")
-
-
-def _require_probabilities(config: PreTrainedConfig, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if not isinstance(value, int | float) or not 0.0 <= value < 1.0:
-            raise ValueError(f"{type(config).__name__}.{name} must be at least 0 and below 1, but it is {value!r}.")
-
-
-def _require_heads_divide_width(config: PreTrainedConfig) -> None:
-    if config.hidden_size % config.num_attention_heads:
-        raise ValueError(
-            f"{type(config).__name__}.hidden_size ({config.hidden_size}) must be a multiple of num_attention_heads "
-            f"({config.num_attention_heads}); change one of them."
-        )
 
 
 class BifocalTextConfig(BifocalBaseConfig):
@@ -250,12 +84,12 @@ class BifocalTextConfig(BifocalBaseConfig):
         self.tie_word_embeddings = tie_word_embeddings
         super().__init__(**kwargs)
 
-        _require_positive_ints(
+        require_positive_ints(
             self, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
             "max_position_embeddings", "type_vocab_size",
         )  # fmt: skip
-        _require_probabilities(self, "hidden_dropout_prob", "attention_probs_dropout_prob")
-        _require_heads_divide_width(self)
+        require_probabilities(self, "hidden_dropout_prob", "attention_probs_dropout_prob")
+        require_heads_divide_width(self)
 
     __eq__ = PreTrainedConfig.__eq__
 
@@ -322,14 +156,14 @@ class BifocalVisionConfig(BifocalBaseConfig):
         self.layer_norm_eps = layer_norm_eps
         super().__init__(**kwargs)
 
-        _require_positive_ints(
+        require_positive_ints(
             self, "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels",
             "image_size", "patch_size",
         )  # fmt: skip
         if rope_reference_grid is not None:
-            _require_positive_ints(self, "rope_reference_grid")
-        _require_probabilities(self, "hidden_dropout_prob", "attention_probs_dropout_prob", "patch_dropout")
-        _require_heads_divide_width(self)
+            require_positive_ints(self, "rope_reference_grid")
+        require_probabilities(self, "hidden_dropout_prob", "attention_probs_dropout_prob", "patch_dropout")
+        require_heads_divide_width(self)
         if (hidden_size // num_attention_heads) % 4:
             raise ValueError(
                 f"BifocalVisionConfig needs a head width that is a multiple of 4 for the 2D rotary embedding, but "
@@ -382,12 +216,9 @@ class BifocalConfig(BifocalBaseConfig):
         initializer_range: float = 0.02,
         **kwargs: Any,
     ) -> None:
-        token = _reading.set(_is_saved(kwargs))  # a tower's dict was saved with the dict that contains it
-        try:
+        with reading_saved(is_saved(kwargs)):  # a tower's dict was saved with the dict that contains it
             self.text_config = _as_config(text_config, BifocalTextConfig)
             self.vision_config = _as_config(vision_config, BifocalVisionConfig)
-        finally:
-            _reading.reset(token)
         self.projection_dim = projection_dim
         self.text_projection = text_projection
         self.vision_projection = vision_projection
@@ -397,7 +228,7 @@ class BifocalConfig(BifocalBaseConfig):
         self.initializer_range = initializer_range
         super().__init__(**kwargs)
 
-        _require_positive_ints(self, "projection_dim")
+        require_positive_ints(self, "projection_dim")
         for tower in ("text", "vision"):
             width = getattr(self, f"{tower}_config").hidden_size
             if not getattr(self, f"{tower}_projection") and width != projection_dim:

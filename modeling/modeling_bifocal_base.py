@@ -14,7 +14,7 @@ from torch.nn.modules import module as global_hooks
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
 
-from .configuration_bifocal import warn_of_other_code
+from .configuration_bifocal_base import warn_of_other_code
 
 # While transformers loads a model, it replaces functions of torch and methods of its classes. Two loads at once would
 # restore each other's replacements: weights would stay untied, or be initialised again, in every model of the process.

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from bifocal.data.kinds import COLUMNS
+from bifocal.data.normalize import as_list
 from bifocal.data.skips import RowError
 from bifocal.training.tasks import Task
 
@@ -33,7 +34,7 @@ def usable_row(task: Task, values: Mapping[str, Any], decode: Callable[[Any], An
 
 
 def _texts(column: str, value: Any) -> str | list[str]:
-    value = _as_list(value)
+    value = as_list(value)
     if not isinstance(value, list):
         return _text(column, value)
     if not value:
@@ -42,18 +43,11 @@ def _texts(column: str, value: Any) -> str | list[str]:
 
 
 def _negatives(value: Any, number: int) -> list[str]:
-    value = _as_list(value)
+    value = as_list(value)
     values = value if isinstance(value, list) else [] if value is None else [value]
     if len(values) < number:
         raise RowError("too few negatives", f"{len(values)} of {number}")
     return [_text("negatives", text) for text in values[:number]]
-
-
-def _as_list(value: Any) -> Any:
-    """Return arrays and tuples as lists."""
-    if isinstance(value, tuple):
-        return list(value)
-    return value.tolist() if hasattr(value, "tolist") and not isinstance(value, str) else value
 
 
 def _text(column: str, value: Any) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from bifocal.data.kinds import COLUMNS
+from bifocal.data.kinds import COLUMNS, TaskKind
 from bifocal.errors import TrainingError
 from bifocal.training.task_dataset import choose_negatives, column_names, task_data
 
@@ -57,7 +57,7 @@ class Task:
     """
 
     name: str
-    kind: Literal["image-text", "text-pair", "text-triplet"]
+    kind: TaskKind
     dataset: Any
     batch_size: Annotated[int, Field(ge=1)]
     sampling_weight: Annotated[float, Field(ge=0)] = 1.0

@@ -35,6 +35,7 @@ from bifocal.training.losses.multi_task_loss import MultiTaskLoss, TaskResult
 from bifocal.training.param_groups import decays, freeze, not_trained, parameter_groups, without_gradient
 from bifocal.training.precision import DTYPES, set_master_dtype
 from bifocal.training.resuming import ResumableTrainer
+from bifocal.training.setting_warnings import warn_of_settings
 from bifocal.training.tasks import Task
 
 logger = logging.get_logger(__name__)
@@ -170,33 +171,8 @@ class MultiTaskTrainer(ResumableTrainer):
         self.data_collator.bucketed = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
         if args.ema_decay is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise TrainingError("ema_decay does not work with FSDP or DeepSpeed; use DDP, or remove it.")
-        self._warn_about_settings(before)
-
-    def _warn_about_settings(self, before: set[torch.dtype]) -> None:
-        """Warn, once and on one process, about what a user may not expect."""
-        if not self.world.is_main:
-            return
-        args = self.args
-        if before:
-            names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in before))
-            logger.warning(
-                f"The model came in {names}; its weights are trained in {args.master_dtype} (master_dtype) and saved "
-                f"in {args.save_dtype or args.master_dtype} (save_dtype)."
-            )
-        scale = getattr(self.model, "logit_scale", None)
-        learned = [task.name for task in self.tasks.values() if task.modality == "image" and task.temperature is None]
-        if learned and scale is not None and not scale.requires_grad:
-            tau = 1.0 / temperature_of(self.model)["scale"].item()
-            logger.warning(
-                f"The temperature of task '{learned[0]}' stays at {tau:.4f}, since logit_scale is not trained (LoRA "
-                "adapters do not cover it). Set temperature of the task to change it."
-            )
-        if args.gradient_accumulation_steps > 1:
-            logger.warning(
-                f"gradient_accumulation_steps={args.gradient_accumulation_steps} adds up losses whose negatives come "
-                "from their own batch only; for more negatives raise batch_size of the tasks and set text_chunk_size "
-                "and image_chunk_size."
-            )
+        if self.world.is_main:
+            warn_of_settings(self.args, self.model, tasks, before)
 
     def add_callback(self, callback: Any) -> None:
         """Add a callback as the Trainer does; the order does not matter."""

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from bifocal.cli.console import require, writes_into
+from bifocal.data.kinds import KINDS
 from bifocal.errors import BifocalError
 
 data = typer.Typer(name="data", help="Inspect and clean training data, caption images.", no_args_is_help=True)
@@ -22,7 +23,7 @@ Overrides = Annotated[
 SourceArgument = Annotated[str, typer.Argument(help="Files, a pattern, a folder, a Hub id or corpus:NAME.")]
 Kind = Annotated[
     str | None,
-    typer.Option(help="image-text, text-pair, text-triplet or text-only; inferred from the columns if omitted."),
+    typer.Option(help=f"{', '.join(KINDS)}; inferred from the columns if omitted."),
 ]
 
 
@@ -119,8 +120,6 @@ def caption(
 
 
 def _kind(kind: str | None) -> str | None:
-    from bifocal.data.kinds import KINDS
-
     if kind is not None and kind not in KINDS:
         raise BifocalError(f"'{kind}' is not a kind of rows. Use one of {', '.join(KINDS)}.")
     return kind

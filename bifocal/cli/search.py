@@ -8,6 +8,7 @@ import typer
 
 from bifocal.cli.console import require, writes_into
 from bifocal.cli.data import Overrides
+from bifocal.data.kinds import INDEXED
 from bifocal.errors import BifocalError
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def index(
     overrides: Overrides = None,
     kind: Annotated[
         str | None,
-        typer.Option(help="image-text, image-only, text-pair (its positives) or text-only; inferred if omitted."),
+        typer.Option(help=f"{', '.join(INDEXED)}; inferred if omitted. Of pairs, the positives are indexed."),
     ] = None,
     captions: Annotated[
         bool | None,

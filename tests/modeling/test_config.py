@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoConfig
 
 from bifocal.modeling import BifocalConfig, BifocalTextConfig, BifocalVisionConfig
-from bifocal.modeling.configuration_bifocal import warn_of_other_code
+from bifocal.modeling.configuration_bifocal_base import warn_of_other_code
 from tests.conftest import small_config
 
 
