@@ -15,7 +15,6 @@ from typing import Any
 from bifocal.data.skips import RowError
 from bifocal.data.text_files import OTHER_ENCODING, FileError, Row, file_error, file_name, open_text, wrong_encoding
 
-QUOTINGS = ("minimal", "all", "none")
 _LONGEST_ROW = 2**24  # characters
 _FIELD_LIMIT = min(sys.maxsize, 2**31 - 1)  # what C's long holds everywhere; csv's own limit is 131,072 characters
 _OTHERS = (";", "\t", "|", ",")

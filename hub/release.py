@@ -29,7 +29,7 @@ class ReleaseContents:
     """The parts of a release besides the model and its card.
 
     Args:
-            recipes: resolved recipe of each stage by its name.
+        recipes: resolved recipe of each stage by its name.
         results: (data set, protocol, metrics by name; see `add_results`) for the card's `model-index`.
         evaluation: content of `evaluation.json`.
         license_text: content of `LICENSE`.

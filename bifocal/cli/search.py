@@ -78,11 +78,11 @@ def _print_summary(
     """
     result, skipped = summary.result, summary.skipped
     for name, reason in skipped[:_MAX_NAMED]:
-        typer.echo(f"SkipLog: {name}: {reason}", err=True)
+        typer.echo(f"Skipped: {name}: {reason}", err=True)
     if len(skipped) > _MAX_NAMED:
         typer.echo(f"... and {len(skipped) - _MAX_NAMED} more.", err=True)
     for files in summary.ignored:
-        typer.echo(f"SkipLog: {files}.", err=True)
+        typer.echo(f"Skipped: {files}.", err=True)
     if not result.new + result.known + result.duplicates:
         raise BifocalError(f"Nothing in '{source}' could be indexed.")
     counted = [

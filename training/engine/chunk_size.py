@@ -81,10 +81,12 @@ def _kept_for_backward(model: nn.Module, texts: list[Any], images: list[Any], ar
         return tensor
 
     half = torch.bfloat16 if args.bf16 else torch.float16
+    device = next(model.parameters()).device
     with (
-        torch.random.fork_rng(),
+        # Of this device only: by default, each process of a run would open every GPU of the machine, and warn.
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-        torch.autocast(next(model.parameters()).device.type, dtype=half, enabled=args.bf16 or args.fp16),
+        torch.autocast(device.type, dtype=half, enabled=args.bf16 or args.fp16),
     ):
         outputs = embed(model, texts, images)
     del outputs
