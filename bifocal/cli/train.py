@@ -40,7 +40,7 @@ def _train(recipe: "Recipe", overwrite: bool) -> str:
     from bifocal.files import RUN
     from bifocal.hub.card import Card, TrainedStage
     from bifocal.hub.export import export_model
-    from bifocal.training.engine.distributed import ProcessGroupInfo
+    from bifocal.training.engine.distributed import ProcessGroupInfo, leave_process_group
     from bifocal.training.runner import run_recipe
     from bifocal.training.stage_record import STAGE, earlier_stages
 
@@ -54,7 +54,9 @@ def _train(recipe: "Recipe", overwrite: bool) -> str:
         export_model(model, folder, processor, card, kind=RUN)
 
     folder = run_recipe(recipe, save, overwrite)
-    if not ProcessGroupInfo.current().is_main:
+    is_main = ProcessGroupInfo.current().is_main
+    leave_process_group()
+    if not is_main:
         return ""
     if folder is None:
         return f"This run is finished; see {recipe.folder / 'model'}. To train again, add --overwrite."

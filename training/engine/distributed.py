@@ -6,9 +6,27 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.nn.functional import all_gather
 
 from bifocal.errors import BifocalError
+
+
+class _GatherRows(torch.autograd.Function):
+    """The rows of all processes. In the backward pass, each process gets the sum of the gradients for its rows.
+
+    torch's own differentiable all_gather is deprecated, and its successor is private and not in every torch we support.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor) -> torch.Tensor:
+        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.contiguous().clone()
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 @dataclass(frozen=True)
@@ -41,7 +59,7 @@ class ProcessGroupInfo:
         """
         if self.size == 1:
             return rows
-        return torch.cat(all_gather(rows.contiguous()))
+        return _GatherRows.apply(rows)
 
     def mean(self, values: list[float], device: torch.device) -> list[float]:
         """Return the mean of each number over the processes."""
@@ -78,3 +96,9 @@ def on_main_process(action: Callable[[], Any]) -> Any:
     if isinstance(result[0], BifocalError):
         raise result[0]
     return result[0]
+
+
+def leave_process_group() -> None:
+    """End this process's part in the group; threads of the group that outlive it may abort the process at its exit."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
