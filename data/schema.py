@@ -1,6 +1,6 @@
 """Settings from YAML and from key=value on the command line, validated against a schema."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -90,6 +90,18 @@ def set_override(values: dict[str, Any], override: str) -> tuple[Any, ...]:
                 parent[step] = {}
             parent = parent[step]
     return tuple(where)
+
+
+def require_distinct_columns(overrides: Sequence[str]) -> None:
+    """Refuse overrides of which two map one column: the second would silently replace the first.
+
+    Raises:
+        RecipeError: if a column is mapped twice.
+    """
+    keys = [key for key, _, _ in (override.partition("=") for override in overrides) if "column_mapping." in key]
+    twice = next((key for number, key in enumerate(keys) if key in keys[:number]), None)
+    if twice is not None:
+        raise RecipeError(f"'{twice}' is given twice. A column can have one new name; copy it to use it as two.")
 
 
 def _yaml_value(override: str, text: str) -> Any:

@@ -7,7 +7,7 @@ from pydantic import Field, field_validator
 
 from bifocal.data.filters import Cleaning
 from bifocal.data.kinds import KINDS
-from bifocal.data.schema import Strict, set_override, validated
+from bifocal.data.schema import Strict, require_distinct_columns, set_override, validated
 
 
 class Source(Strict):
@@ -139,6 +139,7 @@ def parse_source(path: str, overrides: list[str] | None = None) -> Source:
     Raises:
         RecipeError: if a key is unknown or a value is wrong.
     """
+    require_distinct_columns(overrides or [])
     values: dict[str, Any] = {"path": path}
     for override in overrides or []:
         set_override(values, override)

@@ -30,6 +30,8 @@ def mine_source(
         theirs, equals, ours = column.partition("=")
         if not equals:
             raise RecipeError(f"'{column}' names no column. Write it as in question=query, yours first.")
+        if theirs in renamed:
+            raise RecipeError(f"'{theirs}' is mapped twice. A column can have one new name; copy it to use it as two.")
         renamed[theirs] = ours
     if direction not in mining.DIRECTIONS:
         raise mining.MiningError(f"direction must be one of {', '.join(mining.DIRECTIONS)}, but it is '{direction}'.")

@@ -8,7 +8,7 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError, create_model, model_validator
 
 from bifocal.data.readers import format_of
-from bifocal.data.schema import Strict, ended, key_hint, problem_of, read_yaml, set_override
+from bifocal.data.schema import Strict, ended, key_hint, problem_of, read_yaml, require_distinct_columns, set_override
 from bifocal.data.source import Source
 from bifocal.errors import RecipeError, closest_name
 from bifocal.training.arguments import BifocalTrainingArguments
@@ -154,6 +154,7 @@ def load_recipe(path: Path, overrides: list[str] | None = None, files: bool = Fa
     values = read_yaml(path)
     node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     by_key: dict[tuple[Any, ...], str] = {}
+    require_distinct_columns(overrides or [])
     for override in overrides or []:
         by_key[set_override(values, override)] = override
     try:

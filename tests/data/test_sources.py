@@ -14,8 +14,8 @@ from datasets import Dataset
 
 from bifocal.data.loading import load_source, open_stream
 from bifocal.data.skips import SkipLog
-from bifocal.data.source import Source
-from bifocal.errors import DataError
+from bifocal.data.source import Source, parse_source
+from bifocal.errors import DataError, RecipeError
 from tests.data.files import good, image_bytes, lines, row_errors, shard, shards
 
 
@@ -285,3 +285,8 @@ def test_what_is_not_there(tmp_path):
         load(tmp_path / "a.xyz", "text-pair")
     with pytest.raises(DataError, match="no file or folder 'nobody/nothing', and no data set of this name"):
         load("nobody/nothing", "text-pair")
+
+
+def test_a_column_is_mapped_once():
+    with pytest.raises(RecipeError, match=r"'column_mapping.text' is given twice. A column can have one new name"):
+        parse_source("a.jsonl", ["column_mapping.text=query", "column_mapping.text=positive"])
