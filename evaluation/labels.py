@@ -47,7 +47,7 @@ def class_numbers(rows: Rows, classes: Sequence[str]) -> dict[int, int]:
         classes: names of the classes by number.
 
     Raises:
-        EvaluationError: if a label is none of the classes.
+        EvaluationError: if a label is not one of the classes.
     """
     number_of = {name: number for number, name in reversed(list(enumerate(classes)))}
     by_row = {}

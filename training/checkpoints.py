@@ -11,7 +11,7 @@ from bifocal.files import RUN, NotOursError, remove_folder, require_overwritable
 from bifocal.training.engine.distributed import on_main_process
 
 LOADING_LOG = "skipped-loading.jsonl"  # rows skipped while the data is loaded
-_LOGS = (LOADING_LOG, "skipped.jsonl")
+_OTHER_LOGS = "skipped-[0-9]*.jsonl"  # of the other processes of a run
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")  # as transformers' Trainer names them, and takes them for its own
 
 # What the Trainer, peft, accelerate and this package write into one; there is no list of its files.
@@ -92,8 +92,12 @@ def clear_run(folder: Path, *files: str) -> None:
         remove_folder(folder / name, RUN)
     for name in files:
         (folder / name).unlink(missing_ok=True)
-    for name in _LOGS:
-        start_log(folder / name)
+    for log in _logs(folder):
+        start_log(log)
+
+
+def _logs(folder: Path) -> list[Path]:
+    return [folder / LOADING_LOG, folder / "skipped.jsonl", *sorted(folder.glob(_OTHER_LOGS))]
 
 
 def require_clearable(folder: Path, *files: str) -> None:
@@ -104,8 +108,8 @@ def require_clearable(folder: Path, *files: str) -> None:
     """
     for name in files:
         require_overwritable(folder / name, RUN)
-    for name in _LOGS:
-        require_log(folder / name)
+    for log in _logs(folder):
+        require_log(log)
     _require_checkpoints(folder)
     for name in ("model", "processor"):
         require_removable(folder / name, RUN)

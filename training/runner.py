@@ -20,12 +20,11 @@ from bifocal.files import (
     MARKER,
     RUN,
     NotOursError,
-    record,
-    replace_file,
     require_overwritable,
     require_replaceable,
     write_json,
 )
+from bifocal.files import overwrite as overwrite_file
 from bifocal.modeling import BifocalProcessor
 from bifocal.progress import no_progress_bars
 from bifocal.training.arguments import BifocalTrainingArguments
@@ -150,15 +149,16 @@ def open_run(recipe: Recipe, overwrite: bool = False) -> bool:
             elif not trained:  # its tokenizer is trained again, since the data may have changed
                 clear_run(folder)
         require_replaceable(folder / "model", RUN)  # now, and not after the training
-        if not trained:  # otherwise it may be ours, from a run that was killed before the file was listed
-            require_overwritable(folder / STAGE, RUN)
+        for name in (STAGE, VERSIONS):
+            require_overwritable(folder / name, RUN)
     except NotOursError as error:
         raise RecipeError(str(error)) from error
     # The folder is new, cleared, or holds the same recipe.
-    write_json(folder / VERSIONS, versions())
-    with replace_file(kept) as scratch:
-        scratch.write_text(yaml.safe_dump(wanted, sort_keys=False), encoding="utf-8")
-    record(folder, RUN, RESOLVED, VERSIONS)
+    with overwrite_file(folder / VERSIONS, RUN) as scratch:
+        write_json(scratch, versions())
+    if not kept.exists():  # a recipe that is there says the same, maybe with comments of the user's
+        with overwrite_file(kept, RUN) as scratch:
+            scratch.write_text(yaml.safe_dump(wanted, sort_keys=False), encoding="utf-8")
     return True
 
 

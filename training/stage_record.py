@@ -10,7 +10,7 @@ import torch
 from transformers.utils import cached_file
 
 from bifocal.data.source import Source
-from bifocal.files import RUN, record, write_json
+from bifocal.files import RUN, overwrite, write_json
 from bifocal.training.engine.distributed import ProcessGroupInfo
 from bifocal.training.recipe import InitFrom, Recipe
 
@@ -62,10 +62,11 @@ def stage_facts(prepared: Any, seconds: float, versions: dict[str, str]) -> dict
 def write_stage(folder: Path, facts: dict[str, Any]) -> None:
     """Write a stage's record into its run's folder.
 
-    It may be there from a run that was killed before it was listed, so `open_run` has checked the file, not this.
+    Raises:
+        NotOursError: if a file of that name exists that Bifocal did not write.
     """
-    write_json(folder / STAGE, facts)
-    record(folder, RUN, STAGE)
+    with overwrite(folder / STAGE, RUN) as scratch:
+        write_json(scratch, facts)
 
 
 def public_name(source: Source) -> str:

@@ -95,10 +95,13 @@ class Task:
         for field, adapter in _field_adapters().items():
             value = getattr(self, field)
             try:
-                adapter.validate_python(value.item() if hasattr(value, "item") else value)  # numpy's numbers, too
+                valid = adapter.validate_python(
+                    value.item() if hasattr(value, "item") else value
+                )  # numpy's numbers, too
             except ValidationError as error:
                 problem = error.errors()[0]["msg"]
                 raise TrainingError(f"Task '{self.name}': {field} is {value!r}. {problem}.") from None
+            object.__setattr__(self, field, valid)
 
     @property
     def modality(self) -> str:

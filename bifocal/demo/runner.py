@@ -23,7 +23,6 @@ from bifocal.files import (
     MARKER,
     RUN,
     overwrite,
-    record,
     replace_folder,
     require_overwritable,
     require_replaceable,
@@ -201,19 +200,23 @@ def _run_stage(recipe: Recipe, title: str, symbols: Any) -> dict[str, Any]:
     """Run the recipe of a stage, if it is not finished, and return its result."""
     result = recipe.folder / RESULT
 
-    def save(model: BifocalModel, processor: BifocalProcessor, folder: Path) -> None:
+    def write_result(model: BifocalModel) -> None:
         evaluation = evaluate_symbols(model, symbols["test"])
         stage = _read_json(recipe.folder / STAGE)
         values = {"name": title, "steps": stage["steps"], "seconds": stage["seconds"], "losses": stage["curves"]}
-        # It may be there already, from a run that was killed before it was listed.
-        write_json(result, values | {"metrics": evaluation.metrics, "recall": evaluation.recall})
-        record(result.parent, RUN, result.name)
+        with overwrite(result, RUN) as scratch:
+            write_json(scratch, values | {"metrics": evaluation.metrics, "recall": evaluation.recall})
+
+    def save(model: BifocalModel, processor: BifocalProcessor, folder: Path) -> None:
+        write_result(model)
         with replace_folder(folder, RUN) as scratch:  # the run is finished as soon as this is there
             model.save_pretrained(scratch)
 
     load = _from(symbols["train"])
     if run_recipe(recipe, save, load=load, progress=StageProgress(f"Stage {title}")) is None:
         print(f"Stage {title} is finished already.")
+        if not result.exists():  # somebody deleted it
+            write_result(BifocalModel.from_pretrained(recipe.folder / "model"))
     return _read_json(result)
 
 

@@ -20,8 +20,9 @@ OUT = ROOT / "build" / "docs"
 
 def stage() -> None:
     """Copy the pages and write the generated ones."""
+    for name in ("pages", "site", ".cache"):  # what an earlier build made
+        shutil.rmtree(OUT / name, ignore_errors=True)
     pages = OUT / "pages"
-    shutil.rmtree(OUT, ignore_errors=True)
     shutil.copytree(HERE.parent, pages, ignore=shutil.ignore_patterns("site"))
     (pages / "assets").mkdir()
     shutil.copy(HERE / "extra.css", pages / "assets")

@@ -5,6 +5,7 @@ own, into folders of its own.
 """
 
 import os
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,4 +30,5 @@ def replace_file(path: Path) -> Iterator[Path]:
 
 def temporary_files(folder: Path, pattern: str) -> list[Path]:
     """Return the unfinished versions of files whose names match a pattern."""
-    return list(folder.glob(f".{pattern}.*-*"))
+    unfinished = re.compile(r".*\.\d+-\d+")
+    return [path for path in folder.glob(f".{pattern}.*-*") if unfinished.fullmatch(path.name)]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -68,5 +69,5 @@ def _write(index: Any, path: Path, prefix: str) -> None:
         with replace_file(path) as temporary:
             faiss.write_index(index, str(temporary))
         for old in path.parent.glob("*.faiss"):
-            if old.name.startswith(prefix) and old != path:
+            if re.fullmatch(re.escape(prefix) + r"[0-9a-f]{12}\.faiss", old.name) and old != path:
                 old.unlink(missing_ok=True)

@@ -102,7 +102,10 @@ def test_make_targets_exist():
 def test_files_that_pages_name_exist():
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        for name in re.findall(r"`(?:python )?((?:benchmarks|examples|tests|docs|training)/[\w/.-]+)", text):
+        for name in re.findall(
+            r"`(?:python )?((?:bifocal|modeling|data|training|evaluation|hub|benchmarks|examples|tests|docs)/[\w/.-]+)",
+            text,
+        ):
             assert (ROOT / name).exists(), f"{page.name}: {name}"
 
 

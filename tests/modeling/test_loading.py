@@ -64,7 +64,7 @@ for arguments in [{arguments}]:
 
 
 def run_python(code: str, folder: Path) -> str:
-    """Run in a process that has not imported Bifocal; its working directory holds nothing to import from."""
+    """Run code in a process without Bifocal, in an empty working directory."""
     done = run("-c", code, cwd=folder)
     assert done.returncode == 0, done.stderr
     return done.stdout

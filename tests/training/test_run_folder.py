@@ -1,5 +1,6 @@
 """The folder of a run: claimed, resumed, and cleared with --overwrite of nothing but what the run wrote."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bifocal.errors import RecipeError
-from bifocal.files import MARKER, RUN, replace_folder
+from bifocal.files import MARKER, RUN, NotOursError, replace_folder
 from bifocal.training.recipe import Recipe
 from bifocal.training.runner import open_run
 from bifocal.training.stage_record import write_stage
@@ -111,14 +112,38 @@ def test_a_stage_record_of_the_users_is_noticed_before_the_training(tmp_path):
     assert (tmp_path / "stage.json").read_text() == "mine"
 
 
-def test_a_run_killed_before_its_record_was_listed_is_resumed(tmp_path):
+def test_files_that_users_put_into_a_run_stay(tmp_path):
+    """Also those that come while it trains, and comments in its recipe."""
     open_run(recipe(tmp_path), False)
+    kept = tmp_path / "recipe.yaml"
+    kept.write_text(commented := "# my comment\n" + kept.read_text())
     (tmp_path / "checkpoint-3").mkdir()
-    (tmp_path / "stage.json").write_text("{}")
     assert open_run(recipe(tmp_path), False)
-    write_stage(tmp_path, {"name": "words"})
+    assert kept.read_text() == commented
+    (tmp_path / "stage.json").write_text("{}")
+    with pytest.raises(NotOursError, match=r"stage\.json' exists and is not known"):
+        write_stage(tmp_path, {"name": "words"})
+    with pytest.raises(RecipeError, match=r"stage\.json' exists and is not known"):
+        open_run(recipe(tmp_path), False)
+    assert (tmp_path / "stage.json").read_text() == "{}"
+    (tmp_path / "stage.json").unlink()
+    (tmp_path / "versions.json").write_text("mine")
+    with pytest.raises(RecipeError, match=r"versions\.json' was changed after Bifocal wrote it"):
+        open_run(recipe(tmp_path), False)
+    assert (tmp_path / "versions.json").read_text() == "mine"
+
+
+def test_overwriting_clears_the_logs_of_all_processes(tmp_path):
+    open_run(recipe(tmp_path), False)
+    line = json.dumps({"task": "t", "row": "1", "cause": "c", "detail": "", "filtered": False}) + "\n"
+    for name in ("skipped.jsonl", "skipped-1.jsonl", "skipped-12.jsonl"):
+        (tmp_path / name).write_text(line)
+    (tmp_path / "skipped-notes.jsonl").write_text("mine")
     assert open_run(recipe(tmp_path, 4), True)
-    assert files(tmp_path) == {"recipe.yaml", "versions.json", MARKER}
+    assert files(tmp_path) == {"recipe.yaml", "versions.json", "skipped-notes.jsonl", MARKER}
+    (tmp_path / "skipped-1.jsonl").write_text("mine")
+    with pytest.raises(RecipeError, match="is not a log of skipped rows"):
+        open_run(recipe(tmp_path, 3), True)
 
 
 TWO_PROCESSES = """
