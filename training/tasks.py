@@ -95,9 +95,8 @@ class Task:
         for field, adapter in _field_adapters().items():
             value = getattr(self, field)
             try:
-                valid = adapter.validate_python(
-                    value.item() if hasattr(value, "item") else value
-                )  # numpy's numbers, too
+                plain = value.item() if hasattr(value, "item") else value  # numpy's numbers
+                valid = adapter.validate_python(plain)
             except ValidationError as error:
                 problem = error.errors()[0]["msg"]
                 raise TrainingError(f"Task '{self.name}': {field} is {value!r}. {problem}.") from None

@@ -216,7 +216,9 @@ def _run_stage(recipe: Recipe, title: str, symbols: Any) -> dict[str, Any]:
     if run_recipe(recipe, save, load=load, progress=StageProgress(f"Stage {title}")) is None:
         print(f"Stage {title} is finished already.")
         if not result.exists():  # somebody deleted it
-            write_result(BifocalModel.from_pretrained(recipe.folder / "model"))
+            model = BifocalModel.from_pretrained(recipe.folder / "model")
+            model.processor = BifocalProcessor.from_pretrained(str(recipe.processor))
+            write_result(model)
     return _read_json(result)
 
 

@@ -155,6 +155,18 @@ def test_only_what_the_demo_wrote_is_cleared(run, tmp_path):
     }  # fmt: skip
 
 
+def test_a_result_that_was_deleted_is_measured_again(cache, run):
+    before = json.loads((run / "stage1" / "result.json").read_text())
+    (run / "results.json").unlink()
+    (run / "stage1" / "result.json").unlink()
+    code, output, errors = finish(command(cache, "--out", str(run)))
+    assert code == 0, errors
+    assert "is finished already" in output
+    after = json.loads((run / "stage1" / "result.json").read_text())
+    assert after["losses"] == before["losses"]
+    assert after["metrics"] == pytest.approx(before["metrics"], abs=1e-6)
+
+
 def test_a_full_disk(cache, run, small_disk):
     code, _, errors = finish(command(cache, "--out", str(small_disk / "run")))
     assert code == 1

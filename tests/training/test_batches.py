@@ -240,3 +240,10 @@ def test_rows_without_an_image_id_show_images_of_their_own(processor, form, miss
     assert found[2] == found[3]
     later = Task("t", "image-text", [rows[0], *({**row, "image_id": "a"} for row in rows[1:])], 4)
     assert len(set(collate(processor, later)["tasks"]["t"].ids["image"].tolist())) == 2, "the first row has no image_id"
+
+
+def test_a_task_holds_the_values_that_were_checked():
+    data = Dataset.from_dict({"query": ["a", "b"], "positive": ["c", "d"]})
+    task = Task("t", "text-pair", data, "2", sampling_weight=np.float32(0.5))
+    assert (task.batch_size, task.sampling_weight) == (2, 0.5)
+    assert type(task.batch_size) is int

@@ -142,8 +142,13 @@ def test_a_damaged_faiss_file_is_rebuilt(folder, content):
     (folder / "faiss" / ".40-float32.x.faiss.1-2").write_bytes(b"of a killed run")
     assert [hit.name for hit in Searcher(SearchIndex(folder)).search("a red star", k=5)] == before
     assert [path.read_bytes() for path in (folder / "faiss").glob("*.faiss")] == [whole]
+    backups = {"40-float32.backup.faiss", ".40-float32.mine.faiss.old-copy"}
+    for name in backups:
+        (folder / "faiss" / name).write_bytes(b"the user's")
     Searcher(SearchIndex(folder)).add([Item("new", "a new text")])
-    assert len(list((folder / "faiss").iterdir())) == 1, "what was made of an earlier table is deleted"
+    left = {path.name for path in (folder / "faiss").iterdir()} - backups
+    assert len(left) == 1, "what was made of an earlier table is deleted"
+    assert all((folder / "faiss" / name).exists() for name in backups), "but nothing by other names"
 
 
 def test_foreign_files_are_left_alone(folder):
