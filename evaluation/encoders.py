@@ -13,7 +13,7 @@ from transformers.utils.hub import cached_file
 
 from bifocal.errors import EvaluationError, first_line, looks_like_path
 from bifocal.modeling import BifocalModel, load_image
-from bifocal.modeling.processing_bifocal import padded_length
+from bifocal.modeling.towers_bifocal import padded_length
 
 
 @dataclass

@@ -8,6 +8,7 @@ The defaults are the base size of Jina CLIP v1 (arXiv 2405.20204, section 3): a 
 import math
 from typing import TYPE_CHECKING, Any
 
+from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from .configuration_bifocal_base import (
@@ -18,6 +19,8 @@ from .configuration_bifocal_base import (
     require_positive_ints,
     require_probabilities,
 )
+from .towers_bifocal import PADDINGS, POOLINGS, PROJECTIONS, longest_text, text_family, width_of
+from .towers_bifocal import vision_pooling as family_vision_pooling
 
 if TYPE_CHECKING:
     # transformers distinguishes local folders with the same name by the files that this one imports. With this import,
@@ -183,16 +186,31 @@ class BifocalVisionConfig(BifocalBaseConfig):
 class BifocalConfig(BifocalBaseConfig):
     """Configuration of [`BifocalModel`]: both towers and the shared space.
 
+    A tower is one of Bifocal's or of any family of transformers. What differs between families (pooling, padding, ...)
+    has a default for each `model_type`.
+
     Args:
-        text_config, vision_config: configuration of a tower, or a dict of its keys; the base size when None.
+        text_config, vision_config: configuration of a tower, or a dict of its keys with its `model_type` (Bifocal's
+            tower without one); the base size when None.
         projection_dim: width of the shared space.
-        text_projection, vision_projection: whether a linear head with bias maps the tower's output into the shared
-            space. Without it, the tower's width must be `projection_dim`. The base model has one for images only.
+        text_projection, vision_projection: head that maps the tower's output into the shared space: "linear" (or True)
+            with bias, "linear_without_bias", "mlp" (two linear layers with GELU), or False for none. Without it, the
+            tower's width must be `projection_dim`. The base model has one for images only.
         logit_scale_init_value: initial ln(1/tau) of the image-text temperature; 2.6592 is tau = 0.07.
-        logit_scale_max: largest value of ln(1/tau); ln 100 as in CLIP.
+        logit_scale_max: largest value of ln(1/tau); ln 100 as in CLIP. None for no limit, as in SigLIP.
         logit_bias_init_value: initial learned bias of SigLIP's loss (arXiv 2303.15343), usually -10; None for a model
             without one, like Jina CLIP.
         initializer_range: standard deviation of new projection weights.
+        text_pooling, vision_pooling: state of a tower that represents its input: "mean" (over the tokens that are not
+            padding), "class_token" (the first), "last_token", or "pooler", the tower's own `pooler_output`. The
+            family's when None.
+        text_padding: "longest", or "max_length" for a text tower that was trained on texts padded to full length, as
+            SigLIP's: the model then pads every text to `max_text_length`. The family's when None.
+        text_attention_mask: whether the text tower is given the attention mask; the family's when None.
+        text_pad_token_id: padding token of the tokenizer, where the text tower's configuration has another one.
+        max_text_length: longest text in tokens, special tokens included; the text tower's when None.
+        prompts: texts that go before a text, by name, such as {"query": "query: ", "document": "passage: "}; the
+            family's when None.
     """
 
     model_type = "bifocal"
@@ -200,25 +218,34 @@ class BifocalConfig(BifocalBaseConfig):
         "AutoModel": "modeling_bifocal.BifocalModel",
         "AutoModelForZeroShotImageClassification": "modeling_bifocal.BifocalModel",
     }
-    sub_configs = {"text_config": BifocalTextConfig, "vision_config": BifocalVisionConfig}
-    sub_configs_defaults = dict(sub_configs)  # later transformers 5 releases read this one
+    sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
+    own_towers = {"text_config": BifocalTextConfig, "vision_config": BifocalVisionConfig}
+    sub_configs_defaults = dict(own_towers)  # later transformers 5 releases read this one
 
     def __init__(
         self,
-        text_config: BifocalTextConfig | dict[str, Any] | None = None,
-        vision_config: BifocalVisionConfig | dict[str, Any] | None = None,
+        text_config: PreTrainedConfig | dict[str, Any] | None = None,
+        vision_config: PreTrainedConfig | dict[str, Any] | None = None,
         projection_dim: int = 768,
-        text_projection: bool = False,
-        vision_projection: bool = True,
+        text_projection: bool | str = False,
+        vision_projection: bool | str = True,
         logit_scale_init_value: float = 2.6592,
-        logit_scale_max: float = math.log(100.0),
+        logit_scale_max: float | None = math.log(100.0),
         logit_bias_init_value: float | None = None,
         initializer_range: float = 0.02,
+        text_pooling: str | None = None,
+        vision_pooling: str | None = None,
+        text_padding: str | None = None,
+        text_attention_mask: bool | None = None,
+        text_pad_token_id: int | None = None,
+        max_text_length: int | None = None,
+        prompts: dict[str, str] | None = None,
         **kwargs: Any,
     ) -> None:
         with reading_saved(is_saved(kwargs)):  # a tower's dict was saved with the dict that contains it
             self.text_config = _as_config(text_config, BifocalTextConfig)
             self.vision_config = _as_config(vision_config, BifocalVisionConfig)
+        family = text_family(self.text_config)
         self.projection_dim = projection_dim
         self.text_projection = text_projection
         self.vision_projection = vision_projection
@@ -226,25 +253,99 @@ class BifocalConfig(BifocalBaseConfig):
         self.logit_scale_max = logit_scale_max
         self.logit_bias_init_value = logit_bias_init_value
         self.initializer_range = initializer_range
+        self.text_pooling = text_pooling or family.pooling
+        self.vision_pooling = vision_pooling or family_vision_pooling(self.vision_config)
+        self.text_padding = text_padding or family.padding
+        self.text_attention_mask = family.attention_mask if text_attention_mask is None else text_attention_mask
+        self.text_pad_token_id = text_pad_token_id
+        self.max_text_length = max_text_length
+        self.prompts = dict(family.prompts if prompts is None else prompts)
         super().__init__(**kwargs)
 
-        require_positive_ints(self, "projection_dim")
+        require_positive_ints(self, "projection_dim", "max_text_length")
+        self._require_choices()
         for tower in ("text", "vision"):
-            width = getattr(self, f"{tower}_config").hidden_size
+            width = width_of(getattr(self, f"{tower}_config"))
             if not getattr(self, f"{tower}_projection") and width != projection_dim:
                 raise ValueError(
                     f"BifocalConfig: without {tower}_projection the {tower} tower's hidden_size ({width}) must equal "
                     f"projection_dim ({projection_dim}); set {tower}_projection=True or change one of them."
                 )
 
+    @property
+    def max_text_length(self) -> int:
+        """Longest text in tokens, special tokens included: the own value, or as many as the text tower takes."""
+        return self._max_text_length or longest_text(self.text_config)
+
+    @max_text_length.setter
+    def max_text_length(self, value: int | None) -> None:
+        self._max_text_length = value
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the configuration as a dict; `max_text_length` is in it only if it is not the text tower's."""
+        values = super().to_dict()
+        length = values.pop("_max_text_length", None)
+        return values if length is None else values | {"max_text_length": length}
+
+    def _require_choices(self) -> None:
+        """Check the values that are one of a few.
+
+        Raises:
+            ValueError: if one is none of them.
+        """
+        for name, allowed in (
+            ("text_projection", (False, True, *PROJECTIONS)),
+            ("vision_projection", (False, True, *PROJECTIONS)),
+            ("text_pooling", POOLINGS),
+            ("vision_pooling", POOLINGS),
+            ("text_padding", PADDINGS),
+            ("text_attention_mask", (False, True)),
+        ):
+            value: Any = getattr(self, name)
+            if not any(value is one or (isinstance(value, str) and value == one) for one in allowed):
+                raise ValueError(f"BifocalConfig.{name} must be {_listed(allowed)}, but it is {value!r}.")
+        limit = longest_text(self.text_config)
+        if self.max_text_length > limit:
+            raise ValueError(
+                f"BifocalConfig.max_text_length is {self.max_text_length}, but the text tower takes at most {limit} "
+                "tokens."
+            )
+        if not all(isinstance(text, str) for pair in self.prompts.items() for text in pair):
+            raise ValueError(f"BifocalConfig.prompts must be texts by name, but it is {self.prompts!r}.")
+
     __eq__ = PreTrainedConfig.__eq__
 
 
-def _as_config(config: Any, config_class: type[PreTrainedConfig]) -> Any:
+def _listed(values: tuple) -> str:
+    *most, last = map(repr, values)
+    return f"{', '.join(most)} or {last}"
+
+
+def _as_config(config: Any, default: type[PreTrainedConfig]) -> Any:
+    """Return the configuration of a tower.
+
+    Args:
+        config: a configuration, a dict of its keys, or None.
+        default: its class unless the dict has another `model_type`.
+
+    Raises:
+        ValueError: if it is none of these, its `model_type` is unknown, or it belongs to a whole dual encoder.
+    """
     if config is None:
-        return config_class()
+        return default()
+    name = default.base_config_key
     if isinstance(config, dict):
-        return config_class(**config)
-    if isinstance(config, PreTrainedConfig):
-        return config
-    raise ValueError(f"{config_class.base_config_key} must be a {config_class.__name__} or a dict, not {type(config)}.")
+        kind = config.get("model_type", default.model_type)
+        if kind == default.model_type:
+            return default(**config)
+        if kind not in CONFIG_MAPPING:
+            raise ValueError(f"{name} has the model_type '{kind}', which this version of transformers does not know.")
+        config = CONFIG_MAPPING[kind].from_dict(config)
+    if not isinstance(config, PreTrainedConfig):
+        raise ValueError(f"{name} must be a {default.__name__}, another configuration or a dict, not {type(config)}.")
+    if hasattr(config, "text_config") and hasattr(config, "vision_config"):
+        raise ValueError(
+            f"{name} is a {type(config).__name__}, which has both towers; give its {name}, or load the whole model "
+            "with BifocalModel.from_pretrained."
+        )
+    return config

@@ -66,6 +66,8 @@ class BifocalBaseConfig(PreTrainedConfig):
 
     # The class that `auto_map` names for each Auto class, unless a subclass of the model has registered itself.
     auto_models: ClassVar[dict[str, str]] = {}
+    # Configurations of Bifocal's own towers, by key.
+    own_towers: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, **kwargs: Any) -> None:
         self._check_keys(kwargs)
@@ -84,8 +86,8 @@ class BifocalBaseConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Load as `PreTrainedConfig.from_dict` does; unknown keys warn, but in a tower's keyword they raise."""
-        for name, tower in cls.sub_configs.items():
-            if isinstance(kwargs.get(name), dict):
+        for name, tower in cls.own_towers.items():
+            if isinstance(kwargs.get(name), dict) and kwargs[name].get("model_type") in (None, tower.model_type):
                 tower(**{key: value for key, value in kwargs[name].items() if not hasattr(tower(), key)})
         with reading_saved():
             return super().from_dict(config_dict, **kwargs)

@@ -20,7 +20,7 @@ logger = logging.get_logger(__name__)
 
 _PROGRESS_BAR_BATCHES = 20  # number of batches from which a progress bar is shown by default
 _TOKENIZED_BATCHES = 32  # batches of texts that are tokenized together and sorted by their tokens
-_SOURCE_KEYS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+SOURCE_KEYS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _OPTIONS = ("batch_size", "max_length", "truncate_dim", "normalize", "convert_to", "show_progress")
 _ALIASES = (
     "normalize_embeddings", "convert_to_numpy", "convert_to_tensor", "show_progress_bar", "device", "prompt",
@@ -54,8 +54,8 @@ class EncodingMixin:
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
         """Load as `PreTrainedModel.from_pretrained` does, and remember the source for its processor."""
-        path = _folder_or_id(pretrained_model_name_or_path)
-        source = {key: kwargs[key] for key in _SOURCE_KEYS if key in kwargs}
+        path = folder_or_id(pretrained_model_name_or_path)
+        source = {key: kwargs[key] for key in SOURCE_KEYS if key in kwargs}
         try:
             loaded = super().from_pretrained(path, *model_args, **kwargs)  # type: ignore[misc]
         except OSError as error:
@@ -77,7 +77,21 @@ class EncodingMixin:
 
     @processor.setter
     def processor(self, processor: BifocalProcessor) -> None:
+        self._require_own_tokens(processor)
         self._processor = processor
+
+    def _require_own_tokens(self, processor: Any) -> None:
+        """Check that the text tower has all tokens of a processor's tokenizer.
+
+        Raises:
+            ValueError: if it does not.
+        """
+        tokenizer, rows = getattr(processor, "tokenizer", None), self.config.text_config.vocab_size
+        if tokenizer is not None and len(tokenizer) > rows:
+            raise ValueError(
+                f"The tokenizer has {len(tokenizer)} tokens, but the text tower knows {rows}, so it belongs to another "
+                "model; use the tower's own."
+            )
 
     def _load_processor(self) -> BifocalProcessor:
         if self._processor_source is None:
@@ -89,7 +103,9 @@ class EncodingMixin:
         # If this code runs as remote code, the user has trusted the repository already.
         trusted = type(self).__module__.startswith("transformers_modules.")
         try:
-            return BifocalProcessor.from_pretrained(path, trust_remote_code=trusted, **source)
+            processor = BifocalProcessor.from_pretrained(path, trust_remote_code=trusted, **source)
+            self._require_own_tokens(processor)
+            return processor
         except (OSError, ValueError) as error:
             missing = os.path.isdir(path) and not os.path.exists(os.path.join(path, "processor_config.json"))
             reason = "there is no processor_config.json" if missing else error
@@ -123,8 +139,8 @@ class EncodingMixin:
             convert_to: "numpy", "torch" (on the model's device) or "list"; "numpy" when None.
             show_progress: whether to show a progress bar; if None, from 20 batches on.
             aliases: names of sentence-transformers and Jina CLIP: `normalize_embeddings`, `convert_to_numpy`,
-                `convert_to_tensor`, `show_progress_bar`, `prompt` (prepended to each text), and `device`, if it is the
-                model's.
+                `convert_to_tensor`, `show_progress_bar`, `prompt` (prepended to each text), `prompt_name` or `task`
+                (one of `config.prompts`), and `device`, if it is the model's.
 
         Returns:
             Vectors (texts, dimensions) in float32 and in the order of the texts; (dimensions,) for a single string.
@@ -137,10 +153,10 @@ class EncodingMixin:
         """
         options = _options(self, "encode_text", truncate_dim, normalize, convert_to, show_progress, aliases)
         batch_size = _whole_number("batch_size", batch_size, 1)
-        items, single = _list_texts(texts, aliases.get("prompt"))
+        items, single = _list_texts(texts, self._prompt(aliases))
         tokenizer = private_tokenizer(self.processor.tokenizer)
         special = tokenizer.num_special_tokens_to_add()
-        maximum = self.config.text_config.max_position_embeddings
+        maximum = self.config.max_text_length
         if max_length is None:
             max_length = min(maximum, tokenizer.model_max_length)
         limit = _whole_number("max_length", max_length, special + 1, maximum, " tokens")
@@ -211,6 +227,19 @@ class EncodingMixin:
 
         return self._encode(len(items), embedded, batch_size, single, "images", *options)
 
+    def _prompt(self, aliases: dict[str, Any]) -> str | None:
+        """Return the text that goes before each text, by `prompt`, `prompt_name` or `task`."""
+        names = [aliases[key] for key in ("prompt_name", "task") if aliases.get(key) is not None]
+        if not names:
+            return aliases.get("prompt")
+        known = self.config.prompts
+        if names[0] not in known:
+            listed = f"it has {', '.join(map(repr, known))}" if known else "it has none"
+            raise ValueError(f"This model has no prompt '{names[0]}'; {listed}.")
+        if aliases.get("prompt") is not None or len(set(names)) > 1:
+            raise ValueError("prompt, prompt_name and task contradict each other; give one of them.")
+        return known[names[0]]
+
     def _encode(
         self,
         count: int,
@@ -248,7 +277,7 @@ class EncodingMixin:
         return stacked.cpu().numpy() if convert_to == "numpy" else stacked.tolist()
 
 
-def _folder_or_id(path: Any) -> Any:
+def folder_or_id(path: Any) -> Any:
     """Return a model's folder, with `~` expanded, or its Hub id.
 
     Raises:
@@ -330,6 +359,9 @@ def _options(
             hint = f"did you mean '{near[0]}'?" if near else f"its options are {', '.join(known)}."
             raise TypeError(f"{method} has no option '{name}'; {hint}")
     aliases = {name: value for name, value in aliases.items() if value is not None}
+    for name in ("prompt_name", "task"):
+        if name in aliases and method == "encode_image":
+            raise ValueError(f"{name} is {aliases[name]!r}, but only texts have prompts; omit it.")
 
     def merged(name: str, value: Any, alias: str, other: Any) -> Any:
         if value is not None and other is not None and value != other:
@@ -365,10 +397,6 @@ def _require_supported(model: Any, aliases: dict[str, Any]) -> None:
         device, own = torch.device(aliases["device"]), model.device
         if device.type != own.type or device.index not in (None, own.index):
             raise ValueError(f"device is '{device}', but the model is on '{own}'; call model.to('{device}') first.")
-    if "task" in aliases:
-        raise ValueError(f"task is {aliases['task']!r}, but this model has no tasks; omit it.")
-    if "prompt_name" in aliases:
-        raise ValueError("prompt_name is an option of sentence-transformers; pass the text itself as prompt.")
     for name, only in (("output_value", "sentence_embedding"), ("precision", "float32")):
         if aliases.get(name, only) != only:
             raise ValueError(f"{name} is {aliases[name]!r}, but only {only!r} is supported.")

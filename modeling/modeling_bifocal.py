@@ -10,11 +10,13 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .configuration_bifocal import BifocalConfig
-from .encoding_bifocal import EncodingMixin
-from .modeling_bifocal_base import BifocalPreTrainedModel
+from .configuration_bifocal import BifocalConfig, BifocalTextConfig, BifocalVisionConfig
+from .encoding_bifocal import SOURCE_KEYS, EncodingMixin, folder_or_id
+from .loading_bifocal import is_dual_encoder, join_towers, load_dual_encoder, read_config
+from .modeling_bifocal_base import LOADING, BifocalPreTrainedModel
 from .modeling_bifocal_text import BifocalTextModel
 from .modeling_bifocal_vision import BifocalVisionModel
+from .towers_bifocal import build_projection, build_tower, pooled, width_of
 
 
 @dataclass
@@ -53,20 +55,77 @@ class BifocalModel(EncodingMixin, BifocalPreTrainedModel):
 
     def __init__(self, config: BifocalConfig) -> None:
         super().__init__(config)
-        self.text_model = BifocalTextModel(config.text_config)
-        self.vision_model = BifocalVisionModel(config.vision_config)
-        self.text_projection: nn.Module = nn.Identity()
-        self.vision_projection: nn.Module = nn.Identity()
-        if config.text_projection:
-            self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim)
-        if config.vision_projection:
-            self.vision_projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim)
+        text, vision = config.text_config, config.vision_config
+        self.text_model: Any = (
+            BifocalTextModel(text)
+            if text.model_type == BifocalTextConfig.model_type
+            else build_tower(text, config.text_pooling)
+        )
+        self.vision_model: Any = (
+            BifocalVisionModel(vision)
+            if vision.model_type == BifocalVisionConfig.model_type
+            else build_tower(vision, config.vision_pooling)
+        )
+        dimensions = config.projection_dim
+        self.text_projection = build_projection(config.text_projection, width_of(text), dimensions)
+        self.vision_projection = build_projection(config.vision_projection, width_of(vision), dimensions)
         # One element instead of a scalar: FSDP does not shard scalars.
         self.logit_scale = nn.Parameter(torch.full((1,), float(config.logit_scale_init_value)))
         self.logit_bias: nn.Parameter | None = None
         if config.logit_bias_init_value is not None:
             self.logit_bias = nn.Parameter(torch.full((1,), float(config.logit_bias_init_value)))
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+        """Load a Bifocal model, or a whole dual encoder of transformers (CLIP, SigLIP, ...) as one.
+
+        Args: those of `PreTrainedModel.from_pretrained`. For another dual encoder, keys of [`BifocalConfig`] that do
+            not change a shape, such as `prompts`, are allowed.
+
+        Raises:
+            OSError: if there is no such model.
+            ValueError: if it is neither of them, or its family is not supported.
+        """
+        path = folder_or_id(pretrained_model_name_or_path)
+        hub = {key: kwargs[key] for key in SOURCE_KEYS if key in kwargs}
+        try:
+            other = None if path is None or kwargs.get("config") is not None else read_config(path, **hub)
+        except (OSError, ValueError):
+            other = None  # the usual way has the message
+        if isinstance(other, BifocalConfig | None):
+            return super().from_pretrained(path, *model_args, **kwargs)
+        if not is_dual_encoder(other):
+            raise ValueError(
+                f"'{path}' is a {type(other).__name__.removesuffix('Config')}, which is one tower or none; join two "
+                "with BifocalModel.from_towers(text=..., image=...)."
+            )
+        with LOADING:
+            return load_dual_encoder(cls, path, hub, **{key: kwargs[key] for key in kwargs if key not in hub})
+
+    @classmethod
+    def from_towers(
+        cls, text: Any, image: Any, *, dtype: Any = None, hub: dict[str, Any] | None = None, **settings: Any
+    ) -> Any:
+        """Return a model of two pretrained towers, with its processor.
+
+        The heads into the shared space are new. By default, that space is the text tower's, which needs no head, so
+        that text vectors stay what they were. For a text tower of a dual encoder, its own head is kept.
+
+        Args:
+            text: folder or Hub id of a text encoder (of transformers or sentence-transformers, whose pooling, longest
+                text and prompts are taken over), of a dual encoder, or of a Bifocal model.
+            image: folder or Hub id of an image encoder, of a dual encoder, or of a Bifocal model.
+            dtype: type of the weights; that of the saved ones when None.
+            hub: options of the Hub for both, such as `{"revision": ..., "token": ...}`.
+            settings: keys of [`BifocalConfig`], such as `projection_dim`, `vision_projection` or `prompts`.
+
+        Raises:
+            OSError: if there is no such model.
+            ValueError: if one is no encoder of that kind, lacks weights, or the settings do not fit.
+        """
+        with LOADING:
+            return join_towers(cls, folder_or_id(text), folder_or_id(image), dict(hub or {}), dtype, **settings)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -83,8 +142,13 @@ class BifocalModel(EncodingMixin, BifocalPreTrainedModel):
         self.text_model.set_input_embeddings(value)
 
     def get_logit_scale(self) -> torch.Tensor:
-        """Return 1 / tau, the factor on image-text cosines: exp(logit_scale) in [1, exp(config.logit_scale_max)]."""
-        return self.logit_scale.clamp(0.0, self.config.logit_scale_max).exp().reshape(())
+        """Return 1 / tau, the factor on image-text cosines: exp(logit_scale) in [1, exp(config.logit_scale_max)].
+
+        Without a largest value, it is exp(logit_scale), as in SigLIP.
+        """
+        limit = self.config.logit_scale_max
+        scale = self.logit_scale if limit is None else self.logit_scale.clamp(0.0, limit)
+        return scale.exp().reshape(())
 
     @can_return_tuple
     def get_text_features(
@@ -97,19 +161,57 @@ class BifocalModel(EncodingMixin, BifocalPreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         """Return the text tower's output with `pooler_output` (batch, projection_dim) in the shared space.
 
-        `pooler_output` is not normalised. The arguments are those of [`BifocalTextModel`].
+        `pooler_output` is not normalised. If `config.text_padding` is "max_length", texts are padded to
+        `config.max_text_length` here, however they were padded before.
+
+        Args:
+            input_ids: (batch, length) token ids.
+            attention_mask: (batch, length), 1 for a token and 0 for padding; no padding when None.
+            token_type_ids: (batch, length); all 0 when None.
+            inputs_embeds: (batch, length, width) word embeddings instead of `input_ids`.
+            kwargs: other arguments of the text tower.
+
+        Raises:
+            ValueError: if a text is longer than `config.max_text_length`, or the text tower cannot take the arguments.
         """
-        outputs = self.text_model(input_ids, attention_mask, token_type_ids, inputs_embeds, return_dict=True, **kwargs)
-        return _projected(outputs, self.text_projection)
+        texts = input_ids if inputs_embeds is None else inputs_embeds
+        if texts is not None and texts.shape[1] > self.config.max_text_length:
+            raise ValueError(
+                f"The text is {texts.shape[1]} tokens long, but this model takes at most {self.config.max_text_length} "
+                "(config.max_text_length); truncate it."
+            )
+        if self.config.text_padding == "max_length":
+            if input_ids is None:
+                raise ValueError("This model pads token ids to its full length, so it takes no inputs_embeds.")
+            input_ids, attention_mask = self._full_length(input_ids, attention_mask), None
+        mask = attention_mask if self.config.text_attention_mask else None
+        inputs = {
+            "input_ids": input_ids, "attention_mask": mask, "token_type_ids": token_type_ids,
+            "inputs_embeds": inputs_embeds,
+        }  # fmt: skip
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        outputs = self.text_model(**inputs, **kwargs, return_dict=True)
+        return _projected(outputs, pooled(outputs, attention_mask, self.config.text_pooling), self.text_projection)
+
+    def _full_length(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """Return token ids (batch, `config.max_text_length`), with the tower's padding token after each text."""
+        padding = self.config.text_pad_token_id
+        if padding is None:
+            padding = getattr(self.config.text_config, "pad_token_id", None) or 0
+        if attention_mask is not None:
+            input_ids = torch.where(attention_mask != 0, input_ids, padding)
+        length = self.config.max_text_length
+        rest = input_ids.new_full((1, length), padding).expand(input_ids.shape[0], -1)
+        return torch.cat([input_ids, rest], dim=1)[:, :length]
 
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.Tensor | None = None, **kwargs: Any) -> BaseModelOutputWithPooling:
         """Return the image tower's output with `pooler_output` (batch, projection_dim) in the shared space.
 
-        `pooler_output` is not normalised. The arguments are those of [`BifocalVisionModel`].
+        `pooler_output` is not normalised. The arguments are those of the image tower, [`BifocalVisionModel`] for one.
         """
-        outputs = self.vision_model(pixel_values, return_dict=True, **kwargs)
-        return _projected(outputs, self.vision_projection)
+        outputs = self.vision_model(pixel_values=pixel_values, **kwargs, return_dict=True)
+        return _projected(outputs, pooled(outputs, None, self.config.vision_pooling), self.vision_projection)
 
     @can_return_tuple
     def forward(
@@ -168,14 +270,14 @@ class BifocalModel(EncodingMixin, BifocalPreTrainedModel):
         )
 
 
-def _projected(outputs: BaseModelOutputWithPooling, projection: nn.Module) -> BaseModelOutputWithPooling:
+def _projected(outputs: Any, state: torch.Tensor, projection: nn.Module) -> BaseModelOutputWithPooling:
     """Return a tower's outputs with its pooled state in the shared space, as a new object: hooks may hold the old."""
-    pooled: Any = outputs.pooler_output
-    weight = getattr(projection, "weight", None)
+    weight = next(projection.parameters(), None)
     if (
-        isinstance(weight, torch.Tensor)
+        weight is not None
         and weight.is_floating_point()
-        and (pooled.device.type == "meta" or not torch.is_autocast_enabled(pooled.device.type))
+        and (state.device.type == "meta" or not torch.is_autocast_enabled(state.device.type))
     ):
-        pooled = pooled.to(weight.dtype)
-    return type(outputs)(**{**outputs, "pooler_output": projection(pooled)})
+        state = state.to(weight.dtype)
+    kept = {name: outputs.get(name) for name in ("last_hidden_state", "hidden_states", "attentions")}
+    return BaseModelOutputWithPooling(pooler_output=projection(state), **kept)

@@ -18,9 +18,9 @@ from .configuration_bifocal_base import warn_of_other_code
 
 # While transformers loads a model, it replaces functions of torch and methods of its classes. Two loads at once would
 # restore each other's replacements: weights would stay untied, or be initialised again, in every model of the process.
-_LOADING = threading.RLock()
+LOADING = threading.RLock()
 if hasattr(os, "register_at_fork"):  # otherwise a child that is forked during a load would wait forever
-    os.register_at_fork(before=_LOADING.acquire, after_in_parent=_LOADING.release, after_in_child=_LOADING.release)
+    os.register_at_fork(before=LOADING.acquire, after_in_parent=LOADING.release, after_in_child=LOADING.release)
 # Tokens per micro-batch on a CPU without gradients. Larger ones are slower: their activations do not fit into the
 # caches, and each layer fills new pages of memory. For widths of 384 and 768, 1,024 took a third to a half of the time
 # of 32 texts of up to 512 tokens at once; 512 and 2,048 took about as long as 1,024.
@@ -196,7 +196,7 @@ class BifocalPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
         """Load as `PreTrainedModel.from_pretrained` does, one thread at a time; warn if other code saved the model."""
-        with _LOADING:
+        with LOADING:
             loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         warn_of_other_code(str(pretrained_model_name_or_path), model.config)

@@ -1,5 +1,5 @@
 # Copyright 2026 The Bifocal authors. Licensed under the Apache License, Version 2.0.
-"""The processor: a WordPiece tokenizer for texts and `CLIPImageProcessor` for images."""
+"""The processor: a tokenizer for texts and an image processor, of any family of transformers."""
 
 import copy
 import itertools
@@ -19,8 +19,8 @@ class BifocalProcessor(ProcessorMixin):
     """Converts texts to token ids and images to pixel values; several threads may call one processor at once.
 
     Args:
-        image_processor: a `CLIPImageProcessor` of the image tower's size.
-        tokenizer: a `BertTokenizer`; its `model_max_length` is the longest text in tokens.
+        image_processor: image processor of the image tower, a `CLIPImageProcessor` of its size for Bifocal's own.
+        tokenizer: tokenizer of the text tower; its `model_max_length` is the longest text in tokens.
     """
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, **kwargs: Any) -> None:
@@ -133,11 +133,3 @@ def token_ids(tokenizer: Any, texts: list[str], max_length: int) -> tuple[list[l
         if length > max_length:
             encoding.truncate(max_length - special, direction=tokenizer.truncation_side)
     return [backend.post_process(encoding).ids for encoding in encodings], lengths
-
-
-def padded_length(config: Any) -> int | None:
-    """Return the length in tokens to which texts must be padded; None for models that take any length and a mask.
-
-    SigLIP was trained on texts padded to full length. It attends to the padding, so its vectors depend on it.
-    """
-    return config.text_config.max_position_embeddings if "siglip" in getattr(config, "model_type", "") else None

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from bifocal.errors import TrainingError
 from bifocal.modeling import BifocalModel, BifocalProcessor
-from bifocal.modeling.processing_bifocal import padded_length
+from bifocal.modeling.towers_bifocal import padded_length
 from bifocal.training.arguments import BifocalTrainingArguments, given_arguments, unsupported
 from bifocal.training.callbacks.bookkeeping import Bookkeeping, in_order
 from bifocal.training.callbacks.epochs import EpochEnds, set_steps, steps_per_epoch

@@ -54,7 +54,10 @@ def test_configs_of_the_towers_may_be_given_as_such():
         (lambda: BifocalTextConfig(num_hidden_layers=0), "num_hidden_layers must be a positive integer, but it is 0"),
         (lambda: BifocalTextConfig(hidden_size="768"), "hidden_size must be a positive integer, but it is '768'"),
         (lambda: BifocalVisionConfig(patch_dropout=1.0), "patch_dropout must be at least 0 and below 1"),
-        (lambda: BifocalConfig(text_config=3), "text_config must be a BifocalTextConfig or a dict"),
+        (
+            lambda: BifocalConfig(text_config=3),
+            "text_config must be a BifocalTextConfig, another configuration or a dict",
+        ),
     ],
 )
 def test_mistakes_are_named(build, message):

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import nn
 
 from bifocal.modeling import BifocalProcessor
-from bifocal.modeling.processing_bifocal import padded_length
+from bifocal.modeling.towers_bifocal import padded_length
 from bifocal.training.engine.joint_forward import embed
 from bifocal.training.tasks import Task
 

@@ -1,0 +1,322 @@
+# Copyright 2026 The Bifocal authors. Licensed under the Apache License, Version 2.0.
+"""Joint models from other models: a whole dual encoder of transformers, or one text and one image tower."""
+
+import inspect
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import cached_file
+
+from .configuration_bifocal import BifocalConfig, BifocalTextConfig, BifocalVisionConfig
+from .modeling_bifocal_text import BifocalTextModel
+from .modeling_bifocal_vision import BifocalVisionModel
+from .processing_bifocal import BifocalProcessor
+from .towers_bifocal import (
+    TEXT_FAMILIES,
+    build_projection,
+    longest_text,
+    text_family,
+    tower_class,
+    width_of,
+    without_unused_pooler,
+)
+
+_SHAPES = ("text_config", "vision_config", "projection_dim", "text_projection", "vision_projection")
+_OWN = {BifocalTextConfig.model_type: BifocalTextModel, BifocalVisionConfig.model_type: BifocalVisionModel}
+_POOLINGS = {  # of sentence-transformers
+    "cls": "class_token",
+    "cls_token": "class_token",
+    "lasttoken": "last_token",
+    "mean": "mean",
+    "mean_tokens": "mean",
+}
+
+
+def is_dual_encoder(config: Any) -> bool:
+    """Return whether a configuration is that of a whole dual encoder of transformers."""
+    return (
+        isinstance(config, PreTrainedConfig)
+        and config.model_type != BifocalConfig.model_type
+        and hasattr(config, "text_config")
+        and hasattr(config, "vision_config")
+    )
+
+
+def read_config(source: Any, **options: Any) -> Any:
+    """Return the configuration of a model in a folder or on the Hub; None if it has none that transformers knows.
+
+    Bifocal's own has to be read by its class, since this code may run without being registered.
+    """
+    values, _ = PreTrainedConfig.get_config_dict(source, **options)
+    kind = values.get("model_type")
+    if kind == BifocalConfig.model_type:
+        return BifocalConfig.from_pretrained(source, **options)
+    if kind in _OWN:
+        return _OWN[kind].config_class.from_pretrained(source, **options)
+    if not kind:
+        return None
+    return AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
+
+
+def join_dual_encoder(model_class: Any, source: Any, processor: Any = None, **changes: Any) -> Any:
+    """Return a dual encoder of transformers as a joint model that shares its towers and weights.
+
+    Args:
+        model_class: class of the joint model.
+        source: CLIP, SigLIP, MetaCLIP 2, Chinese-CLIP, AltCLIP, ...
+        processor: its processor, whose padding token and longest text the joint model gets.
+        changes: keys of the joint model's configuration that override the family's.
+
+    Raises:
+        ValueError: if the family's way from a text or an image to a vector is not known, or a tensor would be unused.
+    """
+    name = type(source).__name__
+    text_config, vision_config = source.config.text_config, source.config.vision_config
+    if text_config.model_type not in TEXT_FAMILIES:
+        known = ", ".join(sorted(kind.removesuffix("_text_model") for kind in TEXT_FAMILIES if kind.endswith("_model")))
+        raise ValueError(f"A {name} cannot become a Bifocal model; of whole dual encoders, {known} can.")
+    if vision_config.model_type == "siglip2_vision_model":
+        raise ValueError(
+            "This SigLIP 2 takes images as lists of patches (NaFlex), which Bifocal does not support; take one of a "
+            "fixed size, such as google/siglip2-base-patch16-224."
+        )
+    text_head = getattr(source, "text_projection", None)
+    image_head = getattr(source, "visual_projection", None)
+    bias, width = getattr(source, "logit_bias", None), width_of(text_config)
+    settings = dict(
+        projection_dim=width if text_head is None else text_head.out_features,
+        text_projection=_kind(text_head),
+        vision_projection=_kind(image_head),
+        logit_scale_init_value=source.logit_scale.item(),
+        logit_scale_max=BifocalConfig().logit_scale_max if bias is None else None,
+        logit_bias_init_value=None if bias is None else bias.item(),
+        **_of_tokenizer(text_config, getattr(processor, "tokenizer", None)),
+    )
+    config = BifocalConfig(text_config=text_config, vision_config=vision_config, **{**settings, **changes})
+    fixed = [key for key in changes if key in _SHAPES and getattr(config, key) != settings.get(key)]
+    if fixed:
+        raise ValueError(f"{fixed[0]} of a {name} is fixed by its weights; omit it.")
+    config.dtype = source.dtype
+    with torch.device("meta"):
+        model = model_class(config)
+    model.text_model = without_unused_pooler(source.text_model, config.text_pooling)
+    model.vision_model = without_unused_pooler(source.vision_model, config.vision_pooling)
+    model.text_projection = text_head if text_head is not None else nn.Identity()
+    model.vision_projection = image_head if image_head is not None else nn.Identity()
+    model.logit_scale = nn.Parameter(source.logit_scale.detach().reshape(1))
+    if bias is not None:
+        model.logit_bias = nn.Parameter(bias.detach().reshape(1))
+    own = {name.replace("visual_projection.", "vision_projection.") for name in source.state_dict()}
+    unused = sorted(own - set(model.state_dict()))
+    if unused:
+        raise ValueError(f"A {name} cannot become a Bifocal model: nothing would use its '{unused[0]}'.")
+    config._attn_implementation = source.config._attn_implementation
+    _forget_paths(model)
+    return model.train(source.training)
+
+
+def load_dual_encoder(model_class: Any, path: Any, hub: dict[str, Any], **options: Any) -> Any:
+    """Load a dual encoder of transformers as a joint model with its processor.
+
+    Args:
+        model_class: class of the joint model.
+        path: folder or Hub id.
+        hub: options of the Hub, such as `revision`.
+        options: other options of `from_pretrained`.
+
+    Raises:
+        ValueError: see `join_dual_encoder`; also if weights are missing.
+    """
+    keys = inspect.signature(BifocalConfig.__init__).parameters
+    changes = {key: options.pop(key) for key in list(options) if key in keys}
+    source = _load_complete(AutoModel, path, **hub, **options)
+    # PIL: with torchvision, transformers' processors resize differently, and vectors would depend on the machine.
+    processor = AutoProcessor.from_pretrained(path, **hub)
+    images = AutoImageProcessor.from_pretrained(path, backend="pil", **hub)
+    model = join_dual_encoder(model_class, source, processor, **changes)
+    model.processor = BifocalProcessor(images, processor.tokenizer)
+    return model
+
+
+def join_towers(model_class: Any, text: Any, image: Any, hub: dict[str, Any], dtype: Any, **settings: Any) -> Any:
+    """Return a joint model of two pretrained towers.
+
+    Args: see `BifocalModel.from_towers`.
+    """
+    text_tower, text_head, of_text, tokenizer = _load_text_tower(model_class, text, hub, dtype)
+    image_tower, of_image, images = _load_image_tower(model_class, image, hub, dtype)
+    settings = {**of_text, "text_projection": _kind(text_head), "vision_projection": "linear", **of_image, **settings}
+    if settings["projection_dim"] != of_text["projection_dim"]:
+        text_head = None
+        settings["text_projection"] = settings["text_projection"] or "linear"
+    config = BifocalConfig(text_config=text_tower.config, vision_config=image_tower.config, **settings)
+    for path, tower, pooling in ((text, text_tower, config.text_pooling), (image, image_tower, config.vision_pooling)):
+        if pooling == "pooler" and getattr(tower, "_pooler_is_new", False):
+            raise ValueError(f"'{path}' has no weights of a pooler; set its pooling to 'mean' or 'class_token'.")
+    dtype = torch.promote_types(text_tower.dtype, image_tower.dtype)
+    with torch.device("meta"):
+        model = model_class(config)
+    model.text_model = without_unused_pooler(text_tower, config.text_pooling)
+    model.vision_model = without_unused_pooler(image_tower, config.vision_pooling)
+    if text_head is None or config.text_projection != _kind(text_head):
+        text_head = build_projection(config.text_projection, width_of(config.text_config), config.projection_dim)
+        _initialize(model, text_head)
+    model.text_projection = text_head
+    model.vision_projection = build_projection(
+        config.vision_projection, width_of(config.vision_config), config.projection_dim
+    )
+    _initialize(model, model.vision_projection)
+    model.logit_scale = nn.Parameter(torch.full((1,), float(config.logit_scale_init_value)))
+    if config.logit_bias_init_value is not None:
+        model.logit_bias = nn.Parameter(torch.full((1,), float(config.logit_bias_init_value)))
+    model.processor = BifocalProcessor(images, tokenizer)
+    _forget_paths(model)
+    model.config.dtype = dtype
+    return model.to(dtype).eval()
+
+
+def _forget_paths(model: Any) -> None:
+    """Remove the local paths of the towers, which would be saved with the model."""
+    for config in (model.config.text_config, model.config.vision_config):
+        config._name_or_path = ""
+
+
+def _initialize(model: Any, head: nn.Module) -> None:
+    for module in head.modules():
+        model._init_weights(module)
+
+
+def _load_text_tower(
+    model_class: Any, path: Any, hub: dict[str, Any], dtype: Any
+) -> tuple[Any, nn.Module | None, dict[str, Any], Any]:
+    """Return a text tower, its head if it has one, its settings in the joint model, and its tokenizer."""
+    sentences = _sentence_transformers_settings(path, hub)
+    subfolder = {"subfolder": sentences.pop("subfolder")} if sentences.get("subfolder") else {}
+    config = _require_config(path, {**hub, **subfolder})
+    if is_dual_encoder(config) or config.model_type == BifocalConfig.model_type:
+        whole = model_class.from_pretrained(path, dtype=dtype, **hub)
+        names = ("text_pooling", "text_padding", "text_attention_mask", "text_pad_token_id", "prompts")
+        settings = {name: getattr(whole.config, name) for name in (*names, "max_text_length", "projection_dim")}
+        head = None if isinstance(whole.text_projection, nn.Identity) else whole.text_projection
+        return whole.text_model, head, settings, whole.processor.tokenizer
+    tower = _load_complete(_tower_class(config), path, dtype=dtype, **hub, **subfolder)
+    if getattr(tower, "main_input_name", "input_ids") != "input_ids":
+        raise ValueError(f"'{path}' is a {type(tower).__name__}, which is no text encoder; give one as text tower.")
+    tokenizer = _load(AutoTokenizer, path, {**hub, **subfolder}, "tokenizer")
+    settings = {"projection_dim": width_of(config), **_of_tokenizer(config, tokenizer), **sentences}
+    return tower, None, settings, tokenizer
+
+
+def _load_image_tower(model_class: Any, path: Any, hub: dict[str, Any], dtype: Any) -> tuple[Any, dict[str, Any], Any]:
+    """Return an image tower, its settings in the joint model, and its image processor."""
+    config = _require_config(path, hub)
+    if is_dual_encoder(config) or config.model_type == BifocalConfig.model_type:
+        whole = model_class.from_pretrained(path, dtype=dtype, **hub)
+        settings = {"vision_pooling": whole.config.vision_pooling}
+        return whole.vision_model, settings, whole.processor.image_processor
+    tower = _load_complete(_tower_class(config), path, dtype=dtype, **hub)
+    if getattr(tower, "main_input_name", "input_ids") != "pixel_values":
+        raise ValueError(f"'{path}' is a {type(tower).__name__}, which is no image encoder; give one as image tower.")
+    return tower, {}, _load(AutoImageProcessor, path, {**hub, "backend": "pil"}, "image processor")
+
+
+def _tower_class(config: Any) -> Any:
+    return _OWN.get(config.model_type) or tower_class(config)
+
+
+def _require_config(path: Any, hub: dict[str, Any]) -> Any:
+    config = read_config(path, **hub)
+    if config is None:
+        raise ValueError(f"The config.json of '{path}' has no model_type, so its family is unknown.")
+    return config
+
+
+def _load_complete(loader: Any, path: Any, **options: Any) -> Any:
+    """Load a model; its pooler may be new, since most weights have none, but nothing else.
+
+    Raises:
+        ValueError: if weights are missing.
+    """
+    model, report = loader.from_pretrained(path, output_loading_info=True, **options)
+    missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))
+    if missing:
+        raise ValueError(
+            f"'{path}' lacks {len(missing)} weights of a {type(model).__name__}, '{missing[0]}' among them; take a "
+            "model that has them all."
+        )
+    model._pooler_is_new = len(missing) != len(report["missing_keys"])
+    return model
+
+
+def _load(loader: Any, path: Any, options: dict[str, Any], what: str) -> Any:
+    try:
+        return loader.from_pretrained(path, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"The {what} of '{path}' cannot be loaded ({str(error).splitlines()[0]}).") from error
+
+
+def _kind(head: nn.Module | None) -> bool | str:
+    """Return the value of `text_projection` or `vision_projection` for a head."""
+    if head is None:
+        return False
+    if isinstance(head, nn.Linear):
+        return "linear" if head.bias is not None else "linear_without_bias"
+    return "mlp"
+
+
+def _of_tokenizer(config: Any, tokenizer: Any) -> dict[str, Any]:
+    """Return the settings of a joint model that follow from the tokenizer of its text tower."""
+    settings: dict[str, Any] = {}
+    if tokenizer is None:
+        return settings
+    if text_family(config).padding == "max_length":
+        settings["text_pad_token_id"] = tokenizer.pad_token_id
+    elif tokenizer.model_max_length < longest_text(config):
+        settings["max_text_length"] = tokenizer.model_max_length
+    return settings
+
+
+def _sentence_transformers_settings(path: Any, hub: dict[str, Any]) -> dict[str, Any]:
+    """Return what the files of sentence-transformers say about a text tower; empty without such files.
+
+    Raises:
+        ValueError: if it has a module or a pooling that a text tower cannot have.
+    """
+    modules = _read_json(path, "modules.json", hub)
+    if modules is None:
+        return {}
+    settings: dict[str, Any] = {}
+    for module in modules:
+        kind = module["type"].rsplit(".", 1)[-1]
+        folder = module.get("path", "")
+        if kind == "Transformer":
+            own = _read_json(path, os.path.join(folder, "sentence_bert_config.json"), hub) or {}
+            settings["max_text_length"] = own.get("max_seq_length")
+            settings["subfolder"] = folder or None
+        elif kind == "Pooling":
+            pooling = _read_json(path, os.path.join(folder, "config.json"), hub) or {}
+            modes = [name.removeprefix("pooling_mode_") for name in pooling if pooling[name] is True]
+            mode = pooling.get("pooling_mode") or next((mode for mode in modes if mode != "include_prompt"), "mean")
+            if mode not in _POOLINGS:
+                raise ValueError(f"'{path}' pools its tokens by '{mode}', which a Bifocal model cannot do.")
+            settings["text_pooling"] = _POOLINGS[mode]
+        elif kind != "Normalize":
+            raise ValueError(f"'{path}' has a {kind} module of sentence-transformers, which a text tower cannot have.")
+    prompts = (_read_json(path, "config_sentence_transformers.json", hub) or {}).get("prompts")
+    prompts = {name: text for name, text in (prompts or {}).items() if text}
+    if prompts:
+        settings["prompts"] = prompts
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _read_json(path: Any, name: str, hub: dict[str, Any]) -> Any:
+    file = cached_file(
+        path, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False, **hub
+    )
+    return None if file is None else json.loads(Path(file).read_text("utf-8"))
