@@ -28,7 +28,10 @@ from .towers_bifocal import (
 )
 
 _SHAPES = ("text_config", "vision_config", "projection_dim", "text_projection", "vision_projection")
-_OWN = {BifocalTextConfig.model_type: BifocalTextModel, BifocalVisionConfig.model_type: BifocalVisionModel}
+_OWN: dict[str, Any] = {
+    BifocalTextConfig.model_type: BifocalTextModel,
+    BifocalVisionConfig.model_type: BifocalVisionModel,
+}
 _POOLINGS = {  # of sentence-transformers
     "cls": "class_token",
     "cls_token": "class_token",

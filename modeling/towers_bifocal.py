@@ -216,4 +216,4 @@ def layers_of(tower: nn.Module) -> Sequence[nn.Module]:
     ]
     if not lists:
         raise ValueError(f"A {type(tower).__name__} has no list of equal layers.")
-    return list(max(lists, key=len))
+    return list(max(lists, key=lambda blocks: len(blocks)))
