@@ -209,11 +209,8 @@ def layers_of(tower: nn.Module) -> Sequence[nn.Module]:
     Raises:
         ValueError: if it has no such list.
     """
-    lists = [
-        module
-        for module in tower.modules()
-        if isinstance(module, nn.ModuleList) and len(module) and len({type(block) for block in module}) == 1
-    ]
+    lists: list[list[nn.Module]] = [list(module) for module in tower.modules() if isinstance(module, nn.ModuleList)]
+    lists = [blocks for blocks in lists if len({type(block) for block in blocks}) == 1]
     if not lists:
         raise ValueError(f"A {type(tower).__name__} has no list of equal layers.")
-    return list(max(lists, key=lambda blocks: len(blocks)))
+    return max(lists, key=len)
