@@ -61,13 +61,6 @@ class StartFrom(Strict):
     text: str | None = None
     image: str | None = None
 
-    @model_validator(mode="after")
-    def _stage_or_towers(self) -> "StartFrom":
-        towers = (self.text is not None, self.image is not None)
-        if any(towers) if self.stage is not None else not all(towers):
-            raise ValueError("start_from has either stage, or both text and image")
-        return self
-
 
 class Lora(Strict):
     """Low-rank adapters instead of full training; the names are those of peft's `LoraConfig`.
@@ -131,6 +124,10 @@ class Recipe(Strict):
             raise ValueError("a recipe has either tasks or mlm")
         if not {"max_steps", "num_train_epochs"} & self.training.keys():
             raise ValueError("training needs max_steps, the number of optimiser steps, or num_train_epochs")
+        if isinstance(self.start_from, StartFrom):
+            towers = (self.start_from.text is not None, self.start_from.image is not None)
+            if any(towers) if self.start_from.stage is not None else not all(towers):
+                raise ValueError("start_from has either stage, or both text and image")
         return self
 
     @property
