@@ -79,7 +79,7 @@ def test_commands_and_recipes_are_known(page):
     for block in blocks(page, "yaml"):
         values = yaml.safe_load(block)
         if "tasks" in values:
-            schema = EvaluationTask if "name" in values else TaskRecipe
+            schema = TaskRecipe if "training" in values or "name" not in values else EvaluationTask
             for task in values["tasks"]:
                 schema(**task)
 

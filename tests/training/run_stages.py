@@ -41,7 +41,7 @@ def stages(batch: int) -> dict[str, tuple[list[Task], dict]]:
         "fixed temperature": ([images("fixed", batch, temperature=0.1)], checkpointed),
         "one learned, one fixed": (mixed, checkpointed),
         "one sigmoid, cached": (
-            [images("nce", batch), images("sigmoid", batch, loss="sigmoid")],
+            [images("nce", batch, loss="info_nce"), images("sigmoid", batch)],
             {**checkpointed, "text_chunk_size": 2},
         ),
         "lora": ([texts(batch)], checkpointed),
