@@ -198,7 +198,8 @@ def load_start(recipe: Recipe) -> BifocalModel | None:
     except (OSError, TypeError, ValueError) as error:
         if isinstance(error, RecipeError):
             raise
-        raise RecipeError(f"Recipe '{recipe.name}', model: {error}") from error
+        key = "start_from" if isinstance(error, OSError) else "model"
+        raise RecipeError(f"Recipe '{recipe.name}', {key}: {first_line(error)}.") from error
 
 
 def _stage_folder(recipe: Recipe, start: StartFrom) -> str:

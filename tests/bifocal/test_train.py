@@ -263,7 +263,7 @@ def test_stage_0_and_a_stage_that_starts_from_it(reader):
             "1.6% of 64 rows are bad, more than max_bad_fraction=0.01 allows (1 no positive)",
         ),
         ("device=cuda", "needs CUDA, but this machine has none. Set device=cpu or auto."),
-        ("start_from=runs/nothing", "Recipe 'finetune', model: "),
+        ("start_from=runs/nothing", "Recipe 'finetune', start_from: "),
         ("start_from.stage=stage7", "but runs/stage7/model does not exist. Run `bifocal train stage7` first."),
         ("model.projection_dm=3", "BifocalConfig has no key 'projection_dm'; did you mean 'projection_dim'?"),
         ("output_dir=images", "'images' holds other files, but no run. Set another output_dir."),
