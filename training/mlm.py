@@ -66,8 +66,8 @@ def train_mlm(recipe: Recipe, arguments: BifocalTrainingArguments | None = None)
     if tokenizer.mask_token_id is None or not tokenizer.is_fast:
         lack = "has no mask token" if tokenizer.is_fast else "does not say where in a text its tokens are"
         raise RecipeError(
-            f"Recipe '{recipe.name}': the tokenizer ({type(tokenizer).__name__}) {lack}. Set processor to another one, or "
-            "tokenizer_vocab_size to train one."
+            f"Recipe '{recipe.name}': the tokenizer ({type(tokenizer).__name__}) {lack}. Set processor to another one, "
+            "or tokenizer_vocab_size to train one."
         )
     set_seed(recipe.seed)
     model = _model(recipe, tokenizer)
