@@ -163,7 +163,9 @@ def _init_path(recipe: Recipe, tower: str) -> str:
 
 def vocabulary(tokenizer: Any) -> dict[str, int]:
     """Return the keys of a new text tower's configuration that depend on its tokenizer."""
-    return {"vocab_size": -(-len(tokenizer) // 64) * 64, "pad_token_id": tokenizer.pad_token_id or 0}
+    special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    known = {name: number for name, number in special.items() if number is not None}
+    return {"vocab_size": -(-len(tokenizer) // 64) * 64, **known}
 
 
 def load_model(recipe: Recipe, processor: BifocalProcessor) -> BifocalModel:
