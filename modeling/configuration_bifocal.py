@@ -304,6 +304,11 @@ class BifocalConfig(BifocalBaseConfig):
             value: Any = getattr(self, name)
             if not any(value is one or (isinstance(value, str) and value == one) for one in allowed):
                 raise ValueError(f"BifocalConfig.{name} must be {_listed(allowed)}, but it is {value!r}.")
+        if self.text_padding == "longest" and not self.text_attention_mask:
+            raise ValueError(
+                "BifocalConfig.text_attention_mask=False needs text_padding='max_length': without a mask, a text's "
+                "vector would depend on the longest text of its batch."
+            )
         limit = longest_text(self.text_config)
         if self.max_text_length > limit:
             raise ValueError(

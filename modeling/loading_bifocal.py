@@ -138,12 +138,14 @@ def load_dual_encoder(model_class: Any, path: Any, hub: dict[str, Any], **option
     """
     keys = inspect.signature(BifocalConfig.__init__).parameters
     changes = {key: options.pop(key) for key in list(options) if key in keys}
+    if options.pop("output_loading_info", False):
+        raise ValueError(f"output_loading_info is for Bifocal's own folders, but '{path}' is another dual encoder.")
     source = _load_complete(AutoModel, path, **hub, **options)
     # PIL: with torchvision, transformers' processors resize differently, and vectors would depend on the machine.
     processor = AutoProcessor.from_pretrained(path, **hub)
     images = AutoImageProcessor.from_pretrained(path, backend="pil", **hub)
     model = join_dual_encoder(model_class, source, processor, **changes)
-    model.processor = BifocalProcessor(images, processor.tokenizer)
+    model.processor = BifocalProcessor(images, _adapted(processor.tokenizer, model.config))
     return model
 
 
@@ -178,10 +180,22 @@ def join_towers(model_class: Any, text: Any, image: Any, hub: dict[str, Any], dt
     model.logit_scale = nn.Parameter(torch.full((1,), float(config.logit_scale_init_value)))
     if config.logit_bias_init_value is not None:
         model.logit_bias = nn.Parameter(torch.full((1,), float(config.logit_bias_init_value)))
-    model.processor = BifocalProcessor(images, tokenizer)
+    model.processor = BifocalProcessor(images, _adapted(tokenizer, config))
     _forget_paths(model)
     model.config.dtype = dtype
     return model.to(dtype).eval()
+
+
+def _adapted(tokenizer: Any, config: BifocalConfig) -> Any:
+    """Return a tokenizer that truncates at the model's longest text and pads on the right.
+
+    Many published ones have no limit. Towers with a position table give other vectors for padding on the left.
+    """
+    tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_text_length)
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
 
 
 def _forget_paths(model: Any) -> None:

@@ -24,7 +24,7 @@ class BifocalOutput(ModelOutput):
     """The output of [`BifocalModel`].
 
     Args:
-        loss: InfoNCE loss of both directions, with `return_loss=True`.
+        loss: with `return_loss=True`, the InfoNCE loss of both directions, or SigLIP's for a model with a bias.
         logits_per_image: (images, texts), cosine similarity divided by the temperature, plus `logit_bias` if the model
             has one; None without texts or images.
         logits_per_text: (texts, images), its transpose.
@@ -183,26 +183,33 @@ class BifocalModel(EncodingMixin, BifocalPreTrainedModel):
         if self.config.text_padding == "max_length":
             if input_ids is None:
                 raise ValueError("This model pads token ids to its full length, so it takes no inputs_embeds.")
-            input_ids, attention_mask = self._full_length(input_ids, attention_mask), None
-        mask = attention_mask if self.config.text_attention_mask else None
+            input_ids, attention_mask = self._full_length(input_ids, attention_mask)
         inputs = {
-            "input_ids": input_ids, "attention_mask": mask, "token_type_ids": token_type_ids,
+            "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
             "inputs_embeds": inputs_embeds,
         }  # fmt: skip
         inputs = {name: value for name, value in inputs.items() if value is not None}
         outputs = self.text_model(**inputs, **kwargs, return_dict=True)
         return _projected(outputs, pooled(outputs, attention_mask, self.config.text_pooling), self.text_projection)
 
-    def _full_length(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        """Return token ids (batch, `config.max_text_length`), with the tower's padding token after each text."""
+    def _full_length(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return token ids and mask (batch, `config.max_text_length`), with the padding token after each text.
+
+        The mask is None if the text tower is given none.
+        """
         padding = self.config.text_pad_token_id
         if padding is None:
             padding = getattr(self.config.text_config, "pad_token_id", None) or 0
-        if attention_mask is not None:
-            input_ids = torch.where(attention_mask != 0, input_ids, padding)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
         length = self.config.max_text_length
         rest = input_ids.new_full((1, length), padding).expand(input_ids.shape[0], -1)
-        return torch.cat([input_ids, rest], dim=1)[:, :length]
+        input_ids = torch.cat([torch.where(attention_mask != 0, input_ids, padding), rest], dim=1)[:, :length]
+        if not self.config.text_attention_mask:
+            return input_ids, None
+        return input_ids, torch.cat([attention_mask, torch.zeros_like(rest)], dim=1)[:, :length]
 
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.Tensor | None = None, **kwargs: Any) -> BaseModelOutputWithPooling:
@@ -229,7 +236,8 @@ class BifocalModel(EncodingMixin, BifocalPreTrainedModel):
             input_ids, attention_mask, token_type_ids: (texts, length).
             pixel_values: (images, channels, height, width).
             return_loss: whether to return L_nce = L_i->t + L_t->i, the sum of both directions (arXiv 2405.20204,
-                section 3.2; CLIP's loss is half of it). It needs as many texts as images.
+                section 3.2; CLIP's loss is half of it), or SigLIP's loss (arXiv 2303.15343, equation 1) if the model
+                has its bias. It needs as many texts as images.
 
         Raises:
             ValueError: if there are neither texts nor images, or a loss is requested for unequal numbers of them.
@@ -255,10 +263,7 @@ class BifocalModel(EncodingMixin, BifocalPreTrainedModel):
         if return_loss:
             if logits_per_text is None or logits_per_text.shape[0] != logits_per_text.shape[1]:
                 raise ValueError("return_loss=True needs as many texts as images, text i with image i.")
-            targets = torch.arange(logits_per_text.shape[0], device=logits_per_text.device)
-            loss = nn.functional.cross_entropy(logits_per_text.float(), targets) + nn.functional.cross_entropy(
-                logits_per_text.t().float(), targets
-            )
+            loss = self._loss(logits_per_text.float())
         return BifocalOutput(
             loss=loss,
             logits_per_image=logits_per_image,
@@ -268,6 +273,14 @@ class BifocalModel(EncodingMixin, BifocalPreTrainedModel):
             text_model_output=text_output,
             vision_model_output=vision_output,
         )
+
+    def _loss(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return the loss of logits (texts, images), text i with image i."""
+        targets = torch.arange(logits.shape[0], device=logits.device)
+        if self.logit_bias is None:
+            return nn.functional.cross_entropy(logits, targets) + nn.functional.cross_entropy(logits.t(), targets)
+        signs = 2.0 * nn.functional.one_hot(targets) - 1.0
+        return -nn.functional.logsigmoid(signs * logits).sum() / logits.shape[0]
 
 
 def _projected(outputs: Any, state: torch.Tensor, projection: nn.Module) -> BaseModelOutputWithPooling:

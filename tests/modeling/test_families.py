@@ -95,6 +95,18 @@ def test_logits_are_those_of_the_family(folders, kind):
     np.testing.assert_allclose(logits, own.logits_per_image, atol=1e-3, rtol=1e-4)  # of up to 100
 
 
+@torch.no_grad()
+def test_the_loss_of_siglip_is_its_own(folders):
+    folder, source = folders["SigLIP"]
+    model = BifocalModel.from_pretrained(folder)
+    batch = model.processor(text=families.TEXTS[:4], images=images(), return_tensors="pt")
+    full = model.processor(
+        text=families.TEXTS[:4], padding="max_length", max_length=families.LENGTH, return_tensors="pt"
+    )
+    own = source(full["input_ids"], batch["pixel_values"], return_loss=True)
+    np.testing.assert_allclose(model(**batch, return_loss=True).loss, own.loss, rtol=1e-4)
+
+
 @pytest.mark.parametrize("kind", families.TEXT_TOWERS)
 @torch.no_grad()
 def test_a_text_tower_keeps_its_vectors(folders, kind, tmp_path):
@@ -253,3 +265,23 @@ def test_a_tokenizer_of_another_model_is_named(folders):
 
     with pytest.raises(ValueError, match=r"The tokenizer has \d+ tokens, but the text tower knows 160"):
         model.processor = BifocalProcessor(model.processor.image_processor, words)
+
+
+@torch.no_grad()
+def test_a_mask_makes_full_length_equal_to_the_longest(folders):
+    one = BifocalModel.from_pretrained(folders["CLIP"][0])
+    other = BifocalModel.from_pretrained(folders["CLIP"][0], text_padding="max_length")
+    np.testing.assert_allclose(one.encode_text(families.TEXTS), other.encode_text(families.TEXTS), atol=TOLERANCE)
+    with pytest.raises(ValueError, match="text_attention_mask=False needs text_padding='max_length'"):
+        BifocalModel.from_pretrained(folders["CLIP"][0], text_attention_mask=False)
+
+
+@torch.no_grad()
+def test_padding_by_the_caller_does_not_matter(folders):
+    for kind in families.DUAL_ENCODERS:
+        model = BifocalModel.from_pretrained(folders[kind][0])
+        expected = model.encode_text(families.TEXTS)
+        for options in ({}, {"padding": "max_length"}, {"pad_to_multiple_of": 6}):
+            words = model.processor(text=families.TEXTS, return_tensors="pt", **options)
+            vectors = model.get_text_features(words["input_ids"], words["attention_mask"])
+            np.testing.assert_allclose(unit(vectors), expected, atol=TOLERANCE)
