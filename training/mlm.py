@@ -117,13 +117,14 @@ def separate_words(text: str, spans: Sequence[tuple[int, int]], special: Sequenc
     """
     separated = []
     position = end = 0
+    blank = False  # whether the token before is the space before this one
     for (first, last), is_special in zip(spans, special, strict=True):
         piece = text[first:last]
-        shares = first < end  # bytes of one character
         if not is_special:
-            starts = first > end or piece[:1].isspace() or text[max(first - 1, 0) : first].isspace()
-            position += not shares and (starts or _NO_SPACES.match(piece.lstrip()) is not None)
-            end = last
+            shares = first < end  # bytes of one character
+            space = first > end or piece[:1].isspace() or text[max(first - 1, 0) : first].isspace()
+            position += not shares and not blank and (space or _NO_SPACES.match(piece) is not None)
+            end, blank = last, piece.isspace()
         separated.append((position, position + 1))
         position += 1
     return separated

@@ -27,11 +27,20 @@ from tests.conftest import TEXTS, small_config
 from tests.modeling.test_threads import in_threads, meanwhile
 
 LENGTH = 24
-WORDS = [*TEXTS, "ein schwarzer Stern", "звезда, чёрная", "黒い星の絵", "黑色的星星", "ดาวสีดำ", "نجمة سوداء", "काला तारा"]
+WORDS = [
+    *TEXTS,
+    "ein schwarzer Stern",
+    "звезда, чёрная",
+    "黒い星の絵",
+    "黑色的星星",
+    "ดาวสีดำ",
+    "نجمة سوداء",
+    "काला तारा",
+]
 MIXED = [
     "", " ", "star", "  black   star ", "black\nstar\tomega", *WORDS, "Ⅷ ﬁne Ｆｕｌｌ e\u0301", "☃ 𠮷 👩‍🚀",
-    "<s> black </s> <mask> x<pad>", "[CLS] black [SEP] [MASK]x", "<|endoftext|> black <|startoftext|>x", "<bos>a<eos> b",
-    " ".join(WORDS), "黒い星の絵" * 20,
+    "<s> black </s> <mask> x<pad>", "[CLS] black [SEP] [MASK]x", "<|endoftext|> black <|startoftext|>x",
+    "<bos>a<eos> b", " ".join(WORDS), "黒い星の絵" * 20,
 ]  # fmt: skip
 
 
@@ -106,6 +115,7 @@ def _clip() -> Any:
 def _gemma(kind: Callable[..., Any]) -> Any:
     backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     bytes_ = [f"<0x{number:02X}>" for number in range(256)]
     tokenizer = kind(**_bpe(backend, ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *bytes_]))
     tokenizer.add_bos_token = True
