@@ -40,7 +40,8 @@ class MaskedLanguageModeling(Strict):
     Args:
         data: rows with a column `text`.
         batch_size: texts per step and process.
-        mlm_probability: share of the tokens that are masked, whole words at a time.
+        mlm_probability: share of the tokens that are masked, whole words at a time (single tokens in scripts without
+            spaces between words).
     """
 
     data: Source
