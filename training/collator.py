@@ -29,7 +29,8 @@ Inputs = dict[str, torch.Tensor]
 # holds at least this many texts.
 _SHORTEST, _FEWEST = 0.8, 8
 _TRIES = 100  # to replace a row that cannot be used by another one
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+# After a full stop and spaces (also of Hindi, Arabic and Urdu), or after one that needs no space.
+_SENTENCE_END = re.compile(r"(?<=[.!?।॥؟۔])\s+|(?<=[。！？｡])\s*(?=[^\s」』”’）])")
 
 
 def skip_text(skip: SkippedRow) -> str:

@@ -41,7 +41,8 @@ class MaskedLanguageModeling(Strict):
     Args:
         data: rows with a column `text`.
         batch_size: texts per step and process.
-        mlm_probability: share of the tokens that are masked, whole words at a time.
+        mlm_probability: share of the tokens that are masked, whole words at a time (single tokens in scripts without
+            spaces between words).
     """
 
     data: Source
@@ -126,7 +127,9 @@ class Recipe(Strict):
         init_from: a Bifocal folder or Hub id, `InitFrom`, or nothing.
         model: keys of `BifocalConfig` that differ from what it starts from, or from the base size.
         processor: folder or Hub id of tokenizer and image processor; that of `init_from` when None.
-        tokenizer_vocab_size: train a WordPiece tokenizer of this many tokens on the texts of the tasks.
+        tokenizer_vocab_size: train a tokenizer of this many tokens on the texts of the tasks.
+        tokenizer_type: type of the trained tokenizer: "wordpiece" (uncased, words between spaces) or "unigram" (cased,
+            for any language).
         image_size: width and height of the images in pixels.
         max_length: longest text in tokens; longer ones are cut.
         augment: random changes of training images; "shift" moves them by up to two pixels.
@@ -144,6 +147,7 @@ class Recipe(Strict):
     model: dict[str, Any] = {}
     processor: str | None = None
     tokenizer_vocab_size: Annotated[int, Field(ge=100)] | None = None
+    tokenizer_type: Literal["wordpiece", "unigram"] = "wordpiece"
     image_size: Annotated[int, Field(ge=1)] | None = None
     max_length: Annotated[int, Field(ge=3)] = 512
     augment: Augmentation | Literal["shift"] | None = None
@@ -159,6 +163,8 @@ class Recipe(Strict):
             raise ValueError("a recipe has either tasks or mlm")
         if not {"max_steps", "num_train_epochs"} & self.training.keys():
             raise ValueError("training needs max_steps, the number of optimiser steps, or num_train_epochs")
+        if self.tokenizer_type != "wordpiece" and self.tokenizer_vocab_size is None:
+            raise ValueError("tokenizer_type needs tokenizer_vocab_size, the number of tokens")
         return self
 
     @property
