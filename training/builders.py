@@ -23,7 +23,7 @@ from bifocal.training.engine.distributed import ProcessGroupInfo
 from bifocal.training.precision import DTYPES
 from bifocal.training.recipe import Recipe, StartFrom
 from bifocal.training.tasks import Task
-from bifocal.training.tokenizer import train_wordpiece
+from bifocal.training.tokenizer import TOKENIZERS
 from bifocal.training.towers import linear_layers, tower_of
 
 logger = logging.get_logger(__name__)
@@ -157,7 +157,8 @@ def _new_processor(recipe: Recipe, tasks: Sequence[Task]) -> BifocalProcessor:
                     texts += value if isinstance(value, list) else [value]
     assert recipe.tokenizer_vocab_size is not None
     # Each text once: a tokenizer is a function of the texts, whatever tasks they come from.
-    tokenizer = train_wordpiece(sorted(set(texts)), recipe.tokenizer_vocab_size, recipe.max_length)
+    train = TOKENIZERS[recipe.tokenizer_type]
+    tokenizer = train(sorted(set(texts)), recipe.tokenizer_vocab_size, recipe.max_length)
     return _with_image_processor(recipe, tokenizer)
 
 
@@ -212,6 +213,13 @@ def _stage_folder(recipe: Recipe, start: StartFrom) -> str:
     return str(folder)
 
 
+def vocabulary(tokenizer: Any) -> dict[str, int]:
+    """Return the keys of a new text tower's configuration that depend on its tokenizer."""
+    special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    known = {name: number for name, number in special.items() if number is not None}
+    return {"vocab_size": -(-len(tokenizer) // 64) * 64, **known}
+
+
 def new_model(recipe: Recipe, processor: BifocalProcessor) -> BifocalModel:
     """Return a new model of the recipe's size.
 
@@ -222,9 +230,8 @@ def new_model(recipe: Recipe, processor: BifocalProcessor) -> BifocalModel:
         RecipeError: if a key or size is invalid.
     """
     settings = {key: value for key, value in recipe.model.items() if key != "text_config"}
-    tokens = -(-len(processor.tokenizer) // 64) * 64
     try:
-        text = {"vocab_size": tokens, **recipe.model.get("text_config", {})}
+        text = {**vocabulary(processor.tokenizer), **recipe.model.get("text_config", {})}
         return BifocalModel(BifocalConfig(text_config=text, **settings))
     except (OSError, TypeError, ValueError) as error:
         raise RecipeError(f"Recipe '{recipe.name}', model: {error}") from error

@@ -113,7 +113,7 @@ def test_names_in_the_text_exist():
     """A key, option or function that a page names in its text is one of ours, or of the libraries that it speaks of."""
     sources = [path for room in ROOMS for kind in ("*.py", "*.yaml") for path in (ROOT / room).rglob(kind)]
     words = set(re.findall(r"\w+", "".join(path.read_text(encoding="utf-8") for path in sources)))
-    words |= {path.stem for path in (ROOT / "tests").rglob("*.py")}
+    words |= {path.stem for room in ("tests", "examples") for path in (ROOT / room).rglob("*.py")}
     options = {
         name for _, command in all_commands() for parameter in command.params for name in option_names(parameter)
     }
