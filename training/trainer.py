@@ -241,7 +241,7 @@ class MultiTaskTrainer(ResumableTrainer):
         # Sharded weights cannot be embedded with here, and do without.
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         examples = None if sharded else self.data_collator.examples(next(self.model.parameters()).device)
-        with self.compute_loss_context_manager():  # some attention takes 16 bits only
+        with self.accelerator.autocast():  # some attention takes 16 bits only
             return without_gradient(self.model, self.tasks.values(), examples)
 
     def _choose_chunks(self) -> None:
