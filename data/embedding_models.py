@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bifocal.errors import ModelError, model_not_loaded
 from bifocal.modeling import BifocalModel
 from bifocal.modeling.loading_bifocal import UnsupportedFamilyError, model_kind, require_vocabulary
@@ -16,12 +18,13 @@ def load_embedding_model(name: str, device: str | None = None) -> Any:
 
     Args:
         name: folder or Hub id.
-        device: "cpu", "cuda", ... If None, the CPU for a `BifocalModel`, and what sentence-transformers chooses.
+        device: "cpu", "cuda", ... If None, a GPU if there is one.
 
     Raises:
         ModelError: if there is no such model, it cannot be loaded, or it embeds no texts.
         UnsupportedFamilyError: if it is a dual encoder of a family that `BifocalModel` does not know.
     """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     path = str(Path(name).expanduser()) if name.startswith("~") else name
     if "/" not in path and not Path(path).exists():
         path = f"sentence-transformers/{path}"  # as that library does

@@ -139,11 +139,10 @@ def load_encoder(path: str, batch_size: int = 64, device: str | None = None) -> 
     """
     require_model(path)
     path = str(Path(path).expanduser()) if path.startswith("~") else path
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         model = load_embedding_model(path, device)
     except UnsupportedFamilyError:
-        return _other_dual_encoder(path, batch_size, device)
+        return _other_dual_encoder(path, batch_size, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except ModelError as error:
         raise EvaluationError(str(error)) from error
     build = bifocal_encoder if isinstance(model, BifocalModel) else _sentence_transformer

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from bifocal.errors import first_line
 from bifocal.hub.search.items import SearchError
@@ -80,15 +81,15 @@ def load_model(model: str) -> EmbeddingModel:
     path = Path(model).expanduser()
     if not path.exists() and (path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1):
         raise SearchError(f"There is no model at '{model}' (no such folder). Pass --model with its local path.")
-    source = str(path) if path.exists() else model
+    source, device = str(path) if path.exists() else model, "cuda" if torch.cuda.is_available() else "cpu"
     try:
         if model_kind(source) == "joint":
-            joint = BifocalModel.from_pretrained(source).eval()
+            joint = BifocalModel.from_pretrained(source).to(device).eval()
             _ = joint.processor
             return EmbeddingModel(model, joint)
         from sentence_transformers import SentenceTransformer
 
-        sentences = SentenceTransformer(source)
+        sentences = SentenceTransformer(source, device=device)
         if "text" not in sentences.modalities:
             raise ValueError("it embeds no texts")
         if hasattr(getattr(sentences, "tokenizer", None), "all_special_ids"):

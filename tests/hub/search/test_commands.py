@@ -101,7 +101,7 @@ def test_written_as_a_space(reader, indexed):
     [
         (
             ["index", "images", "runs/new"],
-            "Pass --model with the folder or Hub id of a model (Bifocal, CLIP, SigLIP, ...).",
+            "Pass --model with the folder or Hub id of a model",
         ),
         (["index", "nothing.jsonl", "runs/index"], "'nothing.jsonl' does not exist. Check the path."),
         (["index", "images", "images", "--model", "runs/demo/model"], "holds other files and no index"),
