@@ -24,7 +24,7 @@ _MODEL_FILES = (
     "config.json", "*.safetensors", "*.safetensors.index.json", "preprocessor_config.json", "processor_config.json",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "vocab.txt", "merges.txt", "*.model", "modules.json", "config_sentence_transformers.json",
-    "sentence_bert_config.json",
+    "sentence_bert_config.json", "router_config.json",
 )  # fmt: skip
 _PATH_KEYS = ("_name_or_path", "name_or_path", "tokenizer_file", "vocab_file", "cache_dir")  # of configurations
 _APP = '''"""The search page of this Space."""

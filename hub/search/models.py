@@ -15,6 +15,7 @@ from bifocal.modeling import BifocalModel
 from bifocal.modeling.loading_bifocal import model_kind, require_vocabulary
 
 _PROMPTS = ("query", "document")
+_PICKLED = "pytorch_model.bin"
 
 
 class EmbeddingModel:
@@ -110,7 +111,7 @@ def weights_hash(model: str | Path) -> str:
         model: a folder or Hub id.
 
     Raises:
-        SearchError: if there are no weights in safetensors.
+        SearchError: if there are no weights in safetensors, or some are only in pickle.
     """
     folder = Path(model).expanduser()
     if not folder.exists():
@@ -120,11 +121,12 @@ def weights_hash(model: str | Path) -> str:
             folder = Path(snapshot_download(str(model), allow_patterns=["*.safetensors", "*.json"]))
         except (OSError, ValueError) as error:
             raise SearchError(f"There is no model at '{model}', here or on the Hub ({first_line(error)}).") from error
-    files = [file for inner in _weights_folders(folder) for file in _weights_files(inner)]
-    if not files:
+    files_of = {inner: _weights_files(folder / inner) for inner in ("", *module_folders(folder))}
+    files = [file for of_folder in files_of.values() for file in of_folder]
+    if not files or any(not found and (folder / inner / _PICKLED).exists() for inner, found in files_of.items()):
         raise SearchError(
-            f"'{model}' has no weights in safetensors, by which an index knows its model. Load the model and save it "
-            "with save_pretrained."
+            f"'{model}' has no weights in safetensors, or not all, by which an index knows its model. Load it and save "
+            "it with save_pretrained."
         )
     digest = hashlib.blake2b(digest_size=8)
     for path in files:
@@ -140,11 +142,7 @@ def module_folders(folder: Path) -> list[str]:
     if not modules.is_file():
         return []
     paths = [module["path"] for module in json.loads(modules.read_text(encoding="utf-8"))]
-    return [path for path in paths if path and (folder / path).is_dir()]
-
-
-def _weights_folders(folder: Path) -> list[Path]:
-    return [folder, *(folder / path for path in module_folders(folder))]
+    return [path for path in paths if path and ".." not in Path(path).parts and (folder / path).is_dir()]
 
 
 def _weights_files(folder: Path) -> list[Path]:

@@ -158,9 +158,10 @@ def test_weights_in_pickle_only(desk):
 
     torch.save(load_file(desk / "pickle" / "model.safetensors"), desk / "pickle" / "pytorch_model.bin")
     (desk / "pickle" / "model.safetensors").unlink()
-    assert "'pickle' has no weights in safetensors, by which an index knows its model." in error_of(
-        desk, "index", "images", "index", "--model", "pickle"
-    )
+    sentence = "has no weights in safetensors, or not all, by which an index knows its model."
+    assert f"'pickle' {sentence}" in error_of(desk, "index", "images", "index", "--model", "pickle")
+    (desk / "sentences" / "1_Pooling" / "pytorch_model.bin").write_bytes(b"")
+    assert sentence in error_of(desk, "index", "texts.jsonl", "index", "--model", "sentences")
 
 
 def test_an_id_that_does_not_exist():
