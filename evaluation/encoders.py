@@ -237,9 +237,12 @@ def encoder_of(model: Any, processor: Any, name: str, batch_size: int = 64) -> E
     def batched(embed: Callable[[list[Any]], Any]) -> Encode:
         @torch.inference_mode()
         def encode(inputs: list[Any]) -> np.ndarray:
-            parts = [embed(inputs[start : start + batch_size]) for start in range(0, len(inputs), batch_size)]
-            vectors = torch.cat([getattr(part, "pooler_output", part).float() for part in parts])
-            return torch.nn.functional.normalize(vectors, dim=-1).cpu().numpy()
+            parts = []
+            for start in range(0, len(inputs), batch_size):
+                vectors = embed(inputs[start : start + batch_size])
+                vectors = getattr(vectors, "pooler_output", vectors).float()
+                parts.append(torch.nn.functional.normalize(vectors, dim=-1).cpu().numpy())
+            return np.concatenate(parts)
 
         return encode
 
@@ -247,7 +250,7 @@ def encoder_of(model: Any, processor: Any, name: str, batch_size: int = 64) -> E
 
 
 def _longest(config: Any, tokenizer: Any) -> int:
-    """Return the longest text in tokens."""
+    """Return the longest text in tokens; that of the tokenizer if the configuration does not say."""
     text_config = getattr(config, "text_config", None)
     limit = tokenizer.model_max_length
     return limit if text_config is None else min(limit, longest_text(text_config))

@@ -75,7 +75,6 @@ def test_evaluate_gives_a_saved_joint_model_the_numbers_of_its_source(folders, t
 @torch.no_grad()
 def test_a_family_that_cannot_be_joined_is_evaluated_all_the_same(tmp_path):
     """SigLIP 2 with patches of any number (NaFlex)."""
-    words = families.tokenizer("siglip")
     sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
     torch.manual_seed(0)
     source = transformers.Siglip2Model(
@@ -86,12 +85,13 @@ def test_a_family_that_cannot_be_joined_is_evaluated_all_the_same(tmp_path):
     ).eval()
     source.save_pretrained(tmp_path)
     pixels = transformers.Siglip2ImageProcessor(patch_size=8, max_num_patches=16)
-    processor = transformers.Siglip2Processor(pixels, words)
-    processor.save_pretrained(tmp_path)
+    transformers.Siglip2Processor(pixels, families.tokenizer("siglip")).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="NaFlex"):
         BifocalModel.from_pretrained(tmp_path)
     encoder = load_encoder(str(tmp_path), batch_size=2)
-    ids = words(families.TEXTS, padding="max_length", truncation=True, max_length=16, return_tensors="pt")["input_ids"]
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    full = {"padding": "max_length", "truncation": True, "max_length": 16}
+    ids = processor(text=families.TEXTS, return_tensors="pt", **full)["input_ids"]
     np.testing.assert_allclose(encoder.texts(families.TEXTS), unit(source.get_text_features(ids)), atol=TOLERANCE)
     inputs = processor(images=images(), return_tensors="pt")
     np.testing.assert_allclose(encoder.images(images()), unit(source.get_image_features(**inputs)), atol=TOLERANCE)

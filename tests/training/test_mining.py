@@ -283,6 +283,7 @@ def test_models_of_any_family_by_name(dual_encoder, tmp_path, monkeypatch):
     with pytest.raises(ModelError, match=r"^'bert' is a Bert without the files of sentence-transformers"):
         mine_source("pairs.jsonl", tmp_path / "b.parquet", "bert", "text-to-text", [], None, settings)
     sentence_model(tmp_path / "bert", tmp_path / "sentences")
+    photo(32, 32).save(tmp_path / "x.png")
     lines(tmp_path / "images.jsonl", [{"image": "x.png", "caption": "a"}])
     with pytest.raises(ModelError, match="'sentences' is no dual encoder, which mining across images and texts needs"):
         mine_source("images.jsonl", tmp_path / "b.parquet", "sentences", "text-to-image", [], None, settings)
