@@ -16,7 +16,7 @@ from transformers.utils import cached_file
 from .configuration_bifocal import BifocalConfig, BifocalTextConfig, BifocalVisionConfig
 from .modeling_bifocal_text import BifocalTextModel
 from .modeling_bifocal_vision import BifocalVisionModel
-from .processing_bifocal import BifocalProcessor
+from .processing_bifocal import BifocalProcessor, image_processor_of_size
 from .towers_bifocal import (
     TEXT_FAMILIES,
     build_projection,
@@ -279,7 +279,15 @@ def _load_image_tower(model_class: Any, path: Any, hub: dict[str, Any], dtype: A
     tower = load_complete(_tower_class(config), path, dtype=dtype, **hub)
     if getattr(tower, "main_input_name", "input_ids") != "pixel_values":
         raise ValueError(f"'{path}' is a {type(tower).__name__}, which is no image encoder; give one as image tower.")
-    return tower, {}, _load(AutoImageProcessor, path, {**hub, "backend": "pil"}, "image processor")
+    return tower, {}, _load_image_processor(config, path, hub)
+
+
+def _load_image_processor(config: Any, path: Any, hub: dict[str, Any]) -> Any:
+    """Return the image processor of an image tower; Bifocal's own tower may be saved without one."""
+    files = ("preprocessor_config.json", "processor_config.json")
+    if config.model_type in _OWN and all(_read_json(path, name, hub) is None for name in files):
+        return image_processor_of_size(config.image_size)
+    return _load(AutoImageProcessor, path, {**hub, "backend": "pil"}, "image processor")
 
 
 def _tower_class(config: Any) -> Any:
