@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bifocal.hub.tower_facts import ignores_case, image_size, tower_facts
+
 
 @dataclass
 class TrainedStage:
@@ -57,6 +59,7 @@ class Card:
         stages: stages of training in their order.
         onnx: comparison of the ONNX files with torch (`bifocal.hub.onnx.compare`); None without them.
         plots: caption of each plot by its path in the folder.
+        sources: `name`, `license` and `on_hub` (whether the name is a Hub id) of each model that this one is made of.
     """
 
     name: str | None = None
@@ -67,9 +70,10 @@ class Card:
     stages: Sequence[TrainedStage] = ()
     onnx: dict[str, Any] | None = None
     plots: dict[str, str] = field(default_factory=dict)
+    sources: Sequence[dict[str, Any]] = ()
 
 
-def write_card(path: Path, card: Card, name: str, model: Any, max_length: int) -> None:
+def write_card(path: Path, card: Card, name: str, model: Any, processor: Any) -> None:
     """Write the card of a model.
 
     Args:
@@ -77,26 +81,33 @@ def write_card(path: Path, card: Card, name: str, model: Any, max_length: int) -
         card: its content.
         name: name that the card's code loads.
         model: a [`BifocalModel`].
-        max_length: longest text in tokens; longer ones are truncated.
+        processor: its processor, as it is saved.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
+    config, images = model.config, processor.image_processor
+    towers = tower_facts(model)
     data = ModelCardData(
         library_name="sentence-transformers",
         pipeline_tag="sentence-similarity",
         tags=["bifocal", "clip", "image-text-retrieval", "sentence-transformers", "feature-extraction"],
         license=card.license,
-        language="en",
+        base_model=[source["name"] for source in card.sources if source["on_hub"]] or None,
+        language="en" if towers["text"]["own"] else None,
         **_emissions(card.stages),
     )
     values = asdict(card) | {
         "name": name,
-        "max_length": max_length,
-        "dimensions": model.config.projection_dim,
-        "text": model.config.text_config,
-        "image": model.config.vision_config,
-        "text_parameters": sum(p.numel() for p in model.text_model.parameters()),
-        "image_parameters": sum(p.numel() for p in model.vision_model.parameters()),
+        "max_length": processor.tokenizer.model_max_length,
+        "dimensions": config.projection_dim,
+        "towers": towers,
+        "padded": config.max_text_length if config.text_padding == "max_length" else None,
+        "pixels": image_size(images),
+        "patch": getattr(config.vision_config, "patch_size", None),
+        "prompts": config.prompts,
+        "uncased": ignores_case(processor.tokenizer),
+        "cropped": bool(getattr(images, "do_center_crop", False)),
+        "method": bool(card.stages) or towers["text"]["own"],
         "cost": _cost(card.stages),
     }
     template = Path(__file__).parent / "templates" / "card.md.j2"

@@ -145,7 +145,7 @@ def test_a_text_tower_keeps_its_vectors(folders, kind, tmp_path):
 @torch.no_grad()
 def test_an_image_tower_keeps_its_states(folders, kind):
     folder, source = folders[kind]
-    from transformers import AutoImageProcessor
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     model = BifocalModel.from_towers(folders["BERT"][0], folder)
     pixels = AutoImageProcessor.from_pretrained(folder)(images(), return_tensors="pt")["pixel_values"]
