@@ -63,7 +63,7 @@ def account_for(
     mapping: dict[str, str] = {}
     unused: list[str] = []
     for name, tensor in tensors.items():
-        parts = used[name] if name in used else _take_parts(tensor, free)
+        parts = used[name] if name in used else _take_parts(tensor, free) or _take_without_row(tensor, weights, free)
         if parts is not None:
             require_floats(name, tensor)
             mapping[name] = parts
@@ -102,6 +102,24 @@ def _take_parts(tensor: torch.Tensor, free: dict[bytes, list[str]]) -> str | Non
     if not all(free.get(digest) for digest in digests) or len(set(digests)) < 3:
         return None
     return ", ".join(free[digest].pop(0) for digest in digests)
+
+
+def _take_without_row(tensor: torch.Tensor, weights: Tensors, free: dict[bytes, list[str]]) -> str | None:
+    """Remove a weight that equals a tensor but for one row of zeros from `free` and return its name; None if none does.
+
+    transformers sets the padding token's row of some word embeddings to zero, and no text has that token.
+    """
+    if tensor.ndim != 2:
+        return None
+    for names in free.values():
+        for name in names:
+            if weights[name].shape != tensor.shape:
+                continue
+            rows = (weights[name].float() != tensor.float()).any(dim=1).nonzero().flatten()
+            if len(rows) == 1 and not weights[name][rows[0]].any():
+                names.remove(name)
+                return f"{name} (row {int(rows[0])}, the padding token's, becomes zero)"
+    return None
 
 
 def first_names(names: Sequence[str], what: str) -> str:

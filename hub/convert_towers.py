@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from transformers import CONFIG_MAPPING
 
 from bifocal.errors import closest_name, first_line
@@ -161,6 +163,7 @@ def convert_dual_encoder(source: str, settings: Sequence[str] = (), allow_pickle
     except (OSError, ValueError) as error:
         raise _conversion_error(error, {folder: source}) from error
     mapping, new = account_for(tensors, model.state_dict(), source)
+    _require_vectors(model)
     if new:
         raise ConversionError(first_names(new, f"weights of the model are in no tensor of '{source}'"))
     return JoinedModel(model, [read_source_card(source, folder)], [mapping], [])
@@ -189,6 +192,7 @@ def join_towers(text: str, image: str, settings: Sequence[str] = (), allow_pickl
                 model = BifocalModel.from_towers(*(tower.folder for tower in towers.values()), **changes)
         except (OSError, ValueError) as error:
             raise _conversion_error(error, names) from error
+    _require_vectors(model)
     weights = model.state_dict()
     mappings = []
     for kind, tower in towers.items():
@@ -200,6 +204,20 @@ def join_towers(text: str, image: str, settings: Sequence[str] = (), allow_pickl
         mappings.append(tower.of_source(mapping))
         weights = {name: value for name, value in weights.items() if name not in candidates or name in left}
     return JoinedModel(model, [tower.card for tower in towers.values()], mappings, list(weights))
+
+
+def _require_vectors(model: Any) -> None:
+    """Check that a model embeds a text and an image.
+
+    Raises:
+        ConversionError: if it does not, for want of a pooled output for example, or gives numbers that are not finite.
+    """
+    try:
+        vectors = [model.encode_text("a red circle"), model.encode_image(Image.new("RGB", (64, 48)))]
+    except ValueError as error:
+        raise ConversionError(str(error)) from error
+    if not all(np.isfinite(vector).all() for vector in vectors):
+        raise ConversionError("The model gives vectors that are not finite, so nothing is written. Give other weights.")
 
 
 class _Tower:
@@ -220,9 +238,15 @@ class _Tower:
         try:
             plan = plan_conversion(self.tensors, config)
         except ConversionError as error:
-            if not config.get("model_type") or config["model_type"] not in CONFIG_MAPPING:
-                raise ConversionError(f"'{source}' is no tower of a known family. {error}") from error
-            return
+            kind_of_model = config.get("model_type")
+            if kind_of_model in CONFIG_MAPPING:
+                return
+            if kind_of_model is None or "auto_map" in config:
+                raise
+            raise ConversionError(
+                f"'{source}' is of the family '{kind_of_model}', which this version of transformers does not know. "
+                "Give another model."
+            ) from error
         target = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         build_model(plan).save_pretrained(target)
         self.converted = dict(plan.mapping)

@@ -120,13 +120,14 @@ def _add_length_check(path: Path, limit: int) -> None:
 
     loaded = onnx.load(str(path), load_external_data=False)
     name = f"truncate_texts_to_{limit}_tokens"
-    length, zero, checked = f"{name}.length", f"{name}.zero", f"{name}.input_ids"
-    for node in loaded.graph.node:
-        node.input[:] = [checked if value == "input_ids" else value for value in node.input]
+    length, zero = f"{name}.length", f"{name}.zero"
+    checked = {value: f"{name}.{value}" for value in ("input_ids", "attention_mask")}
+    for node in loaded.graph.node:  # of both inputs, or a node that only needs the mask could fail first
+        node.input[:] = [checked.get(value, value) for value in node.input]
     table = numpy_helper.from_array(np.zeros(limit + 1, np.int64), f"{name}.table")
     loaded.graph.initializer.append(table)
     for node in (
-        helper.make_node("Add", ["input_ids", zero], [checked]),
+        *(helper.make_node("Add", [value, zero], [output]) for value, output in checked.items()),
         helper.make_node("Gather", [table.name, length], [zero], name=name, axis=0),
         helper.make_node("Shape", ["input_ids"], [length], start=1, end=2),
     ):
