@@ -100,6 +100,7 @@ def write_card(path: Path, card: Card, name: str, model: Any, processor: Any) ->
         "name": name,
         "max_length": processor.tokenizer.model_max_length,
         "dimensions": config.projection_dim,
+        "matryoshka": config.matryoshka_dimensions,
         "towers": towers,
         "padded": config.max_text_length if config.text_padding == "max_length" else None,
         "pixels": image_size(images),

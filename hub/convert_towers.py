@@ -10,7 +10,7 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ from transformers import CONFIG_MAPPING
 from bifocal.errors import closest_name, first_line
 from bifocal.hub.accounting import account_for, first_names
 from bifocal.hub.card import Card
-from bifocal.hub.convert import _read_image_processor, build_model, plan_conversion
+from bifocal.hub.convert import build_model, plan_conversion
 from bifocal.hub.export import export_model
 from bifocal.hub.source_card import SourceCard, common_license, read_source_card
 from bifocal.hub.source_config import ConversionError
+from bifocal.hub.source_files import read_image_processor, read_licence, read_processor
 from bifocal.hub.weights import local_copy, read_json, read_tensors, weight_files
 from bifocal.modeling import BifocalConfig, BifocalModel
 from bifocal.progress import no_progress_bars
@@ -249,28 +250,20 @@ class _Tower:
             ) from error
         target = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         build_model(plan).save_pretrained(target)
+        self.card = replace(self.card, license=read_licence(source, plan.layouts))
         self.converted = dict(plan.mapping)
         self.tensors = dict(plan.tensors)
         self._save_processor(kind, target, plan.config)
         self.folder = target
 
     def _save_processor(self, kind: str, target: Path, config: Any) -> None:
-        from transformers import AutoTokenizer
-
-        from bifocal.modeling import BifocalProcessor
-
-        tokenizer = images = None
-        if kind == "text" or "text" in type(config).__name__.lower():
-            try:
-                tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
-            except (OSError, ValueError) as error:
-                raise ConversionError(f"'{self.source}' has no tokenizer ({first_line(error)}).") from error
-        if kind == "image" or isinstance(config, BifocalConfig):
-            images = _read_image_processor(str(self.folder), config)
-        if isinstance(config, BifocalConfig):
-            BifocalProcessor(images, tokenizer).save_pretrained(target)
-        else:
-            (tokenizer or images).save_pretrained(target)
+        if kind == "image" and not isinstance(config, BifocalConfig):
+            read_image_processor(str(self.folder), config).save_pretrained(target)
+            return
+        processor = read_processor(str(self.folder), config)
+        if processor is None:
+            raise ConversionError(f"'{self.source}' has no tokenizer. Give a folder with one.")
+        (processor if isinstance(config, BifocalConfig) else processor.tokenizer).save_pretrained(target)
 
     def of_source(self, mapping: dict[str, str]) -> dict[str, str]:
         """Return a mapping of the source's own names, for one of the converted names."""

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from bifocal.errors import looks_like_path
+from bifocal.hub.source_files import licence_on_card
 
 
 @dataclass(frozen=True)
@@ -33,19 +33,9 @@ def read_source_card(source: str, folder: Path) -> SourceCard:
         source: Hub id, folder or file.
         folder: local folder with its README.md, if it has one.
     """
-    import yaml
-    from huggingface_hub import metadata_load
-
     on_hub = not Path(source).expanduser().exists() and not looks_like_path(source)
-    path = folder / "README.md"
-    try:
-        metadata: dict[str, Any] = (metadata_load(path) or {}) if path.exists() else {}
-    except (OSError, ValueError, yaml.YAMLError):  # a README.md without metadata
-        metadata = {}
-    licence = metadata.get("license")
-    if licence == "other":
-        licence = metadata.get("license_name", licence)
-    return SourceCard(source if on_hub else Path(source).resolve().name, str(licence) if licence else None, on_hub)
+    name = source if on_hub else Path(source).resolve().name
+    return SourceCard(name, licence_on_card(folder / "README.md"), on_hub)
 
 
 def common_license(sources: list[SourceCard]) -> str | None:

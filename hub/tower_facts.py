@@ -5,9 +5,12 @@ from typing import Any
 from PIL import Image
 from transformers import CONFIG_MAPPING
 
-_OWN = {
+from bifocal.modeling import BifocalTextConfig, BifocalVisionConfig
+
+_NAMES = {
     "bifocal_text": "JinaBERT with symmetric ALiBi (arXiv 2310.19923)",
     "bifocal_vision": "EVA02 (arXiv 2303.11331)",
+    "jina_embeddings_v3": "XLM-R with rotary positions (arXiv 2409.10173)",
 }
 _POOLINGS = {
     "mean": "the mean of its tokens",
@@ -41,7 +44,7 @@ def tower_facts(model: Any) -> dict[str, dict[str, Any]]:
 def _facts(config: Any, tower: Any, head: Any) -> dict[str, Any]:
     return {
         "family": family_name(config.model_type),
-        "own": config.model_type in _OWN,
+        "own": config.model_type in (BifocalTextConfig.model_type, BifocalVisionConfig.model_type),
         "layers": getattr(config, "num_hidden_layers", None),
         "width": getattr(config, "hidden_size", None),
         "heads": getattr(config, "num_attention_heads", None),
@@ -51,8 +54,8 @@ def _facts(config: Any, tower: Any, head: Any) -> dict[str, Any]:
 
 def family_name(model_type: str) -> str:
     """Return the name of a family as its configuration's class spells it, such as "ModernBert" or "SiglipText"."""
-    if model_type in _OWN:
-        return _OWN[model_type]
+    if model_type in _NAMES:
+        return _NAMES[model_type]
     return CONFIG_MAPPING[model_type].__name__.removesuffix("Config") if model_type in CONFIG_MAPPING else model_type
 
 

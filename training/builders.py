@@ -21,7 +21,7 @@ from bifocal.training.engine.distributed import ProcessGroupInfo
 from bifocal.training.precision import DTYPES
 from bifocal.training.recipe import InitFrom, Recipe
 from bifocal.training.tasks import Task
-from bifocal.training.tokenizer import train_wordpiece
+from bifocal.training.tokenizer import TOKENIZERS
 
 logger = logging.get_logger(__name__)
 
@@ -101,7 +101,7 @@ def load_processor(recipe: Recipe, tasks: Sequence[Task]) -> BifocalProcessor:
 
 
 def _saved_processor(recipe: Recipe, source: str) -> BifocalProcessor:
-    """Load a Bifocal processor, or any WordPiece tokenizer and add the image processor of the towers."""
+    """Load a Bifocal processor, or any tokenizer and add the image processor of the towers."""
     try:
         if not Path(source).exists() or (Path(source) / "processor_config.json").exists():
             try:
@@ -129,7 +129,8 @@ def _new_processor(recipe: Recipe, tasks: Sequence[Task]) -> BifocalProcessor:
                     texts += value if isinstance(value, list) else [value]
     assert recipe.tokenizer_vocab_size is not None
     # Each text once: a tokenizer is a function of the texts, whatever tasks they come from.
-    tokenizer = train_wordpiece(sorted(set(texts)), recipe.tokenizer_vocab_size, recipe.max_length)
+    train = TOKENIZERS[recipe.tokenizer_type]
+    tokenizer = train(sorted(set(texts)), recipe.tokenizer_vocab_size, recipe.max_length)
     return _with_image_processor(recipe, tokenizer)
 
 
@@ -160,6 +161,13 @@ def _init_path(recipe: Recipe, tower: str) -> str:
     return path
 
 
+def vocabulary(tokenizer: Any) -> dict[str, int]:
+    """Return the keys of a new text tower's configuration that depend on its tokenizer."""
+    special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    known = {name: number for name, number in special.items() if number is not None}
+    return {"vocab_size": -(-len(tokenizer) // 64) * 64, **known}
+
+
 def load_model(recipe: Recipe, processor: BifocalProcessor) -> BifocalModel:
     """Return a new model of the recipe's size, or the model it starts from.
 
@@ -174,8 +182,7 @@ def load_model(recipe: Recipe, processor: BifocalProcessor) -> BifocalModel:
     try:
         if start is None:
             settings = {key: value for key, value in recipe.model.items() if key != "text_config"}
-            tokens = -(-len(processor.tokenizer) // 64) * 64
-            text = {"vocab_size": tokens, **recipe.model.get("text_config", {})}
+            text = {**vocabulary(processor.tokenizer), **recipe.model.get("text_config", {})}
             return BifocalModel(BifocalConfig(text_config=text, **settings))
         if isinstance(start, InitFrom) and start.stage is None:
             with no_progress_bars():

@@ -4,13 +4,14 @@ import hashlib
 import random
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
 from PIL import Image
 
-from bifocal.data.images import ImageReader
+from bifocal.data.augmentation import ImageAugmentation
+from bifocal.data.images import ImageReader, output_size
 from bifocal.data.kinds import COLUMNS
 from bifocal.data.row_names import row_name
 from bifocal.data.skips import RowError, SkippedRow
@@ -21,14 +22,15 @@ from bifocal.training.row_check import usable_row
 from bifocal.training.task_dataset import is_missing, read_rows
 from bifocal.training.tasks import Task
 
-Augmentation = Callable[[Image.Image, random.Random], Image.Image]
+Augmentation = ImageAugmentation | Callable[[Image.Image, random.Random], Image.Image]
 Inputs = dict[str, torch.Tensor]
 
 # A bucket of texts ends where a text has fewer than this share of the tokens of the bucket's longest, if the bucket
 # holds at least this many texts.
 _SHORTEST, _FEWEST = 0.8, 8
 _TRIES = 100  # to replace a row that cannot be used by another one
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+# After a full stop and spaces (also of Hindi, Arabic and Urdu), or after one that needs no space.
+_SENTENCE_END = re.compile(r"(?<=[.!?।॥؟۔])\s+|(?<=[。！？｡])\s*(?=[^\s」』”’）])")
 
 
 def skip_text(skip: SkippedRow) -> str:
@@ -99,7 +101,7 @@ class MultiTaskCollator:
         processor: tokenizer and image processor.
         max_length: tokens kept of a text, special tokens included.
         seed: seed of the draws.
-        augment: applied to each image with a random generator.
+        augment: an `ImageAugmentation`, or a function of an image and a random generator.
         rank: rank of the process.
         exact: hand images to the processor in full size (see `ImageReader`).
         skip: replace a row that cannot be used by another row of the data set.
@@ -129,7 +131,11 @@ class MultiTaskCollator:
         self.rank = rank
         self.skip = skip
         self.pad_to = pad_to
-        self.image_reader = ImageReader(processor.image_processor, exact, crop=augment is None)
+        smallest = 1.0
+        if isinstance(augment, ImageAugmentation):
+            self.augment = replace(augment, side=output_size(processor.image_processor))
+            smallest = augment.smallest_side
+        self.image_reader = ImageReader(processor.image_processor, exact, augment is None, smallest)
 
     def __call__(self, items: Sequence[dict[str, Any] | None]) -> JointBatch | None:
         """Return the batch of a step; None for a step before the one to resume from.

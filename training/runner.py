@@ -12,6 +12,7 @@ import yaml
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import ProgressCallback
 
+from bifocal.data.augmentation import ImageAugmentation
 from bifocal.data.loading import load_source
 from bifocal.data.skips import SkipLog
 from bifocal.data.symbols import random_shift
@@ -95,13 +96,19 @@ def prepare(
     try:
         trainer = MultiTaskTrainer(
             model, arguments, tasks, processor, recipe.max_length, eval_tasks,
-            random_shift if recipe.augment == "shift" else None, list(callbacks),
+            _augmentation(recipe), list(callbacks),
         )  # fmt: skip
     except TrainingError:
         raise
     except (ValueError, ImportError) as error:  # the Trainer's own checks of its arguments
         raise RecipeError(f"Recipe '{recipe.name}', training: {error}") from error
     return Prepared(recipe, tasks, processor, trainer)
+
+
+def _augmentation(recipe: Recipe) -> Any:
+    if recipe.augment is None or isinstance(recipe.augment, str):
+        return None if recipe.augment is None else random_shift
+    return ImageAugmentation(**recipe.augment.model_dump())
 
 
 def _tasks(recipe: Recipe, task_recipes: Sequence[Any], load: Callable[..., Any], skipped: SkipLog) -> list[Task]:

@@ -68,7 +68,7 @@ class MultiTaskTrainer(ResumableTrainer):
             the text tower takes when None.
         eval_tasks: tasks to evaluate on: the loss and the in-batch accuracy of each, and the sum of the losses as
             `eval_loss`.
-        augment: applied to training images.
+        augment: applied to training images: an `ImageAugmentation`, or a function of an image and a random generator.
         callbacks: as for the Trainer, in any order: those with an attribute `adds_metrics = True`, as
             `EvaluationCallback` has, run before those that read metrics, and early stopping last.
 

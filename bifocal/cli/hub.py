@@ -15,7 +15,7 @@ def convert(
         str | None,
         typer.Argument(
             help="Hub id or folder of a dual encoder (CLIP, SigLIP, SigLIP 2, MetaCLIP 2, Chinese-CLIP, AltCLIP), or "
-            "weights of jina-clip-v1, JinaBERT v2 or EVA02. With --text and --image, omit it.",
+            "weights of jina-clip-v1 or v2, JinaBERT v2 or EVA02. With --text and --image, omit it.",
             show_default=False,
         ),
     ] = None,
@@ -40,6 +40,13 @@ def convert(
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Side of the images in pixels to resize EVA02's position table for.")
     ] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(
+            help="LoRA adapter of jina-clip-v2 to merge into the weights, such as retrieval.query, or none; the "
+            "default of its config.json if omitted."
+        ),
+    ] = None,
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Also read .bin and .pt, with weights_only=True.")
     ] = False,
@@ -52,6 +59,7 @@ def convert(
     from bifocal.files import MODEL, require_replaceable
     from bifocal.hub.convert import build_model, plan_conversion, save_converted
     from bifocal.hub.convert_towers import convert_dual_encoder, explain_tower, is_dual_encoder, join_towers
+    from bifocal.hub.source_files import read_licence
     from bifocal.hub.weights import read_config, read_weights
 
     joins = text is not None and image is not None
@@ -70,6 +78,8 @@ def convert(
     if joins or is_dual_encoder(read_config(str(source), allow_pickle)):
         if image_size is not None:
             raise BifocalError("--image-size is for EVA02, but other image towers keep their size. Omit it.")
+        if adapter is not None:
+            raise BifocalError("--adapter is for jina-clip-v2, but these weights have no adapters. Omit it.")
         if text is not None and image is not None:
             joined = join_towers(text, image, settings or [], allow_pickle)
         else:
@@ -84,12 +94,17 @@ def convert(
         raise BifocalError("--set is for dual encoders and two towers, but these weights have one form. Omit it.")
     tensors, config = read_weights(str(source), allow_pickle)
     with explain_tower(str(source), config):
-        plan = plan_conversion(tensors, config, image_size)
+        plan = plan_conversion(tensors, config, image_size, adapter)
     if dry_run or out is None:
         typer.echo(plan.text())
         return
-    without = save_converted(build_model(plan), str(source), out)
-    typer.echo(f"The model is in {out}" + (f"; it has no {', no '.join(without)}." if without else "."))
+    licence, merged = read_licence(str(source), plan.layouts), plan.adapter_text() if plan.adapters else ""
+    without = save_converted(build_model(plan), str(source), out, licence, merged)
+    if licence is not None:
+        limit = ", which forbids commercial use" if "-nc" in licence else ""
+        typer.echo(f"The weights are licensed under {licence}{limit}.")
+    where = f"The model is in {out}" + (f", {merged}" if merged else "")
+    typer.echo(where + (f"; it has no {', no '.join(without)}." if without else "."))
 
 
 def export(
