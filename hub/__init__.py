@@ -1,7 +1,7 @@
 """Models on their way to and from the Hub. This module imports nothing; import from the modules below.
 
 - Convert published weights (`bifocal convert`): `convert_towers` takes dual encoders and two towers of transformers,
-  with `accounting` (finds every tensor again) and `source_card` (names and licences). `convert` takes jina-clip, JinaBERT
+  with `accounting` (finds every tensor again) and `source_card` (names, licences). `convert` takes jina-clip, JinaBERT
   and EVA02, with `weight_layouts` (maps names), `lora` (merges an adapter), `source_config` (derives the configuration)
   and `families` (recognises what cannot be converted). `weights` and `source_files` read files.
 - Export a model: `export` (`export_model`: weights, code, sentence-transformers' files and card), with `card`,

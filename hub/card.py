@@ -55,7 +55,7 @@ class Card:
         description: what the model is and what it is for.
         metrics: figures by name.
         protocol: data and method of the figures.
-        license: name on the Hub, such as "apache-2.0".
+        license: name on the Hub, such as "apache-2.0"; "other (name)" for one that the Hub has no name for.
         stages: stages of training in their order.
         onnx: comparison of the ONNX files with torch (`bifocal.hub.onnx.compare`); None without them.
         plots: caption of each plot by its path in the folder.
@@ -86,12 +86,14 @@ def write_card(path: Path, card: Card, name: str, model: Any, processor: Any) ->
     from huggingface_hub import ModelCard, ModelCardData
 
     config, images = model.config, processor.image_processor
+    other = re.fullmatch(r"other \((.+)\)", card.license or "")
     towers = tower_facts(model)
     data = ModelCardData(
         library_name="sentence-transformers",
         pipeline_tag="sentence-similarity",
         tags=["bifocal", "clip", "image-text-retrieval", "sentence-transformers", "feature-extraction"],
-        license=card.license,
+        license="other" if other else card.license,
+        license_name=other[1] if other else None,
         base_model=[source["name"] for source in card.sources if source["on_hub"]] or None,
         language="en" if towers["text"]["own"] else None,
         **_emissions(card.stages),

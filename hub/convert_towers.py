@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from PIL import Image
 from transformers import CONFIG_MAPPING
 
@@ -125,8 +126,6 @@ def _parse_settings(pairs: Iterable[str]) -> dict[str, Any]:
     Raises:
         ConversionError: if a pair is not key=value, or there is no such key.
     """
-    import yaml
-
     known = [key for key in inspect.signature(BifocalConfig.__init__).parameters if key not in _FIXED_KEYS]
     settings: dict[str, Any] = {}
     for pair in pairs:

@@ -34,13 +34,14 @@ def read_licence(source: str, layouts: Mapping[str, WeightLayout]) -> str | None
 
 
 def licence_on_card(path: Path | None) -> str | None:
-    """Return the licence in the metadata of a README.md; None if there is none."""
+    """Return the licence in the metadata of a README.md, as "other (name)" if it is not one of the Hub's; or None."""
     try:
         metadata = (metadata_load(path) or {}) if path is not None and path.exists() else {}
     except (yaml.YAMLError, ValueError):  # no metadata that can be read
         return None
     licence = metadata.get("license")
-    licence = metadata.get("license_name", licence) if licence == "other" else licence
+    if licence == "other" and metadata.get("license_name"):
+        licence = f"other ({metadata['license_name']})"
     return licence if isinstance(licence, str) else None
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import metadata_load
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import GPT2Config, GPT2Model, PreTrainedTokenizerFast
@@ -23,7 +24,7 @@ from tests.modeling.test_families import images
 
 DUAL = ("CLIP", "SigLIP 2", "Chinese-CLIP", "AltCLIP")
 JOINED = (("BERT", "DINOv2"), ("NomicBert", "ViT"), ("jina-embeddings-v3", "DINOv3"), ("SigLIP 2", "CLIP"))
-LICENCES = {"CLIP": "mit", "SigLIP 2": "apache-2.0", "BERT": "apache-2.0", "DINOv2": "apache-2.0"}
+LICENCES = {"CLIP": "mit", "SigLIP 2": "other (free)", "BERT": "apache-2.0", "DINOv2": "apache-2.0"}
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,8 @@ def folders(tmp_path_factory) -> dict[str, Path]:
         paths[kind] = root / kind.replace(" ", "-")
         families.save(kind, paths[kind])
         if kind in LICENCES:
-            (paths[kind] / "README.md").write_text(f"---\nlicense: {LICENCES[kind]}\n---\n# A model\n")
+            licence = LICENCES[kind].replace("other (free)", "other\nlicense_name: free")
+            (paths[kind] / "README.md").write_text(f"---\nlicense: {licence}\n---\n# A model\n")
     return paths
 
 
@@ -68,6 +70,10 @@ def test_a_dual_encoder(folders, kind, tmp_path):
     np.testing.assert_array_equal(model.encode_image(images()), expected.encode_image(images()))
     card = read_card(tmp_path / "out")
     assert card.license == LICENCES.get(kind)
+    metadata = metadata_load(tmp_path / "out" / "README.md")
+    assert (metadata.get("license"), metadata.get("license_name")) == {
+        "CLIP": ("mit", None), "SigLIP 2": ("other", "free"),
+    }.get(kind, (None, None))  # fmt: skip
     assert card.sources == [{"name": folders[kind].name, "license": LICENCES.get(kind), "on_hub": False}]
     assert f"{folders[kind].name} (licence: {LICENCES.get(kind, 'not stated')})" in (
         (tmp_path / "out" / "README.md").read_text()
