@@ -94,7 +94,7 @@ class JoinedModel:
 
 def is_dual_encoder(config: Mapping[str, Any]) -> bool:
     """Return whether a config.json is that of a whole dual encoder of transformers."""
-    kind = config.get("model_type")
+    kind = str(config.get("model_type"))
     if kind not in CONFIG_MAPPING or kind == BifocalConfig.model_type:
         return False
     return {"text_config", "vision_config"} <= set(CONFIG_MAPPING[kind].sub_configs)
@@ -111,7 +111,7 @@ def explain_tower(source: str, config: Mapping[str, Any]) -> Iterator[None]:
     try:
         yield
     except ConversionError as error:
-        kind = config.get("model_type")
+        kind = str(config.get("model_type"))
         # JinaBERT says it is a BERT, but has code of its own.
         if kind not in CONFIG_MAPPING or kind.startswith(BifocalConfig.model_type) or "auto_map" in config:
             raise
