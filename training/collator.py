@@ -47,6 +47,18 @@ def _image_key(name: Any, image_id: Any) -> str:
     return f"row {name}" if is_missing(image_id) else f"image {image_id}"
 
 
+def column_prompts(prompts: dict[str, str] | None) -> dict[str, str]:
+    """Return a model's prompts by the column of a task: those of queries and of documents.
+
+    Args:
+        prompts: prompts by name, as in a model's configuration; sentence-transformers knows a document by several.
+    """
+    prompts = prompts or {}
+    document = next((prompts[name] for name in ("document", "passage", "corpus") if name in prompts), "")
+    columns = {"query": prompts.get("query", ""), "positive": document, "negatives": document}
+    return {column: prompt for column, prompt in columns.items() if prompt}
+
+
 @dataclass
 class TaskBatch:
     """The positions of a task's embeddings, and the ids by which equal images and texts are recognised.
@@ -106,6 +118,7 @@ class MultiTaskCollator:
         exact: hand images to the processor in full size (see `ImageReader`).
         skip: replace a row that cannot be used by another row of the data set.
         pad_to: tokens that every text is padded to, without an attention mask (see `padded_length`).
+        prompts: texts before those of a column, for tasks without their own (see `column_prompts`).
 
     Attributes:
         bucketed: whether texts are cut into buckets of similar length; if not, all are padded to the longest.
@@ -123,6 +136,7 @@ class MultiTaskCollator:
         exact: bool = True,
         skip: bool = False,
         pad_to: int | None = None,
+        prompts: dict[str, str] | None = None,
     ) -> None:
         self.processor = processor
         self.max_length = max_length
@@ -131,6 +145,7 @@ class MultiTaskCollator:
         self.rank = rank
         self.skip = skip
         self.pad_to = pad_to
+        self.prompts = prompts or {}
         smallest = 1.0
         if isinstance(augment, ImageAugmentation):
             self.augment = replace(augment, side=output_size(processor.image_processor))
@@ -159,8 +174,10 @@ class MultiTaskCollator:
             skips.setdefault(task.name, (len(rows), skipped, 0))
             generator = random.Random(f"{self.seed}/{item['step']}/{task.name}/{self.rank}")
             task_batch = tasks[task.name] = TaskBatch(names)
+            prompts = self.prompts if task.prompts is None else task.prompts
             for column in COLUMNS[task.kind]:
                 values = [row[column] for row in rows]
+                prompt = prompts.get(column, "")  # equal texts are recognised without it
                 if column == "image":
                     images.append(self._pixels(values, generator))
                     task_batch.spans[column] = (num_images, num_images + len(values))
@@ -170,18 +187,24 @@ class MultiTaskCollator:
                 elif column == "negatives":
                     flat = [text for negatives in values for text in negatives]
                     task_batch.spans[column] = (len(texts), len(texts) + len(flat))
-                    texts += flat
+                    texts += [prompt + text for text in flat]
                     task_batch.ids[column] = torch.tensor([content_id(text) for text in flat]).view(len(values), -1)
                 else:
                     drawn = [self._one_of(task, column, value, generator) for value in values]
                     task_batch.spans[column] = (len(texts), len(texts) + len(drawn))
-                    texts += drawn
+                    texts += [prompt + text for text in drawn]
                     task_batch.ids[column] = torch.tensor([content_id(text) for text in drawn])
         buckets, order = self._buckets(texts)
         return JointBatch(
             texts=buckets, order=order, images=images, tasks=tasks, step=item["step"], position=item.get("position"),
             skips=skips,
         )  # fmt: skip
+
+    def examples(self, device: Any) -> tuple[list[Inputs], list[Inputs]]:
+        """Return the inputs of a short text and of a blank image on a device."""
+        parts = self._buckets(["a"])[0], [self.image_reader.inputs([Image.new("RGB", (64, 64))])]
+        texts, images = ([{name: v.to(device) for name, v in inputs.items()} for inputs in part] for part in parts)
+        return texts, images
 
     @staticmethod
     def _one_of(task: Task, column: str, value: str | list[str], generator: random.Random) -> str:

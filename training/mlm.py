@@ -14,13 +14,15 @@ from bifocal.data.shards import ShardStream
 from bifocal.data.skips import ERROR_COLUMN, SkipLog
 from bifocal.errors import RecipeError
 from bifocal.files import RUN, replace_folder
-from bifocal.modeling import BifocalProcessor, BifocalTextConfig, BifocalTextForMaskedLM
+from bifocal.modeling import BifocalConfig, BifocalProcessor, BifocalTextConfig, BifocalTextForMaskedLM
+from bifocal.modeling.encoding_bifocal import folder_or_id
+from bifocal.modeling.loading_bifocal import read_config
 from bifocal.modeling.processing_bifocal import private_tokenizer
 from bifocal.progress import no_progress_bars
 from bifocal.training.arguments import BifocalTrainingArguments
 from bifocal.training.builders import load_processor, loading_log, require_device, training_arguments, vocabulary
 from bifocal.training.checkpoints import last_complete_checkpoint
-from bifocal.training.recipe import Recipe
+from bifocal.training.recipe import Recipe, StartFrom
 from bifocal.training.tasks import Task
 
 # The first character of scripts without spaces between words: Thai, Lao, Tibetan, Burmese, Khmer, kana, Chinese.
@@ -34,7 +36,7 @@ def train_mlm(recipe: Recipe, arguments: BifocalTrainingArguments | None = None)
         arguments: result of `training_arguments`, if there is one already.
 
     Returns:
-        A folder with the text tower and its processor, that a stage can start from (`init_from: {text: ...}`).
+        A folder with the text tower and its processor, that a stage can start from (`start_from: {text: ...}`).
 
     Raises:
         RecipeError: if the data cannot be read, or a setting has no effect or no valid value.
@@ -154,12 +156,18 @@ def _processor(recipe: Recipe, data: Any) -> BifocalProcessor:
 
 def _model(recipe: Recipe, tokenizer: Any) -> BifocalTextForMaskedLM:
     settings = dict(recipe.model.get("text_config", recipe.model))
+    start = recipe.start_from
+    if isinstance(start, StartFrom):
+        raise RecipeError(f"Recipe '{recipe.name}': masked language modeling starts from one folder or Hub id.")
     try:
-        if isinstance(recipe.init_from, str):
+        if start is not None:
+            kind = getattr(read_config(folder_or_id(start)), "model_type", None)
+            if kind not in (BifocalTextConfig.model_type, BifocalConfig.model_type):
+                raise ValueError(f"'{start}' is a '{kind}', but masked language modeling trains Bifocal's text tower.")
             # Unknown keys are allowed in a saved config, but not in a recipe.
             known = BifocalTextConfig()
             BifocalTextConfig(**{key: value for key, value in settings.items() if not hasattr(known, key)})
-            return BifocalTextForMaskedLM.from_pretrained(recipe.init_from, dtype=torch.float32, **settings)
+            return BifocalTextForMaskedLM.from_pretrained(start, dtype=torch.float32, **settings)
         return BifocalTextForMaskedLM(BifocalTextConfig(**{**vocabulary(tokenizer), **settings}))
     except (OSError, TypeError, ValueError) as error:
         raise RecipeError(f"Recipe '{recipe.name}', model: {error}") from error

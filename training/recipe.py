@@ -50,18 +50,18 @@ class MaskedLanguageModeling(Strict):
     mlm_probability: Annotated[float, Field(gt=0, lt=1)] = 0.3
 
 
-class InitFrom(Strict):
-    """The stage before, by its recipe's name; or a text tower and an image tower from two folders or Hub ids.
+class StartFrom(Strict):
+    """The stage before, by its recipe's name; or a text tower and an image tower of any families.
 
     Args:
         stage: name of the recipe whose finished model this one starts from.
-        text: folder or Hub id of a text tower.
-        vision: folder or Hub id of an image tower.
+        text: folder or Hub id of a text encoder, or of a dual encoder, whose text tower is taken.
+        image: folder or Hub id of an image encoder, or of a dual encoder, whose image tower is taken.
     """
 
     stage: str | None = None
     text: str | None = None
-    vision: str | None = None
+    image: str | None = None
 
 
 class Lora(Strict):
@@ -71,13 +71,14 @@ class Lora(Strict):
         r: rank of the adapters.
         lora_alpha: adapters are scaled by lora_alpha / r.
         lora_dropout: probability that an input of an adapter is dropped.
-        target_modules: names of the linear layers that get an adapter.
+        target_modules: names of the linear layers that get an adapter; all linear layers within the layers of both
+            towers when None.
     """
 
     r: Annotated[int, Field(ge=1)] = 16
     lora_alpha: Annotated[int, Field(ge=1)] = 32
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    target_modules: list[str] = ["q_proj", "k_proj", "v_proj", "out_proj"]
+    target_modules: list[str] | None = None
 
 
 class Augmentation(Strict):
@@ -124,9 +125,10 @@ class Recipe(Strict):
         output_dir: runs/NAME when None.
         seed: random seed of new weights, the order of the rows and all random draws.
         device: "auto", "cpu" or "cuda".
-        init_from: a Bifocal folder or Hub id, `InitFrom`, or nothing.
+        start_from: folder or Hub id of a Bifocal model or of another dual encoder (CLIP, SigLIP, ...), `StartFrom`, or
+            nothing.
         model: keys of `BifocalConfig` that differ from what it starts from, or from the base size.
-        processor: folder or Hub id of tokenizer and image processor; that of `init_from` when None.
+        processor: folder or Hub id of tokenizer and image processor; that of `start_from` when None.
         tokenizer_vocab_size: train a tokenizer of this many tokens on the texts of the tasks.
         tokenizer_type: type of the trained tokenizer: "wordpiece" (uncased, words between spaces) or "unigram" (cased,
             for any language).
@@ -143,7 +145,7 @@ class Recipe(Strict):
     output_dir: str | None = None
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    init_from: str | InitFrom | None = None
+    start_from: str | StartFrom | None = None
     model: dict[str, Any] = {}
     processor: str | None = None
     tokenizer_vocab_size: Annotated[int, Field(ge=100)] | None = None
@@ -163,6 +165,10 @@ class Recipe(Strict):
             raise ValueError("a recipe has either tasks or mlm")
         if not {"max_steps", "num_train_epochs"} & self.training.keys():
             raise ValueError("training needs max_steps, the number of optimiser steps, or num_train_epochs")
+        if isinstance(self.start_from, StartFrom):
+            towers = (self.start_from.text is not None, self.start_from.image is not None)
+            if any(towers) if self.start_from.stage is not None else not all(towers):
+                raise ValueError("start_from has either stage, or both text and image")
         if self.tokenizer_type != "wordpiece" and self.tokenizer_vocab_size is None:
             raise ValueError("tokenizer_type needs tokenizer_vocab_size, the number of tokens")
         return self

@@ -134,6 +134,6 @@ def test_a_misspelt_size_of_a_text_tower_to_start_from(processor, tmp_path):
     source = {"path": str(tmp_path / "texts.jsonl")}
     for key, message in (("hidden_dropout", "has no key 'hidden_dropout'; did you mean 'hidden_dropout_prob'"),
                          ("dtype", "dtype")):  # fmt: skip
-        given = recipe(tmp_path, source, init_from=str(tmp_path / "tower"), model={key: "float16"})
+        given = recipe(tmp_path, source, start_from=str(tmp_path / "tower"), model={key: "float16"})
         with pytest.raises(RecipeError, match=f"Recipe 'words', model: .*{message}"):
             train_mlm(given)
