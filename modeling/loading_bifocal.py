@@ -9,8 +9,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
 from transformers.configuration_utils import PreTrainedConfig
+
+# Not from transformers: without torchvision, releases before 5.14 have a stand-in there that only fails.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import cached_file
 
 from .configuration_bifocal import BifocalConfig, BifocalTextConfig, BifocalVisionConfig
