@@ -165,7 +165,10 @@ class ImageReader:
 
 
 def output_size(processor: Any) -> tuple[int, int]:
-    """Return width and height of the images that an image processor gives, in pixels."""
+    """Return width and height of the images that an image processor gives, in pixels.
+
+    A configuration may name another size: DINOv2's says 518, but its processor crops to 224.
+    """
     pixels = processor(Image.new("RGB", (64, 64)), return_tensors="np")["pixel_values"]
     return pixels[0].shape[-1], pixels[0].shape[-2]
 

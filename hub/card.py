@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bifocal.hub.tower_facts import ignores_case, image_size, tower_facts
+from bifocal.data.images import output_size
+from bifocal.hub.tower_facts import ignores_case, tower_facts
 
 
 @dataclass
@@ -95,7 +96,7 @@ def write_card(path: Path, card: Card, name: str, model: Any, processor: Any) ->
         license="other" if other else card.license,
         license_name=other[1] if other else None,
         base_model=[source["name"] for source in card.sources if source["on_hub"]] or None,
-        language="en" if towers["text"]["own"] else None,
+        language="en" if towers["text"]["own"] and ignores_case(processor.tokenizer) else None,
         **_emissions(card.stages),
     )
     values = asdict(card) | {
@@ -105,7 +106,7 @@ def write_card(path: Path, card: Card, name: str, model: Any, processor: Any) ->
         "matryoshka": config.matryoshka_dimensions,
         "towers": towers,
         "padded": config.max_text_length if config.text_padding == "max_length" else None,
-        "pixels": image_size(images),
+        "pixels": output_size(images)[::-1],  # height, width
         "patch": getattr(config.vision_config, "patch_size", None),
         "prompts": config.prompts,
         "uncased": ignores_case(processor.tokenizer),

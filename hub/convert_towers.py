@@ -24,7 +24,7 @@ from bifocal.hub.accounting import account_for, first_names
 from bifocal.hub.card import Card
 from bifocal.hub.convert import build_model, plan_conversion
 from bifocal.hub.export import export_model
-from bifocal.hub.source_card import SourceCard, common_license, read_source_card
+from bifocal.hub.source_card import SourceCard, as_data, common_license, read_source_card
 from bifocal.hub.source_config import ConversionError
 from bifocal.hub.source_files import read_image_processor, read_licence, read_processor
 from bifocal.hub.weights import local_copy, read_json, read_tensors, weight_files
@@ -87,7 +87,7 @@ class JoinedModel:
         card = Card(
             description=description,
             license=common_license(self.sources),
-            sources=[{"name": s.name, "license": s.license, "on_hub": s.on_hub} for s in self.sources],
+            sources=as_data(self.sources),
         )
         export_model(self.model, out, self.model.processor, card)
 

@@ -29,7 +29,7 @@ def read_licence(source: str, layouts: Mapping[str, WeightLayout]) -> str | None
         source: Hub id, folder or file of the weights.
         layouts: layout of each tower in the source.
     """
-    licence = licence_on_card(_path(_folder_of(source), "README.md"))
+    licence = licence_on_card(local_path(_folder_of(source), "README.md"))
     return _JINA_CLIP_V2_LICENCE if licence is None and layouts.get("text") is XLM_R_FLASH else licence
 
 
@@ -51,7 +51,7 @@ def _folder_of(source: str) -> str:
     return str(Path(source).parent if Path(source).is_file() else source)
 
 
-def _path(folder: str, name: str) -> Path | None:
+def local_path(folder: str, name: str) -> Path | None:
     """Return the local path of a file in a folder or on the Hub; None if there is none."""
     path = cached_file(
         folder, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
@@ -72,7 +72,7 @@ def read_processor(source: str, config: Any) -> BifocalProcessor | None:
     folder = _folder_of(source)
     if Path(folder).exists() and not (Path(folder) / "tokenizer_config.json").exists():
         return None
-    kind = read_json(_path(folder, "config.json")).get("model_type")
+    kind = read_json(local_path(folder, "config.json")).get("model_type")
     # Of a model_type that it does not know, transformers warns, but it needs none to find the tokenizer.
     options = {} if kind is None or kind in CONFIG_MAPPING else {"config": PreTrainedConfig()}
     try:
@@ -88,7 +88,7 @@ def read_image_processor(folder: str, config: Any) -> Any:
     Raises:
         ConversionError: if the source prepares images in another way.
     """
-    settings = read_json(_path(folder, "preprocessor_config.json"))
+    settings = read_json(local_path(folder, "preprocessor_config.json"))
     resize = settings.get("resize_mode", "shortest")
     if resize != "shortest":
         raise ConversionError(

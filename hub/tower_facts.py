@@ -59,15 +59,6 @@ def family_name(model_type: str) -> str:
     return CONFIG_MAPPING[model_type].__name__.removesuffix("Config") if model_type in CONFIG_MAPPING else model_type
 
 
-def image_size(processor: Any) -> tuple[int, int]:
-    """Return the height and width in pixels of the images that an image processor prepares.
-
-    A configuration may name another size: DINOv2's says 518, but its processor crops to 224.
-    """
-    pixels = processor(Image.new("RGB", (64, 48)), return_tensors="np")["pixel_values"]
-    return int(pixels.shape[-2]), int(pixels.shape[-1])
-
-
 def keeps_shape(processor: Any) -> bool:
     """Return whether an image processor gives images of different shapes for images of different shapes."""
     shapes = [

@@ -162,6 +162,16 @@ def _new_processor(recipe: Recipe, tasks: Sequence[Task]) -> BifocalProcessor:
     return _with_image_processor(recipe, tokenizer)
 
 
+def start_paths(recipe: Recipe) -> list[str]:
+    """Return the folders or Hub ids whose weights a recipe starts from."""
+    start = recipe.start_from
+    if start is None or isinstance(start, str):
+        return [] if start is None else [start]
+    if start.stage is not None:
+        return [str(_stage_folder(recipe, start))]
+    return [path for path in (start.text, start.image) if path is not None]
+
+
 def load_start(recipe: Recipe) -> BifocalModel | None:
     """Return the model that a recipe starts from; None if it starts from nothing.
 

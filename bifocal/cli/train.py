@@ -40,14 +40,19 @@ def _train(recipe: "Recipe", overwrite: bool) -> str:
     from bifocal.files import RUN
     from bifocal.hub.card import Card, TrainedStage
     from bifocal.hub.export import export_model
+    from bifocal.hub.source_card import as_data, common_license, sources_of_start
+    from bifocal.training.builders import start_paths
     from bifocal.training.engine.distributed import ProcessGroupInfo, leave_process_group
     from bifocal.training.runner import run_recipe
     from bifocal.training.stage_record import STAGE, earlier_stages
 
     def save(model: Any, processor: Any, folder: Path) -> None:
         facts = [*earlier_stages(recipe), json.loads((recipe.folder / STAGE).read_text(encoding="utf-8"))]
+        sources = sources_of_start(start_paths(recipe))
         card = Card(
             name=recipe.name,
+            license=common_license(sources),
+            sources=as_data(sources),
             description=f"A Bifocal model trained by the recipe '{recipe.name}'.",
             stages=[TrainedStage(**stage) for stage in facts],
         )
