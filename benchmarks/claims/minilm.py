@@ -17,8 +17,10 @@ PHASE = "joint"
 STEPS = 120
 LENGTH = 20  # tokens: most titles with tags, and most captions, are shorter; longer ones are cut in training only
 _SIDE = 64
-_IMAGE: dict[str, Any] = dict(hidden_size=192, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512, image_size=_SIDE,
-              patch_size=8, patch_dropout=0.0, rope_reference_grid=8, initializer_range=0.05)  # fmt: skip
+_IMAGE: dict[str, Any] = dict(
+    hidden_size=192, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512, image_size=_SIDE,
+    patch_size=8, patch_dropout=0.0, rope_reference_grid=8, initializer_range=0.05,
+)  # fmt: skip
 _RATES = {"text_learning_rate": 5e-5, "image_learning_rate": 1e-3}
 
 
