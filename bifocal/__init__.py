@@ -35,6 +35,7 @@ from bifocal.modeling import (  # noqa: E402
 )
 
 if TYPE_CHECKING:
+    from bifocal.data.augmentation import ImageAugmentation as ImageAugmentation
     from bifocal.data.loading import load_source as load_source
     from bifocal.data.source import Source as Source
     from bifocal.evaluation.callback import EvaluationCallback as EvaluationCallback
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 _AT_FIRST_USE = {
     "BifocalTrainingArguments": "bifocal.training.arguments",
     "EvaluationCallback": "bifocal.evaluation.callback",
+    "ImageAugmentation": "bifocal.data.augmentation",
     "MultiTaskTrainer": "bifocal.training.trainer",
     "SearchIndex": "bifocal.hub.search.index",
     "Searcher": "bifocal.hub.search.searcher",
@@ -69,6 +71,7 @@ __all__ = [
     "BifocalVisionConfig",
     "BifocalVisionModel",
     "EvaluationCallback",
+    "ImageAugmentation",
     "MultiTaskTrainer",
     "SearchIndex",
     "Searcher",

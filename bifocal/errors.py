@@ -21,6 +21,10 @@ class TrainingError(BifocalError):
     """A training run that cannot start or resume."""
 
 
+class ModelError(BifocalError):
+    """A model that does not exist, cannot be loaded, or does not embed what a command needs."""
+
+
 class EvaluationError(BifocalError):
     """A model or task that cannot be evaluated."""
 
@@ -36,12 +40,16 @@ def model_not_loaded(source: str | Path, error: Exception, expected: str = "mode
     name, path = str(source), Path(source).expanduser()
     if path.is_file():
         return f"'{name}' is a file, not the folder of a {expected}. Give its folder or a Hub id."
+    if isinstance(error, ValueError) and str(error).startswith(f"'{name}' "):
+        return str(error)  # a sentence of ours
     if path.is_dir():
         if not any((path / file).exists() for file in ("config.json", "modules.json")):
             return f"'{name}' holds no {expected} (it has no config.json). Give a model's folder or a Hub id."
         return f"The {expected} in '{name}' cannot be loaded ({first_line(error)})."
     if looks_like_path(name):
         return f"'{name}' does not exist. Give the folder of a {expected} or a Hub id."
+    if not isinstance(error, OSError):
+        return f"The {expected} '{name}' cannot be loaded ({first_line(error)})."
     return f"'{name}' is neither a local folder nor a {expected} on the Hub ({first_line(error)})."
 
 

@@ -6,21 +6,23 @@ from typing import Any
 
 import numpy as np
 
+from bifocal.data.embedding_models import load_embedding_model
 from bifocal.data.filters import Consistency
 from bifocal.data.row_names import row_name, select_rows
 from bifocal.data.skips import SkipLog, SkippedRow
-from bifocal.errors import DataError, first_line
+from bifocal.errors import DataError
 from bifocal.files import replace_file
 
 
 def filter_consistent(pairs: Any, settings: Consistency, skipped: SkipLog, name: str) -> Any:
     """Return the pairs of a `datasets.Dataset` that pass; the others are logged as filtered.
 
-    The positives of each pool of rows are ranked for each of its queries. A text that equals the positive counts as the
-    positive. The ranks are cached next to the data set's cache.
+    The positives of each pool of rows are ranked for each of its queries, both with the model's prompts if it has
+    them. A text that equals the positive counts as the positive. The ranks are cached next to the data set's cache.
 
     Raises:
-        DataError: if the rows have no queries, or the model cannot be loaded.
+        DataError: if the rows have no queries.
+        ModelError: if the model cannot be loaded.
     """
     if "query" not in pairs.column_names:
         raise DataError(f"'{name}' has no queries, and the consistency filter needs text pairs. Remove consistency.")
@@ -39,7 +41,7 @@ def _cached_ranks(pairs: Any, settings: Consistency) -> np.ndarray:
     from datasets.fingerprint import Hasher
 
     files = pairs.cache_files
-    key = Hasher.hash([pairs._fingerprint, json.dumps(settings.model_dump(exclude={"top_k"}))])
+    key = Hasher.hash(["with prompts", pairs._fingerprint, json.dumps(settings.model_dump(exclude={"top_k"}))])
     path = Path(files[0]["filename"]).with_name(f"ranks-{key}.npy") if files else None
     if path is not None and path.exists():
         return np.load(path)
@@ -52,12 +54,7 @@ def _cached_ranks(pairs: Any, settings: Consistency) -> np.ndarray:
 
 def _ranks(pairs: Any, settings: Consistency) -> np.ndarray:
     """Return the rank of each row's positive among those of its pool, from 0."""
-    from sentence_transformers import SentenceTransformer
-
-    try:
-        model = SentenceTransformer(settings.model)
-    except (OSError, ValueError) as error:
-        raise DataError(f"'{settings.model}' is not a sentence-transformers model ({first_line(error)}).") from error
+    model = load_embedding_model(settings.model)
     ranks = np.empty(len(pairs), dtype=np.int64)
     for start in range(0, len(pairs), settings.pool_size):
         rows = pairs[start : start + settings.pool_size]
@@ -67,7 +64,8 @@ def _ranks(pairs: Any, settings: Consistency) -> np.ndarray:
         different = list(dict.fromkeys(positives))
         number_of = {text: number for number, text in enumerate(different)}
         embedded = [
-            model.encode(texts, normalize_embeddings=True, convert_to_numpy=True) for texts in (queries, different)
+            encode(texts, normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=False)
+            for encode, texts in ((model.encode_query, queries), (model.encode_document, different))
         ]
         for first in range(0, len(queries), 1024):
             scores = embedded[0][first : first + 1024] @ embedded[1].T

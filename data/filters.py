@@ -22,7 +22,7 @@ class Consistency(BaseModel):
     """The consistency filter: keep a pair if its positive is among the nearest of its query (arXiv 2212.03533).
 
     Args:
-        model: a sentence-transformers model, by folder or Hub id.
+        model: any model that embeds texts (sentence-transformers, Bifocal, CLIP, ...), by folder or Hub id.
         top_k: the positive must be among this many nearest texts.
         pool_size: number of consecutive rows whose positives are compared.
     """

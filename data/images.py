@@ -37,10 +37,12 @@ class ImageReader:
             reduced scale: mean pixel differences are below 1 % of the range (0.1 % for images too small to be
             reduced), at a fraction of the time.
         crop: resize and crop when decoding; for images that are not augmented in between.
+        smallest_side: side of the smallest part of an image that an augmentation keeps, as a share of the whole.
     """
 
-    def __init__(self, processor: Any, exact: bool = False, crop: bool = True) -> None:
+    def __init__(self, processor: Any, exact: bool = False, crop: bool = True, smallest_side: float = 1.0) -> None:
         self.processor = processor
+        self.margin = _MARGIN / smallest_side
         size, cut = (dict(getattr(processor, name, None) or {}) for name in ("size", "crop_size"))
         self.side = size.get("shortest_edge") or 0
         steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
@@ -116,7 +118,7 @@ class ImageReader:
         if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
             return load_image(image)
         whole = image.size
-        wanted = int(_MARGIN * self.side)
+        wanted = int(self.margin * self.side)
         image.draft(None, (wanted, wanted))
         scale = round(whole[0] / image.size[0])
         upright = image.getexif().get(_ORIENTATION, 1) == 1
@@ -160,6 +162,12 @@ class ImageReader:
         box = (left * across, top * down, (left + side) * across, (top + side) * down)
         small = image.resize((side, side), Image.Resampling(int(self.processor.resample)), box=box)
         return np.asarray(small).transpose(2, 0, 1)
+
+
+def output_size(processor: Any) -> tuple[int, int]:
+    """Return width and height of the images that an image processor gives, in pixels."""
+    pixels = processor(Image.new("RGB", (64, 64)), return_tensors="np")["pixel_values"]
+    return pixels[0].shape[-1], pixels[0].shape[-2]
 
 
 def _is_nested(value: list[Any]) -> bool:

@@ -125,12 +125,14 @@ class RowNormaliser:
             raise RowError("missing image", str(error)[:300]) from error
 
     def texts(self, column: str, raw: Mapping[str, Any]) -> str | list[str]:
-        """Return the text or texts of a column.
+        """Return the text or texts of a column; those of a struct that is mapped to it, such as names by language.
 
         Raises:
             RowError: if the row has none, or none that can be used.
         """
         value = self._find(column, raw)
+        if isinstance(value, Mapping) and column in self.columns:
+            value = [text for text in value.values() if text is not None]
         if isinstance(value, list):
             if not value:
                 raise RowError(f"no {column}", "an empty list")

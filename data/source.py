@@ -27,7 +27,8 @@ class Source(Strict):
             but where a quote encloses what looks like rows, each of these lines is a bad row.
         encoding: encoding of a CSV, TSV, JSON or JSONL file, a Python codec such as "cp1252"; None means UTF-8.
         column_mapping: new name for each column of the source, in the direction of `datasets.Dataset.rename_columns`,
-            such as `title: caption`. `json.FIELD` is a field of the JSON in a tar shard.
+            such as `title: caption`. `json.FIELD` is a field of the JSON in a tar shard, and `COLUMN.FIELD` one of a
+            struct. A struct that is mapped to a column of texts, such as names by language, is a list of its texts.
         image_root: folder that relative image paths start from, or one folder for each first part of a path. Images
             outside it are not read. None means the folder of the file that names the images.
         num_negatives: hard negatives per row, the first ones; rows with fewer are skipped. None takes all of them (of

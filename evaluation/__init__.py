@@ -1,6 +1,6 @@
 """Evaluation: any model behind one interface, measured by one set of protocols, with a report.
 
-encoders        Bifocal, sentence-transformers, CLIP and SigLIP models as an `Encoder`
+encoders        dual encoders and sentence-transformers models as an `Encoder`
 protocols       retrieval, zero-shot, linear probe, STS, pair classification: an `Encoder` and rows in, a `Result` out
 rows, labels    usable rows and their classes; the others are skipped, counted and named
 retrieval       ranks, both definitions of recall, nDCG, reciprocal rank

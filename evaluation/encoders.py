@@ -1,4 +1,4 @@
-"""Any model behind one interface: Bifocal, sentence-transformers, CLIP and SigLIP."""
+"""Any model behind one interface: joint models, sentence-transformers, and other dual encoders of transformers."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -8,12 +8,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModel, AutoProcessor
+from transformers import AutoModel, AutoProcessor
 from transformers.utils.hub import cached_file
 
-from bifocal.errors import EvaluationError, first_line, looks_like_path
+from bifocal.data.embedding_models import load_embedding_model
+from bifocal.errors import EvaluationError, ModelError, first_line, looks_like_path
 from bifocal.modeling import BifocalModel, load_image
-from bifocal.modeling.towers_bifocal import padded_length
+from bifocal.modeling.loading_bifocal import UnsupportedFamilyError, load_complete, require_vocabulary
+from bifocal.modeling.towers_bifocal import longest_text, padded_length
+
+Encode = Callable[[list[Any]], np.ndarray]
 
 
 @dataclass
@@ -27,15 +31,21 @@ class Encoder:
             embed texts or images.
         parameters: number of parameters.
         batch_size: texts or images per forward pass.
+        query, document: functions for the queries and the documents of a search, if the model embeds them in another
+            way than other texts, by a prompt for example.
+        prompts: the prompts of `query` and `document`, for reports.
         work: number of inputs embedded so far, and the seconds that took, by "texts" and "images".
     """
 
     name: str
     family: str
-    text: Callable[[list[str]], np.ndarray] | None
-    image: Callable[[list[Any]], np.ndarray] | None
+    text: Encode | None
+    image: Encode | None
     parameters: int
     batch_size: int = 64
+    query: Encode | None = None
+    document: Encode | None = None
+    prompts: dict[str, str] = field(default_factory=dict)
     work: dict[str, tuple[int, float]] = field(default_factory=dict)
 
     def speed(self) -> dict[str, float]:
@@ -44,13 +54,18 @@ class Encoder:
         self.work = {}
         return rates
 
-    def texts(self, texts: Sequence[str]) -> np.ndarray:
+    def texts(self, texts: Sequence[str], prompt_name: str | None = None) -> np.ndarray:
         """Return (number, dimensions) unit vectors of texts.
+
+        Args:
+            texts: the texts.
+            prompt_name: "query" or "document" for the texts of a search; None for others.
 
         Raises:
             EvaluationError: if the model embeds no texts, or some embeddings are not finite.
         """
-        return self._embed("texts", self.text, texts)
+        encode = {"query": self.query, "document": self.document}.get(prompt_name or "") or self.text
+        return self._embed("texts", encode, texts)
 
     def images(self, images: Sequence[Any]) -> np.ndarray:
         """Return (number, dimensions) unit vectors of images.
@@ -63,7 +78,7 @@ class Encoder:
         """
         return self._embed("images", self.image, images)
 
-    def _embed(self, what: str, encode: Callable[[list[Any]], np.ndarray] | None, inputs: Sequence[Any]) -> np.ndarray:
+    def _embed(self, what: str, encode: Encode | None, inputs: Sequence[Any]) -> np.ndarray:
         if isinstance(inputs, str | bytes):
             raise EvaluationError(f"The {what} to embed are a single {type(inputs).__name__}; give a list.")
         items = list(inputs)
@@ -112,7 +127,7 @@ def require_model(path: str) -> None:
 
 
 def load_encoder(path: str, batch_size: int = 64, device: str | None = None) -> Encoder:
-    """Load a model of any family.
+    """Load a model: a dual encoder (Bifocal, CLIP, SigLIP, ALIGN, ...) or one of sentence-transformers.
 
     Args:
         path: local folder or Hub id.
@@ -120,26 +135,22 @@ def load_encoder(path: str, batch_size: int = 64, device: str | None = None) -> 
         device: "cpu", "cuda", ... If None, a GPU if there is one.
 
     Raises:
-        EvaluationError: if there is no such model, or it belongs to none of the families.
+        EvaluationError: if there is no such model, it cannot be loaded, or it is of another kind.
     """
     require_model(path)
     path = str(Path(path).expanduser()) if path.startswith("~") else path
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        if _has(path, "modules.json") and not _is_bifocal(path):
-            return _sentence_transformer(path, batch_size, device)
-        config = AutoConfig.from_pretrained(path)
-        if config.model_type == "bifocal":
-            return _bifocal(path, batch_size, device)
-        return _dual_encoder(path, batch_size, device)
-    except EvaluationError:
-        raise
-    except Exception as error:  # configuration, weights, tokenizer: each library has its own errors
-        raise EvaluationError(f"The model '{path}' cannot be loaded ({first_line(error)}).") from error
+        model = load_embedding_model(path, device)
+    except UnsupportedFamilyError:
+        return _other_dual_encoder(path, batch_size, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except ModelError as error:
+        raise EvaluationError(str(error)) from error
+    build = bifocal_encoder if isinstance(model, BifocalModel) else _sentence_transformer
+    return build(model, _name(path), batch_size)
 
 
 def bifocal_encoder(model: BifocalModel, name: str, batch_size: int = 64) -> Encoder:
-    """Return an encoder of a loaded Bifocal model.
+    """Return an encoder of a loaded joint model.
 
     Args:
         model: the model.
@@ -147,17 +158,49 @@ def bifocal_encoder(model: BifocalModel, name: str, batch_size: int = 64) -> Enc
         batch_size: texts or images per forward pass.
     """
 
-    def text(texts: list[str]) -> np.ndarray:
-        return np.asarray(model.encode_text(texts, batch_size=batch_size, show_progress=False))
+    def by(encode: Callable[..., Any]) -> Encode:
+        return lambda inputs: np.asarray(encode(inputs, batch_size=batch_size, show_progress=False))
 
-    def image(images: list[Any]) -> np.ndarray:
-        return np.asarray(model.encode_image(images, batch_size=batch_size, show_progress=False))
+    encoder = Encoder(name, "Bifocal", by(model.encode_text), by(model.encode_image), _parameters(model), batch_size)
+    encoder.prompts = _search_prompts(getattr(model.config, "prompts", {}))
+    if encoder.prompts:
+        encoder.query, encoder.document = by(model.encode_query), by(model.encode_document)
+    return encoder
 
-    return Encoder(name, "Bifocal", text, image, sum(p.numel() for p in model.parameters()), batch_size)
+
+def _sentence_transformer(model: Any, name: str, batch_size: int) -> Encoder:
+    from sentence_transformers.base.modules import Router
+
+    def by(encode: Callable[..., Any]) -> Encode:
+        return lambda inputs: encode(
+            inputs, batch_size=batch_size, normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=False
+        )
+
+    image = by(lambda images, **options: model.encode([load_image(value) for value in images], **options))
+    embeds_images = "image" in model.modalities
+    encoder = Encoder(
+        name, "sentence-transformers", by(model.encode), image if embeds_images else None, _parameters(model),
+        batch_size, prompts=_search_prompts(model.prompts),
+    )  # fmt: skip
+    has_routes = any(isinstance(module, Router) for module in model)
+    if encoder.prompts or has_routes or model.default_prompt_name:
+        encoder.query, encoder.document = by(model.encode_query), by(model.encode_document)
+    return encoder
+
+
+def _other_dual_encoder(path: str, batch_size: int, device: str) -> Encoder:
+    """Load a dual encoder of a family that `BifocalModel` does not know, such as ALIGN."""
+    try:
+        model = load_complete(AutoModel, path).to(device).eval()
+        processor = AutoProcessor.from_pretrained(path)
+        require_vocabulary(processor.tokenizer, path)
+    except Exception as error:  # configuration, weights, tokenizer: each library has its own errors
+        raise EvaluationError(f"The model '{path}' cannot be loaded ({first_line(error)}).") from error
+    return encoder_of(model, processor, _name(path), batch_size)
 
 
 def encoder_of(model: Any, processor: Any, name: str, batch_size: int = 64) -> Encoder:
-    """Return an encoder of a loaded model: a Bifocal model, or one of transformers with both towers.
+    """Return an encoder of a loaded model, with adapters or without: a Bifocal model, or another dual encoder.
 
     Args:
         model: the model.
@@ -177,91 +220,48 @@ def encoder_of(model: Any, processor: Any, name: str, batch_size: int = 64) -> E
         )
     if processor is None:
         raise EvaluationError(f"To evaluate a {type(model).__name__}, give its processor (processor=...).")
-    return dual_encoder(model, processor, name, batch_size)
-
-
-def sentence_transformer(path: str, batch_size: int = 64, device: str | None = None) -> Encoder | None:
-    """Load a model of any family through sentence-transformers; None if it has no sentence-transformers files.
-
-    Args: see `load_encoder`.
-    """
-    return _sentence_transformer(path, batch_size, device) if _has(path, "modules.json") else None
-
-
-def _bifocal(path: str, batch_size: int, device: str) -> Encoder:
-    model = BifocalModel.from_pretrained(path).to(device).eval()
-    return bifocal_encoder(model, _name(path), batch_size)
-
-
-def _sentence_transformer(path: str, batch_size: int, device: str | None) -> Encoder:
-    from sentence_transformers import SentenceTransformer
-
-    model = SentenceTransformer(path, device=device)
-
-    def encode(items: list[Any]) -> np.ndarray:
-        return model.encode(items, batch_size=batch_size, normalize_embeddings=True, convert_to_numpy=True)
-
-    def image(images: list[Any]) -> np.ndarray:
-        return encode([load_image(value) for value in images])
-
-    embeds_images = "image" in (getattr(model, "modalities", None) or [])
-    count = sum(p.numel() for p in model.parameters())
-    return Encoder(_name(path), "sentence-transformers", encode, image if embeds_images else None, count, batch_size)
-
-
-def _dual_encoder(path: str, batch_size: int, device: str) -> Encoder:
-    """Load a model of transformers with `get_text_features` and `get_image_features`: CLIP, SigLIP, ALIGN, ..."""
-    model = AutoModel.from_pretrained(path).to(device).eval()
-    if not hasattr(model, "get_text_features") or not hasattr(model, "get_image_features"):
-        raise EvaluationError(
-            f"'{path}' is a {type(model).__name__}, which does not embed texts and images into one space; give a "
-            "Bifocal, sentence-transformers, CLIP or SigLIP model."
-        )
-    processor = AutoProcessor.from_pretrained(path)
-    return dual_encoder(model, processor, _name(path), batch_size)
-
-
-def dual_encoder(model: Any, processor: Any, name: str, batch_size: int = 64) -> Encoder:
-    """Return an encoder of a loaded model with `get_text_features` and `get_image_features`.
-
-    Args: see `encoder_of`.
-    """
     full_length = padded_length(model.config)
-    padding = {"padding": True} if full_length is None else {"padding": "max_length", "max_length": full_length}
+    limit = full_length or _longest(model.config, processor.tokenizer)
+    padding = "longest" if full_length is None else "max_length"
 
-    def batches(items: list[Any], embed: Callable[[list[Any]], Any]) -> np.ndarray:
-        parts = []
-        with torch.inference_mode():
-            for start in range(0, len(items), batch_size):
-                vectors = embed(items[start : start + batch_size])
-                vectors = getattr(vectors, "pooler_output", vectors)
-                parts.append(torch.nn.functional.normalize(vectors.float(), dim=-1).cpu().numpy())
-        return np.concatenate(parts)
+    def text(texts: list[str]) -> Any:
+        inputs = processor(text=texts, truncation=True, max_length=limit, padding=padding, return_tensors="pt")
+        if full_length is not None:
+            inputs.pop("attention_mask", None)
+        return model.get_text_features(**inputs.to(model.device))
 
-    def text(texts: list[str]) -> np.ndarray:
-        def embed(batch: list[str]) -> Any:
-            inputs = processor(text=batch, truncation=True, return_tensors="pt", **padding).to(model.device)
-            if full_length is not None:
-                inputs.pop("attention_mask", None)
-            return model.get_text_features(**inputs)
+    def image(images: list[Any]) -> Any:
+        inputs = processor(images=[load_image(value) for value in images], return_tensors="pt")
+        return model.get_image_features(**inputs.to(model.device))
 
-        return batches(texts, embed)
+    def batched(embed: Callable[[list[Any]], Any]) -> Encode:
+        @torch.inference_mode()
+        def encode(inputs: list[Any]) -> np.ndarray:
+            parts = []
+            for start in range(0, len(inputs), batch_size):
+                vectors = embed(inputs[start : start + batch_size])
+                vectors = getattr(vectors, "pooler_output", vectors).float()
+                parts.append(torch.nn.functional.normalize(vectors, dim=-1).cpu().numpy())
+            return np.concatenate(parts)
 
-    def image(images: list[Any]) -> np.ndarray:
-        def embed(batch: list[Any]) -> Any:
-            loaded = [load_image(value) for value in batch]
-            return model.get_image_features(**processor(images=loaded, return_tensors="pt").to(model.device))
+        return encode
 
-        return batches(images, embed)
-
-    return Encoder(name, "transformers", text, image, sum(p.numel() for p in model.parameters()), batch_size)
+    return Encoder(name, "transformers", batched(text), batched(image), _parameters(model), batch_size)
 
 
-def _is_bifocal(path: str) -> bool:
-    try:
-        return AutoConfig.from_pretrained(path).model_type == "bifocal"
-    except (OSError, ValueError, KeyError):
-        return False
+def _longest(config: Any, tokenizer: Any) -> int:
+    """Return the longest text in tokens; that of the tokenizer if the configuration does not say."""
+    text_config = getattr(config, "text_config", None)
+    limit = tokenizer.model_max_length
+    return limit if text_config is None else min(limit, longest_text(text_config))
+
+
+def _search_prompts(prompts: dict[str, str]) -> dict[str, str]:
+    return {name: prompts[name] for name in ("query", "document") if prompts.get(name)}
+
+
+def _parameters(model: Any) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _has(path: str, name: str) -> bool:

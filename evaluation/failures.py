@@ -16,8 +16,9 @@ _SIDE = 96  # pixels of a thumbnail
 
 
 def worst_searches(
-    images: Sequence[Any], texts: Sequence[str], owner: np.ndarray, image_vectors: np.ndarray, text_vectors: np.ndarray,
-    to_image: np.ndarray, to_text: np.ndarray, images_of: Sequence[Sequence[int]], texts_of: Sequence[Sequence[int]],
+    images: Sequence[Any], texts: Sequence[str], owner: np.ndarray, image_vectors: np.ndarray,
+    query_vectors: np.ndarray, text_vectors: np.ndarray, to_image: np.ndarray, to_text: np.ndarray,
+    images_of: Sequence[Sequence[int]], texts_of: Sequence[Sequence[int]],
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Return the searches of each direction whose right answer has the highest rank, at most one per image.
 
@@ -25,7 +26,8 @@ def worst_searches(
         images: images in any form that `load_image` reads.
         texts: the captions of all images.
         owner: (texts,) number of the image of each text.
-        image_vectors, text_vectors: (images, dimensions) and (texts, dimensions) unit vectors.
+        image_vectors, query_vectors, text_vectors: (images or texts, dimensions) unit vectors; of texts as queries and
+            as what is searched.
         to_image, to_text: ranks of the right answers, see `relevant_ranks`.
         images_of, texts_of: right images of each text, and right texts of each image.
 
@@ -44,7 +46,7 @@ def worst_searches(
                 continue
             seen.add(image)
             if direction == "text to image":
-                scores = image_vectors @ text_vectors[query]
+                scores = image_vectors @ query_vectors[query]
                 best = np.argsort(-scores, kind="stable")[:_HITS]
                 hits = [{"thumbnail": thumbnail(images[n]), "right": bool(n in images_of[query])} for n in best]
                 shown_query, answer = {"text": texts[query]}, {"thumbnail": thumbnail(images[image])}

@@ -9,7 +9,7 @@ import numpy as np
 import yaml
 
 from bifocal.errors import EvaluationError, closest_name, first_line
-from bifocal.evaluation.encoders import Encoder, load_encoder, sentence_transformer
+from bifocal.evaluation.encoders import Encoder, load_encoder
 from bifocal.evaluation.protocols import Result
 
 SUITES: dict[str, list[str]] = {
@@ -58,16 +58,15 @@ def run_mteb(
     import mteb
 
     encoder = load_encoder(model, batch_size) if isinstance(model, str) else model
-    if isinstance(model, str) and all(list(task.metadata.modalities) == ["text"] for task in tasks):
-        # As users embed texts: through sentence-transformers if the model has its files.
-        encoder = sentence_transformer(model, batch_size) or encoder
     for task in tasks:
         lacking = [m for m in task.metadata.modalities if (encoder.text if m == "text" else encoder.image) is None]
         if lacking:
             raise EvaluationError(
                 f"'{encoder.name}' embeds no {lacking[0]}s, which the task {task.metadata.name} needs; remove the task."
             )
-    wrapped = _wrap(encoder, revision or _revision(model))
+    revision = revision or _revision(model)
+    # Results without the prompts of queries and documents, from earlier versions, are not reused.
+    wrapped = _wrap(encoder, f"{revision}-prompts" if encoder.query is not None else revision)
     options: Any = {"encode_kwargs": {"batch_size": batch_size}, "show_progress_bar": False}
     try:
         results = mteb.evaluate(wrapped, list(tasks), cache=mteb.ResultCache(cache), **options)
@@ -101,11 +100,12 @@ def _wrap(encoder: Encoder, revision: str) -> Any:
             self.mteb_model_meta = ModelMeta.create_empty(facts)
 
         def encode(self, inputs: Any, *, prompt_type: Any = None, **kwargs: Any) -> np.ndarray:
+            prompt_name = None if prompt_type is None else prompt_type.value
             parts = []
             for batch in inputs:
                 vectors: Any = 0.0
                 if "text" in batch:
-                    vectors = vectors + encoder.texts(list(batch["text"]))
+                    vectors = vectors + encoder.texts(list(batch["text"]), prompt_name)
                 if "image" in batch:
                     vectors = vectors + encoder.images(list(batch["image"]))
                 parts.append(vectors)

@@ -41,6 +41,7 @@ class Result:
         parameters: number of the model's parameters.
         speed: texts and images embedded per second.
         rows: hash of the rows, equal if two models were measured on the same ones.
+        prompts: prompts of queries and documents, if the model has them and the protocol is a search.
     """
 
     task: str
@@ -55,6 +56,7 @@ class Result:
     parameters: int = 0
     speed: dict[str, float] = field(default_factory=dict)
     rows: str = ""
+    prompts: dict[str, str] = field(default_factory=dict)
 
     @property
     def skipped(self) -> dict[str, int]:
@@ -72,8 +74,9 @@ def image_text_retrieval(
 ) -> Result:
     """Search images by text and texts by image; by both definitions of recall if images have several captions.
 
-    Equal texts and equal images (by their pixels) are right answers of each other. Rows whose image or captions cannot
-    be used are skipped and named in the result.
+    Texts have the prompt of a query where images are searched, and that of a document where they are searched, if the
+    model has them. Equal texts and equal images (by their pixels) are right answers of each other. Rows whose image or
+    captions cannot be used are skipped and named in the result.
 
     Args:
         encoder: the model.
@@ -94,10 +97,11 @@ def image_text_retrieval(
     images, good = rows.columns["images"], rows.good
     texts = [text for number in good for text in groups[number]]
     owner = np.repeat(np.arange(len(good)), [len(groups[number]) for number in good])
-    image_vectors, text_vectors = np.stack([vectors[number] for number in good]), encoder.texts(texts)
+    image_vectors, query_vectors = np.stack([vectors[number] for number in good]), encoder.texts(texts, "query")
+    text_vectors = query_vectors if encoder.document is None else encoder.texts(texts, "document")
     text_ids, image_ids = content_ids(texts), content_ids([digests[number] for number in good])
     images_of, texts_of = caption_answers(owner, text_ids, image_ids)
-    to_image = relevant_ranks(text_vectors, image_vectors, images_of, max([1, *ks]))
+    to_image = relevant_ranks(query_vectors, image_vectors, images_of, max([1, *ks]))
     to_text = relevant_ranks(image_vectors, text_vectors, texts_of, max([1, *ks]))
     metrics: dict[str, float] = {}
     for direction, ranks, items, right in (
@@ -109,7 +113,7 @@ def image_text_retrieval(
     metrics["mean_recall"] = (recall_at(to_image, k) + recall_at(to_text, k)) / 2
     # Plots need the rank of the first right item only; a text that many images share has many.
     arrays = {
-        "images": image_vectors, "texts": text_vectors, "owner": owner, "to_image": to_image[:, :1],
+        "images": image_vectors, "texts": query_vectors, "owner": owner, "to_image": to_image[:, :1],
         "to_text": to_text[:, :1], "text_ids": text_ids, "image_ids": image_ids,
     }  # fmt: skip
     sizes = {
@@ -117,9 +121,12 @@ def image_text_retrieval(
         "dimensions": image_vectors.shape[1],
     }  # fmt: skip
     examples = worst_searches(
-        Selection(images, good), texts, owner, image_vectors, text_vectors, to_image, to_text, images_of, texts_of
-    )
-    return _with_skips(Result(name, "image-text-retrieval", "mean_recall", metrics, sizes, arrays, examples), rows)
+        Selection(images, good), texts, owner, image_vectors, query_vectors, text_vectors, to_image, to_text,
+        images_of, texts_of,
+    )  # fmt: skip
+    result = Result(name, "image-text-retrieval", "mean_recall", metrics, sizes, arrays, examples)
+    result.prompts = encoder.prompts
+    return _with_skips(result, rows)
 
 
 def _counts(right: Sequence[Sequence[int]]) -> np.ndarray:
@@ -305,7 +312,8 @@ def text_retrieval(
 ) -> Result:  # fmt: skip
     """Search a corpus by queries: nDCG@k, recall and reciprocal rank. All relevant passages have the same grade.
 
-    Equal passages, and the relevant passages of equal queries, are right answers of each other.
+    Queries and passages have the prompts "query" and "document" of the model, if it has them. Equal passages, and the
+    relevant passages of equal queries, are right answers of each other.
 
     Args:
         encoder: the model.
@@ -350,7 +358,8 @@ def text_retrieval(
     texts = [passages[number][0] for number in corpus_rows.good]
     answers = right_answers(searched, texts, pairs)
     own = Counter(query for query, _ in set(pairs))
-    ranks = relevant_ranks(encoder.texts(searched), encoder.texts(texts), answers, max([1, *ks]))
+    query_vectors, passage_vectors = encoder.texts(searched, "query"), encoder.texts(texts, "document")
+    ranks = relevant_ranks(query_vectors, passage_vectors, answers, max([1, *ks]))
     metrics = retrieval_metrics(ranks, [k for k in ks if k <= len(texts)] or [1], len(texts), _counts(answers))
     main = "ndcg@10" if "ndcg@10" in metrics else next(m for m in reversed(metrics) if m.startswith("ndcg"))
     sizes = {
@@ -359,7 +368,7 @@ def text_retrieval(
         "queries without relevant passages": without,
         "shared rows": sum(len(right) > own[query] for query, right in enumerate(answers)),
     }
-    result = Result(name, "text-retrieval", main, metrics, sizes, {"ranks": ranks[:, :1]})
+    result = Result(name, "text-retrieval", main, metrics, sizes, {"ranks": ranks[:, :1]}, prompts=encoder.prompts)
     return _with_skips(result, query_rows, corpus_rows)
 
 

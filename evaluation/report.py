@@ -69,7 +69,7 @@ def results_as_numbers(results: Mapping[str, Sequence[Result]]) -> dict[str, Any
                 continue
             entry: dict[str, Any] = {
                 "kind": result.kind, "main": result.main, "metrics": result.metrics, "sizes": result.sizes,
-                "skipped": result.skipped,
+                "skipped": result.skipped, "prompts": result.prompts,
                 "seconds": result.seconds, "parameters": result.parameters, "speed": result.speed,
             }  # fmt: skip
             if "owner" in result.arrays:
@@ -180,7 +180,8 @@ def _section(results: Mapping[str, Sequence[Result]], number: int) -> dict[str, 
         return section | {"notes": ["Not measured, since none of these models embeds images"]}
     names = list(dict.fromkeys(name for result in measured.values() for name in result.metrics))
     section |= {
-        "models": list(measured), "notes": row_remarks(first), "skips": first.skips[:_SHOWN_SKIPS],
+        "models": list(measured), "notes": [*row_remarks(first), *_prompt_remarks(measured)],
+        "skips": first.skips[:_SHOWN_SKIPS],
         "metrics": [
             (_metric_title(name), [f"{r.metrics[name]:.4f}" if name in r.metrics else "" for r in measured.values()])
             for name in names
@@ -201,6 +202,16 @@ def _section(results: Mapping[str, Sequence[Result]], number: int) -> dict[str, 
     elif "ranks" in first.arrays:
         section["plots"] = [ranks_plot(measured)]
     return section
+
+
+def _prompt_remarks(measured: Mapping[str, Result]) -> list[str]:
+    """Return a sentence about the prompts of each model that has some for queries and documents."""
+    remarks = []
+    for model, result in measured.items():
+        if result.prompts:
+            prompts = " and ".join(f"each {name} with the prompt '{text}'" for name, text in result.prompts.items())
+            remarks.append(f"'{model}' embeds {prompts}")
+    return remarks
 
 
 def _gap_rows(measured: Mapping[str, Result]) -> list[tuple[str, list[str]]]:

@@ -23,7 +23,7 @@ from bifocal.evaluation.suites import EvaluationSuite, EvaluationTask, load_suit
 from bifocal.evaluation.task_rows import TaskData, log_skips, read_task
 from bifocal.files import overwrite, replace_file, require_overwritable
 
-_VERSION = 3  # of the cached results; results of another version are measured again
+_VERSION = 4  # of the cached results; results of another version are measured again
 
 
 @dataclass

@@ -9,6 +9,7 @@ import argparse
 from peft import LoraConfig, get_peft_model
 
 from bifocal import BifocalModel, BifocalTrainingArguments, MultiTaskTrainer, Task, export_model, load_source
+from bifocal.training.towers import linear_layers
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -22,10 +23,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", default="runs/lora-example")
     options = parser.parse_args(arguments)
 
-    adapters = LoraConfig(
-        r=options.rank, lora_alpha=2 * options.rank, target_modules=["q_proj", "k_proj", "v_proj", "out_proj"]
-    )
-    model = get_peft_model(BifocalModel.from_pretrained(options.model), adapters)
+    base = BifocalModel.from_pretrained(options.model)
+    adapters = LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules=linear_layers(base))
+    model = get_peft_model(base, adapters)
     model.print_trainable_parameters()
 
     trainer = MultiTaskTrainer(

@@ -20,15 +20,16 @@ from bifocal.hub.search.searcher import Searcher
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("text", help="what to search for")
-    parser.add_argument("--model", default="runs/demo/model", help="a Bifocal folder or Hub id")
+    parser.add_argument("--model", default="runs/demo/model", help="folder or Hub id of a dual encoder")
     parser.add_argument("--images", type=Path, default=Path("examples/data/images"), help="a folder of images")
     parser.add_argument("--out", default="runs/index-example", help="folder of the index")
     parser.add_argument("--serve", action="store_true", help="serve a page")
     options = parser.parse_args(arguments)
 
-    dimensions = load_model(options.model).config.projection_dim
-    index = SearchIndex.create(options.out, options.model, weights_hash(options.model), dimensions)
-    searcher = Searcher(index)
+    model = load_model(options.model)
+    weights = weights_hash(options.model)
+    index = SearchIndex.create(options.out, options.model, weights, model.dimensions, prompts=model.prompts)
+    searcher = Searcher(index, model)
     added = searcher.add(Item(path.name, image=path) for path in sorted(options.images.glob("*.png")))
     print(f"{added.new} images added, {added.known} known before")
 

@@ -6,6 +6,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+# By `model_type`; that itself for other towers.
+_TOWERS = {
+    "bifocal_text": "JinaBERT with symmetric ALiBi (arXiv 2310.19923)",
+    "bifocal_vision": "EVA02 (arXiv 2303.11331)",
+    "jina_embeddings_v3": "XLM-R with rotary positions (arXiv 2409.10173)",
+}
+
 
 @dataclass
 class TrainedStage:
@@ -86,13 +93,15 @@ def write_card(path: Path, card: Card, name: str, model: Any, max_length: int) -
         pipeline_tag="sentence-similarity",
         tags=["bifocal", "clip", "image-text-retrieval", "sentence-transformers", "feature-extraction"],
         license=card.license,
-        language="en",
+        language="en" if model.config.text_config.model_type == "bifocal_text" else None,
         **_emissions(card.stages),
     )
     values = asdict(card) | {
         "name": name,
         "max_length": max_length,
         "dimensions": model.config.projection_dim,
+        "matryoshka": model.config.matryoshka_dimensions,
+        "towers": _TOWERS,
         "text": model.config.text_config,
         "image": model.config.vision_config,
         "text_parameters": sum(p.numel() for p in model.text_model.parameters()),

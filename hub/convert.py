@@ -1,6 +1,5 @@
 """Published weights as Bifocal models: every tensor is accounted for, or nothing is written."""
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,27 +7,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
-from transformers import AutoTokenizer
-from transformers.utils import cached_file
 
 from bifocal.files import MODEL, replace_folder
+from bifocal.hub.card import Card
 from bifocal.hub.export import export_model
-from bifocal.hub.families import family_of
+from bifocal.hub.families import JINA_EMBEDDINGS_V3, family_of
+from bifocal.hub.lora import MergedWeights, merge_adapter
 from bifocal.hub.source_config import ConversionError, derive_config
-from bifocal.hub.weight_layouts import HEAD, LAYOUTS, Rule, Tensors, TowerLayout, WeightLayout
-from bifocal.hub.weights import read_json, remove_wrapper_prefix, require_floats
+from bifocal.hub.source_files import read_processor
+from bifocal.hub.weight_layouts import HEAD, LAYOUTS, XLM_R_FLASH, Rule, Tensors, TowerLayout, WeightLayout
+from bifocal.hub.weights import remove_wrapper_prefix, require_floats
 from bifocal.modeling import (
     BifocalConfig,
     BifocalModel,
-    BifocalProcessor,
     BifocalTextConfig,
     BifocalTextModel,
     BifocalVisionConfig,
     BifocalVisionModel,
 )
-from bifocal.modeling.processing_bifocal import image_processor_of_size
 
+_CONVERTED = "bifocal convert takes jina-clip-v1 and v2, JinaBERT v2 and EVA02."
 # Tensors of a source that belong to neither tower: pattern and reason.
 _IGNORED = {
     r"cls\.predictions\..*": "the head of masked language modelling",
@@ -45,23 +43,37 @@ class ConversionPlan:
         layouts: layout of each tower in the source, by "text" and "vision".
         mapping: pairs of a tensor's name in the source and its names in Bifocal, or the reason why it is skipped.
         config: configuration of the Bifocal model.
+        adapter: name of the LoRA adapter that is merged into the weights; None without one.
+        adapters: names of the source's adapters.
         tensors: weights of the Bifocal model.
     """
 
     layouts: dict[str, WeightLayout]
     mapping: list[tuple[str, str]]
     config: Any
+    adapter: str | None = None
+    adapters: tuple[str, ...] = ()
     tensors: Tensors = field(repr=False, default_factory=dict)
 
     def text(self) -> str:
         """Return the mapping as lines, for a dry run."""
         width = max(len(source) for source, _ in self.mapping)
-        layouts = ", ".join(layout.name for layout in self.layouts.values())
-        return "\n".join([f"{layouts}:", *(f"  {source:<{width}}  {target}" for source, target in self.mapping)])
+        parts = [*(layout.name for layout in self.layouts.values()), *([self.adapter_text()] if self.adapters else [])]
+        lines = [f"  {source:<{width}}  {target}" for source, target in self.mapping]
+        return "\n".join([f"{', '.join(parts)}:", *lines])
+
+    def adapter_text(self) -> str:
+        """Return which of the source's adapters is merged, as a part of a sentence."""
+        return (
+            f"with the adapter {self.adapter}" if self.adapter else f"without the adapters {', '.join(self.adapters)}"
+        )
 
 
 def plan_conversion(
-    tensors: Tensors, source_config: Mapping[str, Any] = {}, image_size: int | None = None
+    tensors: Tensors,
+    source_config: Mapping[str, Any] = {},
+    image_size: int | None = None,
+    adapter: str | None = None,
 ) -> ConversionPlan:
     """Recognise the layouts, derive the configuration and map every tensor; return the plan.
 
@@ -69,12 +81,14 @@ def plan_conversion(
         tensors: the source's weights by name.
         source_config: the source's configuration; its sizes must agree with the tensors.
         image_size: side of the images in pixels to resize the position table for; unchanged when None.
+        adapter: name of the LoRA adapter to merge into the weights, or "none"; the source's default when None.
 
     Raises:
         ConversionError: if no layout is known, tensors are missing, left over or of a wrong shape, or the configuration
             contradicts them; the message names them.
     """
-    tensors = remove_wrapper_prefix(tensors)
+    merged = merge_adapter(remove_wrapper_prefix(tensors), source_config, adapter)
+    tensors = merged.tensors
     names = list(tensors)
     towers: dict[str, TowerLayout] = {}
     for layout in LAYOUTS:
@@ -83,13 +97,15 @@ def plan_conversion(
             towers[layout.tower] = (layout, prefix)
     family = family_of(names, source_config)
     if not towers and family is not None:
-        raise ConversionError(f"These weights are {family}. bifocal convert takes jina-clip-v1, JinaBERT v2 and EVA02.")
+        raise ConversionError(f"These weights are {family}. {_CONVERTED}")
     if not towers:
         raise ConversionError(
             f"These {len(names)} tensors match no known layout ({', '.join(layout.name for layout in LAYOUTS)}). The "
             f"first is '{names[0] if names else ''}'."
         )
     both = len(towers) == 2
+    if not both and "text" in towers and towers["text"][0] is XLM_R_FLASH:
+        raise ConversionError(f"These weights are {JINA_EMBEDDINGS_V3}. {_CONVERTED}")
     converted: Tensors = {}
     mapping: list[tuple[str, str]] = []
     unknown: list[str] = []
@@ -124,7 +140,25 @@ def plan_conversion(
     if image_size is not None:
         _resize_position_table(converted, config, image_size, both)
     _require_complete(converted, config)
-    return ConversionPlan({tower: layout for tower, (layout, _) in towers.items()}, mapping, config, converted)
+    return ConversionPlan(
+        {tower: layout for tower, (layout, _) in towers.items()},
+        _with_parts(mapping, merged), config, merged.adapter, merged.adapters, converted,
+    )  # fmt: skip
+
+
+def _with_parts(mapping: list[tuple[str, str]], merged: MergedWeights) -> list[tuple[str, str]]:
+    """Return a mapping in which adapted weights are the three tensors that the source has of each."""
+    named: list[tuple[str, str]] = []
+    for name, target in mapping:
+        if name not in merged.parts:
+            named.append((name, target))
+            continue
+        original, *factors = merged.parts[name]
+        named.append((original, target))
+        skipped = target.startswith("skipped")
+        kept = f"merged into {target}" if merged.adapter else "skipped: adapters, of which none is merged"
+        named += [(factor, target if skipped else kept) for factor in factors]
+    return named
 
 
 def _convert_tensor(name: str, tensor: torch.Tensor, towers: Mapping[str, TowerLayout], both: bool) -> Tensors | None:
@@ -146,7 +180,7 @@ def _convert_tensor(name: str, tensor: torch.Tensor, towers: Mapping[str, TowerL
                 )
             shared = rule in HEAD
             return {
-                target if shared else own + target: part.clone()
+                target if shared else own + target: part
                 for target, part in zip(targets, rule.to_bifocal(tensor), strict=True)
             }
     return None
@@ -169,9 +203,11 @@ def _resize_position_table(tensors: Tensors, config: Any, image_size: int, both:
     """Interpolate the position table bicubically, as EVA-CLIP does for other resolutions."""
     vision = config.vision_config if both else config
     name = ("vision_model." if both else "") + "embeddings.position_embedding"
-    if not isinstance(vision, BifocalVisionConfig) or image_size % vision.patch_size:
+    if not isinstance(vision, BifocalVisionConfig):
+        raise ConversionError("These weights have no image tower. Omit --image-size.")
+    if image_size < vision.patch_size:
         raise ConversionError(
-            f"Images of {image_size} pixels do not fit these weights. Give a multiple of the patch size."
+            f"Images of {image_size} pixels are smaller than a patch. Give at least {vision.patch_size}."
         )
     table, grid = tensors[name], image_size // vision.patch_size
     old = vision.image_size // vision.patch_size
@@ -249,7 +285,7 @@ def _to_source_tensor(
     return None
 
 
-def save_converted(model: Any, source: str, out: Path) -> list[str]:
+def save_converted(model: Any, source: str, out: Path, licence: str | None = None, adapter: str = "") -> list[str]:
     """Write a converted model, with a processor if the source has a tokenizer; return what is missing in the folder.
 
     A joint model with a tokenizer becomes a folder that is ready for the Hub.
@@ -258,58 +294,22 @@ def save_converted(model: Any, source: str, out: Path) -> list[str]:
         model: as from `build_model`.
         source: Hub id, folder or file that the weights came from.
         out: folder to write.
+        licence: name of the weights' licence on the Hub, for the card.
+        adapter: which of the source's adapters is merged, for the card (`ConversionPlan.adapter_text`).
 
     Raises:
         NotOursError: if `out` may not be replaced (`bifocal.files.require_replaceable`).
     """
-    processor = _read_processor(source, model.config)
+    processor = read_processor(source, model.config)
     if isinstance(model, BifocalModel) and processor is not None:
-        export_model(model, out, processor)
+        name = source if not Path(source).expanduser().exists() else Path(source).name
+        description = " ".join(["A Bifocal model with the weights of", name, *([adapter] if adapter else [])])
+        export_model(model, out, processor, Card(description=f"{description}.", license=licence))
         return []
     with replace_folder(out, MODEL) as scratch:
         model.save_pretrained(scratch)
         if processor is not None:
             processor.save_pretrained(scratch)
+        if licence is not None:
+            (scratch / "README.md").write_text(f"---\nlicense: {licence}\n---\n", encoding="utf-8")
     return [] if processor is not None or isinstance(model, BifocalVisionModel) else ["tokenizer"]
-
-
-def _read_processor(source: str, config: Any) -> BifocalProcessor | None:
-    source = os.path.expanduser(source)
-    folder = str(Path(source).parent if Path(source).is_file() else source)
-    if Path(folder).exists() and not (Path(folder) / "tokenizer_config.json").exists():
-        return None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError):  # the source has no tokenizer, which the caller reports
-        return None
-    return BifocalProcessor(_read_image_processor(folder, config), tokenizer)
-
-
-def _read_image_processor(folder: str, config: Any) -> Any:
-    """Return an image processor of the tower's size, with the mean, deviation and interpolation that the source sets.
-
-    Raises:
-        ConversionError: if the source prepares images in another way.
-    """
-    path = cached_file(
-        folder, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )  # fmt: skip
-    settings = read_json(None if path is None else Path(path))
-    resize = settings.get("resize_mode", "shortest")
-    if resize != "shortest":
-        raise ConversionError(
-            f"The source's preprocessor_config.json says resize_mode={resize!r}, but Bifocal resizes the shorter side "
-            "and crops. Its vectors would differ."
-        )
-    options = {}
-    for ours, theirs in (("image_mean", "mean"), ("image_std", "std")):
-        if (value := settings.get(ours, settings.get(theirs))) is not None:
-            options[ours] = value
-    resample = settings.get("resample", settings.get("interpolation"))
-    if resample is not None:
-        try:
-            options["resample"] = Image.Resampling[resample.upper()] if isinstance(resample, str) else resample
-        except KeyError:
-            raise ConversionError(f"The source's interpolation '{resample}' does not exist in Pillow.") from None
-    return image_processor_of_size(getattr(getattr(config, "vision_config", config), "image_size", 224), **options)

@@ -136,7 +136,7 @@ def with_model_max_length(processor: Any, model: Any) -> Any:
     """
     processor = copy.deepcopy(processor)
     tokenizer = processor.tokenizer
-    tokenizer.model_max_length = min(tokenizer.model_max_length, model.config.text_config.max_position_embeddings)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, model.config.max_text_length)
     return processor
 
 

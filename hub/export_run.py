@@ -133,7 +133,7 @@ def _read_recipes(run: Path) -> dict[str, Any]:
         if recipe["name"] in recipes:
             break
         recipes[recipe["name"]] = recipe
-        start = recipe.get("init_from")
+        start = recipe.get("start_from")
         stage = start.get("stage") if isinstance(start, dict) else None
         folder = Path("runs") / stage if stage else Path(start).parent if isinstance(start, str) else None
     return recipes

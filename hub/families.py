@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+JINA_EMBEDDINGS_V3 = "jina-embeddings-v3 alone; transformers loads jinaai/jina-embeddings-v3-hf itself"
 # model_type of a configuration, or a pattern of tensor names without one, and the family; the first match counts.
 _FAMILIES: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (
@@ -13,13 +14,8 @@ _FAMILIES: tuple[tuple[tuple[str, ...], str, str], ...] = (
     ),
     (
         (),
-        r"text_model\.transformer\.roberta\..*",
-        "jina-clip-v2, whose text tower is XLM-R with rotary positions",
-    ),
-    (
-        (),
         r"(.*\.)?roberta\..*parametrizations\..*|roberta\.encoder\.layers\.0\.mixer\..*",
-        "jina-embeddings-v3, an XLM-R with rotary positions",
+        JINA_EMBEDDINGS_V3,
     ),
     (
         (),

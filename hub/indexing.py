@@ -64,7 +64,8 @@ def index_source(
     Args:
         source: source to read.
         folder: folder of the index, new or existing.
-        model: Bifocal folder or Hub id; that of the index if None.
+        model: folder or Hub id of a dual encoder, or for texts of a sentence-transformers model; that of the index if
+            None.
         kind: kind of the rows; inferred from files and columns if None.
         captions: whether captions are items as well; as in the last run over this source if None.
         prune: delete from the index what the source no longer has.
@@ -74,20 +75,25 @@ def index_source(
 
     Raises:
         DataError: if the source cannot be read.
-        SearchError: if there is no model, or the index is damaged or of another model.
+        SearchError: if there is no model, it does not embed what the source holds, or the index is damaged or of
+            another model.
     """
     kind = infer_kind(source, kind)
     existed = (folder / SETTINGS).exists()
     model = model or (SearchIndex(folder).model if existed else None)
     if model is None:
-        raise SearchError("Pass --model with a Bifocal folder or Hub id.")
-    dimensions = load_model(model).config.projection_dim
-    index = SearchIndex.create(folder, model, weights_hash(model), dimensions, dims, precisions)
+        raise SearchError("Pass --model with the folder or Hub id of a model (Bifocal, CLIP, SigLIP, ...).")
+    loaded = load_model(model)
+    if kind in _IMAGE_KINDS:
+        loaded.require_images()
+    index = SearchIndex.create(
+        folder, model, weights_hash(model), loaded.dimensions, dims, precisions, loaded.prompts
+    )  # fmt: skip
     reader = ItemReader(source, kind, captions or False, (folder,))
     if captions is None:
         reader.restore_options(index)
     try:
-        result = Searcher(index, model).add(reader.items(), batch_size, progress, reader.item_source, prune)
+        result = Searcher(index, loaded).add(reader.items(), batch_size, progress, reader.item_source, prune)
     finally:
         if not existed:
             index.discard_if_empty()

@@ -79,7 +79,8 @@ def _by_tokenizer(processor: Any, folder: Path, texts: list[str]) -> dict[str, n
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.enable_padding()
+    padding = processor.tokenizer
+    tokenizer.enable_padding(pad_id=padding.pad_token_id or 0, pad_token=padding.pad_token or "[PAD]")
     words = tokenizer.encode_batch(texts)
     return {
         "input_ids": np.array([encoding.ids for encoding in words]),

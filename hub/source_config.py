@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from transformers import JinaEmbeddingsV3Config
 
 from bifocal.errors import BifocalError
-from bifocal.hub.weight_layouts import Tensors, TowerLayout, WeightLayout
+from bifocal.hub.weight_layouts import XLM_R_FLASH, Tensors, TowerLayout, WeightLayout
 from bifocal.modeling import BifocalConfig, BifocalTextConfig, BifocalVisionConfig
 
 _HEAD_WIDTH = 64  # of both towers in all published sizes
@@ -32,7 +33,6 @@ _SIZES: dict[str, dict[str, tuple[str, ...]]] = {
         "num_attention_heads": ("num_attention_heads",),
         "intermediate_size": ("intermediate_size",),
         "patch_size": ("patch_size",),
-        "image_size": ("image_size",),
     },
 }
 # Settings that change the computation but no tensor, and the values that Bifocal's towers implement.
@@ -42,6 +42,14 @@ _ARCHITECTURE: dict[str, dict[str, tuple[Any, ...]]] = {
         "feed_forward_type": ("geglu", "reglu"),
         "pooler_type": ("mean_pooler",),
         "emb_pooler": ("mean",),
+    },
+    "XLM-R text": {
+        "position_embedding_type": ("rotary",),
+        "hidden_act": ("gelu",),
+        "pooler_type": ("mean_pooler",),
+        "emb_pooler": ("mean",),
+        "default_instruction_task": (),
+        "proj_type": (),
     },
     "vision": {
         "post_norm": (False,),
@@ -58,7 +66,11 @@ _GATES = {"geglu": "gelu", "reglu": "relu"}
 _COPIED = {
     "text": ("layer_norm_eps", "hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range"),
     "vision": ("layer_norm_eps", "patch_dropout", "initializer_range"),
-}
+    "XLM-R text": (
+        "layer_norm_eps", "hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range",
+        "max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id",
+    ),
+}  # fmt: skip
 _LARGEST_REFERENCE = 129  # EVA02's is 16; grids of published towers reach 37
 # float16 holds angles near 1 to 5e-4, bfloat16 to 4e-3.
 _TABLE_TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -84,21 +96,27 @@ def derive_config(
         ConversionError: if the configuration contradicts tensors or tables, or sets another architecture.
     """
     both = len(towers) == 2
-    text = vision = None
+    text: Any = None
+    vision: Any = None
+    options: dict[str, Any] = {}
     if "text" in towers:
-        prefix = "text_model." if both else ""
-        text = _text_config(converted, prefix, _settings(source_config, "text"), towers["text"][1], stored)
+        layout, prefix = towers["text"]
+        own, settings = "text_model." if both else "", tower_settings(source_config, "text")
+        if layout is XLM_R_FLASH:
+            text, options = _xlm_r_config(converted, own, settings), _options(source_config, settings)
+        else:
+            text = _text_config(converted, own, settings, prefix, stored)
     if "vision" in towers:
         layout, prefix = towers["vision"]
         own = "vision_model." if both else ""
-        vision = _vision_config(converted, own, _settings(source_config, "vision"), layout, prefix, stored)
+        vision = _vision_config(converted, own, tower_settings(source_config, "vision"), layout, prefix, stored)
     if not both:
         return text or vision
     assert text is not None and vision is not None  # noqa: PT018
     shared = converted.get("vision_projection.weight")
     config = BifocalConfig(
         text_config=text, vision_config=vision, text_projection=False, vision_projection=shared is not None,
-        projection_dim=text.hidden_size if shared is None else shared.shape[0],
+        projection_dim=text.hidden_size if shared is None else shared.shape[0], **options,
     )  # fmt: skip
     _require_equal(source_config, "projection_dim", "projection_dim", config.projection_dim, "joint model")
     for tower in ("text", "vision"):
@@ -118,7 +136,7 @@ def _required(converted: Tensors, name: str) -> torch.Tensor:
     return converted[name]
 
 
-def _settings(source_config: Mapping[str, Any], tower: str) -> dict[str, Any]:
+def tower_settings(source_config: Mapping[str, Any], tower: str) -> dict[str, Any]:
     """Return a tower's part of a configuration, overridden by jina-clip's `hf_model_config_kwargs`."""
     settings = dict(source_config.get(f"{tower}_config") or source_config)
     return settings | dict(settings.get("hf_model_config_kwargs") or {})
@@ -142,6 +160,39 @@ def _text_config(
     )  # fmt: skip
     _require_sizes(settings, config, "text")
     return config
+
+
+def _xlm_r_config(converted: Tensors, own: str, settings: Mapping[str, Any]) -> JinaEmbeddingsV3Config:
+    """Return the configuration of jina-clip-v2's text tower.
+
+    Its config.json only has what differs from jina-embeddings-v3, whose values are those of transformers' class.
+    """
+    _require_architecture(settings, "XLM-R text")
+    words = _required(converted, f"{own}embeddings.word_embeddings.weight")
+    copied = _copied(settings, "XLM-R text")
+    if (theta := settings.get("rotary_emb_base")) is not None:
+        copied["rope_parameters"] = {"rope_type": "default", "rope_theta": float(theta)}
+    config = JinaEmbeddingsV3Config(
+        vocab_size=words.shape[0], hidden_size=words.shape[1], num_hidden_layers=_num_layers(converted, own),
+        num_attention_heads=_heads(words.shape[1], settings, "text", None),
+        intermediate_size=_required(converted, f"{own}layers.0.mlp.fc1.weight").shape[0],
+        type_vocab_size=_required(converted, f"{own}embeddings.token_type_embeddings.weight").shape[0], **copied,
+    )  # fmt: skip
+    _require_sizes(settings, config, "text")
+    return config
+
+
+def _options(source_config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of jina-clip-v2's joint model: its prompts by their names here, and its dimensions."""
+    for key, value in (("add_projections", False), ("truncate_dim", None)):
+        if source_config.get(key) not in (None, value):
+            raise ConversionError(
+                f"The source's configuration says {key}={source_config[key]!r}, but a Bifocal model has {value!r}. Its "
+                "vectors would differ."
+            )
+    names = {"retrieval.query": "query", "retrieval.passage": "document"}
+    prompts = {names.get(task, task): text for task, text in (settings.get("task_instructions") or {}).items()}
+    return {"prompts": prompts, "matryoshka_dimensions": source_config.get("matryoshka_dimensions")}
 
 
 def _vision_config(
@@ -178,6 +229,10 @@ def _vision_config(
         rope_reference_grid=reference, **_copied(settings, "vision"),
     )  # fmt: skip
     _require_sizes(settings, config, "vision")
+    side = settings.get("image_size")
+    if isinstance(side, int) and side // patch == grid:  # the last pixels that do not fill a patch are not seen
+        config.image_size = side
+    _require_equal(settings, "image_size", "image_size", config.image_size, "vision")
     if "mlp_ratio" in settings:
         inner = int(width * settings["mlp_ratio"])
         _require_equal({"mlp_ratio": inner}, "mlp_ratio", "intermediate_size", config.intermediate_size, "vision")
@@ -290,8 +345,8 @@ def _require_architecture(settings: Mapping[str, Any], tower: str) -> None:
         value = settings.get(key)
         if value is not None and value not in supported:
             raise ConversionError(
-                f"The source's configuration says {key}={value!r} of the {tower} tower, but Bifocal's computes "
-                f"{' or '.join(map(repr, supported))}. Its vectors would differ."
+                f"The source's configuration says {key}={value!r} of the {tower.split()[-1]} tower, but Bifocal's "
+                f"computes {' or '.join(map(repr, supported)) or 'without'}. Its vectors would differ."
             )
 
 

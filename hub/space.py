@@ -9,18 +9,22 @@ from typing import Any
 import bifocal.errors
 import bifocal.hub.search
 import bifocal.modeling
+from bifocal.errors import first_line
 from bifocal.files import NotOursError, replace_folder
 from bifocal.hub.search.index import SearchIndex
 from bifocal.hub.search.items import SearchError
-from bifocal.hub.search.models import weights_hash
+from bifocal.hub.search.models import module_folders, weights_hash
 from bifocal.hub.search.settings import read_settings, write_settings
+from bifocal.modeling.loading_bifocal import model_kind
 
+_SENTENCES = "sentence-transformers"
 _REQUIREMENTS = ("datasets", "faiss-cpu", "filelock", "pillow", "safetensors", "torch", "transformers")
 # What loads the model and its processor. Other files of its folder describe its training on this machine.
 _MODEL_FILES = (
     "config.json", "*.safetensors", "*.safetensors.index.json", "preprocessor_config.json", "processor_config.json",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "vocab.txt", "merges.txt", "*.model",
+    "vocab.txt", "merges.txt", "*.model", "modules.json", "config_sentence_transformers.json",
+    "sentence_bert_config.json", "router_config.json",
 )  # fmt: skip
 _PATH_KEYS = ("_name_or_path", "name_or_path", "tokenizer_file", "vocab_file", "cache_dir")  # of configurations
 _APP = '''"""The search page of this Space."""
@@ -49,7 +53,7 @@ pinned: false
 
 # {title}
 
-Search {images:,} images and {texts:,} texts by text, by image or by both, with one Bifocal model. Made with
+Search {images:,} images and {texts:,} texts by text, by image or by both, with one model. Made with
 `bifocal serve --space`. To run it on your machine: `pip install -r requirements.txt gradio`, then `python app.py`.
 """
 
@@ -79,6 +83,10 @@ def write_space(
         raise SearchError(f"The index's model is no longer at '{name}'. Pass --model with its local path.")
     if not is_id:
         index.require_same_weights(weights_hash(model_folder), name)
+    try:
+        kind = model_kind(name if is_id else str(model_folder))
+    except (OSError, ValueError) as error:
+        raise SearchError(f"The index's model '{name}' cannot be read ({first_line(error)}).") from error
     title = " ".join(title.split())
     for copied in (index.folder, *([] if is_id else [model_folder])):
         if out.resolve().is_relative_to(copied.resolve()):
@@ -104,14 +112,17 @@ def write_space(
             shutil.copy2(part, table)
         write_settings(space / "index", {**settings, "model": name if is_id else "model", "sources": []})
         if not is_id:
-            (space / "model").mkdir()
-            for file in (file for pattern in _MODEL_FILES for file in model_folder.glob(pattern)):
-                shutil.copy2(file, space / "model")
-                if file.suffix == ".json":
-                    _remove_paths(space / "model" / file.name)
+            for inner in ("", *module_folders(model_folder)):
+                copy = space / "model" / inner
+                copy.mkdir(parents=True, exist_ok=True)
+                for file in (file for pattern in _MODEL_FILES for file in (model_folder / inner).glob(pattern)):
+                    shutil.copy2(file, copy)
+                    if file.suffix == ".json":
+                        _remove_paths(copy / file.name)
         model_path = "None" if is_id else 'str(here / "model")'
         (space / "app.py").write_text(_APP.format(model=model_path, title=title), encoding="utf-8")
-        requirements = [f"{name}=={version(name).partition('+')[0]}" for name in _REQUIREMENTS]
+        packages = _REQUIREMENTS if kind == "joint" else (*_REQUIREMENTS, _SENTENCES)
+        requirements = [f"{name}=={version(name).partition('+')[0]}" for name in packages]
         (space / "requirements.txt").write_text("\n".join(requirements) + "\n", encoding="utf-8")
         counts = index.counts()
         card = _CARD.format(

@@ -3,7 +3,7 @@
 Facts: JinaBERT v2's names are those of BERT with a gated feed-forward (arXiv 2310.19923); its "flash" form, which
 jina-clip-v1 holds, fuses query, key and value. EVA02's names are those of EVA-CLIP (arXiv 2303.15389), which
 jina-clip-v1 and open_clip keep, and those of timm. The feed-forward of the flash form has two spellings; both are
-accepted.
+accepted. jina-clip-v2's text tower is XLM-R with rotary positions (arXiv 2409.10173) in the flash form.
 """
 
 import re
@@ -65,6 +65,7 @@ class WeightLayout:
         rules: mapping to Bifocal's names.
         ignored: patterns of tensors that carry no weights, each with the reason.
         rope_reference: side of the grid whose positions the rotary embedding counts in (vision).
+        second_marker: another tensor that every checkpoint of this layout has, if the first is not enough.
     """
 
     name: str
@@ -73,10 +74,13 @@ class WeightLayout:
     rules: tuple[Rule, ...]
     ignored: Mapping[str, str]
     rope_reference: int | None = None
+    second_marker: str | None = None
 
     def prefix(self, names: list[str]) -> str | None:
         """Return the prefix of this layout's names among these; None if the layout is not present."""
         prefixes = sorted({name[: -len(self.marker)] for name in names if name.endswith(self.marker)}, key=len)
+        if self.second_marker is not None:
+            prefixes = [prefix for prefix in prefixes if f"{prefix}{self.second_marker}" in names]
         return next((prefix for prefix in prefixes if not prefix or prefix.endswith(".")), None)
 
 
@@ -136,6 +140,27 @@ JINA_BERT_FLASH = WeightLayout(
     ignored={r"pooler\.dense\.(weight|bias)": "the pooler of BERT, which mean pooling does not use"},
 )
 
+_XLM_R_QKV = tuple(f"layers.#.self_attn.{name}_proj" for name in "qkv")
+
+# The targets are the names of transformers' own jina_embeddings_v3.
+XLM_R_FLASH = WeightLayout(
+    name="XLM-R with rotary positions, flash form",
+    tower="text",
+    marker="encoder.layers.0.mixer.Wqkv.weight",
+    second_marker="encoder.layers.0.mlp.fc1.bias",  # the gated feed-forward of JinaBERT has none
+    rules=(
+        *_EMBEDDED,
+        *_weight_and_bias("emb_ln", "embeddings.LayerNorm"),
+        *_weight_and_bias("encoder.layers.#.mixer.Wqkv", *_XLM_R_QKV),
+        *_weight_and_bias("encoder.layers.#.mixer.out_proj", "layers.#.self_attn.o_proj"),
+        *_weight_and_bias("encoder.layers.#.norm1", "layers.#.post_attention_layernorm"),
+        *_weight_and_bias("encoder.layers.#.mlp.fc1", "layers.#.mlp.fc1"),
+        *_weight_and_bias("encoder.layers.#.mlp.fc2", "layers.#.mlp.fc2"),
+        *_weight_and_bias("encoder.layers.#.norm2", "layers.#.post_mlp_layernorm"),
+    ),
+    ignored={r"pooler\.dense\.(weight|bias)": "the pooler of XLM-R, which mean pooling does not use"},
+)
+
 _PATCHES = (
     Rule("cls_token", ("embeddings.class_token",)),
     Rule("pos_embed", ("embeddings.position_embedding",)),
@@ -183,6 +208,6 @@ TIMM = WeightLayout(
     rope_reference=16,
 )
 
-LAYOUTS = (JINA_BERT, JINA_BERT_FLASH, EVA, TIMM)
+LAYOUTS = (JINA_BERT, XLM_R_FLASH, JINA_BERT_FLASH, EVA, TIMM)  # the first that matches counts
 # The linear head to the shared space is a weight of the joint model, not of the tower.
 HEAD = _weight_and_bias("head", "vision_projection")

@@ -108,7 +108,8 @@ class BifocalVisionConfig(BifocalBaseConfig):
         intermediate_size: width of the SwiGLU feed-forward.
         hidden_act: activation of the gate.
         num_channels: channels of an image.
-        image_size: side in pixels of the images the tower is trained on, a multiple of patch_size.
+        image_size: side in pixels of the images the tower is trained on. The last pixels that do not fill a patch are
+            ignored: 512 with patches of 14 are 36 x 36 patches.
         patch_size: side of a patch in pixels.
         hidden_dropout_prob, attention_probs_dropout_prob: dropout in training.
         patch_dropout: share of each image's patches that are dropped in training (arXiv 2212.00794).
@@ -173,11 +174,10 @@ class BifocalVisionConfig(BifocalBaseConfig):
                 f"hidden_size {hidden_size} over {num_attention_heads} heads gives "
                 f"{hidden_size // num_attention_heads}."
             )
-        if image_size % patch_size:
+        if image_size < patch_size:
             raise ValueError(
-                f"BifocalVisionConfig.image_size ({image_size}) must be a multiple of patch_size ({patch_size}); the "
-                f"nearest are {image_size - image_size % patch_size} and "
-                f"{image_size - image_size % patch_size + patch_size}."
+                f"BifocalVisionConfig.image_size ({image_size}) must be at least patch_size ({patch_size}); change one "
+                "of them."
             )
 
     __eq__ = PreTrainedConfig.__eq__
@@ -211,6 +211,8 @@ class BifocalConfig(BifocalBaseConfig):
         max_text_length: longest text in tokens, special tokens included; the text tower's when None.
         prompts: texts that go before a text, by name, such as {"query": "query: ", "document": "passage: "}; the
             family's when None.
+        matryoshka_dimensions: numbers of leading dimensions that the model was trained to be truncated to
+            (arXiv 2205.13147); None if it was not.
     """
 
     model_type = "bifocal"
@@ -240,6 +242,7 @@ class BifocalConfig(BifocalBaseConfig):
         text_pad_token_id: int | None = None,
         max_text_length: int | None = None,
         prompts: dict[str, str] | None = None,
+        matryoshka_dimensions: list[int] | None = None,
         **kwargs: Any,
     ) -> None:
         with reading_saved(is_saved(kwargs)):  # a tower's dict was saved with the dict that contains it
@@ -260,6 +263,7 @@ class BifocalConfig(BifocalBaseConfig):
         self.text_pad_token_id = text_pad_token_id
         self.max_text_length = max_text_length
         self.prompts = dict(family.prompts if prompts is None else prompts)
+        self.matryoshka_dimensions = matryoshka_dimensions
         super().__init__(**kwargs)
 
         require_positive_ints(self, "projection_dim", "max_text_length")
@@ -314,6 +318,14 @@ class BifocalConfig(BifocalBaseConfig):
             raise ValueError(
                 f"BifocalConfig.max_text_length is {self.max_text_length}, but the text tower takes at most {limit} "
                 "tokens."
+            )
+        dimensions = [] if self.matryoshka_dimensions is None else self.matryoshka_dimensions
+        if not isinstance(dimensions, list | tuple) or not all(
+            isinstance(one, int) and 1 <= one <= self.projection_dim for one in dimensions
+        ):
+            raise ValueError(
+                f"BifocalConfig.matryoshka_dimensions must be a list of numbers from 1 to projection_dim "
+                f"({self.projection_dim}), but it is {dimensions!r}."
             )
         if not all(isinstance(text, str) for pair in self.prompts.items() for text in pair):
             raise ValueError(f"BifocalConfig.prompts must be texts by name, but it is {self.prompts!r}.")

@@ -186,6 +186,14 @@ class EncodingMixin:
             logger.warning(f"{texts_are} empty or blank; all such texts have the same vector.")
         return encoded
 
+    def encode_query(self, texts: str | Sequence[str], **options: Any) -> Any:
+        """Embed queries as `encode_text` does, by default with the prompt "query" if the model has one."""
+        return self.encode_text(texts, **_with_prompt("query", self.config.prompts, options))
+
+    def encode_document(self, texts: str | Sequence[str], **options: Any) -> Any:
+        """Embed documents as `encode_text` does, by default with the prompt "document" if the model has one."""
+        return self.encode_text(texts, **_with_prompt("document", self.config.prompts, options))
+
     def encode_image(
         self,
         images: ImageSource | Sequence[ImageSource],
@@ -314,6 +322,12 @@ def _list_texts(texts: Any, prompt: str | None) -> tuple[list[str], bool]:
     if not isinstance(prompt, str | None):
         raise ValueError(f"prompt is a {type(prompt).__name__}; give a string.")
     return [prompt + text for text in items] if prompt else items, single
+
+
+def _with_prompt(name: str, prompts: dict[str, str], options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of `encode_text` with a prompt by its name, unless they choose one or there is none."""
+    chosen = any(options.get(key) is not None for key in ("prompt", "prompt_name", "task"))
+    return options if chosen or name not in prompts else {**options, "prompt_name": name}
 
 
 def _padded(rows: list[list[int]], padding: int, device: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,7 +16,7 @@ from transformers.utils import cached_file
 from .configuration_bifocal import BifocalConfig, BifocalTextConfig, BifocalVisionConfig
 from .modeling_bifocal_text import BifocalTextModel
 from .modeling_bifocal_vision import BifocalVisionModel
-from .processing_bifocal import BifocalProcessor
+from .processing_bifocal import BifocalProcessor, image_processor_of_size
 from .towers_bifocal import (
     TEXT_FAMILIES,
     build_projection,
@@ -39,6 +39,42 @@ _POOLINGS = {  # of sentence-transformers
     "mean": "mean",
     "mean_tokens": "mean",
 }
+
+
+class UnsupportedFamilyError(ValueError):
+    """A dual encoder whose way from a text or an image to a vector is not known."""
+
+
+def model_kind(source: Any, **hub: Any) -> str:
+    """Return "joint" for a folder or Hub id of Bifocal's or another whole dual encoder, else "sentence-transformers".
+
+    A dual encoder to which the files of sentence-transformers add modules, such as a head, is one of theirs.
+
+    Args:
+        source: folder or Hub id.
+        hub: options of the Hub, such as `revision`.
+
+    Raises:
+        OSError: if there is no such model.
+        ValueError: if it is neither: a tower without the files that say how its tokens become one vector, or a decoder.
+    """
+    modules = _read_json(source, "modules.json", hub)
+    try:
+        config = read_config(source, **hub)
+    except (OSError, ValueError, KeyError):
+        if modules is None:
+            raise
+        return "sentence-transformers"
+    added = {module["type"].rsplit(".", 1)[-1] for module in modules or ()} - {"Transformer", "Normalize"}
+    if isinstance(config, BifocalConfig) or (is_dual_encoder(config) and not added):
+        return "joint"
+    if modules is None:
+        family = "model of an unknown family" if config is None else type(config).__name__.removesuffix("Config")
+        raise ValueError(
+            f"'{source}' is a {family} without the files of sentence-transformers, so it is not known how it embeds. "
+            "Give a dual encoder (Bifocal, CLIP, SigLIP, ...) or a sentence-transformers model."
+        )
+    return "sentence-transformers"
 
 
 def is_dual_encoder(config: Any) -> bool:
@@ -77,15 +113,16 @@ def join_dual_encoder(model_class: Any, source: Any, processor: Any = None, **ch
         changes: keys of the joint model's configuration that override the family's.
 
     Raises:
-        ValueError: if the family's way from a text or an image to a vector is not known, or a tensor would be unused.
+        UnsupportedFamilyError: if the family's way from a text or an image to a vector is not known.
+        ValueError: if a tensor would be unused.
     """
     name = type(source).__name__
     text_config, vision_config = source.config.text_config, source.config.vision_config
     if text_config.model_type not in TEXT_FAMILIES:
         known = ", ".join(sorted(kind.removesuffix("_text_model") for kind in TEXT_FAMILIES if kind.endswith("_model")))
-        raise ValueError(f"A {name} cannot become a Bifocal model; of whole dual encoders, {known} can.")
+        raise UnsupportedFamilyError(f"A {name} cannot become a Bifocal model; of whole dual encoders, {known} can.")
     if vision_config.model_type == "siglip2_vision_model":
-        raise ValueError(
+        raise UnsupportedFamilyError(
             "This SigLIP 2 takes images as lists of patches (NaFlex), which Bifocal does not support; take one of a "
             "fixed size, such as google/siglip2-base-patch16-224."
         )
@@ -140,10 +177,11 @@ def load_dual_encoder(model_class: Any, path: Any, hub: dict[str, Any], **option
     changes = {key: options.pop(key) for key in list(options) if key in keys}
     if options.pop("output_loading_info", False):
         raise ValueError(f"output_loading_info is for Bifocal's own folders, but '{path}' is another dual encoder.")
-    source = _load_complete(AutoModel, path, **hub, **options)
+    source = load_complete(AutoModel, path, **hub, **options)
     # PIL: with torchvision, transformers' processors resize differently, and vectors would depend on the machine.
-    processor = AutoProcessor.from_pretrained(path, **hub)
-    images = AutoImageProcessor.from_pretrained(path, backend="pil", **hub)
+    images = _load(AutoImageProcessor, path, {**hub, "backend": "pil"}, "image processor")
+    processor = _load(AutoProcessor, path, hub, "processor")
+    require_vocabulary(processor.tokenizer, path)
     model = join_dual_encoder(model_class, source, processor, **changes)
     model.processor = BifocalProcessor(images, _adapted(processor.tokenizer, model.config))
     return model
@@ -222,10 +260,11 @@ def _load_text_tower(
         settings = {name: getattr(whole.config, name) for name in (*names, "max_text_length", "projection_dim")}
         head = None if isinstance(whole.text_projection, nn.Identity) else whole.text_projection
         return whole.text_model, head, settings, whole.processor.tokenizer
-    tower = _load_complete(_tower_class(config), path, dtype=dtype, **hub, **subfolder)
+    tower = load_complete(_tower_class(config), path, dtype=dtype, **hub, **subfolder)
     if getattr(tower, "main_input_name", "input_ids") != "input_ids":
         raise ValueError(f"'{path}' is a {type(tower).__name__}, which is no text encoder; give one as text tower.")
     tokenizer = _load(AutoTokenizer, path, {**hub, **subfolder}, "tokenizer")
+    require_vocabulary(tokenizer, path)
     settings = {"projection_dim": width_of(config), **_of_tokenizer(config, tokenizer), **sentences}
     return tower, None, settings, tokenizer
 
@@ -237,10 +276,18 @@ def _load_image_tower(model_class: Any, path: Any, hub: dict[str, Any], dtype: A
         whole = model_class.from_pretrained(path, dtype=dtype, **hub)
         settings = {"vision_pooling": whole.config.vision_pooling}
         return whole.vision_model, settings, whole.processor.image_processor
-    tower = _load_complete(_tower_class(config), path, dtype=dtype, **hub)
+    tower = load_complete(_tower_class(config), path, dtype=dtype, **hub)
     if getattr(tower, "main_input_name", "input_ids") != "pixel_values":
         raise ValueError(f"'{path}' is a {type(tower).__name__}, which is no image encoder; give one as image tower.")
-    return tower, {}, _load(AutoImageProcessor, path, {**hub, "backend": "pil"}, "image processor")
+    return tower, {}, _load_image_processor(config, path, hub)
+
+
+def _load_image_processor(config: Any, path: Any, hub: dict[str, Any]) -> Any:
+    """Return the image processor of an image tower; Bifocal's own tower may be saved without one."""
+    files = ("preprocessor_config.json", "processor_config.json")
+    if config.model_type in _OWN and all(_read_json(path, name, hub) is None for name in files):
+        return image_processor_of_size(config.image_size)
+    return _load(AutoImageProcessor, path, {**hub, "backend": "pil"}, "image processor")
 
 
 def _tower_class(config: Any) -> Any:
@@ -254,7 +301,7 @@ def _require_config(path: Any, hub: dict[str, Any]) -> Any:
     return config
 
 
-def _load_complete(loader: Any, path: Any, **options: Any) -> Any:
+def load_complete(loader: Any, path: Any, **options: Any) -> Any:
     """Load a model; its pooler may be new, since most weights have none, but nothing else.
 
     Raises:
@@ -269,6 +316,16 @@ def _load_complete(loader: Any, path: Any, **options: Any) -> Any:
         )
     model._pooler_is_new = len(missing) != len(report["missing_keys"])
     return model
+
+
+def require_vocabulary(tokenizer: Any, path: Any) -> None:
+    """Check that a tokenizer was loaded from files: without them, transformers returns one that knows no word.
+
+    Raises:
+        ValueError: if it has no tokens besides the special ones.
+    """
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise ValueError(f"'{path}' has no files of a tokenizer; save the model's tokenizer there.")
 
 
 def _load(loader: Any, path: Any, options: dict[str, Any], what: str) -> Any:

@@ -102,11 +102,12 @@ class BifocalVisionEmbeddings(nn.Module):
                 f"The image tower needs pixel_values of shape (batch, {self.config.num_channels}, height, width), "
                 f"not {tuple(pixel_values.shape)}."
             )
-        if pixel_values.shape[2] % patch or pixel_values.shape[3] % patch:
+        if min(pixel_values.shape[2:]) < patch:
             raise ValueError(
-                f"The image tower needs height and width to be multiples of its patch size {patch}, not "
+                f"The image tower needs images of at least one patch, {patch} x {patch} pixels, not "
                 f"{pixel_values.shape[2]} x {pixel_values.shape[3]}; resize the images."
             )
+        # The convolution ignores the last rows and columns that do not fill a patch.
         features = self.patch_embedding(pixel_values.to(self.class_token.dtype))
         rows, columns = features.shape[2:]
         tokens = features.flatten(2).transpose(1, 2)
@@ -251,8 +252,8 @@ class BifocalVisionModel(BifocalPreTrainedModel):
         """Embed images.
 
         Args:
-            pixel_values: (batch, channels, height, width), normalised; height and width are multiples of the patch size
-                and may differ from the trained size.
+            pixel_values: (batch, channels, height, width), normalised; height and width may differ from the trained
+                size. Rows at the bottom and columns on the right that do not fill a patch are ignored.
             output_attentions, output_hidden_states: whether to return these; as in the configuration when None.
 
         Returns:

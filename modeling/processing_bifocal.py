@@ -38,7 +38,12 @@ class BifocalProcessor(ProcessorMixin):
         """
         if self.image_processor is not None:
             self.image_processor.save_pretrained(save_directory)
-        files = super().save_pretrained(save_directory)
+        saved = copy.copy(self)
+        saved.tokenizer = private_tokenizer(self.tokenizer)
+        # transformers saves a side only if it was an argument.
+        sides = {name: getattr(saved.tokenizer, name) for name in ("padding_side", "truncation_side")}
+        saved.tokenizer.init_kwargs = saved.tokenizer.init_kwargs | sides
+        files = super(BifocalProcessor, saved).save_pretrained(save_directory)
         path = Path(save_directory) / "tokenizer.json"
         if path.exists():
             backend = type(self.tokenizer.backend_tokenizer).from_file(str(path))
@@ -92,12 +97,17 @@ def image_processor_of_size(size: int, **options: Any) -> CLIPImageProcessorPil:
 def private_tokenizer(tokenizer: Any) -> Any:
     """Return a copy of a tokenizer that shares its vocabulary and rules, but not its truncation and padding.
 
+    The copy pads at the end, as `encode_text` does. Gemma's tokenizer pads at the start, where an encoder with absolute
+    positions would number the tokens of a text differently in each batch.
+
     A fast tokenizer of transformers stores truncation and padding in one shared object, and each call changes them.
     Two threads with different options would get each other's; with a copy for each call they cannot.
     """
     shared = getattr(tokenizer, "backend_tokenizer", None)
+    private = copy.copy(tokenizer)
+    private.padding_side = "right"
     if shared is None:  # written in Python: options are arguments there
-        return tokenizer
+        return private
     own = Tokenizer(shared.model)
     for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
         if getattr(shared, part) is not None:
@@ -106,7 +116,6 @@ def private_tokenizer(tokenizer: Any) -> Any:
     for special, group in itertools.groupby(added, key=lambda token: token.special):
         (own.add_special_tokens if special else own.add_tokens)(list(group))
     own.encode_special_tokens = getattr(tokenizer, "split_special_tokens", False)
-    private = copy.copy(tokenizer)
     private._tokenizer = own
     return private
 

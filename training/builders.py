@@ -12,16 +12,19 @@ from bifocal.data.kinds import COLUMNS
 from bifocal.data.skips import start_log
 from bifocal.errors import RecipeError, first_line
 from bifocal.files import RUN, replace_folder
-from bifocal.modeling import BifocalConfig, BifocalModel, BifocalProcessor, BifocalTextModel, BifocalVisionModel
+from bifocal.modeling import BifocalConfig, BifocalModel, BifocalProcessor
+from bifocal.modeling.encoding_bifocal import folder_or_id
+from bifocal.modeling.loading_bifocal import is_dual_encoder, read_config
 from bifocal.modeling.processing_bifocal import image_processor_of_size
 from bifocal.progress import no_progress_bars
 from bifocal.training.arguments import BifocalTrainingArguments
 from bifocal.training.checkpoints import LOADING_LOG
 from bifocal.training.engine.distributed import ProcessGroupInfo
 from bifocal.training.precision import DTYPES
-from bifocal.training.recipe import InitFrom, Recipe
+from bifocal.training.recipe import Recipe, StartFrom
 from bifocal.training.tasks import Task
-from bifocal.training.tokenizer import train_wordpiece
+from bifocal.training.tokenizer import TOKENIZERS
+from bifocal.training.towers import linear_layers, tower_of
 
 logger = logging.get_logger(__name__)
 
@@ -70,38 +73,60 @@ def loading_log(recipe: Recipe) -> Path | None:
     return start_log(recipe.folder / LOADING_LOG)
 
 
-def load_processor(recipe: Recipe, tasks: Sequence[Task]) -> BifocalProcessor:
+def load_processor(recipe: Recipe, tasks: Sequence[Task], start: BifocalModel | None = None) -> BifocalProcessor:
     """Return the recipe's processor, that of the model it starts from, or one with a newly trained tokenizer.
 
     It is kept in the run's folder, so that a resumed run has the same.
 
     Args:
         tasks: their texts train the tokenizer.
+        start: model that the recipe starts from.
 
     Raises:
         RecipeError: if the recipe names no processor, or it cannot be loaded.
     """
     kept = recipe.folder / "processor"
-    source = recipe.processor or (None if recipe.init_from is None else _init_path(recipe, "text"))
     if kept.exists():
         processor = BifocalProcessor.from_pretrained(kept)
     elif recipe.tokenizer_vocab_size is not None:
         processor = _new_processor(recipe, tasks)
-    elif source is not None:
-        processor = _saved_processor(recipe, source)
+    elif recipe.processor is not None:
+        processor = _saved_processor(recipe, recipe.processor, start)
+    elif start is not None:
+        processor = _processor_of(recipe, start)
+    elif isinstance(recipe.start_from, str):  # of masked language modeling
+        processor = _saved_processor(recipe, recipe.start_from)
     else:
-        raise RecipeError(f"Recipe '{recipe.name}' has none of processor, init_from and tokenizer_vocab_size. Set one.")
+        raise RecipeError(
+            f"Recipe '{recipe.name}' has none of processor, start_from and tokenizer_vocab_size. Set one."
+        )
     if recipe.image_size is not None:
-        sized = image_processor_of_size(recipe.image_size)
-        processor.image_processor.size, processor.image_processor.crop_size = sized.size, sized.crop_size
+        _set_image_size(processor.image_processor, recipe.image_size)
     if not kept.exists() and ProcessGroupInfo.current().rank == 0 and recipe.folder.exists():
         with replace_folder(kept, RUN) as folder:
             processor.save_pretrained(folder)
     return processor
 
 
-def _saved_processor(recipe: Recipe, source: str) -> BifocalProcessor:
-    """Load a Bifocal processor, or any WordPiece tokenizer and add the image processor of the towers."""
+def _processor_of(recipe: Recipe, model: BifocalModel) -> BifocalProcessor:
+    try:
+        return model.processor
+    except ValueError as error:
+        raise RecipeError(
+            f"Recipe '{recipe.name}': what it starts from has no processor ({first_line(error)}). Set processor."
+        ) from error
+
+
+def _set_image_size(image_processor: Any, size: int) -> None:
+    """Let an image processor of any family return square images of a size."""
+    fixed = {"height": size, "width": size}
+    image_processor.size = {"shortest_edge": size} if "shortest_edge" in dict(image_processor.size) else fixed
+    if getattr(image_processor, "crop_size", None) is not None:
+        image_processor.crop_size = fixed
+
+
+def _saved_processor(recipe: Recipe, source: str, start: BifocalModel | None = None) -> BifocalProcessor:
+    """Load a Bifocal processor, or any tokenizer and add the image processor of the model that a recipe starts from."""
     try:
         if not Path(source).exists() or (Path(source) / "processor_config.json").exists():
             try:
@@ -109,7 +134,10 @@ def _saved_processor(recipe: Recipe, source: str) -> BifocalProcessor:
             except (OSError, ValueError, TypeError):
                 if Path(source).exists():
                     raise
-        return _with_image_processor(recipe, AutoTokenizer.from_pretrained(source))
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        if start is not None:
+            return BifocalProcessor(_processor_of(recipe, start).image_processor, tokenizer)
+        return _with_image_processor(recipe, tokenizer)
     except (OSError, ValueError) as error:
         raise RecipeError(
             f"Recipe '{recipe.name}': there is no processor at '{source}' ({first_line(error)})."
@@ -129,73 +157,83 @@ def _new_processor(recipe: Recipe, tasks: Sequence[Task]) -> BifocalProcessor:
                     texts += value if isinstance(value, list) else [value]
     assert recipe.tokenizer_vocab_size is not None
     # Each text once: a tokenizer is a function of the texts, whatever tasks they come from.
-    tokenizer = train_wordpiece(sorted(set(texts)), recipe.tokenizer_vocab_size, recipe.max_length)
+    train = TOKENIZERS[recipe.tokenizer_type]
+    tokenizer = train(sorted(set(texts)), recipe.tokenizer_vocab_size, recipe.max_length)
     return _with_image_processor(recipe, tokenizer)
 
 
-def _init_path(recipe: Recipe, tower: str) -> str:
-    """Return the folder or Hub id of the weights that a recipe starts from.
+def load_start(recipe: Recipe) -> BifocalModel | None:
+    """Return the model that a recipe starts from; None if it starts from nothing.
 
-    Args:
-        tower: "text" or "vision".
-
-    Raises:
-        RecipeError: if the stage before has not been trained, or a tower is missing.
-    """
-    start = recipe.init_from
-    if isinstance(start, str):
-        return start
-    assert start is not None
-    if start.stage is not None:
-        folder = Path("runs") / start.stage / "model"
-        if not (folder / "config.json").exists():
-            raise RecipeError(
-                f"Recipe '{recipe.name}' starts from stage '{start.stage}', but {folder} does not exist. "
-                f"Run `bifocal train {start.stage}` first."
-            )
-        return str(folder)
-    path = getattr(start, tower)
-    if path is None:
-        raise RecipeError(f"Recipe '{recipe.name}', init_from: set stage, or both text and vision.")
-    return path
-
-
-def load_model(recipe: Recipe, processor: BifocalProcessor) -> BifocalModel:
-    """Return a new model of the recipe's size, or the model it starts from.
-
-    Args:
-        processor: its tokenizer decides the vocabulary size of a new model.
+    That is the finished model of a stage, any dual encoder, or two towers with new heads into the shared space.
 
     Raises:
-        RecipeError: if a key or size is invalid, or the weights cannot be loaded.
+        RecipeError: if the stage before has not been trained, or the weights or a key of `model` do not fit.
     """
-    start = recipe.init_from
+    start = recipe.start_from
+    if start is None:
+        return None
     dtype = DTYPES.get(recipe.training.get("master_dtype", "float32"))
     try:
-        if start is None:
-            settings = {key: value for key, value in recipe.model.items() if key != "text_config"}
-            tokens = -(-len(processor.tokenizer) // 64) * 64
-            text = {"vocab_size": tokens, **recipe.model.get("text_config", {})}
-            return BifocalModel(BifocalConfig(text_config=text, **settings))
-        if isinstance(start, InitFrom) and start.stage is None:
+        if isinstance(start, StartFrom) and start.stage is None:
+            tower = next((key for key in ("text_config", "vision_config") if key in recipe.model), None)
+            if tower is not None:
+                raise ValueError(f"{tower} is that of the tower in start_from; remove it.")
             with no_progress_bars():
-                text_tower: Any = BifocalTextModel.from_pretrained(_init_path(recipe, "text"), dtype=dtype)
-                image_tower: Any = BifocalVisionModel.from_pretrained(_init_path(recipe, "vision"), dtype=dtype)
-            config = BifocalConfig(text_config=text_tower.config, vision_config=image_tower.config, **recipe.model)
-            model = BifocalModel(config)
-            model.text_model.load_state_dict(text_tower.state_dict())
-            model.vision_model.load_state_dict(image_tower.state_dict())
-            return model
-        path = _init_path(recipe, "text")
-        saved = BifocalConfig.from_pretrained(path)
+                return BifocalModel.from_towers(text=start.text, image=start.image, dtype=dtype, **recipe.model)
+        path = start if isinstance(start, str) else _stage_folder(recipe, start)
         # Unknown keys are allowed in a saved config, but not in a recipe.
-        BifocalConfig(**{key: value for key, value in recipe.model.items() if not hasattr(saved, key)})
-        changed = BifocalConfig.from_pretrained(path, **recipe.model)
+        known = BifocalConfig()
+        BifocalConfig(**{key: value for key, value in recipe.model.items() if not hasattr(known, key)})
+        config = read_config(folder_or_id(path))
+        if config is not None and not isinstance(config, BifocalConfig) and not is_dual_encoder(config):
+            raise ValueError(
+                f"'{path}' is one tower or none; name two, as in start_from: {{text: {path}, image: ...}}."
+            )
+        settings: dict[str, Any] = dict(recipe.model)
+        if isinstance(config, BifocalConfig):
+            changed = BifocalConfig.from_pretrained(folder_or_id(path), **recipe.model)
+            settings = {"config": BifocalConfig(**changed.to_dict())}
         with no_progress_bars():
-            return BifocalModel.from_pretrained(path, config=BifocalConfig(**changed.to_dict()), dtype=dtype)
+            return BifocalModel.from_pretrained(path, dtype=dtype, **settings)
     except (OSError, TypeError, ValueError) as error:
         if isinstance(error, RecipeError):
             raise
+        key = "start_from" if isinstance(error, OSError) else "model"
+        raise RecipeError(f"Recipe '{recipe.name}', {key}: {first_line(error)}.") from error
+
+
+def _stage_folder(recipe: Recipe, start: StartFrom) -> str:
+    folder = Path("runs") / str(start.stage) / "model"
+    if not (folder / "config.json").exists():
+        raise RecipeError(
+            f"Recipe '{recipe.name}' starts from stage '{start.stage}', but {folder} does not exist. "
+            f"Run `bifocal train {start.stage}` first."
+        )
+    return str(folder)
+
+
+def vocabulary(tokenizer: Any) -> dict[str, int]:
+    """Return the keys of a new text tower's configuration that depend on its tokenizer."""
+    special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    known = {name: number for name, number in special.items() if number is not None}
+    return {"vocab_size": -(-len(tokenizer) // 64) * 64, **known}
+
+
+def new_model(recipe: Recipe, processor: BifocalProcessor) -> BifocalModel:
+    """Return a new model of the recipe's size.
+
+    Args:
+        processor: its tokenizer decides the vocabulary size.
+
+    Raises:
+        RecipeError: if a key or size is invalid.
+    """
+    settings = {key: value for key, value in recipe.model.items() if key != "text_config"}
+    try:
+        text = {**vocabulary(processor.tokenizer), **recipe.model.get("text_config", {})}
+        return BifocalModel(BifocalConfig(text_config=text, **settings))
+    except (OSError, TypeError, ValueError) as error:
         raise RecipeError(f"Recipe '{recipe.name}', model: {error}") from error
 
 
@@ -203,7 +241,7 @@ def add_lora(recipe: Recipe, model: BifocalModel) -> Any:
     """Return the model with the recipe's LoRA adapters.
 
     Raises:
-        RecipeError: if peft is not installed.
+        RecipeError: if peft is not installed, or no linear layer has one of the names in `target_modules`.
     """
     try:
         from peft import LoraConfig, get_peft_model
@@ -212,10 +250,22 @@ def add_lora(recipe: Recipe, model: BifocalModel) -> Any:
     assert recipe.lora is not None
     processor = model.processor
     settings = recipe.lora
+    targets = linear_layers(model) if settings.target_modules is None else settings.target_modules
     config = LoraConfig(
-        r=settings.r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout,
-        target_modules=list(settings.target_modules),
-    )  # fmt: skip
-    adapted = get_peft_model(model, config)
+        r=settings.r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout, target_modules=list(targets)
+    )
+    try:
+        adapted = get_peft_model(model, config)
+    except ValueError as error:
+        raise RecipeError(
+            f"Recipe '{recipe.name}', lora: {first_line(error)} Remove target_modules for all linear layers."
+        ) from error
+    reached = {tower_of(name) for name in adapted.targeted_module_names}
+    for tower in ("text", "image"):
+        if tower not in reached:
+            logger.warning(
+                f"Recipe '{recipe.name}', lora: target_modules names no layer of the {tower} tower, so it is not "
+                "trained."
+            )
     model.processor = processor
     return adapted

@@ -4,13 +4,14 @@ import hashlib
 import random
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
 from PIL import Image
 
-from bifocal.data.images import ImageReader
+from bifocal.data.augmentation import ImageAugmentation
+from bifocal.data.images import ImageReader, output_size
 from bifocal.data.kinds import COLUMNS
 from bifocal.data.row_names import row_name
 from bifocal.data.skips import RowError, SkippedRow
@@ -21,14 +22,15 @@ from bifocal.training.row_check import usable_row
 from bifocal.training.task_dataset import is_missing, read_rows
 from bifocal.training.tasks import Task
 
-Augmentation = Callable[[Image.Image, random.Random], Image.Image]
+Augmentation = ImageAugmentation | Callable[[Image.Image, random.Random], Image.Image]
 Inputs = dict[str, torch.Tensor]
 
 # A bucket of texts ends where a text has fewer than this share of the tokens of the bucket's longest, if the bucket
 # holds at least this many texts.
 _SHORTEST, _FEWEST = 0.8, 8
 _TRIES = 100  # to replace a row that cannot be used by another one
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+# After a full stop and spaces (also of Hindi, Arabic and Urdu), or after one that needs no space.
+_SENTENCE_END = re.compile(r"(?<=[.!?।॥؟۔])\s+|(?<=[。！？｡])\s*(?=[^\s」』”’）])")
 
 
 def skip_text(skip: SkippedRow) -> str:
@@ -43,6 +45,18 @@ def content_id(text: str) -> int:
 def _image_key(name: Any, image_id: Any) -> str:
     """Return the key by which equal images are recognised: the `image_id`, or else the row itself."""
     return f"row {name}" if is_missing(image_id) else f"image {image_id}"
+
+
+def column_prompts(prompts: dict[str, str] | None) -> dict[str, str]:
+    """Return a model's prompts by the column of a task: those of queries and of documents.
+
+    Args:
+        prompts: prompts by name, as in a model's configuration; sentence-transformers knows a document by several.
+    """
+    prompts = prompts or {}
+    document = next((prompts[name] for name in ("document", "passage", "corpus") if name in prompts), "")
+    columns = {"query": prompts.get("query", ""), "positive": document, "negatives": document}
+    return {column: prompt for column, prompt in columns.items() if prompt}
 
 
 @dataclass
@@ -99,11 +113,12 @@ class MultiTaskCollator:
         processor: tokenizer and image processor.
         max_length: tokens kept of a text, special tokens included.
         seed: seed of the draws.
-        augment: applied to each image with a random generator.
+        augment: an `ImageAugmentation`, or a function of an image and a random generator.
         rank: rank of the process.
         exact: hand images to the processor in full size (see `ImageReader`).
         skip: replace a row that cannot be used by another row of the data set.
         pad_to: tokens that every text is padded to, without an attention mask (see `padded_length`).
+        prompts: texts before those of a column, for tasks without their own (see `column_prompts`).
 
     Attributes:
         bucketed: whether texts are cut into buckets of similar length; if not, all are padded to the longest.
@@ -121,6 +136,7 @@ class MultiTaskCollator:
         exact: bool = True,
         skip: bool = False,
         pad_to: int | None = None,
+        prompts: dict[str, str] | None = None,
     ) -> None:
         self.processor = processor
         self.max_length = max_length
@@ -129,7 +145,12 @@ class MultiTaskCollator:
         self.rank = rank
         self.skip = skip
         self.pad_to = pad_to
-        self.image_reader = ImageReader(processor.image_processor, exact, crop=augment is None)
+        self.prompts = prompts or {}
+        smallest = 1.0
+        if isinstance(augment, ImageAugmentation):
+            self.augment = replace(augment, side=output_size(processor.image_processor))
+            smallest = augment.smallest_side
+        self.image_reader = ImageReader(processor.image_processor, exact, augment is None, smallest)
 
     def __call__(self, items: Sequence[dict[str, Any] | None]) -> JointBatch | None:
         """Return the batch of a step; None for a step before the one to resume from.
@@ -153,8 +174,10 @@ class MultiTaskCollator:
             skips.setdefault(task.name, (len(rows), skipped, 0))
             generator = random.Random(f"{self.seed}/{item['step']}/{task.name}/{self.rank}")
             task_batch = tasks[task.name] = TaskBatch(names)
+            prompts = self.prompts if task.prompts is None else task.prompts
             for column in COLUMNS[task.kind]:
                 values = [row[column] for row in rows]
+                prompt = prompts.get(column, "")  # equal texts are recognised without it
                 if column == "image":
                     images.append(self._pixels(values, generator))
                     task_batch.spans[column] = (num_images, num_images + len(values))
@@ -164,18 +187,24 @@ class MultiTaskCollator:
                 elif column == "negatives":
                     flat = [text for negatives in values for text in negatives]
                     task_batch.spans[column] = (len(texts), len(texts) + len(flat))
-                    texts += flat
+                    texts += [prompt + text for text in flat]
                     task_batch.ids[column] = torch.tensor([content_id(text) for text in flat]).view(len(values), -1)
                 else:
                     drawn = [self._one_of(task, column, value, generator) for value in values]
                     task_batch.spans[column] = (len(texts), len(texts) + len(drawn))
-                    texts += drawn
+                    texts += [prompt + text for text in drawn]
                     task_batch.ids[column] = torch.tensor([content_id(text) for text in drawn])
         buckets, order = self._buckets(texts)
         return JointBatch(
             texts=buckets, order=order, images=images, tasks=tasks, step=item["step"], position=item.get("position"),
             skips=skips,
         )  # fmt: skip
+
+    def examples(self, device: Any) -> tuple[list[Inputs], list[Inputs]]:
+        """Return the inputs of a short text and of a blank image on a device."""
+        parts = self._buckets(["a"])[0], [self.image_reader.inputs([Image.new("RGB", (64, 64))])]
+        texts, images = ([{name: v.to(device) for name, v in inputs.items()} for inputs in part] for part in parts)
+        return texts, images
 
     @staticmethod
     def _one_of(task: Task, column: str, value: str | list[str], generator: random.Random) -> str:

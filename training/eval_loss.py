@@ -78,7 +78,9 @@ def evaluate_tasks(trainer: Any, tasks: Sequence[Task], prefix: str) -> dict[str
     # Outside a backward pass DDP has nothing to do; what FSDP has sharded only works through it.
     wrapped = trainer.model_wrapped if world.size == 1 or trainer.is_fsdp_enabled else model
     training = trainer.data_collator
-    collate = MultiTaskCollator(training.processor, training.max_length, training.seed, pad_to=training.pad_to)
+    collate = MultiTaskCollator(
+        training.processor, training.max_length, training.seed, pad_to=training.pad_to, prompts=training.prompts
+    )
     collate.bucketed = training.bucketed
     metrics: dict[str, float] = {f"{prefix}_loss": 0.0}
     modes = [(module, module.training) for module in model.modules()]

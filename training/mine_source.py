@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from bifocal.errors import RecipeError, model_not_loaded
+from bifocal.errors import ModelError, RecipeError
 from bifocal.files import require_overwritable
 
 
@@ -17,7 +17,7 @@ def mine_source(
         settings: fields of `MiningSettings`.
 
     Raises:
-        MiningError, NotOursError, DataError: if the settings, the data or the model cannot be used.
+        MiningError, ModelError, NotOursError, DataError: if the settings, the data or the model cannot be used.
     """
     from bifocal.data.loading import load_source
     from bifocal.data.schema import validated
@@ -41,29 +41,23 @@ def mine_source(
     data = load_source(validated(Source, {"path": source, "column_mapping": renamed}, []), kind)
     chosen = mining.MiningSettings(**settings)
     if direction == "text-to-text":
-        mined = mining.mine_texts(data, _load_model(model, across=False), chosen, cache)
+        mined = mining.mine_texts(data, _load_model(model), chosen, cache)
     else:
         cache = cache or out.with_suffix(".cache")
-        mined = mining.mine_across(data, _load_model(model, across=True), direction, cache, chosen)
+        loaded = _load_model(model)
+        if not hasattr(loaded, "encode_image"):
+            raise ModelError(
+                f"'{model}' is no dual encoder, which mining across images and texts needs. Give a Bifocal, CLIP or "
+                "SigLIP model."
+            )
+        mined = mining.mine_across(data, loaded, direction, cache, chosen)
     mining.write_parquet(mined, out)
     return f"{len(mined)} of {len(data)} rows have {chosen.num_negatives} negatives; they are in {out}."
 
 
-def _load_model(name: str, across: bool) -> Any:
-    """Load a Bifocal model to mine across modalities, or any sentence-transformers model for texts.
-
-    Raises:
-        MiningError: if there is no such model.
-    """
-    from sentence_transformers import SentenceTransformer
-
-    from bifocal.modeling import BifocalModel
+def _load_model(name: str) -> Any:
+    from bifocal.data.embedding_models import load_embedding_model
     from bifocal.progress import no_progress_bars
-    from bifocal.training.mining import MiningError
 
-    try:
-        with no_progress_bars():
-            return BifocalModel.from_pretrained(name) if across else SentenceTransformer(name)
-    except (OSError, ValueError) as error:
-        wanted = "Bifocal model" if across else "sentence-transformers model"
-        raise MiningError(model_not_loaded(name, error, wanted)) from error
+    with no_progress_bars():
+        return load_embedding_model(name)

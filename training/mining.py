@@ -1,11 +1,13 @@
-"""Hard negatives: texts for texts with any sentence-transformers model, and across modalities with a dual encoder."""
+"""Hard negatives: texts for texts with any model that embeds texts, and across modalities with a dual encoder."""
 
 import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from transformers.utils import logging
 from bifocal.data.image_decoding import disable_image_decoding
 from bifocal.errors import BifocalError
 from bifocal.files import overwrite, write_json
-from bifocal.modeling import load_image
+from bifocal.modeling import BifocalModel, load_image
 from bifocal.training.task_dataset import is_missing
 
 logger = logging.get_logger(__name__)
@@ -63,7 +65,8 @@ def mine_texts(pairs: Any, model: Any, settings: MiningSettings = MiningSettings
 
     Args:
         pairs: a `datasets.Dataset` with `query` and `positive`. Rows with the same query have several positives.
-        model: a `SentenceTransformer`.
+        model: a `SentenceTransformer` or a `BifocalModel`; queries and positives have its prompts "query" and
+            "document" if it has them.
         cache: folder for embeddings, so that a killed run resumes with them.
 
     Returns:
@@ -92,7 +95,7 @@ def mine_texts(pairs: Any, model: Any, settings: MiningSettings = MiningSettings
     wanted = min(settings.num_negatives + 1, len({positive for _, positive in rows}) - 1)  # one may be the query itself
     mined = mine_hard_negatives(
         Dataset.from_dict({"query": [query for query, _ in rows], "positive": [positive for _, positive in rows]}),
-        model,
+        _TextModel(model) if isinstance(model, BifocalModel) else model,  # type: ignore[arg-type]
         num_negatives=wanted,
         range_min=settings.range_min,
         range_max=max(settings.range_max, settings.range_min + wanted),
@@ -101,10 +104,33 @@ def mine_texts(pairs: Any, model: Any, settings: MiningSettings = MiningSettings
         output_format="labeled-list",
         output_scores=True,
         # sentence-transformers names what it keeps by texts and base model only.
-        cache_folder=None if cache is None else str(cache / _weights_key(model)),
+        cache_folder=None if cache is None else str(cache / _weights_key(model, *_prompts(model).values())),
         verbose=False,
     )
     return _as_triplets(mined, settings)
+
+
+class _TextModel:
+    """What `mine_hard_negatives` uses of a `SentenceTransformer`, for a joint model."""
+
+    def __init__(self, model: BifocalModel) -> None:
+        from sentence_transformers.util import cos_sim, pairwise_cos_sim
+
+        self.model, self.device = model, model.device
+        self.model_card_data = SimpleNamespace(base_model=None)
+        self.similarity, self.similarity_pairwise = cos_sim, pairwise_cos_sim
+
+    def encode_query(self, texts: list[str], batch_size: int = 32, **options: Any) -> np.ndarray:
+        return self.model.encode_query(texts, batch_size=batch_size, show_progress=False)
+
+    def encode_document(self, texts: list[str], batch_size: int = 32, **options: Any) -> np.ndarray:
+        return self.model.encode_document(texts, batch_size=batch_size, show_progress=False)
+
+
+def _prompts(model: Any) -> dict[str, str]:
+    """Return a model's prompts of queries and documents; empty if it has none."""
+    prompts = model.config.prompts if isinstance(model, BifocalModel) else getattr(model, "prompts", {})
+    return {name: prompts[name] for name in ("query", "document") if prompts.get(name)}
 
 
 def _as_triplets(mined: Any, settings: MiningSettings) -> Any:
@@ -137,7 +163,8 @@ def mine_across(
 
     Args:
         pairs: a `datasets.Dataset` with `image` and `caption`, perhaps `image_id`.
-        model: with `encode_text` and `encode_image`.
+        model: with `encode_text` and `encode_image`. Captions have its prompt "query" where images are searched for
+            them, and "document" where they are searched, if it has them.
         direction: "text-to-image" or "image-to-text".
 
     Returns:
@@ -158,9 +185,12 @@ def mine_across(
     captions = [text if _is_text(text) else "" for text in first_captions]
     contents = _image_ids(pairs)
     weights = _weights_key(model)
+    role = "query" if direction == "text-to-image" else "document"
+    prompt = _prompts(model).get(role)
     texts = _embedded(
-        [text or None for text in captions], model.encode_text, cache / f"captions-{_digest(weights, *captions)}",
-        settings,
+        [text or None for text in captions],
+        model.encode_text if prompt is None else partial(model.encode_text, prompt=prompt),
+        cache / f"captions-{_digest(weights, *filter(None, [prompt]), *captions)}", settings,
     )  # fmt: skip
     images = _embedded(_Images(pairs), model.encode_image, cache / f"images-{_digest(weights, *contents)}", settings)
     usable = np.isfinite(texts[:, 0]) & np.isfinite(images[:, 0])
@@ -288,11 +318,13 @@ def _digest(*parts: str) -> str:
     return joined.hexdigest()
 
 
-def _weights_key(model: Any) -> str:
-    """Return a digest of a model's weights, so that one model's cached embeddings are never used for another."""
+def _weights_key(model: Any, *prompts: str) -> str:
+    """Return a digest of a model's weights and prompts, so that one's cached embeddings are not used for another."""
     joined = hashlib.blake2b(digest_size=8)
     for name, value in sorted(model.state_dict().items()):
         joined.update(name.encode() + value.detach().cpu().float().contiguous().numpy().tobytes())
+    for prompt in prompts:
+        joined.update(prompt.encode() + b"\0")
     return joined.hexdigest()
 
 

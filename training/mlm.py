@@ -1,6 +1,8 @@
 """Stage 0: masked language modeling of the text tower (arXiv 2310.19923, section 4.1: 30 % of the tokens)."""
 
 import dataclasses
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,19 @@ from bifocal.data.shards import ShardStream
 from bifocal.data.skips import ERROR_COLUMN, SkipLog
 from bifocal.errors import RecipeError
 from bifocal.files import RUN, replace_folder
-from bifocal.modeling import BifocalProcessor, BifocalTextConfig, BifocalTextForMaskedLM
+from bifocal.modeling import BifocalConfig, BifocalProcessor, BifocalTextConfig, BifocalTextForMaskedLM
+from bifocal.modeling.encoding_bifocal import folder_or_id
+from bifocal.modeling.loading_bifocal import read_config
+from bifocal.modeling.processing_bifocal import private_tokenizer
 from bifocal.progress import no_progress_bars
 from bifocal.training.arguments import BifocalTrainingArguments
-from bifocal.training.builders import load_processor, loading_log, require_device, training_arguments
+from bifocal.training.builders import load_processor, loading_log, require_device, training_arguments, vocabulary
 from bifocal.training.checkpoints import last_complete_checkpoint
-from bifocal.training.recipe import Recipe
+from bifocal.training.recipe import Recipe, StartFrom
 from bifocal.training.tasks import Task
+
+# The first character of scripts without spaces between words: Thai, Lao, Tibetan, Burmese, Khmer, kana, Chinese.
+_NO_SPACES = re.compile("[\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 
 
 def train_mlm(recipe: Recipe, arguments: BifocalTrainingArguments | None = None) -> Path:
@@ -28,7 +36,7 @@ def train_mlm(recipe: Recipe, arguments: BifocalTrainingArguments | None = None)
         arguments: result of `training_arguments`, if there is one already.
 
     Returns:
-        A folder with the text tower and its processor, that a stage can start from (`init_from: {text: ...}`).
+        A folder with the text tower and its processor, that a stage can start from (`start_from: {text: ...}`).
 
     Raises:
         RecipeError: if the data cannot be read, or a setting has no effect or no valid value.
@@ -56,15 +64,23 @@ def train_mlm(recipe: Recipe, arguments: BifocalTrainingArguments | None = None)
             f"Recipe '{recipe.name}' trains a tokenizer, which a stream cannot. Set processor, or streaming: false."
         )
     processor = _processor(recipe, data)
-    tokenizer = processor.tokenizer
+    tokenizer = private_tokenizer(processor.tokenizer)  # pads at the end
+    if tokenizer.mask_token_id is None or not tokenizer.is_fast:
+        lack = "has no mask token" if tokenizer.is_fast else "does not say where in a text its tokens are"
+        raise RecipeError(
+            f"Recipe '{recipe.name}': the tokenizer ({type(tokenizer).__name__}) {lack}. Set processor to another one, "
+            "or tokenizer_vocab_size to train one."
+        )
     set_seed(recipe.seed)
-    model = _model(recipe, len(tokenizer))
+    model = _model(recipe, tokenizer)
 
     def tokenize(rows: dict[str, list[Any]]) -> dict[str, Any]:
         good = [text for text in rows["text"] if text is not None]  # None: a bad row of a stream
         texts = [wording for text in good for wording in (text if isinstance(text, list) else [text])]
         options = dict(truncation=True, max_length=recipe.max_length, return_special_tokens_mask=True)
-        return dict(tokenizer(texts, return_offsets_mapping=True, **options))
+        tokens = dict(tokenizer(texts, return_offsets_mapping=True, **options))
+        columns = zip(texts, tokens["offset_mapping"], tokens["special_tokens_mask"], strict=True)
+        return tokens | {"offset_mapping": [separate_words(*row) for row in columns]}
 
     tokenized = data.map(tokenize, batched=True, remove_columns=columns)
     arguments = arguments or training_arguments(recipe)
@@ -90,6 +106,32 @@ def train_mlm(recipe: Recipe, arguments: BifocalTrainingArguments | None = None)
     return folder
 
 
+def separate_words(text: str, spans: Sequence[tuple[int, int]], special: Sequence[int]) -> list[tuple[int, int]]:
+    """Return spans of tokens that meet within a word and have a gap before each word, as transformers' collator reads.
+
+    It knows the words of BERT's tokenizers only. In the spans of others, a token may begin with the space before it,
+    and several tokens may share one character. Where a script has no spaces between words, each token is a word.
+
+    Args:
+        text: the tokenized text.
+        spans: first and last character (exclusive) of each token.
+        special: for each token 1 if it is a special one, else 0.
+    """
+    separated = []
+    position = end = 0
+    blank = False  # whether the token before is the space before this one
+    for (first, last), is_special in zip(spans, special, strict=True):
+        piece = text[first:last]
+        if not is_special:
+            shares = first < end  # bytes of one character
+            space = first > end or piece[:1].isspace() or text[max(first - 1, 0) : first].isspace()
+            position += not shares and not blank and (space or _NO_SPACES.match(piece) is not None)
+            end, blank = last, piece.isspace()
+        separated.append((position, position + 1))
+        position += 1
+    return separated
+
+
 class WholeWordCollator(DataCollatorForLanguageModeling):
     """transformers' collator with padded token offsets, which it needs to find words but does not pad itself."""
 
@@ -112,14 +154,20 @@ def _processor(recipe: Recipe, data: Any) -> BifocalProcessor:
     return load_processor(recipe, [Task("texts", "text-pair", pairs, 1)])
 
 
-def _model(recipe: Recipe, tokens: int) -> BifocalTextForMaskedLM:
+def _model(recipe: Recipe, tokenizer: Any) -> BifocalTextForMaskedLM:
     settings = dict(recipe.model.get("text_config", recipe.model))
+    start = recipe.start_from
+    if isinstance(start, StartFrom):
+        raise RecipeError(f"Recipe '{recipe.name}': masked language modeling starts from one folder or Hub id.")
     try:
-        if isinstance(recipe.init_from, str):
+        if start is not None:
+            kind = getattr(read_config(folder_or_id(start)), "model_type", None)
+            if kind not in (BifocalTextConfig.model_type, BifocalConfig.model_type):
+                raise ValueError(f"'{start}' is a '{kind}', but masked language modeling trains Bifocal's text tower.")
             # Unknown keys are allowed in a saved config, but not in a recipe.
             known = BifocalTextConfig()
             BifocalTextConfig(**{key: value for key, value in settings.items() if not hasattr(known, key)})
-            return BifocalTextForMaskedLM.from_pretrained(recipe.init_from, dtype=torch.float32, **settings)
-        return BifocalTextForMaskedLM(BifocalTextConfig(**{"vocab_size": -(-tokens // 64) * 64, **settings}))
+            return BifocalTextForMaskedLM.from_pretrained(start, dtype=torch.float32, **settings)
+        return BifocalTextForMaskedLM(BifocalTextConfig(**{**vocabulary(tokenizer), **settings}))
     except (OSError, TypeError, ValueError) as error:
         raise RecipeError(f"Recipe '{recipe.name}', model: {error}") from error

@@ -6,7 +6,7 @@ from transformers import SchedulerType
 
 from bifocal.data.kinds import COLUMNS
 from bifocal.training.engine.chunk_size import kept_per_row
-from bifocal.training.param_groups import not_trained, parameter_groups, without_gradient
+from bifocal.training.param_groups import not_trained, parameter_groups
 from bifocal.training.recipe import Recipe
 from bifocal.training.runner import prepare
 
@@ -46,7 +46,7 @@ def plan(recipe: Recipe) -> str:
     ]
     lines += ["", "parameters"]
     model = trainer.model
-    with not_trained(model, without_gradient(model, prepared.tasks)):
+    with not_trained(model, trainer.without_gradient()):
         for group in parameter_groups(model, args):
             count = sum(parameter.numel() for parameter in group["params"])
             lines.append(f"  {count:>12,}  learning rate {group['lr']:g}, weight decay {group['weight_decay']:g}")
@@ -69,9 +69,9 @@ def plan(recipe: Recipe) -> str:
 
 
 def _start(recipe: Recipe) -> str:
-    start = recipe.init_from
+    start = recipe.start_from
     if start is None:
         return "nothing"
     if isinstance(start, str):
         return start
-    return f"stage {start.stage}" if start.stage else f"{start.text} and {start.vision}"
+    return f"stage {start.stage}" if start.stage else f"{start.text} and {start.image}"

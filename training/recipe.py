@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError, create_model, model_validator
 
+from bifocal.data.augmentation import ImageAugmentation
 from bifocal.data.readers import format_of
 from bifocal.data.schema import Strict, ended, key_hint, problem_of, read_yaml, require_distinct_columns, set_override
 from bifocal.data.source import Source
@@ -40,7 +41,8 @@ class MaskedLanguageModeling(Strict):
     Args:
         data: rows with a column `text`.
         batch_size: texts per step and process.
-        mlm_probability: share of the tokens that are masked, whole words at a time.
+        mlm_probability: share of the tokens that are masked, whole words at a time (single tokens in scripts without
+            spaces between words).
     """
 
     data: Source
@@ -48,18 +50,18 @@ class MaskedLanguageModeling(Strict):
     mlm_probability: Annotated[float, Field(gt=0, lt=1)] = 0.3
 
 
-class InitFrom(Strict):
-    """The stage before, by its recipe's name; or a text tower and an image tower from two folders or Hub ids.
+class StartFrom(Strict):
+    """The stage before, by its recipe's name; or a text tower and an image tower of any families.
 
     Args:
         stage: name of the recipe whose finished model this one starts from.
-        text: folder or Hub id of a text tower.
-        vision: folder or Hub id of an image tower.
+        text: folder or Hub id of a text encoder, or of a dual encoder, whose text tower is taken.
+        image: folder or Hub id of an image encoder, or of a dual encoder, whose image tower is taken.
     """
 
     stage: str | None = None
     text: str | None = None
-    vision: str | None = None
+    image: str | None = None
 
 
 class Lora(Strict):
@@ -69,13 +71,50 @@ class Lora(Strict):
         r: rank of the adapters.
         lora_alpha: adapters are scaled by lora_alpha / r.
         lora_dropout: probability that an input of an adapter is dropped.
-        target_modules: names of the linear layers that get an adapter.
+        target_modules: names of the linear layers that get an adapter; all linear layers within the layers of both
+            towers when None.
     """
 
     r: Annotated[int, Field(ge=1)] = 16
     lora_alpha: Annotated[int, Field(ge=1)] = 32
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    target_modules: list[str] = ["q_proj", "k_proj", "v_proj", "out_proj"]
+    target_modules: list[str] | None = None
+
+
+class Augmentation(Strict):
+    """Random changes of training images, see `ImageAugmentation`.
+
+    Args:
+        crop_scale: smallest and largest share of the image's area that a crop keeps; None does not crop.
+        crop_ratio: smallest and largest width by height of a crop, before it is resized to a square.
+        horizontal_flip: probability of the mirror image.
+        brightness, contrast, saturation: largest change of a factor: 0.4 draws it from 0.6 to 1.4.
+        hue: largest shift of the hue, as a share of the colour circle.
+        color_jitter: probability that brightness, contrast, saturation and hue are changed.
+        grayscale: probability of an image without colours.
+    """
+
+    crop_scale: tuple[float, float] | None = None
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    horizontal_flip: float = 0.0
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+    color_jitter: float = 1.0
+    grayscale: float = 0.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_mapping(cls, value: Any) -> Any:
+        if not isinstance(value, dict | Augmentation):
+            raise ValueError(f"augment is {value!r}, but it must be shift, or keys such as crop_scale")
+        return value
+
+    @model_validator(mode="after")
+    def _in_range(self) -> "Augmentation":
+        ImageAugmentation(**self.model_dump())
+        return self
 
 
 class Recipe(Strict):
@@ -86,13 +125,16 @@ class Recipe(Strict):
         output_dir: runs/NAME when None.
         seed: random seed of new weights, the order of the rows and all random draws.
         device: "auto", "cpu" or "cuda".
-        init_from: a Bifocal folder or Hub id, `InitFrom`, or nothing.
+        start_from: folder or Hub id of a Bifocal model or of another dual encoder (CLIP, SigLIP, ...), `StartFrom`, or
+            nothing.
         model: keys of `BifocalConfig` that differ from what it starts from, or from the base size.
-        processor: folder or Hub id of tokenizer and image processor; that of `init_from` when None.
-        tokenizer_vocab_size: train a WordPiece tokenizer of this many tokens on the texts of the tasks.
+        processor: folder or Hub id of tokenizer and image processor; that of `start_from` when None.
+        tokenizer_vocab_size: train a tokenizer of this many tokens on the texts of the tasks.
+        tokenizer_type: type of the trained tokenizer: "wordpiece" (uncased, words between spaces) or "unigram" (cased,
+            for any language).
         image_size: width and height of the images in pixels.
         max_length: longest text in tokens; longer ones are cut.
-        augment: "shift" moves training images by up to two pixels.
+        augment: random changes of training images; "shift" moves them by up to two pixels.
         tasks, eval_tasks: data sets to train and to evaluate on.
         mlm: masked language modeling instead of tasks.
         lora: adapters instead of full training.
@@ -103,13 +145,14 @@ class Recipe(Strict):
     output_dir: str | None = None
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    init_from: str | InitFrom | None = None
+    start_from: str | StartFrom | None = None
     model: dict[str, Any] = {}
     processor: str | None = None
     tokenizer_vocab_size: Annotated[int, Field(ge=100)] | None = None
+    tokenizer_type: Literal["wordpiece", "unigram"] = "wordpiece"
     image_size: Annotated[int, Field(ge=1)] | None = None
     max_length: Annotated[int, Field(ge=3)] = 512
-    augment: Literal["shift"] | None = None
+    augment: Augmentation | Literal["shift"] | None = None
     tasks: list[TaskRecipe] = []
     eval_tasks: list[TaskRecipe] = []
     mlm: MaskedLanguageModeling | None = None
@@ -122,6 +165,12 @@ class Recipe(Strict):
             raise ValueError("a recipe has either tasks or mlm")
         if not {"max_steps", "num_train_epochs"} & self.training.keys():
             raise ValueError("training needs max_steps, the number of optimiser steps, or num_train_epochs")
+        if isinstance(self.start_from, StartFrom):
+            towers = (self.start_from.text is not None, self.start_from.image is not None)
+            if any(towers) if self.start_from.stage is not None else not all(towers):
+                raise ValueError("start_from has either stage, or both text and image")
+        if self.tokenizer_type != "wordpiece" and self.tokenizer_vocab_size is None:
+            raise ValueError("tokenizer_type needs tokenizer_vocab_size, the number of tokens")
         return self
 
     @property

@@ -12,6 +12,7 @@ import yaml
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import ProgressCallback
 
+from bifocal.data.augmentation import ImageAugmentation
 from bifocal.data.loading import load_source
 from bifocal.data.skips import SkipLog
 from bifocal.data.symbols import random_shift
@@ -30,9 +31,10 @@ from bifocal.progress import no_progress_bars
 from bifocal.training.arguments import BifocalTrainingArguments
 from bifocal.training.builders import (
     add_lora,
-    load_model,
     load_processor,
+    load_start,
     loading_log,
+    new_model,
     require_device,
     training_arguments,
 )
@@ -86,22 +88,34 @@ def prepare(
         skipped = SkipLog(loading_log(recipe))
         tasks = _tasks(recipe, recipe.tasks, load, skipped)
         eval_tasks = _tasks(recipe, recipe.eval_tasks, load, skipped)
-        processor = load_processor(recipe, tasks)
-    set_seed(recipe.seed)
-    model = load_model(recipe, processor)
-    model.processor = processor
+        set_seed(recipe.seed)  # two towers get new heads
+        model = load_start(recipe)
+        processor = load_processor(recipe, tasks, model)
+    if model is None:
+        set_seed(recipe.seed)
+        model = new_model(recipe, processor)
+    try:
+        model.processor = processor
+    except ValueError as error:  # a tokenizer of another model
+        raise RecipeError(f"Recipe '{recipe.name}': {error}") from error
     if recipe.lora is not None:
         model = add_lora(recipe, model)
     try:
         trainer = MultiTaskTrainer(
             model, arguments, tasks, processor, recipe.max_length, eval_tasks,
-            random_shift if recipe.augment == "shift" else None, list(callbacks),
+            _augmentation(recipe), list(callbacks),
         )  # fmt: skip
     except TrainingError:
         raise
     except (ValueError, ImportError) as error:  # the Trainer's own checks of its arguments
         raise RecipeError(f"Recipe '{recipe.name}', training: {error}") from error
-    return Prepared(recipe, tasks, processor, trainer)
+    return Prepared(recipe, list(trainer.tasks.values()), processor, trainer)
+
+
+def _augmentation(recipe: Recipe) -> Any:
+    if recipe.augment is None or isinstance(recipe.augment, str):
+        return None if recipe.augment is None else random_shift
+    return ImageAugmentation(**recipe.augment.model_dump())
 
 
 def _tasks(recipe: Recipe, task_recipes: Sequence[Any], load: Callable[..., Any], skipped: SkipLog) -> list[Task]:

@@ -9,6 +9,7 @@ from transformers.utils import logging
 from bifocal.training.arguments import BifocalTrainingArguments
 from bifocal.training.engine.joint_forward import temperature_of
 from bifocal.training.tasks import Task
+from bifocal.training.towers import towers_of
 
 logger = logging.get_logger(__name__)
 
@@ -16,7 +17,7 @@ logger = logging.get_logger(__name__)
 def warn_of_settings(
     args: BifocalTrainingArguments, model: Any, tasks: Sequence[Task], loaded_dtypes: set[torch.dtype]
 ) -> None:
-    """Warn about weights of another dtype, a temperature that is not trained, and accumulated gradients.
+    """Warn about weights of another dtype, parts that are not trained as set, and accumulated gradients.
 
     Args:
         args: arguments of the trainer.
@@ -38,6 +39,13 @@ def warn_of_settings(
             f"The temperature of task '{learned[0]}' stays at {tau:.4f}, since logit_scale is not trained (LoRA "
             "adapters do not cover it). Set temperature of the task to change it."
         )
+    if getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing:
+        for tower in towers_of(model):
+            if not any(hasattr(module, "gradient_checkpointing") for module in tower.module.modules()):
+                logger.warning(
+                    f"activation_checkpointing has no effect on the {tower.name} tower: a "
+                    f"{type(tower.module).__name__} does not support it."
+                )
     if args.gradient_accumulation_steps > 1:
         logger.warning(
             f"gradient_accumulation_steps={args.gradient_accumulation_steps} adds up losses whose negatives come "

@@ -12,7 +12,7 @@ from transformers.utils import cached_file
 from bifocal.data.source import Source
 from bifocal.files import RUN, overwrite, write_json
 from bifocal.training.engine.distributed import ProcessGroupInfo
-from bifocal.training.recipe import InitFrom, Recipe
+from bifocal.training.recipe import Recipe, StartFrom
 
 STAGE = "stage.json"
 FACTS = "card.json"  # in an exported model's folder; its `stages` are all those that led to it
@@ -79,13 +79,13 @@ def public_name(source: Source) -> str:
 
 def start_name(recipe: Recipe) -> str:
     """Return the public name of the weights that a recipe starts from."""
-    start = recipe.init_from
+    start = recipe.start_from
     if start is None:
         return "nothing"
-    if isinstance(start, InitFrom):
+    if isinstance(start, StartFrom):
         if start.stage is not None:
             return start.stage
-        return " and ".join(public_name(Source(path=path)) for path in (start.text, start.vision) if path)
+        return " and ".join(public_name(Source(path=path)) for path in (start.text, start.image) if path)
     path = Path(start)
     if not path.exists():
         return start
@@ -120,8 +120,8 @@ def _energy(folder: Path) -> dict[str, float]:
 
 def earlier_stages(recipe: Recipe) -> list[dict[str, Any]]:
     """Return the records of the stages before a recipe, from the folder or repository that it starts from."""
-    start = recipe.init_from
-    if isinstance(start, InitFrom):
+    start = recipe.start_from
+    if isinstance(start, StartFrom):
         start = None if start.stage is None else str(Path("runs") / start.stage / "model")
     if start is None:
         return []

@@ -34,7 +34,8 @@ class Task:
         sampling_weight: factor of its share of the steps, in addition to its number of rows.
         loss_weight: factor of its loss in the sum.
         temperature: tau of its loss; None means the model's learned temperature for image-text and 0.05 for texts.
-        loss: "info_nce" (with negatives InfoNCE+) or, for image-text only, "sigmoid".
+        loss: "info_nce" (with negatives InfoNCE+) or, for image-text only, "sigmoid". When None, "sigmoid" for
+            image-text tasks of a model with SigLIP's bias, and "info_nce" for all others.
         label_smoothing: share of InfoNCE's target that is spread over all candidates.
         matryoshka_dims: numbers of first dimensions for which the loss is computed, the full number included (arXiv
             2205.13147).
@@ -47,6 +48,9 @@ class Task:
             images have more than 256 MiB.
         num_negatives: how many hard negatives of each row are used, the first ones; rows with fewer are bad. None: the
             most that nearly all rows have, so that no more than `max_bad_fraction` of them are skipped.
+        prompts: text that goes before each text of a column, by column: `{"query": "query: "}`; {} for none. When None,
+            the model's own (`config.prompts`), if it has any: "query" for queries and "document" for positives and
+            negatives. Captions have none by default.
 
     Raises:
         TrainingError: if a value is unknown or out of its range, a column is missing, or the data set is of a type
@@ -63,7 +67,7 @@ class Task:
     sampling_weight: Annotated[float, Field(ge=0)] = 1.0
     loss_weight: Annotated[float, Field(ge=0)] = 1.0
     temperature: Annotated[float, Field(gt=0)] | None = None
-    loss: Literal["info_nce", "sigmoid"] = "info_nce"
+    loss: Literal["info_nce", "sigmoid"] | None = None
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     matryoshka_dims: Sequence[Annotated[int, Field(ge=1)]] | None = None
     caption_mode: Literal["whole", "first_sentence", "any_sentence"] = "whole"
@@ -71,12 +75,20 @@ class Task:
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
     shuffle_buffer_size: Annotated[int, Field(ge=1)] = 1024
     num_negatives: Annotated[int, Field(ge=1)] | None = None
+    prompts: dict[str, str] | None = None
 
     def __post_init__(self) -> None:
         self._check_values()
         if self.loss == "sigmoid" and self.kind != "image-text":
             raise TrainingError(
                 f"Task '{self.name}': the sigmoid loss is for image-text tasks; use 'info_nce' for texts."
+            )
+        texts = [column for column in COLUMNS[self.kind] if column != "image"]
+        unknown = next((column for column in self.prompts or {} if column not in texts), None)
+        if unknown is not None:
+            raise TrainingError(
+                f"Task '{self.name}': prompts has the key '{unknown}', which is no column of texts; use "
+                f"{', '.join(texts)}."
             )
         object.__setattr__(self, "dataset", task_data(self.dataset, self.name, self.kind))
         names = column_names(self.dataset)

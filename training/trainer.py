@@ -14,12 +14,12 @@ from transformers.utils import logging
 
 from bifocal.errors import TrainingError
 from bifocal.modeling import BifocalModel, BifocalProcessor
-from bifocal.modeling.towers_bifocal import padded_length
+from bifocal.modeling.towers_bifocal import longest_text, padded_length
 from bifocal.training.arguments import BifocalTrainingArguments, given_arguments, unsupported
 from bifocal.training.callbacks.bookkeeping import Bookkeeping, in_order
 from bifocal.training.callbacks.epochs import EpochEnds, set_steps, steps_per_epoch
 from bifocal.training.callbacks.training_metrics import TrainingMetrics, norms_by_tower
-from bifocal.training.collator import Augmentation, JointBatch, MultiTaskCollator
+from bifocal.training.collator import Augmentation, JointBatch, MultiTaskCollator, column_prompts
 from bifocal.training.engine.chunk_size import find_chunk_sizes
 from bifocal.training.engine.distributed import ProcessGroupInfo
 from bifocal.training.engine.gradient_cache import cached_step, into_chunks
@@ -31,8 +31,8 @@ from bifocal.training.engine.joint_forward import (
 )
 from bifocal.training.eval_loss import evaluate_tasks, require_rows_by_number, task_list
 from bifocal.training.joint_batches import JointBatchDataset, JointBatchStream
-from bifocal.training.losses.multi_task_loss import MultiTaskLoss, TaskResult
-from bifocal.training.param_groups import decays, freeze, not_trained, parameter_groups, without_gradient
+from bifocal.training.losses.multi_task_loss import MultiTaskLoss, TaskResult, with_default_loss
+from bifocal.training.param_groups import decaying, freeze, not_trained, parameter_groups, without_gradient
 from bifocal.training.precision import DTYPES, set_master_dtype
 from bifocal.training.resuming import ResumableTrainer
 from bifocal.training.setting_warnings import warn_of_settings
@@ -68,7 +68,7 @@ class MultiTaskTrainer(ResumableTrainer):
             the text tower takes when None.
         eval_tasks: tasks to evaluate on: the loss and the in-batch accuracy of each, and the sum of the losses as
             `eval_loss`.
-        augment: applied to training images.
+        augment: applied to training images: an `ImageAugmentation`, or a function of an image and a random generator.
         callbacks: as for the Trainer, in any order: those with an attribute `adds_metrics = True`, as
             `EvaluationCallback` has, run before those that read metrics, and early stopping last.
 
@@ -107,14 +107,10 @@ class MultiTaskTrainer(ResumableTrainer):
             raise TrainingError(ignored)
         if args.eval_strategy != "no" and not eval_tasks:
             raise TrainingError(f"eval_strategy='{args.eval_strategy.value}' needs eval_tasks to evaluate on.")
-        needs_bias = [task.name for task in tasks if task.loss == "sigmoid" and "bias" not in temperature_of(model)]
-        if needs_bias:
-            raise TrainingError(
-                f"The sigmoid loss of task '{needs_bias[0]}' needs a learned bias, but the model has none; set "
-                "logit_bias_init_value=-10.0 in its config."
-            )
-        text_config = getattr(model.config, "text_config", model.config)
-        limit = text_config.max_position_embeddings
+        has_bias = "bias" in temperature_of(model)
+        tasks, eval_tasks = ([with_default_loss(task, has_bias) for task in part] for part in (tasks, eval_tasks))
+        limit = getattr(model.config, "max_text_length", None)
+        limit = limit or longest_text(getattr(model.config, "text_config", model.config))
         max_length = min(max_length or limit, limit)
         self.world = ProcessGroupInfo.current() if args.world_size > 1 else ProcessGroupInfo()
         self.steps_per_epoch = steps_per_epoch(tasks, self.world.size, args.gradient_accumulation_steps)
@@ -152,6 +148,7 @@ class MultiTaskTrainer(ResumableTrainer):
                 args.exact_image_decoding,
                 skip=True,
                 pad_to=padded_length(model.config),
+                prompts=column_prompts(getattr(model.config, "prompts", None)),
             ),
             train_dataset=self.joint_batches,
             eval_dataset=list(self.eval_tasks.values()) or None,
@@ -227,7 +224,7 @@ class MultiTaskTrainer(ResumableTrainer):
         self.best_loaded = False
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(parameter.requires_grad or name in self.frozen)
-        idle = [*self.frozen, *without_gradient(self.model, self.tasks.values())]
+        idle = [*self.frozen, *self.without_gradient()]
         try:
             with not_trained(self.model, idle), joint_forward(self.model):
                 clamp_logit_scale(self.model)
@@ -238,6 +235,14 @@ class MultiTaskTrainer(ResumableTrainer):
                 if getattr(callback, "training_bar", None) is not None:
                     callback.training_bar.close()
             raise
+
+    def without_gradient(self) -> list[str]:
+        """Return the names of the parameters that no task reaches (see `param_groups.without_gradient`)."""
+        # Sharded weights cannot be embedded with here, and do without.
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        examples = None if sharded else self.data_collator.examples(next(self.model.parameters()).device)
+        with self.accelerator.autocast():  # some attention takes 16 bits only
+            return without_gradient(self.model, self.tasks.values(), examples)
 
     def _choose_chunks(self) -> None:
         sizes = find_chunk_sizes(
@@ -323,7 +328,7 @@ class MultiTaskTrainer(ResumableTrainer):
     # Optimiser, weights
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
-        return [name for name, parameter in model.named_parameters() if decays(name, parameter)]
+        return sorted(decaying(model))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Return AdamW, or what `args.optim` names, over the groups of `parameter_groups`."""

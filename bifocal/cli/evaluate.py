@@ -10,7 +10,7 @@ from bifocal.cli.console import require, writes_into
 
 def evaluate(
     models: Annotated[
-        list[str], typer.Argument(help="Folders or Hub ids of Bifocal, sentence-transformers, CLIP or SigLIP models.")
+        list[str], typer.Argument(help="Folders or Hub ids of dual encoders or sentence-transformers models.")
     ],
     suite: Annotated[
         str | None,

@@ -12,11 +12,18 @@ from bifocal.errors import BifocalError
 
 def convert(
     source: Annotated[
-        str, typer.Argument(help="Hub id, folder or weights file of jina-clip-v1, JinaBERT v2 or EVA02.")
+        str, typer.Argument(help="Hub id, folder or weights file of jina-clip-v1 or v2, JinaBERT v2 or EVA02.")
     ],
     out: Annotated[Path, typer.Argument(help="Folder for the Bifocal model; an unchanged earlier one is replaced.")],
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Side of the images in pixels to resize the position table for.")
+    ] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(
+            help="LoRA adapter of jina-clip-v2 to merge into the weights, such as retrieval.query, or none; the "
+            "default of its config.json if omitted."
+        ),
     ] = None,
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Also read .bin and .pt, with weights_only=True.")
@@ -29,17 +36,23 @@ def convert(
     require("sentence_transformers")
     from bifocal.files import MODEL, require_replaceable
     from bifocal.hub.convert import build_model, plan_conversion, save_converted
+    from bifocal.hub.source_files import read_licence
     from bifocal.hub.weights import read_weights
 
     tensors, config = read_weights(source, allow_pickle)
-    plan = plan_conversion(tensors, config, image_size)
+    plan = plan_conversion(tensors, config, image_size, adapter)
     if dry_run:
         typer.echo(plan.text())
         return
     writes_into(out)
     require_replaceable(out, MODEL)
-    missing = save_converted(build_model(plan), source, out)
-    typer.echo(f"The model is in {out}" + (f"; it has no {', no '.join(missing)}." if missing else "."))
+    licence, merged = read_licence(source, plan.layouts), plan.adapter_text() if plan.adapters else ""
+    missing = save_converted(build_model(plan), source, out, licence, merged)
+    if licence is not None:
+        limit = ", which forbids commercial use" if "-nc" in licence else ""
+        typer.echo(f"The weights are licensed under {licence}{limit}.")
+    where = f"The model is in {out}" + (f", {merged}" if merged else "")
+    typer.echo(where + (f"; it has no {', no '.join(missing)}." if missing else "."))
 
 
 def export(

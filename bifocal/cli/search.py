@@ -24,7 +24,7 @@ _MAX_NAMED = 5  # skipped items that are named; the others are counted
 def index(
     source: Annotated[str, typer.Argument(help="A folder of images, a file of rows, a pattern or a Hub id.")],
     out: Annotated[Path, typer.Argument(help="Folder of the index. An existing index is added to.")],
-    model: Annotated[str | None, typer.Option(help="Bifocal folder or Hub id; that of the index if it exists.")] = None,
+    model: Annotated[str | None, typer.Option(help="Folder or Hub id; that of the index if it exists.")] = None,
     overrides: Overrides = None,
     kind: Annotated[
         str | None,

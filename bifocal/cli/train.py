@@ -66,7 +66,9 @@ def _train(recipe: "Recipe", overwrite: bool) -> str:
 def mine(
     source: Annotated[str, typer.Argument(help="A file, folder or Hub id with queries and positives, or images.")],
     out: Annotated[Path, typer.Argument(help="Parquet file to write.")],
-    model: Annotated[str, typer.Option(help="A sentence-transformers model; a Bifocal model across modalities.")],
+    model: Annotated[
+        str, typer.Option(help="Any model that embeds texts; across modalities, a Bifocal, CLIP or SigLIP model.")
+    ],
     direction: Annotated[str, typer.Option(help="text-to-text, text-to-image or image-to-text.")] = "text-to-text",
     column_mapping: Annotated[
         list[str] | None, typer.Option(help="Rename a column of the source, as in question=query.")

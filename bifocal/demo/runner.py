@@ -66,7 +66,7 @@ class DemoSettings:
 
     def recipe(self, stage: str, out: Path) -> Recipe:
         """Return the recipe of a stage (training/recipes/demo) with its folders in this run."""
-        start = [] if stage == "stage1" else [f"init_from={out / f'stage{int(stage[-1]) - 1}' / 'model'}"]
+        start = [] if stage == "stage1" else [f"start_from={out / f'stage{int(stage[-1]) - 1}' / 'model'}"]
         in_this_run = [
             f"output_dir={out / stage}",
             f"processor={out / 'processor'}",

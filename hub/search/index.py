@@ -45,13 +45,14 @@ class SearchIndex:
         self.variants: list[tuple[int, str]] = [(dim, precision) for dim, precision in settings["variants"]]
         self.sources: list[dict[str, Any]] = settings["sources"]
         self.parts: int = settings["parts"]
+        self.prompts: dict[str, str] = settings["prompts"]
         self.table = Table(self.folder / "table", self.dimensions)
         self._snapshot: SearchSnapshot | None = None
 
     @classmethod
     def create(
         cls, folder: str | Path, model: str, weights: str, dimensions: int, dims: Sequence[int] = (),
-        precisions: Sequence[str] = ("float32",),
+        precisions: Sequence[str] = ("float32",), prompts: dict[str, str] | None = None,
     ) -> "SearchIndex":  # fmt: skip
         """Return a new, empty index; or the existing one if it is of the same model, or empty.
 
@@ -62,6 +63,8 @@ class SearchIndex:
             dimensions: length of the model's vectors.
             dims: numbers of leading dimensions to search by; all dimensions if empty.
             precisions: "float32" and "int8".
+            prompts: texts that go before queries ("query") and indexed texts ("document"); an existing index keeps its
+                own, with which its texts were embedded.
 
         Raises:
             SearchError: if the folder holds something else or an index of another model, or an option is wrong.
@@ -78,7 +81,10 @@ class SearchIndex:
         variants = [(dim, precision) for dim in (dims or [dimensions]) for precision in precisions]
         if os.path.isdir(os.path.expanduser(model)):
             model = os.path.abspath(os.path.expanduser(model))
-        settings = dict(format=FORMAT, model=model, weights=weights, dimensions=dimensions, sources=[], parts=0)
+        settings = dict(
+            format=FORMAT, model=model, weights=weights, dimensions=dimensions, prompts=prompts or {}, sources=[],
+            parts=0,
+        )  # fmt: skip
         if (folder / SETTINGS).exists():
             index = cls(folder)
             if len(index):  # refuse at once, without waiting for another command
@@ -116,8 +122,8 @@ class SearchIndex:
 
     def _write_settings(self) -> None:
         settings = dict(
-            format=FORMAT, model=self.model, weights=self.weights, dimensions=self.dimensions, variants=self.variants,
-            parts=self.parts, sources=self.sources,
+            format=FORMAT, model=self.model, weights=self.weights, dimensions=self.dimensions, prompts=self.prompts,
+            variants=self.variants, parts=self.parts, sources=self.sources,
         )  # fmt: skip
         write_settings(self.folder, settings)
 

@@ -1,31 +1,107 @@
 """The model that an index is made and searched with."""
 
 import hashlib
+import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
 
 from bifocal.errors import first_line
 from bifocal.hub.search.items import SearchError
 from bifocal.modeling import BifocalModel
+from bifocal.modeling.loading_bifocal import model_kind, require_vocabulary
+
+_PROMPTS = ("query", "document")
+_PICKLED = "pytorch_model.bin"
 
 
-def load_model(model: str) -> BifocalModel:
-    """Return a Bifocal model with its processor. No code of its repository is run.
+class EmbeddingModel:
+    """A dual encoder, or a model of sentence-transformers, with one interface.
 
     Args:
-        model: a folder or Hub id.
+        name: folder or Hub id, for messages.
+        model: a `BifocalModel` with its processor, or a `SentenceTransformer`.
+    """
+
+    def __init__(self, name: str, model: Any) -> None:
+        self.name, self.model = name, model
+        self.is_joint = isinstance(model, BifocalModel)
+        self.embeds_images: bool = self.is_joint or "image" in model.modalities
+        prompts = model.config.prompts if self.is_joint else model.prompts
+        self.prompts: dict[str, str] = {role: prompts[role] for role in _PROMPTS if prompts.get(role)}
+
+    @property
+    def dimensions(self) -> int:
+        """Length of the vectors."""
+        return self.model.config.projection_dim if self.is_joint else len(self.encode_text(["a"], "document", "")[0])
+
+    def encode_text(self, texts: Sequence[str], role: str, prompt: str, batch_size: int = 32) -> np.ndarray:
+        """Return the vectors (texts, dimensions) of texts.
+
+        Args:
+            texts: the texts.
+            role: "query" or "document".
+            prompt: text that goes before each text.
+            batch_size: texts per forward pass.
+        """
+        encode = self.model.encode_query if role == "query" else self.model.encode_document
+        return encode(list(texts), prompt=prompt, batch_size=batch_size, show_progress_bar=False)
+
+    def encode_image(self, images: Sequence[Any], batch_size: int = 32) -> np.ndarray:
+        """Return the vectors (images, dimensions) of decoded images.
+
+        Raises:
+            SearchError: if the model embeds no images.
+        """
+        self.require_images()
+        encode = self.model.encode_image if self.is_joint else self.model.encode
+        return encode(list(images), batch_size=batch_size, show_progress_bar=False)
+
+    def require_images(self) -> None:
+        """Check that the model embeds images.
+
+        Raises:
+            SearchError: if it does not.
+        """
+        if not self.embeds_images:
+            raise SearchError(f"'{self.name}' embeds no images; use texts only, or a model that embeds both.")
+
+
+def load_model(model: str) -> EmbeddingModel:
+    """Return a model with its processor. No code of its repository is run.
+
+    Args:
+        model: folder or Hub id of a dual encoder (Bifocal, CLIP, SigLIP, ...) or a sentence-transformers model.
 
     Raises:
-        SearchError: if there is no such model.
+        SearchError: if there is no such model, or it cannot be loaded.
     """
     path = Path(model).expanduser()
     if not path.exists() and (path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1):
-        raise SearchError(f"There is no Bifocal model at '{model}' (no such folder). Pass --model with its local path.")
+        raise SearchError(f"There is no model at '{model}' (no such folder). Pass --model with its local path.")
+    source, device = str(path) if path.exists() else model, "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        loaded = BifocalModel.from_pretrained(path if path.exists() else model).eval()
-        _ = loaded.processor
+        if model_kind(source) == "joint":
+            joint = BifocalModel.from_pretrained(source).to(device).eval()
+            _ = joint.processor
+            return EmbeddingModel(model, joint)
+        from sentence_transformers import SentenceTransformer
+
+        sentences = SentenceTransformer(source, device=device)
+        if "text" not in sentences.modalities:
+            raise ValueError("it embeds no texts")
+        if hasattr(getattr(sentences, "tokenizer", None), "all_special_ids"):
+            require_vocabulary(sentences.tokenizer, source)
+        return EmbeddingModel(model, sentences)
+    except ImportError as error:
+        raise SearchError(f"'{model}' needs a package that is not installed ({first_line(error)}).") from error
     except Exception as error:  # transformers, safetensors and tokenizers raise many kinds
-        raise SearchError(f"There is no Bifocal model at '{model}' ({first_line(error)}).") from error
-    return loaded
+        if isinstance(error, ValueError) and str(error).startswith(f"'{source}' "):
+            raise SearchError(str(error)) from error
+        raise SearchError(f"The model '{model}' cannot be loaded ({first_line(error)}).") from error
 
 
 def weights_hash(model: str | Path) -> str:
@@ -35,7 +111,7 @@ def weights_hash(model: str | Path) -> str:
         model: a folder or Hub id.
 
     Raises:
-        SearchError: if there are no weights.
+        SearchError: if there are no weights in safetensors, or some are only in pickle.
     """
     folder = Path(model).expanduser()
     if not folder.exists():
@@ -45,12 +121,31 @@ def weights_hash(model: str | Path) -> str:
             folder = Path(snapshot_download(str(model), allow_patterns=["*.safetensors", "*.json"]))
         except (OSError, ValueError) as error:
             raise SearchError(f"There is no model at '{model}', here or on the Hub ({first_line(error)}).") from error
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise SearchError(f"'{model}' has no safetensors. Pass the folder or Hub id of a Bifocal model.")
+    files_of = {inner: _weights_files(folder / inner) for inner in ("", *module_folders(folder))}
+    files = [file for of_folder in files_of.values() for file in of_folder]
+    if not files or any(not found and (folder / inner / _PICKLED).exists() for inner, found in files_of.items()):
+        raise SearchError(
+            f"'{model}' has no weights in safetensors, or not all, by which an index knows its model. Load it and save "
+            "it with save_pretrained."
+        )
     digest = hashlib.blake2b(digest_size=8)
     for path in files:
         with path.open("rb") as file:
             while block := file.read(2**22):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def module_folders(folder: Path) -> list[str]:
+    """Return the folders within a sentence-transformers model that hold its modules; none for another model."""
+    modules = folder / "modules.json"
+    if not modules.is_file():
+        return []
+    paths = [module["path"] for module in json.loads(modules.read_text(encoding="utf-8"))]
+    return [path for path in paths if path and ".." not in Path(path).parts and (folder / path).is_dir()]
+
+
+def _weights_files(folder: Path) -> list[Path]:
+    """Return the files of weights that are loaded from a folder, which may hold other ones, too."""
+    single = folder / "model.safetensors"
+    return [single] if single.exists() else sorted(folder.glob("*.safetensors"))

@@ -45,8 +45,10 @@ def build_page(searcher: Searcher, title: str = "Search images and texts") -> gr
     counts = searcher.index.counts()
     contents = f"{counts['image']:,} images and {counts['text']:,} texts"
     empty = note(f"Nothing searched yet. There are {contents}.")
+    by_image = searcher.model.embeds_images
+    query = "a text, an image or both" if by_image else "a text"
     with gradio.Blocks(title=title, delete_cache=(_UPLOAD_LIFETIME, _UPLOAD_LIFETIME), analytics_enabled=False) as page:
-        gradio.Markdown(f"# {title}\n{contents}. Enter a text, an image or both, then press *Search*.")
+        gradio.Markdown(f"# {title}\n{contents}. Enter {query}, then press *Search*.")
         with gradio.Row():
             with gradio.Column(scale=3, min_width=280):
                 text = gradio.Textbox(
@@ -68,6 +70,7 @@ def build_page(searcher: Searcher, title: str = "Search images and texts") -> gr
                         value=0.5,
                         step=0.05,
                         label="Weight of the text against the image",
+                        visible=by_image,
                         min_width=240,
                         elem_id="bf-weight",
                     )
@@ -77,7 +80,7 @@ def build_page(searcher: Searcher, title: str = "Search images and texts") -> gr
             with gradio.Column(scale=2, min_width=240):
                 image = gradio.Image(
                     label="Image", type="filepath", sources=["upload", "clipboard"], image_mode=None, height=260,
-                    elem_id="bf-query-image",
+                    elem_id="bf-query-image", visible=by_image,
                 )  # fmt: skip
         # Pass the file on: gradio would decode it, however large it is.
         image.preprocess = lambda payload: _uploaded_file(page, payload)  # type: ignore[method-assign]

@@ -8,7 +8,7 @@ import numpy as np
 
 from bifocal.hub.search.index import SearchIndex
 from bifocal.hub.search.items import KINDS, Hit, Item, SearchError, normalize, read_image
-from bifocal.hub.search.models import load_model, weights_hash
+from bifocal.hub.search.models import EmbeddingModel, load_model, weights_hash
 from bifocal.hub.search.sync import AddResult, ItemSource
 
 MAX_QUERY_LENGTH = 20_000  # characters; tokenizing a book takes minutes
@@ -19,17 +19,18 @@ class Searcher:
 
     Args:
         index: to search.
-        model: a folder or Hub id; the one that the index was made with if None.
+        model: a folder or Hub id, or the loaded model; the one that the index was made with if None.
 
     Raises:
         SearchError: if the model cannot be loaded, or has other weights than the index.
     """
 
-    def __init__(self, index: SearchIndex, model: str | None = None) -> None:
+    def __init__(self, index: SearchIndex, model: str | EmbeddingModel | None = None) -> None:
         self.index = index
-        model = index.model if model is None else os.path.expanduser(model)
-        self.model = load_model(model)
-        index.require_same_weights(weights_hash(model), model)
+        if not isinstance(model, EmbeddingModel):
+            model = load_model(index.model if model is None else os.path.expanduser(model))
+        self.model = model
+        index.require_same_weights(weights_hash(model.name), model.name)
 
     def vector(self, text: str | None = None, image: Any = None, weight: float = 0.5) -> np.ndarray:
         """Return the unit vector of a query.
@@ -40,20 +41,22 @@ class Searcher:
             weight: weight of the text if there are both, from 0 to 1.
 
         Raises:
-            SearchError: if there is neither, or the image cannot be read.
+            SearchError: if there is neither, the image cannot be read, or the model embeds no images.
         """
         text = (text or "").strip()[:MAX_QUERY_LENGTH]
         if not text and image is None:
             raise SearchError("Enter a text, an image or both.")
         weighted: list[np.ndarray] = []
         if image is not None:
+            self.model.require_images()
             try:
                 decoded = read_image(image)
             except SearchError as error:
                 raise SearchError(f"The image cannot be used: {error}. Choose another one.") from error
-            weighted.append((1.0 - weight if text else 1.0) * self.model.encode_image(decoded))
+            weighted.append((1.0 - weight if text else 1.0) * normalize(self.model.encode_image([decoded])[0]))
         if text:
-            weighted.append((weight if image is not None else 1.0) * self.model.encode_text(text))
+            vector = self.model.encode_text([text], "query", self.index.prompts.get("query", ""))[0]
+            weighted.append((weight if image is not None else 1.0) * normalize(vector))
         return normalize(np.sum(weighted, axis=0))
 
     def search(
@@ -74,8 +77,8 @@ class Searcher:
         """
         return self.index.add(
             items,
-            lambda texts: self.model.encode_text(texts, batch_size=batch_size, show_progress=False),
-            lambda images: self.model.encode_image(images, batch_size=batch_size, show_progress=False),
+            lambda texts: self.model.encode_text(texts, "document", self.index.prompts.get("document", ""), batch_size),
+            lambda images: self.model.encode_image(images, batch_size),
             progress,
             source,
             prune,

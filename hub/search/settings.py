@@ -37,6 +37,9 @@ def read_settings(folder: Path) -> dict[str, Any]:
         wrong = ["variants"]
     if not wrong and not all(map(_is_source, settings["sources"])):
         wrong = ["sources"]
+    settings.setdefault("prompts", {})  # of an index that was made before models had some
+    if not wrong and not _are_prompts(settings["prompts"]):
+        wrong = ["prompts"]
     if wrong:
         raise SearchError(f"'{path}' is damaged ({wrong[0]}). Index the sources again into another folder.")
     return settings
@@ -44,6 +47,10 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 def _is_variant(variant: Any) -> bool:
     return isinstance(variant, list) and len(variant) == 2 and variant[1] in PRECISIONS
+
+
+def _are_prompts(prompts: Any) -> bool:
+    return isinstance(prompts, dict) and all(isinstance(text, str) for text in prompts.values())
 
 
 def _is_source(source: Any) -> bool:

@@ -125,7 +125,7 @@ def test_a_recipe_reads_shards_from_a_pattern(here):
     from bifocal.training.recipe import load_recipe
 
     recipe = {
-        "name": "r", "init_from": "m", "training": {"max_steps": 1},
+        "name": "r", "start_from": "m", "training": {"max_steps": 1},
         "tasks": [{"name": "laion", "kind": "image-text", "batch_size": 4, "num_rows": 5, "data": {
             "path": shards(here / "laion", [3, 2]), "streaming": True, "clean": {"min_image_size": 8},
             "max_bad_fraction": 0.02,

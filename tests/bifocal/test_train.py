@@ -152,7 +152,7 @@ def test_a_stage_tells_of_those_before_it(reader, tuned):
         *commands()[0],
         *SIZES,
         "training.max_steps=2",
-        "init_from=runs/finetune/model",
+        "start_from=runs/finetune/model",
         "output_dir=runs/more",
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -202,7 +202,7 @@ training: {max_steps: 100, learning_rate: 5e-3, logging_steps: 10, save_steps: 2
 
 JOINT = """\
 name: joint
-init_from: {text: runs/words/model, vision: runs/eva}
+start_from: {text: runs/words/model, image: runs/eva}
 model: {projection_dim: 32}
 max_length: 32
 image_size: 32
@@ -263,8 +263,8 @@ def test_stage_0_and_a_stage_that_starts_from_it(reader):
             "1.6% of 64 rows are bad, more than max_bad_fraction=0.01 allows (1 no positive)",
         ),
         ("device=cuda", "needs CUDA, but this machine has none. Set device=cpu or auto."),
-        ("init_from=runs/nothing", "there is no processor at 'runs/nothing'"),
-        ("init_from.stage=stage7", "but runs/stage7/model does not exist. Run `bifocal train stage7` first."),
+        ("start_from=runs/nothing", "Recipe 'finetune', start_from: "),
+        ("start_from.stage=stage7", "but runs/stage7/model does not exist. Run `bifocal train stage7` first."),
         ("model.projection_dm=3", "BifocalConfig has no key 'projection_dm'; did you mean 'projection_dim'?"),
         ("output_dir=images", "'images' holds other files, but no run. Set another output_dir."),
         ("training.max_step=3", "'training.max_step=3': unknown key 'max_step'; did you mean 'max_steps'?"),

@@ -14,7 +14,7 @@ from bifocal.data.loading import infer_kind, load_source, open_stream
 from bifocal.data.row_names import row_name
 from bifocal.data.skips import SkipLog
 from bifocal.data.source import Source
-from bifocal.errors import DataError
+from bifocal.errors import DataError, ModelError
 from tests.data.files import good, image_bytes, lines, row_errors, shard
 
 
@@ -254,7 +254,7 @@ def test_an_error_without_a_message_is_named_by_its_class(monkeypatch):
     def fail(*_, **__):
         raise OSError
 
-    monkeypatch.setattr("sentence_transformers.SentenceTransformer", fail)
+    monkeypatch.setattr("bifocal.data.embedding_models.model_kind", fail)
     data = Dataset.from_dict({"query": ["q"], "positive": ["p"]})
-    with pytest.raises(DataError, match=r"'odd' is not a sentence-transformers model \(OSError\)"):
+    with pytest.raises(ModelError, match=r"'odd' is neither a local folder nor a model on the Hub \(OSError\)"):
         filter_consistent(data, Consistency(model="odd"), SkipLog(), "t")

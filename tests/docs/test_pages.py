@@ -79,7 +79,7 @@ def test_commands_and_recipes_are_known(page):
     for block in blocks(page, "yaml"):
         values = yaml.safe_load(block)
         if "tasks" in values:
-            schema = EvaluationTask if "name" in values else TaskRecipe
+            schema = TaskRecipe if "training" in values or "name" not in values else EvaluationTask
             for task in values["tasks"]:
                 schema(**task)
 
@@ -113,7 +113,7 @@ def test_names_in_the_text_exist():
     """A key, option or function that a page names in its text is one of ours, or of the libraries that it speaks of."""
     sources = [path for room in ROOMS for kind in ("*.py", "*.yaml") for path in (ROOT / room).rglob(kind)]
     words = set(re.findall(r"\w+", "".join(path.read_text(encoding="utf-8") for path in sources)))
-    words |= {path.stem for path in (ROOT / "tests").rglob("*.py")}
+    words |= {path.stem for room in ("tests", "examples") for path in (ROOT / room).rglob("*.py")}
     options = {
         name for _, command in all_commands() for parameter in command.params for name in option_names(parameter)
     }

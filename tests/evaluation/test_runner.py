@@ -231,7 +231,7 @@ def test_bad_lines_of_a_beir_folder(here, tmp_path):
         (["photos"], "'photos' holds no model: there is neither config.json nor modules.json in it"),
         (["run"], "neither config.json nor modules.json in it; did you mean 'run/model'?"),
         (["labels.jsonl"], "'labels.jsonl' is a file; give the folder of a model"),
-        (["damaged"], "The model 'damaged' cannot be loaded ("),
+        (["damaged"], "The model in 'damaged' cannot be loaded ("),
         (["ours", "--suite", "photos"], "There is no evaluation suite 'photos'; give a YAML file or one of"),
         (["ours", "--suite", "photos/1.jpg"], "photos/1.jpg is not a text file in UTF-8"),
         (["ours", "--suite", "suite.yaml", "--out", "labels.jsonl"], "'labels.jsonl' is a file, and the results"),

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from bifocal.hub.export import export_model
 from bifocal.modeling import BifocalModel
+from tests import families
 from tests.conftest import small_config
 
 ROOT = Path(__file__).parents[2]
@@ -83,6 +85,21 @@ def test_search(folder, tmp_path, capsys):
 def test_lora(folder, tmp_path, capsys):
     printed = trained("lora", capsys, folder, tmp_path / "run", "--rank", "2")
     assert printed.startswith("trainable params:")
+
+
+def test_two_towers(tmp_path, capsys):
+    for kind in ("BERT", "DINOv2"):
+        families.save(kind, tmp_path / kind)
+    printed = run(
+        "two_towers", capsys, "--text", str(tmp_path / "BERT"), "--image", str(tmp_path / "DINOv2"), "--images", IMAGES,
+        "--steps", "2", "--batch-size", "8", "--out", str(tmp_path / "run"),
+    )  # fmt: skip
+    assert printed.rstrip().endswith("Text vectors moved by 0.")
+    model = BifocalModel.from_pretrained(tmp_path / "run" / "model")
+    start = BifocalModel.from_towers(text=tmp_path / "BERT", image=tmp_path / "DINOv2")
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, start.state_dict()[name])}
+    assert any(name.startswith("vision_model.encoder.layer.0.") for name in moved)
+    assert not any(name.startswith("text_model.") for name in moved)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

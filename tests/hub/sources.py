@@ -235,8 +235,9 @@ class Eva(nn.Module):
     """EVA02 in EVA-CLIP's layout, with its rotary buffers, or in timm's."""
 
     def __init__(
-        self, timm: bool = False, width=64, heads=2, inner=96, layers=2, patch=8, grid=4, head=64, reference: int = 16
-    ) -> None:
+        self, timm: bool = False, width=64, heads=2, inner=96, layers=2, patch=8, grid=4, head=64, reference: int = 16,
+        stored: bool = True,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.cls_token = nn.Parameter(torch.randn(1, 1, width))
         self.pos_embed = nn.Parameter(torch.randn(1, grid * grid + 1, width))
@@ -244,9 +245,10 @@ class Eva(nn.Module):
         self.patch_embed.proj = nn.Conv2d(3, width, patch, patch)
         self.blocks = nn.ModuleList(EvaBlock(width, heads, inner, timm) for _ in range(layers))
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.head = nn.Linear(width, head)
+        if head:
+            self.head = nn.Linear(width, head)
         self.grid, self.reference = grid, reference
-        if not timm:
+        if not timm and stored:
             for module in (self, *(block.attn for block in self.blocks)):
                 module.rope = nn.Module()
                 # Interleaved pairs share an angle; the first half of the columns turns by the row.

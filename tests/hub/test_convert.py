@@ -173,8 +173,11 @@ def test_the_position_table_is_resized():
     ours = build_model(plan)
     assert ours(torch.randn(1, 3, 48, 48)).pooler_output.shape == (1, 64)
     assert torch.equal(plan.tensors["embeddings.position_embedding"][:, 0], theirs.pos_embed[:, 0])
-    with pytest.raises(ConversionError, match="Images of 50 pixels do not fit"):
-        plan_conversion(theirs.state_dict(), config, image_size=50)
+    with pytest.raises(ConversionError, match=r"Images of 7 pixels are smaller than a patch\. Give at least 8\."):
+        plan_conversion(theirs.state_dict(), config, image_size=7)
+    larger = plan_conversion(theirs.state_dict(), config, image_size=53)
+    assert larger.config.image_size == 53
+    assert torch.equal(larger.tensors["embeddings.position_embedding"], plan.tensors["embeddings.position_embedding"])
 
 
 def test_kinds_of_sources(tmp_path):

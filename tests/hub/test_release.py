@@ -28,6 +28,8 @@ from tests.hub.test_push import run
 from tests.hub_stand_in import hub
 from tests.modeling.test_images import photo
 from tests.modeling.test_threads import MIXED, assert_as_alone
+from tests.modeling.test_tokenizers import KINDS as TOKENIZERS
+from tests.modeling.test_tokenizers import model_with
 
 NAME = "org/shapes"
 STAGE = TrainedStage(
@@ -267,3 +269,14 @@ def test_the_samples_are_what_they_say():
     red = np.asarray(drawn["a red circle"].resize((1, 1), Image.Resampling.BOX))[0, 0]
     assert red[0] > red[1] + 20
     assert len({image.tobytes() for image in drawn.values()}) == 64
+
+
+def test_a_tokenizer_that_pads_at_the_start_and_has_no_last_token(tmp_path, quick_check):
+    """Gemma's, with another padding token than 0 and ONNX by `tokenizer.json`."""
+    tokenizer = TOKENIZERS["Gemma"]()
+    tokenizer.pad_token = "<unk>"
+    result = check_folder(
+        write_release(model_with(tokenizer), tmp_path / "out", Card("o/m", "For tests."), ReleaseContents())
+    )
+    assert not result.problems
+    assert len(result.differences) == 4

@@ -44,7 +44,12 @@ def test_configs_of_the_towers_may_be_given_as_such():
             r"hidden_size \(768\) must be a multiple of num_attention",
         ),
         (lambda: BifocalVisionConfig(hidden_size=72, num_attention_heads=12), "multiple of 4 for the 2D rotary"),
-        (lambda: BifocalVisionConfig(image_size=225), r"\(225\) must be a multiple of patch_size \(16\).* 224 and 240"),
+        (
+            lambda: BifocalConfig(matryoshka_dimensions=[0, 64]),
+            r"from 1 to projection_dim \(768\), but it is \[0, 64\]",
+        ),
+        (lambda: BifocalConfig(matryoshka_dimensions=[1024]), r"from 1 to projection_dim \(768\), but it is \[1024\]"),
+        (lambda: BifocalVisionConfig(image_size=15), r"image_size \(15\) must be at least patch_size \(16\)"),
         (lambda: BifocalTextConfig(hiden_size=64), "no key 'hiden_size'; did you mean 'hidden_size'"),
         (lambda: BifocalVisionConfig(patchsize=8), "no key 'patchsize'; did you mean 'patch_size'"),
         (lambda: BifocalConfig(colour="blue"), "no key 'colour'; its own keys are initializer_range"),

@@ -88,6 +88,20 @@ def test_any_size_that_the_patch_divides():
     assert tower(images(2, 24, 40)).last_hidden_state.shape == (2, 16, 48)
 
 
+@torch.no_grad()
+def test_pixels_that_fill_no_patch_are_ignored():
+    """jina-clip-v2: 512 pixels with patches of 14 are 36 x 36 patches; the last 8 pixels of each side are unused."""
+    with torch.device("meta"):
+        embeddings = BifocalVisionModel(
+            BifocalVisionConfig(image_size=512, patch_size=14, rope_reference_grid=16, num_hidden_layers=1)
+        ).embeddings
+    assert embeddings.position_embedding.shape[1] == 1 + 36 * 36
+    tower, whole = small_tower(image_size=37), small_tower(image_size=32)
+    pixels = images(2, 37, 39)
+    assert torch.equal(tower(pixels).last_hidden_state, whole(pixels[:, :, :32, :32]).last_hidden_state)
+    assert torch.equal(tower(images(2, 26, 41)).pooler_output, whole(images(2, 26, 41)[:, :, :24, :40]).pooler_output)
+
+
 def cubic_weights(old: int, new: int) -> torch.Tensor:
     """(new, old): the weight of each old place in each new one; places outside are those at the edge."""
     weights = torch.zeros(new, old)
@@ -149,7 +163,7 @@ def test_different_images_lose_different_patches():
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((2, 3, 30, 32), "multiples of its patch size 8, not 30 x 32"),
+        ((2, 3, 7, 32), "at least one patch, 8 x 8 pixels, not 7 x 32"),
         ((2, 1, 32, 32), r"shape \(batch, 3, height, width\), not \(2, 1, 32, 32\)"),
         ((3, 32, 32), r"shape \(batch, 3, height, width\), not \(3, 32, 32\)"),
     ],

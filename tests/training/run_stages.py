@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from transformers import BertConfig, Dinov2Config
 
-from bifocal.modeling import BifocalModel, BifocalProcessor
+from bifocal.modeling import BifocalConfig, BifocalModel, BifocalProcessor
 from bifocal.training.arguments import BifocalTrainingArguments
 from bifocal.training.tasks import Task
 from bifocal.training.trainer import MultiTaskTrainer
@@ -41,10 +42,11 @@ def stages(batch: int) -> dict[str, tuple[list[Task], dict]]:
         "fixed temperature": ([images("fixed", batch, temperature=0.1)], checkpointed),
         "one learned, one fixed": (mixed, checkpointed),
         "one sigmoid, cached": (
-            [images("nce", batch), images("sigmoid", batch, loss="sigmoid")],
+            [images("nce", batch, loss="info_nce"), images("sigmoid", batch)],
             {**checkpointed, "text_chunk_size": 2},
         ),
         "lora": ([texts(batch)], checkpointed),
+        "other towers": ([images("learned", batch), texts(batch)], {**checkpointed, "image_chunk_size": 1}),
         "best average": (
             [texts(batch)],
             dict(ema_decay=0.5, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2,
@@ -60,6 +62,12 @@ def run(name: str, out: Path, batch: int, processor: BifocalProcessor) -> MultiT
     tasks, options = stages(batch)[name]
     torch.manual_seed(0)
     config = small_config(**({"logit_bias_init_value": -5.0} if "sigmoid" in name else {}))
+    if name == "other towers":  # DINOv2 has a mask token that nothing uses
+        size = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, hidden_dropout_prob=0.0)
+        config = BifocalConfig(
+            BertConfig(vocab_size=320, intermediate_size=48, attention_probs_dropout_prob=0.0, **size),
+            Dinov2Config(image_size=32, patch_size=8, mlp_ratio=2, **size), projection_dim=32,
+        )  # fmt: skip
     model = BifocalModel(config).to(torch.bfloat16 if name == "half" else torch.float32)
     if name == "lora":
         from peft import LoraConfig, get_peft_model

@@ -3,6 +3,7 @@
 import random
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -153,6 +154,23 @@ def test_a_long_caption_may_stand_for_a_short_one(processor):
     task = replace(task, caption_mode="any_sentence")
     drawn = {text for step in range(6) for text in words(processor, collate(processor, task, step), "t", "caption")}
     assert drawn == {"black star", "greek capital letter omega", "latin small letter a"}
+
+
+@pytest.mark.parametrize(
+    ("caption", "sentences"),
+    [
+        ("黒い星。「白い。」と言う！ ギリシャ文字", ["黒い星。", "「白い。」と言う！", "ギリシャ文字"]),
+        ("काला तारा। सफ़ेद तारा।", ["काला तारा।", "सफ़ेद तारा।"]),
+        ("ما هذا؟ نجمة سوداء.", ["ما هذا؟", "نجمة سوداء."]),
+        ("3.5 stars. Really?", ["3.5 stars.", "Really?"]),
+    ],
+)
+def test_sentences_of_other_scripts(caption, sentences):
+    task = Task("t", "text-pair", Dataset.from_dict({"query": ["a"], "positive": ["b"]}), 1)
+    for mode, expected in (("first_sentence", sentences[:1]), ("any_sentence", sentences)):
+        chosen = SimpleNamespace(**{**vars(task), "caption_mode": mode})
+        draws = {MultiTaskCollator._one_of(chosen, "caption", caption, random.Random(n)) for n in range(40)}
+        assert draws == set(expected)
 
 
 def test_little_is_padded(processor):

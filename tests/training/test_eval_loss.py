@@ -13,7 +13,7 @@ from transformers.models.siglip import SiglipImageProcessorPil
 from bifocal.data.skips import BadRowsError
 from bifocal.errors import TrainingError
 from bifocal.evaluation.encoders import load_encoder
-from bifocal.training.losses import info_nce
+from bifocal.training.losses import info_nce, sigmoid_loss
 from bifocal.training.tasks import Task
 from bifocal.training.trainer import MultiTaskTrainer
 from tests.conftest import TEXTS
@@ -97,7 +97,7 @@ def test_siglip_trains_as_it_is_used(tmp_path, processor):
         a = normalize(model.get_text_features(ids).pooler_output, dim=-1)
         pixels = own(images=[row["image"] for row in decoded(PNG[:8], words)], return_tensors="pt")["pixel_values"]
         b = normalize(model.get_image_features(pixels).pooler_output, dim=-1)
-    expected = info_nce(a, b, 1 / model.logit_scale.exp().item())
+    expected = sigmoid_loss(a, b, 1 / model.logit_scale.exp().item(), bias=model.logit_bias.item())
     assert it.evaluate()["eval_p_loss"] == pytest.approx(expected.item(), abs=1e-4)
     it.save_model(str(tmp_path / "saved"))
     encoder = load_encoder(str(tmp_path / "saved"), batch_size=3, device="cpu")

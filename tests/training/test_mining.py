@@ -10,11 +10,19 @@ import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
 
+from bifocal.data.consistency import filter_consistent
+from bifocal.data.filters import Consistency
+from bifocal.data.skips import SkipLog
+from bifocal.errors import ModelError
 from bifocal.files import NotOursError
+from bifocal.modeling import BifocalModel
 from bifocal.training.mine_source import mine_source
 from bifocal.training.mining import MiningError, MiningSettings, mine_across, mine_texts, write_parquet
 from bifocal.training.tasks import Task
-from tests.conftest import SHARED
+from tests import families
+from tests.conftest import SHARED, TEXTS
+from tests.data.files import lines
+from tests.evaluation.test_encoders import sentence_model
 from tests.modeling.test_images import photo
 
 
@@ -229,3 +237,67 @@ def test_rows_without_an_image_id_are_negatives_of_each_other(model, tmp_path):
     assert (
         mined["negative_rows"][:] == mine_across(data, model, "text-to-image", tmp_path, settings)["negative_rows"][:]
     )
+
+
+@pytest.fixture
+def dual_encoder(tmp_path):
+    """A folder with a small Chinese-CLIP as its users have it."""
+    families.save("Chinese-CLIP", tmp_path / "dual")
+    return tmp_path / "dual"
+
+
+def test_texts_by_a_dual_encoder(dual_encoder, tmp_path):
+    """With its prompts, as a search has them."""
+    model = BifocalModel.from_pretrained(dual_encoder, prompts={"query": "red square ", "document": "rain "})
+    pairs = Dataset.from_dict({"query": [f"cat {n}" for n in range(6)], "positive": [f"fox {n}" for n in range(6)]})
+    mined = mine_texts(pairs, model, MiningSettings(num_negatives=2), tmp_path / "cache")
+    queries, texts = model.encode_query(pairs["query"]), model.encode_document(pairs["positive"])
+    similarity = queries @ texts.T
+    assert len(mined) == 6
+    for number, row in enumerate(mined):
+        others = sorted((float(similarity[number, n]) for n in range(6) if n != number), reverse=True)
+        np.testing.assert_allclose(row["negative_scores"], others[:2], atol=1e-5)
+        assert row["positive_score"] == pytest.approx(float(similarity[number, number]), abs=1e-5)
+
+
+@pytest.mark.parametrize("direction", ["text-to-image", "image-to-text"])
+def test_captions_have_the_prompt_of_their_role(dual_encoder, tmp_path, direction):
+    model = BifocalModel.from_pretrained(dual_encoder, prompts={"query": "red square ", "document": "rain "})
+    data, settings = image_dataset(9), MiningSettings(num_negatives=2, range_max=9)
+    encode = model.encode_query if direction == "text-to-image" else model.encode_document
+    images = model.encode_image([row["bytes"] for row in data["image"]])
+    expected = (encode(data["caption"]) * images).sum(1)
+    for prompts, same in (({}, False), (model.config.prompts, True)):  # in one cache
+        other = BifocalModel.from_pretrained(dual_encoder, prompts=prompts)
+        mined = mine_across(data, other, direction, tmp_path / "cache", settings)
+        assert np.allclose(mined["positive_score"], expected, atol=1e-5) is same
+
+
+def test_models_of_any_family_by_name(dual_encoder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    families.save("BERT", tmp_path / "bert")
+    lines(tmp_path / "pairs.jsonl", [{"query": f"cat {n}", "positive": f"fox {n}"} for n in range(6)])
+    settings = {"num_negatives": 2}
+    said = mine_source("pairs.jsonl", tmp_path / "a.parquet", "dual", "text-to-text", [], None, settings)
+    assert said.startswith("6 of 6 rows")
+    with pytest.raises(ModelError, match=r"^'bert' is a Bert without the files of sentence-transformers"):
+        mine_source("pairs.jsonl", tmp_path / "b.parquet", "bert", "text-to-text", [], None, settings)
+    sentence_model(tmp_path / "bert", tmp_path / "sentences")
+    photo(32, 32).save(tmp_path / "x.png")
+    lines(tmp_path / "images.jsonl", [{"image": "x.png", "caption": "a"}])
+    with pytest.raises(ModelError, match="'sentences' is no dual encoder, which mining across images and texts needs"):
+        mine_source("images.jsonl", tmp_path / "b.parquet", "sentences", "text-to-image", [], None, settings)
+
+
+def test_the_consistency_filter_by_a_dual_encoder(dual_encoder):
+    """The rank of each positive, with the prompts of the model."""
+    rows = {"query": [f"cat {n}" for n in range(8)], "positive": [f"{TEXTS[n % 5]} {n}" for n in range(8)]}
+    model = BifocalModel.from_pretrained(dual_encoder, prompts={"query": "red square "})
+    model.save_pretrained(dual_encoder.parent / "prompted")
+    model.processor.save_pretrained(dual_encoder.parent / "prompted")
+    scores = model.encode_query(rows["query"]) @ model.encode_document(rows["positive"]).T
+    ranks = (scores > np.diag(scores)[:, None]).sum(1)
+    top_k = int(np.median(ranks)) + 1
+    settings = Consistency(model=str(dual_encoder.parent / "prompted"), top_k=top_k, pool_size=8)
+    kept = filter_consistent(Dataset.from_dict(rows), settings, SkipLog(), "t")
+    assert kept["query"][:] == [query for query, rank in zip(rows["query"], ranks, strict=True) if rank < top_k]

@@ -5,7 +5,7 @@ import torch
 
 from bifocal.modeling import BifocalModel, BifocalTextForMaskedLM
 from bifocal.training.arguments import BifocalTrainingArguments
-from bifocal.training.builders import load_model
+from bifocal.training.builders import load_start
 from bifocal.training.mlm import _model
 from bifocal.training.precision import set_master_dtype
 from bifocal.training.recipe import Recipe
@@ -63,14 +63,15 @@ def test_recipes_load_in_float32(tmp_path, processor):
     places = {"joint": model, "text": model.text_model, "image": model.vision_model}
     for name, part in places.items():
         part.save_pretrained(tmp_path / name)
+    processor.tokenizer.save_pretrained(tmp_path / "text")
     BifocalTextForMaskedLM(model.config.text_config).to(torch.float16).save_pretrained(tmp_path / "mlm")
-    towers = {"text": str(tmp_path / "text"), "vision": str(tmp_path / "image")}
+    towers = {"text": str(tmp_path / "text"), "image": str(tmp_path / "image")}
     work = {"tasks": [{"name": "t", "kind": "text-pair", "data": {"path": "x.jsonl"}, "batch_size": 2}]}
     for start, sizes in ((str(tmp_path / "joint"), {}), (towers, {"projection_dim": 40, "text_projection": True})):
-        recipe = Recipe(name="x", init_from=start, model=sizes, training={"max_steps": 1}, **work)
-        assert {p.dtype for p in load_model(recipe, processor).parameters()} == {torch.float32}, start
+        recipe = Recipe(name="x", start_from=start, model=sizes, training={"max_steps": 1}, **work)
+        assert {p.dtype for p in load_start(recipe).parameters()} == {torch.float32}, start
     mlm = {"data": {"path": "x.jsonl"}, "batch_size": 2}
-    recipe = Recipe(name="x", init_from=str(tmp_path / "mlm"), mlm=mlm, training={"max_steps": 1})
+    recipe = Recipe(name="x", start_from=str(tmp_path / "mlm"), mlm=mlm, training={"max_steps": 1})
     assert {p.dtype for p in _model(recipe, 320).parameters()} == {torch.float32}
 
 

@@ -11,7 +11,7 @@ from bifocal.training.shipped_recipes import SHIPPED
 
 GOOD = """\
 name: mine
-init_from: runs/demo/model
+start_from: runs/demo/model
 tasks:
   - name: images
     kind: image-text
@@ -45,8 +45,8 @@ def test_the_papers_settings():
     assert [{task.batch_size for task in stage.tasks} for stage in stages] == [{32768}, {8192}, {1024}]
     kinds = [{task.kind for task in stage.tasks} for stage in stages]
     assert kinds == [{"image-text", "text-pair"}, {"image-text", "text-pair"}, {"image-text", "text-triplet"}]
-    assert stages[1].init_from.stage == "stage1"
-    assert stages[2].init_from.stage == "stage2"
+    assert stages[1].start_from.stage == "stage1"
+    assert stages[2].start_from.stage == "stage2"
     mlm = load_recipe(find_recipe("mlm"))
     assert mlm.mlm.mlm_probability == 0.3
     assert mlm.max_length == 512
@@ -70,19 +70,19 @@ def test_values_and_overrides(tmp_path):
     changed = load_recipe(
         path,
         ["training.max_steps=5", "tasks.images.batch_size=8", "tasks.0.data.path=other", "model.projection_dim=64",
-         "init_from.stage=stage1"],
+         "start_from.stage=stage1"],
     )  # fmt: skip
     assert changed.training["max_steps"] == 5
     assert (changed.tasks[0].batch_size, changed.tasks[0].data.path) == (8, "other")
     assert changed.model == {"projection_dim": 64}
-    assert changed.init_from.stage == "stage1"
+    assert changed.start_from.stage == "stage1"
     assert load_recipe(path).tasks[0].batch_size == 64
 
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("init_from:", "init_form:", r"line 2: unknown key 'init_form'; did you mean 'init_from'\?"),
+        ("start_from:", "start_form:", r"line 2: unknown key 'start_form'; did you mean 'start_from'\?"),
         ("batch_size: 64", "batchsize: 64", r"line 7: unknown key 'batchsize'; did you mean 'batch_size'\?"),
         ("{path: images}", "{pth: images}", r"line 6: unknown key 'pth'; did you mean 'path'\?"),
         ("learning_rate:", "learnin_rate:", r"line 10: unknown key 'learnin_rate'; did you mean 'learning_rate'\?"),

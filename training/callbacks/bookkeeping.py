@@ -9,6 +9,8 @@ from transformers.trainer_callback import TrainerCallback
 from bifocal.training.callbacks.epochs import EpochEnds
 from bifocal.training.engine.joint_forward import clamp_logit_scale
 
+_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
 
 class Bookkeeping(TrainerCallback):
     """What `MultiTaskTrainer` does in each step before any other callback sees it.
@@ -19,8 +21,16 @@ class Bookkeeping(TrainerCallback):
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
+        self.tokens: dict[str, Any] = {}
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        config = _text_config(model)
+        self.tokens = {name: getattr(config, name) for name in _SPECIAL_TOKENS if hasattr(config, name)}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        # The Trainer has replaced them by the tokenizer's. A saved model would count other positions.
+        for name, token in self.tokens.items():
+            setattr(_text_config(model), name, token)
         self.trainer.order_callbacks()  # those restored from a checkpoint come last
         self.trainer.training_metrics.seen = 0
 
@@ -36,6 +46,11 @@ class Bookkeeping(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.finish_ema()
+
+
+def _text_config(model: Any) -> Any:
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def in_order(callbacks: Sequence[TrainerCallback]) -> list[TrainerCallback]:

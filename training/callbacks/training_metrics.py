@@ -13,8 +13,8 @@ from torch import nn
 from bifocal.data.skips import SkipLog
 from bifocal.training.collator import JointBatch
 from bifocal.training.engine.distributed import ProcessGroupInfo
-from bifocal.training.param_groups import tower_of
 from bifocal.training.tasks import Task
+from bifocal.training.towers import tower_of
 
 
 class TrainingMetrics:

@@ -41,12 +41,12 @@ def embed(model: nn.Module, texts: Sequence[Inputs], images: Sequence[Inputs]) -
 def logit_scale_bounds(model: Any) -> tuple[float, float] | None:
     """Return the smallest and largest ln(1 / tau) of a dual encoder; None if it has no bounds.
 
-    Bifocal's maximum is in its config. CLIP cuts at 100 while it trains; SigLIP, which learns a bias, never does.
+    Bifocal's maximum is in its config, None for no bounds. CLIP cuts at 100 while it trains; SigLIP, which learns a
+    bias, never does.
     """
-    largest = getattr(getattr(model, "config", None), "logit_scale_max", None)
-    if largest is None and getattr(model, "logit_bias", None) is not None:
-        return None
-    return 0.0, math.log(100.0) if largest is None else largest
+    unlimited = getattr(model, "logit_bias", None) is not None
+    largest = getattr(getattr(model, "config", None), "logit_scale_max", None if unlimited else math.log(100.0))
+    return None if largest is None else (0.0, largest)
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """The loss of a step: the sum over its tasks (arXiv 2405.20204, section 3: L1, L2 and L3)."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,30 @@ class TaskResult:
 
     loss: torch.Tensor
     accuracy: torch.Tensor
+
+
+def with_default_loss(task: Task, has_bias: bool) -> Task:
+    """Return a task with a loss: its own, or that of the model.
+
+    Args:
+        has_bias: whether the model learns the bias of SigLIP's loss.
+
+    Raises:
+        TrainingError: if the sigmoid loss needs a bias that the model does not have, or its task has label smoothing.
+    """
+    loss = task.loss or ("sigmoid" if has_bias and task.kind == "image-text" else "info_nce")
+    if loss == "sigmoid" and not has_bias:
+        raise TrainingError(
+            f"The sigmoid loss of task '{task.name}' needs a learned bias, but the model has none; set "
+            "logit_bias_init_value=-10.0 in its config."
+        )
+    if loss == "sigmoid" and task.label_smoothing:
+        raise TrainingError(
+            f"Task '{task.name}' has label_smoothing, which the sigmoid loss does not; set its loss to 'info_nce'."
+        )
+    task = copy.copy(task)
+    object.__setattr__(task, "loss", loss)  # dataclasses.replace would read the data set again
+    return task
 
 
 class MultiTaskLoss:

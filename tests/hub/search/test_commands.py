@@ -99,12 +99,15 @@ def test_written_as_a_space(reader, indexed):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["index", "images", "runs/new"], "Pass --model with a Bifocal folder or Hub id."),
+        (
+            ["index", "images", "runs/new"],
+            "Pass --model with the folder or Hub id of a model",
+        ),
         (["index", "nothing.jsonl", "runs/index"], "'nothing.jsonl' does not exist. Check the path."),
         (["index", "images", "images", "--model", "runs/demo/model"], "holds other files and no index"),
         (["index", "images", "runs/index", "--kind", "video"], "'video' cannot be indexed"),
         (["index", "images", "runs/index", "--dim", "41"], "choose --dim from 1 to 40"),
-        (["index", "images", "runs/new", "--model", "images"], "There is no Bifocal model at 'images'"),
+        (["index", "images", "runs/new", "--model", "images"], "The model 'images' cannot be loaded"),
         (["search", "runs/index"], "Enter a text, an image or both."),
         (["search", "images", "x"], "'images' is not an index. Make one with bifocal index."),
         (["search", "runs/index", "--image", "gone.png"], "The image cannot be used: it does not exist."),

@@ -27,9 +27,9 @@ def brute_force(searcher: Searcher, vector: np.ndarray, kind: str) -> list[tuple
     """Names and scores by the model's own vectors, with nothing of the index."""
     chosen = [item for item in sample_items() if item.kind == kind]
     if kind == "text":
-        vectors = searcher.model.encode_text([item.text for item in chosen], show_progress=False)
+        vectors = searcher.model.model.encode_text([item.text for item in chosen], show_progress=False)
     else:
-        vectors = searcher.model.encode_image([item.image for item in chosen], show_progress=False)
+        vectors = searcher.model.model.encode_image([item.image for item in chosen], show_progress=False)
     scores = vectors @ vector
     return [(chosen[n].name, float(scores[n])) for n in np.argsort(-scores, kind="stable")]
 
@@ -91,8 +91,8 @@ def test_nothing_is_embedded_twice(new):
     assert (first.new, first.known) == (128, 0)
     renamed = [Item(f"elsewhere/{number}", item.text, item.image) for number, item in enumerate(sample_items())]
     encoded = []
-    searcher.model.encode_text = lambda texts, **_: encoded.append(texts)
-    searcher.model.encode_image = lambda images, **_: encoded.append(images)
+    searcher.model.encode_text = lambda texts, *_: encoded.append(texts)
+    searcher.model.encode_image = lambda images, *_: encoded.append(images)
     again = searcher.add([*renamed, *renamed])
     assert (again.new, again.known, again.duplicates, encoded) == (0, 128, 128, [])
 
@@ -123,7 +123,7 @@ def test_the_table_is_a_data_set(searcher):
     assert rows.column_names == ["key", "kind", "name", "text", "image", "occurrences", "embedding"]
     row = rows[0]
     assert row["image"].size == (224, 224)
-    vector = searcher.model.encode_text("a red circle on paper")
+    vector = searcher.model.model.encode_text("a red circle on paper")
     assert np.allclose(rows[1]["embedding"], vector, atol=1e-6)
 
 
@@ -173,7 +173,7 @@ def test_bad_options_are_named(new, tmp_path, model_folder):
     (tmp_path / "full" / "thesis.tex").write_text("x")
     with pytest.raises(SearchError, match="holds other files and no index"):
         SearchIndex.create(tmp_path / "full", str(model_folder), "w", 40)
-    with pytest.raises(SearchError, match="There is no Bifocal model at"):
+    with pytest.raises(SearchError, match="There is no model at"):
         Searcher(searcher.index, str(tmp_path / "missing"))
 
 
