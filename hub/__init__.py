@@ -1,9 +1,11 @@
 """Models on their way to and from the Hub. This module imports nothing; import from the modules below.
 
-- Convert published weights: `convert` (`bifocal convert`), with `weights` (reads files), `weight_layouts` (maps names),
-  `source_config` (derives the configuration) and `families` (recognises what cannot be converted).
+- Convert published weights (`bifocal convert`): `convert_towers` takes dual encoders and two towers of transformers,
+  with `accounting` (finds every tensor again) and `source_card` (names, licences). `convert` takes jina-clip, JinaBERT
+  and EVA02, with `weight_layouts` (maps names), `lora` (merges an adapter), `source_config` (derives the configuration)
+  and `families` (recognises what cannot be converted). `weights` and `source_files` read files.
 - Export a model: `export` (`export_model`: weights, code, sentence-transformers' files and card), with `card`,
-  `card_results`, `sentence_files` and `other_families` (CLIP and SigLIP).
+  `tower_facts` (what it says of each tower), `card_results` and `sentence_files`.
 - Release a run: `export_run` (`bifocal export`) gathers what a run's folder says, and `release` writes it with ONNX
   files (`onnx`) and examples (`sample_images`). `check` (`bifocal export --check`) loads the result in every way, in a
   process of its own (`load_in_subprocess`).

@@ -6,12 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-# By `model_type`; that itself for other towers.
-_TOWERS = {
-    "bifocal_text": "JinaBERT with symmetric ALiBi (arXiv 2310.19923)",
-    "bifocal_vision": "EVA02 (arXiv 2303.11331)",
-    "jina_embeddings_v3": "XLM-R with rotary positions (arXiv 2409.10173)",
-}
+from bifocal.hub.tower_facts import ignores_case, image_size, tower_facts
 
 
 @dataclass
@@ -60,10 +55,11 @@ class Card:
         description: what the model is and what it is for.
         metrics: figures by name.
         protocol: data and method of the figures.
-        license: name on the Hub, such as "apache-2.0".
+        license: name on the Hub, such as "apache-2.0"; "other (name)" for one that the Hub has no name for.
         stages: stages of training in their order.
         onnx: comparison of the ONNX files with torch (`bifocal.hub.onnx.compare`); None without them.
         plots: caption of each plot by its path in the folder.
+        sources: `name`, `license` and `on_hub` (whether the name is a Hub id) of each model that this one is made of.
     """
 
     name: str | None = None
@@ -74,9 +70,10 @@ class Card:
     stages: Sequence[TrainedStage] = ()
     onnx: dict[str, Any] | None = None
     plots: dict[str, str] = field(default_factory=dict)
+    sources: Sequence[dict[str, Any]] = ()
 
 
-def write_card(path: Path, card: Card, name: str, model: Any, max_length: int) -> None:
+def write_card(path: Path, card: Card, name: str, model: Any, processor: Any) -> None:
     """Write the card of a model.
 
     Args:
@@ -84,28 +81,36 @@ def write_card(path: Path, card: Card, name: str, model: Any, max_length: int) -
         card: its content.
         name: name that the card's code loads.
         model: a [`BifocalModel`].
-        max_length: longest text in tokens; longer ones are truncated.
+        processor: its processor, as it is saved.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
+    config, images = model.config, processor.image_processor
+    other = re.fullmatch(r"other \((.+)\)", card.license or "")
+    towers = tower_facts(model)
     data = ModelCardData(
         library_name="sentence-transformers",
         pipeline_tag="sentence-similarity",
         tags=["bifocal", "clip", "image-text-retrieval", "sentence-transformers", "feature-extraction"],
-        license=card.license,
-        language="en" if model.config.text_config.model_type == "bifocal_text" else None,
+        license="other" if other else card.license,
+        license_name=other[1] if other else None,
+        base_model=[source["name"] for source in card.sources if source["on_hub"]] or None,
+        language="en" if towers["text"]["own"] else None,
         **_emissions(card.stages),
     )
     values = asdict(card) | {
         "name": name,
-        "max_length": max_length,
-        "dimensions": model.config.projection_dim,
-        "matryoshka": model.config.matryoshka_dimensions,
-        "towers": _TOWERS,
-        "text": model.config.text_config,
-        "image": model.config.vision_config,
-        "text_parameters": sum(p.numel() for p in model.text_model.parameters()),
-        "image_parameters": sum(p.numel() for p in model.vision_model.parameters()),
+        "max_length": processor.tokenizer.model_max_length,
+        "dimensions": config.projection_dim,
+        "matryoshka": config.matryoshka_dimensions,
+        "towers": towers,
+        "padded": config.max_text_length if config.text_padding == "max_length" else None,
+        "pixels": image_size(images),
+        "patch": getattr(config.vision_config, "patch_size", None),
+        "prompts": config.prompts,
+        "uncased": ignores_case(processor.tokenizer),
+        "cropped": bool(getattr(images, "do_center_crop", False)),
+        "method": bool(card.stages) or towers["text"]["own"],
         "cost": _cost(card.stages),
     }
     template = Path(__file__).parent / "templates" / "card.md.j2"

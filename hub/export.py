@@ -12,9 +12,9 @@ from transformers.utils import logging
 from bifocal.errors import BifocalError
 from bifocal.files import MODEL, parts, replace_folder
 from bifocal.hub.card import Card, TrainedStage, write_card
-from bifocal.hub.other_families import finish_other_model
 from bifocal.hub.sentence_files import as_sentence_transformer, save_sentence_files
-from bifocal.modeling import BifocalProcessor
+from bifocal.modeling import BifocalConfig, BifocalModel, BifocalProcessor
+from bifocal.modeling.loading_bifocal import join_dual_encoder
 from bifocal.progress import no_progress_bars
 
 logger = logging.get_logger(__name__)
@@ -40,7 +40,8 @@ def export_model(
     peft model are merged into the weights of a copy, so that its training can continue.
 
     Args:
-        model: a [`BifocalModel`], such a model with peft's adapters, or transformers' CLIP or SigLIP.
+        model: a [`BifocalModel`], such a model with peft's adapters, or a dual encoder of transformers (CLIP, SigLIP,
+            ...), which is exported as a Bifocal model.
         folder: folder to write.
         processor: the model's processor; `model.processor` when None.
         card: content of the model card.
@@ -104,7 +105,25 @@ def _merge_adapters(model: Any, processor: Any) -> tuple[Any, Any]:
     processor = processor or getattr(model, "processor", None)
     if processor is None:
         raise ExportError(f"This {type(model).__name__} has no processor; pass processor=.")
+    if not isinstance(model, BifocalModel) and model.config.model_type != BifocalConfig.model_type:
+        model, processor = _as_bifocal(model, processor)
     return model, processor
+
+
+def _as_bifocal(model: Any, processor: Any) -> tuple[BifocalModel, BifocalProcessor]:
+    """Return a copy of a dual encoder of transformers as a Bifocal model, with its processor.
+
+    Raises:
+        ExportError: if its family is not supported.
+    """
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    tokenizer.padding_side = "right"  # as `encode_text` pads
+    try:
+        joined = join_dual_encoder(BifocalModel, copy.deepcopy(model), processor)
+    except ValueError as error:
+        raise ExportError(str(error)) from error
+    joined.processor = BifocalProcessor(processor.image_processor, tokenizer)
+    return joined, joined.processor
 
 
 def write_model(
@@ -117,26 +136,26 @@ def write_model(
 
 def _write_model(model: Any, folder: Path, processor: Any, card: Card, max_shard_size: str | int) -> None:
     name = card.name or folder.name
-    if model.config.model_type == "bifocal":
-        processor = with_model_max_length(processor, model)
+    processor = with_model_max_length(processor, model)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     processor.save_pretrained(folder)
-    if model.config.model_type != "bifocal":
-        finish_other_model(model, folder, processor, card, name, max_shard_size)
-        return
-    save_sentence_files(as_sentence_transformer(folder), folder, model, max_shard_size)
+    save_sentence_files(as_sentence_transformer(folder, model.config.prompts), folder, model, max_shard_size)
     (folder / CARD_DATA).write_text(json.dumps(asdict(card), indent=2) + "\n", encoding="utf-8")
-    write_card(folder / "README.md", card, name, model, processor.tokenizer.model_max_length)
+    write_card(folder / "README.md", card, name, model, processor)
 
 
 def with_model_max_length(processor: Any, model: Any) -> Any:
-    """Return a copy of a processor that truncates texts where `model.encode_text` does.
+    """Return a copy of a processor that truncates texts where `model.encode_text` does, and gives a mask.
 
-    That is the smaller one of the tokenizer's limit and the text tower's. Other libraries only know the tokenizer's.
+    It truncates at the smaller one of the tokenizer's limit and the model's. Other libraries only know the tokenizer's.
+    SigLIP's tokenizer gives no mask by default, but who pads texts in another way needs one.
     """
     processor = copy.deepcopy(processor)
     tokenizer = processor.tokenizer
     tokenizer.model_max_length = min(tokenizer.model_max_length, model.config.max_text_length)
+    if "attention_mask" not in tokenizer.model_input_names:
+        tokenizer.model_input_names = [*tokenizer.model_input_names, "attention_mask"]
+        tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names
     return processor
 
 

@@ -42,7 +42,7 @@ def export_run(
         max_shard_size: largest size of a weights file.
 
     Raises:
-        ExportError: if an option is not valid, or `run` holds no Bifocal model.
+        ExportError: if an option is not valid, or `run` holds no model of texts and images.
         RecipeError: if the source cannot be read.
         OnnxError: if an ONNX file differs from torch.
         NotOursError: if `out` may not be replaced (`bifocal.files.require_replaceable`), or holds the exported model.
@@ -54,12 +54,6 @@ def export_run(
         raise ExportError(f"'{run}' holds no model. Give the folder of a finished run or of a model.")
     _require_apart(out, run, folder)
     require_replaceable(out, MODEL)
-    model_type = _model_type(folder)
-    if model_type != "bifocal":
-        raise ExportError(
-            f"'{folder}' holds a {model_type} model. This command exports Bifocal models with both towers; "
-            "bifocal.export_model in Python also exports CLIP and SigLIP."
-        )
     evaluation = None if results is None else _read_results(results, folder)
     measured = {task: entry for task, entry in (evaluation or {}).items() if entry["main"] in entry["metrics"]}
     try:
@@ -110,13 +104,6 @@ def _require_apart(out: Path, run: Path, model: Path) -> None:
             raise NotOursError(f"'{out}' is or holds the folder to export. Choose another folder.")
     if target.is_relative_to(model.resolve()):
         raise NotOursError(f"'{out}' lies in the model to export. Choose another folder.")
-
-
-def _model_type(folder: Path) -> str:
-    try:
-        return str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ExportError(f"'{folder / 'config.json'}' is not the configuration of a model.") from error
 
 
 def _read_recipes(run: Path) -> dict[str, Any]:

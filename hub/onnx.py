@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bifocal.errors import BifocalError
+from bifocal.errors import BifocalError, first_line
 from bifocal.hub.export import with_model_max_length
+from bifocal.hub.tower_facts import keeps_shape, tower_facts
 from bifocal.modeling import BifocalModel, BifocalProcessor
 
 OPSET = 20
@@ -55,42 +56,51 @@ def file_name(tower: str, precision: str) -> str:
 def export_onnx(model: BifocalModel, folder: Path) -> None:
     """Write `text_model.onnx` and `vision_model.onnx`, and both with int8 weights.
 
-    Batch size and text length are dynamic; a text longer than `max_position_embeddings` is an error, as for the model.
+    Batch size and text length are dynamic; a text longer than `max_text_length` is an error, as for the model.
     Outputs are unit vectors, `text_embeds` and `image_embeds` (batch, projection_dim).
     The int8 files use ONNX Runtime's dynamic quantisation: weights of matrix products are int8, and their inputs are
     quantised at run time.
 
     Raises:
-        OnnxError: if a file does not have the expected opset or size.
+        OnnxError: if the model cannot be exported, or a file does not have the expected opset or size.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    if keeps_shape(model.processor.image_processor):
+        raise OnnxError("Its image processor keeps the shape of images, which an ONNX file cannot. Pass --no-onnx.")
     folder.mkdir(parents=True, exist_ok=True)
-    tokens = torch.tensor([[2, 5, 6, 7, 3], [2, 5, 3, 0, 0]]) % model.config.text_config.vocab_size
-    side, channels = model.config.vision_config.image_size, model.config.vision_config.num_channels
+    words = with_model_max_length(model.processor, model)(text=["a red circle", "star"], return_tensors="pt")
+    pixels = model.processor(images=[Image.new("RGB", (64, 48))] * 2, return_tensors="pt")["pixel_values"]
+    limit = model.config.max_text_length
     batch = torch.export.Dim("batch", min=1)
-    length = torch.export.Dim("length", min=2, max=model.config.text_config.max_position_embeddings)
+    length = torch.export.Dim("length", min=2, max=limit)
     text_shape = {0: batch, 1: length}
+    facts = tower_facts(model)
     was_training = model.training
     model.eval()
     try:
         for tower, module, inputs, shapes in (
-            ("text", _TextTower(model), {"input_ids": tokens, "attention_mask": (tokens != 0).long()},
+            ("text", _TextTower(model), {name: words[name] for name in ("input_ids", "attention_mask")},
              {"input_ids": text_shape, "attention_mask": text_shape}),
-            ("image", _ImageTower(model), {"pixel_values": torch.zeros(2, channels, side, side)},
+            ("image", _ImageTower(model), {"pixel_values": torch.zeros_like(pixels, dtype=torch.float32)},
              {"pixel_values": {0: batch}}),
         ):  # fmt: skip
             path = folder / file_name(tower, "float32")
-            own = module.model.text_model if tower == "text" else module.model.vision_model
-            size = sum(parameter.numel() * 4 for parameter in own.parameters())
+            size = 4 * facts[tower]["parameters"]
             with quietly(), torch.no_grad():
-                torch.onnx.export(
-                    module.eval(), (), str(path), kwargs=inputs, dynamic_shapes=shapes, dynamo=True, verbose=False,
-                    input_names=list(inputs), output_names=[f"{tower}_embeds"], opset_version=OPSET,
-                    external_data=size > _EXTERNAL,
-                )  # fmt: skip
+                try:
+                    torch.onnx.export(
+                        module.eval(), (), str(path), kwargs=inputs, dynamic_shapes=shapes, dynamo=True, verbose=False,
+                        input_names=list(inputs), output_names=[f"{tower}_embeds"], opset_version=OPSET,
+                        external_data=size > _EXTERNAL,
+                    )  # fmt: skip
+                except torch.onnx.errors.OnnxExporterError as error:
+                    raise OnnxError(
+                        f"The {tower} tower, a {facts[tower]['family']}, cannot be exported to ONNX "
+                        f"({first_line(error)}). Pass --no-onnx."
+                    ) from error
                 if tower == "text":
-                    _add_length_check(path, model.config.text_config.max_position_embeddings)
+                    _add_length_check(path, limit)
                 quantize_dynamic(
                     str(path), str(folder / file_name(tower, "int8")), weight_type=QuantType.QInt8,
                     use_external_data_format=size > _EXTERNAL,
@@ -110,13 +120,14 @@ def _add_length_check(path: Path, limit: int) -> None:
 
     loaded = onnx.load(str(path), load_external_data=False)
     name = f"truncate_texts_to_{limit}_tokens"
-    length, zero, checked = f"{name}.length", f"{name}.zero", f"{name}.input_ids"
-    for node in loaded.graph.node:
-        node.input[:] = [checked if value == "input_ids" else value for value in node.input]
+    length, zero = f"{name}.length", f"{name}.zero"
+    checked = {value: f"{name}.{value}" for value in ("input_ids", "attention_mask")}
+    for node in loaded.graph.node:  # of both inputs, or a node that only needs the mask could fail first
+        node.input[:] = [checked.get(value, value) for value in node.input]
     table = numpy_helper.from_array(np.zeros(limit + 1, np.int64), f"{name}.table")
     loaded.graph.initializer.append(table)
     for node in (
-        helper.make_node("Add", ["input_ids", zero], [checked]),
+        *(helper.make_node("Add", [value, zero], [output]) for value, output in checked.items()),
         helper.make_node("Gather", [table.name, length], [zero], name=name, axis=0),
         helper.make_node("Shape", ["input_ids"], [length], start=1, end=2),
     ):
@@ -142,7 +153,7 @@ def _check_file(path: Path, parameters: int) -> None:
     if opset != OPSET:
         raise OnnxError(f"'{path.name}' has opset {opset}, not {OPSET}. Export with another release of onnx.")
     size = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
-    # Besides the weights, a file holds the projection, the graph and tables that follow from the configuration.
+    # Besides the weights, a file holds the graph and tables that follow from the configuration.
     if not 0.9 * parameters < size < 1.2 * parameters + 8 * 2**20:
         raise OnnxError(
             f"'{path.name}' has {size:,} bytes, but its weights have {parameters:,}. Export with another onnx release."

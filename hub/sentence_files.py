@@ -1,5 +1,6 @@
-"""The files with which sentence-transformers loads a dual encoder of transformers, without a module of our own."""
+"""The files with which sentence-transformers loads a Bifocal model, without a module of our own."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +11,19 @@ MODALITIES = {
 }
 
 
-def as_sentence_transformer(folder: Path, **options: Any) -> Any:
+def as_sentence_transformer(folder: Path, prompts: Mapping[str, str] = {}) -> Any:
     """Return the model in a folder as a `SentenceTransformer` that gives unit vectors.
 
     Args:
         folder: folder of the model.
-        options: options of its first module, `Transformer`.
+        prompts: texts that go before a text, by name; "query" and "document" are those that `encode_query` and
+            `encode_document` use.
     """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Normalize, Transformer
 
-    tower = Transformer(str(folder), modality_config=MODALITIES, module_output_name="sentence_embedding", **options)
-    return SentenceTransformer(modules=[tower, Normalize()], device="cpu")
+    tower = Transformer(str(folder), modality_config=MODALITIES, module_output_name="sentence_embedding")
+    return SentenceTransformer(modules=[tower, Normalize()], device="cpu", prompts=dict(prompts) or None)
 
 
 def save_sentence_files(sentences: Any, folder: Path, model: Any, max_shard_size: str | int) -> None:

@@ -29,14 +29,20 @@ def read_licence(source: str, layouts: Mapping[str, WeightLayout]) -> str | None
         source: Hub id, folder or file of the weights.
         layouts: layout of each tower in the source.
     """
-    path = _path(_folder_of(source), "README.md")
+    licence = licence_on_card(_path(_folder_of(source), "README.md"))
+    return _JINA_CLIP_V2_LICENCE if licence is None and layouts.get("text") is XLM_R_FLASH else licence
+
+
+def licence_on_card(path: Path | None) -> str | None:
+    """Return the licence in the metadata of a README.md, as "other (name)" if it is not one of the Hub's; or None."""
     try:
-        licence = (metadata_load(path) or {}).get("license") if path is not None else None
-    except (yaml.YAMLError, ValueError):  # a README.md without metadata that can be read
-        licence = None
-    if isinstance(licence, str):
-        return licence
-    return _JINA_CLIP_V2_LICENCE if layouts.get("text") is XLM_R_FLASH else None
+        metadata = (metadata_load(path) or {}) if path is not None and path.exists() else {}
+    except (yaml.YAMLError, ValueError):  # no metadata that can be read
+        return None
+    licence = metadata.get("license")
+    if licence == "other" and metadata.get("license_name"):
+        licence = f"other ({metadata['license_name']})"
+    return licence if isinstance(licence, str) else None
 
 
 def _folder_of(source: str) -> str:
@@ -73,10 +79,10 @@ def read_processor(source: str, config: Any) -> BifocalProcessor | None:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
     except (OSError, ValueError):  # the source has no tokenizer, which the caller reports
         return None
-    return BifocalProcessor(_read_image_processor(folder, config), tokenizer)
+    return BifocalProcessor(read_image_processor(folder, config), tokenizer)
 
 
-def _read_image_processor(folder: str, config: Any) -> Any:
+def read_image_processor(folder: str, config: Any) -> Any:
     """Return an image processor of the tower's size, with the mean, deviation and interpolation that the source sets.
 
     Raises:

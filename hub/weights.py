@@ -1,7 +1,7 @@
 """Reads a checkpoint: its tensors from safetensors or, on request, pickles, and its JSON files."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from bifocal.hub.weight_layouts import Tensors
 
 _PICKLES = (".bin", ".pt", ".pth")
 _ENDINGS = (".safetensors", *_PICKLES)
+# Weights, settings, vocabularies and the card, but no code.
+_DOWNLOADED = ("*.safetensors", "*.json", "*.txt", "*.model", "README.md")
 _WRAPPERS = ("module.", "_orig_mod.")  # put before every name by DataParallel and torch.compile
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -29,20 +31,55 @@ def read_weights(source: str, allow_pickle: bool = False) -> tuple[Tensors, dict
     Raises:
         ConversionError: if there are no weights, or only pickles and these are not allowed.
     """
-    path = Path(source).expanduser()
-    if not path.exists() and (looks_like_path(source) or path.suffix in _ENDINGS):
-        raise ConversionError(f"'{source}' does not exist. Give a file, a folder or a Hub id (organisation/name).")
-    if not path.exists():
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    files = weight_files(local_copy(source, allow_pickle), source, allow_pickle)
+    return read_tensors(files), read_config(source, allow_pickle)
 
-        patterns = ["*.safetensors", "*.json", *(["*.bin", "*.pt", "*.pth"] if allow_pickle else [])]
-        try:
-            path = Path(snapshot_download(source, allow_patterns=patterns))
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            raise ConversionError(
-                f"'{source}' is neither a local path nor available on the Hub ({first_line(error)})."
-            ) from error
+
+def read_config(source: str, allow_pickle: bool = False) -> dict[str, Any]:
+    """Return the content of the config.json of a Hub id, a folder or a file's folder; empty if there is none.
+
+    Args: as for `read_weights`.
+    """
+    path = local_copy(source, allow_pickle)
+    return read_json(path / "config.json" if path.is_dir() else path.with_name("config.json"))
+
+
+def local_copy(source: str, allow_pickle: bool = False) -> Path:
+    """Return the local path of a folder or file, or of a Hub id's files, which are downloaded without its code.
+
+    Args: as for `read_weights`.
+
+    Raises:
+        ConversionError: if it does not exist.
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    if looks_like_path(source) or path.suffix in _ENDINGS:
+        raise ConversionError(f"'{source}' does not exist. Give a file, a folder or a Hub id (organisation/name).")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = [*_DOWNLOADED, *(["*.bin", "*.pt", "*.pth"] if allow_pickle else [])]
+    try:
+        return Path(snapshot_download(source, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ConversionError(
+            f"'{source}' is neither a local path nor available on the Hub ({first_line(error)})."
+        ) from error
+
+
+def weight_files(path: Path, source: str, allow_pickle: bool = False) -> list[Path]:
+    """Return the weights files of a file or a folder.
+
+    Args:
+        path: the file or folder.
+        source: its name in messages.
+        allow_pickle: whether pickles count if there is nothing else.
+
+    Raises:
+        ConversionError: if there are none, or only pickles and these are not allowed.
+    """
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     pickled = [path] if path.suffix in _PICKLES else []
     if path.is_dir() and not files:
@@ -54,10 +91,19 @@ def read_weights(source: str, allow_pickle: bool = False) -> tuple[Tensors, dict
         )
     if not files and not pickled:
         raise ConversionError(f"'{source}' holds no weights (*.safetensors).")
+    return pickled or files
+
+
+def read_tensors(files: Iterable[Path]) -> Tensors:
+    """Return the tensors of weights files.
+
+    Raises:
+        ConversionError: if one cannot be read.
+    """
     tensors: Tensors = {}
-    for file in pickled or files:
+    for file in files:
         tensors |= _read(file)
-    return tensors, read_json(path / "config.json" if path.is_dir() else path.with_name("config.json"))
+    return tensors
 
 
 def read_json(path: Path | None) -> dict[str, Any]:

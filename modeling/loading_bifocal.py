@@ -9,8 +9,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
 from transformers.configuration_utils import PreTrainedConfig
+
+# Not from transformers: without torchvision, releases before 5.14 have a stand-in there that only fails.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import cached_file
 
 from .configuration_bifocal import BifocalConfig, BifocalTextConfig, BifocalVisionConfig
@@ -68,8 +71,12 @@ def model_kind(source: Any, **hub: Any) -> str:
     added = {module["type"].rsplit(".", 1)[-1] for module in modules or ()} - {"Transformer", "Normalize"}
     if isinstance(config, BifocalConfig) or (is_dual_encoder(config) and not added):
         return "joint"
+    if modules is None and config is None:
+        raise ValueError(
+            f"'{source}' holds no model: it has no config.json with a model_type. Give a model's folder or id."
+        )
     if modules is None:
-        family = "model of an unknown family" if config is None else type(config).__name__.removesuffix("Config")
+        family = type(config).__name__.removesuffix("Config")
         raise ValueError(
             f"'{source}' is a {family} without the files of sentence-transformers, so it is not known how it embeds. "
             "Give a dual encoder (Bifocal, CLIP, SigLIP, ...) or a sentence-transformers model."

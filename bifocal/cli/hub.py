@@ -12,11 +12,33 @@ from bifocal.errors import BifocalError
 
 def convert(
     source: Annotated[
-        str, typer.Argument(help="Hub id, folder or weights file of jina-clip-v1 or v2, JinaBERT v2 or EVA02.")
-    ],
-    out: Annotated[Path, typer.Argument(help="Folder for the Bifocal model; an unchanged earlier one is replaced.")],
+        str | None,
+        typer.Argument(
+            help="Hub id or folder of a dual encoder (CLIP, SigLIP, SigLIP 2, MetaCLIP 2, Chinese-CLIP, AltCLIP), or "
+            "weights of jina-clip-v1 or v2, JinaBERT v2 or EVA02. With --text and --image, omit it.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Argument(help="Folder for the Bifocal model; an unchanged earlier one is replaced.", show_default=False),
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(help="Hub id or folder of a text encoder, to join with --image; or of a dual encoder with one."),
+    ] = None,
+    image: Annotated[
+        str | None,
+        typer.Option(help="Hub id or folder of an image encoder, to join with --text; or of a dual encoder with one."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="key=value of the model's configuration, such as projection_dim=512 or text_pooling=mean."
+        ),
+    ] = None,
     image_size: Annotated[
-        int | None, typer.Option(min=1, help="Side of the images in pixels to resize the position table for.")
+        int | None, typer.Option(min=1, help="Side of the images in pixels to resize EVA02's position table for.")
     ] = None,
     adapter: Annotated[
         str | None,
@@ -36,23 +58,53 @@ def convert(
     require("sentence_transformers")
     from bifocal.files import MODEL, require_replaceable
     from bifocal.hub.convert import build_model, plan_conversion, save_converted
+    from bifocal.hub.convert_towers import convert_dual_encoder, explain_tower, is_dual_encoder, join_towers
     from bifocal.hub.source_files import read_licence
-    from bifocal.hub.weights import read_weights
+    from bifocal.hub.weights import read_config, read_weights
 
-    tensors, config = read_weights(source, allow_pickle)
-    plan = plan_conversion(tensors, config, image_size, adapter)
-    if dry_run:
+    joins = text is not None and image is not None
+    if not joins and (text is not None or image is not None):
+        missing = "--text" if text is None else "--image"
+        raise BifocalError(f"{missing} is missing. Two towers need --text and --image.")
+    if joins and out is not None:
+        raise BifocalError("SOURCE and --text with --image exclude each other. Give one of them, and OUT.")
+    if joins:
+        source, out = None, None if source is None else Path(source)
+    if (source is None and not joins) or (out is None and not dry_run):
+        raise BifocalError("OUT is missing. Write bifocal convert SOURCE OUT, or --text A --image B OUT.")
+    if out is not None and not dry_run:
+        writes_into(out)
+        require_replaceable(out, MODEL)
+    if joins or is_dual_encoder(read_config(str(source), allow_pickle)):
+        if image_size is not None:
+            raise BifocalError("--image-size is for EVA02, but other image towers keep their size. Omit it.")
+        if adapter is not None:
+            raise BifocalError("--adapter is for jina-clip-v2, but these weights have no adapters. Omit it.")
+        if text is not None and image is not None:
+            joined = join_towers(text, image, settings or [], allow_pickle)
+        else:
+            joined = convert_dual_encoder(str(source), settings or [], allow_pickle)
+        if dry_run or out is None:
+            typer.echo(joined.text())
+            return
+        joined.save(out)
+        typer.echo(f"{joined.summary()}\nThe model is in {out}.")
+        return
+    if settings:
+        raise BifocalError("--set is for dual encoders and two towers, but these weights have one form. Omit it.")
+    tensors, config = read_weights(str(source), allow_pickle)
+    with explain_tower(str(source), config):
+        plan = plan_conversion(tensors, config, image_size, adapter)
+    if dry_run or out is None:
         typer.echo(plan.text())
         return
-    writes_into(out)
-    require_replaceable(out, MODEL)
-    licence, merged = read_licence(source, plan.layouts), plan.adapter_text() if plan.adapters else ""
-    missing = save_converted(build_model(plan), source, out, licence, merged)
+    licence, merged = read_licence(str(source), plan.layouts), plan.adapter_text() if plan.adapters else ""
+    without = save_converted(build_model(plan), str(source), out, licence, merged)
     if licence is not None:
         limit = ", which forbids commercial use" if "-nc" in licence else ""
         typer.echo(f"The weights are licensed under {licence}{limit}.")
     where = f"The model is in {out}" + (f", {merged}" if merged else "")
-    typer.echo(where + (f"; it has no {', no '.join(missing)}." if missing else "."))
+    typer.echo(where + (f"; it has no {', no '.join(without)}." if without else "."))
 
 
 def export(

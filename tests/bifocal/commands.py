@@ -9,12 +9,12 @@ from typer.testing import CliRunner
 from bifocal.cli import app
 
 
-def invoke(folder: Path, *command: str, app: Any = app) -> Any:
+def invoke(folder: Path, *command: str | Path, app: Any = app) -> Any:
     """What a command does in a folder: `exit_code`, `stdout`, `stderr`; an error that it does not catch is raised."""
     before = Path.cwd()
     os.chdir(folder)
     try:
-        done = CliRunner(env={"COLUMNS": "200"}).invoke(app, list(command))
+        done = CliRunner(env={"COLUMNS": "200"}).invoke(app, [str(word) for word in command])
     finally:
         os.chdir(before)
     if done.exception is not None and not isinstance(done.exception, SystemExit):
@@ -22,7 +22,7 @@ def invoke(folder: Path, *command: str, app: Any = app) -> Any:
     return done
 
 
-def error_of(folder: Path, *command: str, app: Any = app) -> str:
+def error_of(folder: Path, *command: str | Path, app: Any = app) -> str:
     """The last line that a command ends with; it must be one sentence."""
     done = invoke(folder, *command, app=app)
     assert done.exit_code == 1

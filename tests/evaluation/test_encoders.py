@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from transformers import AutoProcessor
+from transformers.models.siglip2 import Siglip2ImageProcessorPil
 
 from bifocal.errors import EvaluationError
 from bifocal.evaluation.encoders import encoder_of, load_encoder
@@ -80,11 +81,11 @@ def test_a_family_that_cannot_be_joined_is_evaluated_all_the_same(tmp_path):
     source = transformers.Siglip2Model(
         transformers.Siglip2Config(
             text_config=dict(sizes, vocab_size=160, max_position_embeddings=16, projection_size=32),
-            vision_config=dict(sizes, patch_size=8, num_patches=16),
+            vision_config=dict(sizes, patch_size=16, num_patches=16),
         )
     ).eval()
     source.save_pretrained(tmp_path)
-    pixels = transformers.Siglip2ImageProcessor(patch_size=8, max_num_patches=16)
+    pixels = Siglip2ImageProcessorPil()
     transformers.Siglip2Processor(pixels, families.tokenizer("siglip")).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="NaFlex"):
         BifocalModel.from_pretrained(tmp_path)

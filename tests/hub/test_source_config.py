@@ -138,33 +138,18 @@ def test_wrappers_are_taken_off():
 
 
 def test_families_that_are_not_converted_are_named(model):
-    """Real models of transformers, by their tensors alone; and by the configuration where tensors do not tell."""
-    from transformers import (
-        BertConfig,
-        BertModel,
-        CLIPConfig,
-        CLIPModel,
-        SiglipConfig,
-        SiglipModel,
-        ViTConfig,
-        ViTModel,
-    )
+    """By their tensors alone."""
+    from transformers import BertConfig, BertModel
 
     small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    towers = dict(text_config={**small, "vocab_size": 32}, vision_config={**small, "image_size": 32, "patch_size": 8})
     for theirs, family in (
         (model, "a Bifocal model already"),
         (model.text_model, "a Bifocal model already"),
         (model.vision_model, "a Bifocal model already"),
-        (CLIPModel(CLIPConfig(**towers, projection_dim=16)), "CLIP"),
-        (SiglipModel(SiglipConfig(**towers)), "SigLIP"),
         (BertModel(BertConfig(**small, vocab_size=32)), "BERT with a position table"),
-        (ViTModel(ViTConfig(**small, image_size=32, patch_size=8)), "ViT"),
     ):
         with pytest.raises(ConversionError, match=rf"^These weights are {family}"):
             plan_conversion(theirs.state_dict())
-    with pytest.raises(ConversionError, match=r"^These weights are MetaCLIP 2"):
-        plan_conversion({"a.weight": torch.ones(2)}, {"model_type": "metaclip_2"})
 
 
 def test_images_are_prepared_as_the_source_says(processor, tmp_path):

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AlbertConfig, AlbertModel, ResNetConfig, ResNetModel
 
 from bifocal.errors import TrainingError
-from bifocal.evaluation.encoders import dual_encoder
+from bifocal.evaluation.encoders import encoder_of
 from bifocal.modeling import BifocalModel, BifocalProcessor
 from bifocal.modeling.towers_bifocal import layers_of
 from bifocal.training.arguments import BifocalTrainingArguments
@@ -152,9 +152,7 @@ def test_parameters_without_a_gradient_are_known(build, kind, tmp_path):
     """What is left has a gradient after every step, as DDP demands."""
     model, processor = build(kind)
     trainer = trainer_of(model, processor, tmp_path)
-    batch = batch_of(trainer)
-    loss = trainer.compute_loss(model, batch)
-    loss.backward()
+    trainer.compute_loss(model, batch_of(trainer)).backward()
     missing = {name for name, parameter in model.named_parameters() if parameter.grad is None}
     assert set(trainer.without_gradient()) == missing
     pairs = trainer_of(model, processor, tmp_path, own=tasks()[1:])
@@ -214,11 +212,9 @@ def test_averages_checkpointing_and_found_chunk_sizes(build, kind, tmp_path):
     )
     before = copy.deepcopy(model.state_dict())
     trainer.train()
-    assert trainer.args.text_chunk_size == 8
-    assert trainer.args.image_chunk_size == 8
-    moved = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
-    assert any(tower_of(name) == "text" for name in moved)
-    assert any(tower_of(name) == "image" for name in moved)
+    assert (trainer.args.text_chunk_size, trainer.args.image_chunk_size) == (8, 8)
+    moved = {tower_of(name) for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert {"text", "image"} <= moved
     trainer.save_model(str(tmp_path / "saved"))
     again = type(model).from_pretrained(tmp_path / "saved")
     for name, value in model.state_dict().items():
@@ -290,7 +286,7 @@ def test_siglip_scores_in_use_what_it_scores_in_training(build, kind, tmp_path):
         if kind == "SigLIP":
             scores = model.encode_text(texts) @ model.encode_image(images).T
         else:
-            encoder = dual_encoder(model.eval(), processor, "it")
+            encoder = encoder_of(model.eval(), processor, "it")
             scores = encoder.texts(texts) @ encoder.images(images).T
         assert scores.argmax(1).tolist() == [captions.index(text) for text in texts]
 
@@ -333,8 +329,7 @@ def test_prompts_of_queries_and_documents(build, tmp_path):
         columns = {name: task.dataset[:2][name] for name in task.dataset.column_names}
         batch = collate([{"step": 0, "tasks": [(task, [0, 1], columns)]}])
         rows = [row[row != processor.tokenizer.pad_token_id] for part in batch["texts"] for row in part["input_ids"]]
-        texts = [processor.tokenizer.decode(rows[i], skip_special_tokens=True) for i in batch["order"].tolist()]
-        seen[task.name] = texts
+        seen[task.name] = [processor.tokenizer.decode(rows[i], skip_special_tokens=True) for i in batch["order"]]
     assert seen["images"] == ["red cat", "red fox"]
     assert seen["pairs"] == [
         "the quick red cat", "the quick red fox", "one two a drawing of a red cat", "one two a drawing of a red fox",

@@ -107,7 +107,10 @@ def test_written_as_a_space(reader, indexed):
         (["index", "images", "images", "--model", "runs/demo/model"], "holds other files and no index"),
         (["index", "images", "runs/index", "--kind", "video"], "'video' cannot be indexed"),
         (["index", "images", "runs/index", "--dim", "41"], "choose --dim from 1 to 40"),
-        (["index", "images", "runs/new", "--model", "images"], "The model 'images' cannot be loaded"),
+        (
+            ["index", "images", "runs/new", "--model", "images"],
+            "'images' holds no model: it has no config.json with a model_type.",
+        ),
         (["search", "runs/index"], "Enter a text, an image or both."),
         (["search", "images", "x"], "'images' is not an index. Make one with bifocal index."),
         (["search", "runs/index", "--image", "gone.png"], "The image cannot be used: it does not exist."),

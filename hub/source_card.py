@@ -1,0 +1,44 @@
+"""What a source says about itself: its name and licence, for the card of the model that is made of it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from bifocal.errors import looks_like_path
+from bifocal.hub.source_files import licence_on_card
+
+
+@dataclass(frozen=True)
+class SourceCard:
+    """The name and licence of a model that another one is made of.
+
+    Args:
+        name: Hub id, or the last part of a local path.
+        license: name of the licence on the Hub; None if the source does not say it.
+        on_hub: whether the name is a Hub id.
+    """
+
+    name: str
+    license: str | None = None
+    on_hub: bool = False
+
+    def text(self) -> str:
+        """Return the name and licence as a part of a sentence."""
+        return f"{self.name} ({self.license or 'its licence is not stated'})"
+
+
+def read_source_card(source: str, folder: Path) -> SourceCard:
+    """Return the name and licence of a source.
+
+    Args:
+        source: Hub id, folder or file.
+        folder: local folder with its README.md, if it has one.
+    """
+    on_hub = not Path(source).expanduser().exists() and not looks_like_path(source)
+    name = source if on_hub else Path(source).resolve().name
+    return SourceCard(name, licence_on_card(folder / "README.md"), on_hub)
+
+
+def common_license(sources: list[SourceCard]) -> str | None:
+    """Return the licence of a model made of several; None if they differ or one is not stated."""
+    licences = {source.license for source in sources}
+    return licences.pop() if len(licences) == 1 else None
