@@ -23,7 +23,8 @@ def claims(
         Path | None,
         typer.Option(
             help="Folder with cifar10/{train,validation}.parquet, captions/flickr30k-{train,val}.jsonl and "
-            "stsb/stsb-dev.csv. If omitted, these come from the Hub; without network, symbols replace them."
+            "stsb/stsb-dev.csv; clipart/{train,validation}.parquet is optional, symbols replace it. If omitted, these "
+            "come from the Hub, without clip art; without network, symbols replace them."
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for results. Finished results are cached and reused.")] = Path(

@@ -1,4 +1,4 @@
-"""The six claims: conditions that are trained, expectations, and rules for when a claim counts as shown."""
+"""The claims: conditions that are trained, expectations, and rules for when a claim counts as shown."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ import yaml
 
 from benchmarks.claims.conditions import Condition, Phase
 from benchmarks.claims.datasets import ClaimData, image_metric, text_metrics
+from benchmarks.claims.minilm import judge_minilm, minilm_conditions
 from benchmarks.claims.rules import Check, Outcomes, Verdict, at_least, difference
 from bifocal.evaluation.retrieval import recall_at, target_ranks
 from bifocal.evaluation.rows import image_digest
@@ -326,6 +327,7 @@ def _claims() -> dict[str, Claim]:
         "hard-negatives": (_hard_negatives, _judge_negatives),
         "long-captions": (_long_captions, _judge_long),
         "large-batches": (_large_batches, _judge_batches),
+        "minilm": (minilm_conditions, judge_minilm),  # in minilm.py
     }
     texts = yaml.safe_load(Path(__file__).with_name("claims.yaml").read_text(encoding="utf-8"))
     return {name: Claim(name, *functions[name], **text) for name, text in texts.items()}

