@@ -15,7 +15,7 @@ from bifocal.data.embedding_models import load_embedding_model
 from bifocal.errors import EvaluationError, ModelError, first_line, looks_like_path
 from bifocal.modeling import BifocalModel, load_image
 from bifocal.modeling.loading_bifocal import UnsupportedFamilyError, load_complete, require_vocabulary
-from bifocal.modeling.towers_bifocal import longest_text, padded_length
+from bifocal.modeling.towers_bifocal import longest_text, padded_length, search_prompts
 
 Encode = Callable[[list[Any]], np.ndarray]
 
@@ -162,7 +162,7 @@ def bifocal_encoder(model: BifocalModel, name: str, batch_size: int = 64) -> Enc
         return lambda inputs: np.asarray(encode(inputs, batch_size=batch_size, show_progress=False))
 
     encoder = Encoder(name, "Bifocal", by(model.encode_text), by(model.encode_image), _parameters(model), batch_size)
-    encoder.prompts = _search_prompts(getattr(model.config, "prompts", {}))
+    encoder.prompts = search_prompts(getattr(model.config, "prompts", {}))
     if encoder.prompts:
         encoder.query, encoder.document = by(model.encode_query), by(model.encode_document)
     return encoder
@@ -180,7 +180,7 @@ def _sentence_transformer(model: Any, name: str, batch_size: int) -> Encoder:
     embeds_images = "image" in model.modalities
     encoder = Encoder(
         name, "sentence-transformers", by(model.encode), image if embeds_images else None, _parameters(model),
-        batch_size, prompts=_search_prompts(model.prompts),
+        batch_size, prompts=search_prompts(model.prompts),
     )  # fmt: skip
     has_routes = any(isinstance(module, Router) for module in model)
     if encoder.prompts or has_routes or model.default_prompt_name:
@@ -254,10 +254,6 @@ def _longest(config: Any, tokenizer: Any) -> int:
     text_config = getattr(config, "text_config", None)
     limit = tokenizer.model_max_length
     return limit if text_config is None else min(limit, longest_text(text_config))
-
-
-def _search_prompts(prompts: dict[str, str]) -> dict[str, str]:
-    return {name: prompts[name] for name in ("query", "document") if prompts.get(name)}
 
 
 def _parameters(model: Any) -> int:

@@ -73,7 +73,7 @@ def account_for(
             unused.append(name)
         mapping[name] = f"skipped: {reason}"
     if unused:
-        raise ConversionError(first_names(unused, f"tensors of '{source}' are used by nothing in the model"))
+        raise ConversionError(first_names(unused, f"tensors of '{source}' have no counterpart in the model"))
     return mapping, [name for names in free.values() for name in names]
 
 
@@ -85,7 +85,7 @@ def _digest(tensor: torch.Tensor) -> bytes:
 
 
 def _similarity(name: str, target: str) -> tuple[bool, int]:
-    """Return how much two names are alike: whether their numbers are the same, and how long their common end is."""
+    """Return the similarity of two names: whether their numbers are the same, and how long their common end is."""
     common = 0
     for one, other in zip(reversed(name), reversed(target)):
         if one != other:

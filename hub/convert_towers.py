@@ -31,7 +31,7 @@ from bifocal.hub.weights import local_copy, read_json, read_tensors, weight_file
 from bifocal.modeling import BifocalConfig, BifocalModel
 from bifocal.progress import no_progress_bars
 
-# Weights that a model of two towers has besides theirs.
+# New weights of a joined model.
 _NEW = r"(text|vision)_projection\..*|logit_(scale|bias)"
 _FIXED_KEYS = ("self", "kwargs", "text_config", "vision_config")
 
@@ -61,7 +61,7 @@ class JoinedModel:
         return "\n".join([*lines, *(["new weights:", *(f"  {name}" for name in self.new)] if self.new else [])])
 
     def summary(self) -> str:
-        """Return what became of the sources' tensors, in a few lines."""
+        """Return how many tensors of each source were used, in a few lines."""
         lines = []
         for source, mapping in zip(self.sources, self.mappings, strict=True):
             skipped = sum(target.startswith("skipped: ") for target in mapping.values())
@@ -210,12 +210,15 @@ def _require_vectors(model: Any) -> None:
     """Check that a model embeds a text and an image.
 
     Raises:
-        ConversionError: if it does not, for want of a pooled output for example, or gives numbers that are not finite.
+        ConversionError: if it does not, for example because it has no pooled output, or gives numbers that are not
+            finite.
     """
     try:
         vectors = [model.encode_text("a red circle"), model.encode_image(Image.new("RGB", (64, 48)))]
     except ValueError as error:
         raise ConversionError(str(error)) from error
+    except (TypeError, RuntimeError, IndexError) as error:
+        raise ConversionError(f"The towers cannot embed a text and an image ({first_line(error)}).") from error
     if not all(np.isfinite(vector).all() for vector in vectors):
         raise ConversionError("The model gives vectors that are not finite, so nothing is written. Give other weights.")
 
@@ -234,7 +237,7 @@ class _Tower:
         files = _loaded_files(path, source, allow_pickle)
         self.tensors = read_tensors(files)
         self.converted: dict[str, str] = {}
-        config = read_json(self.folder / "config.json")
+        config = read_json((files[0].parent if files else self.folder) / "config.json")
         try:
             plan = plan_conversion(self.tensors, config)
         except ConversionError as error:
@@ -309,4 +312,4 @@ def _conversion_error(error: Exception, names: Mapping[Path, str]) -> Conversion
     message = first_line(error)
     for folder, name in names.items():
         message = message.replace(str(folder), name)
-    return ConversionError(f"{message}.")
+    return ConversionError(message if message.endswith("?") else f"{message}.")

@@ -148,7 +148,7 @@ def with_model_max_length(processor: Any, model: Any) -> Any:
     """Return a copy of a processor that truncates texts where `model.encode_text` does, and gives a mask.
 
     It truncates at the smaller one of the tokenizer's limit and the model's. Other libraries only know the tokenizer's.
-    SigLIP's tokenizer gives no mask by default, but who pads texts in another way needs one.
+    SigLIP's tokenizer gives no mask by default, but other ways of padding need one.
     """
     processor = copy.deepcopy(processor)
     tokenizer = processor.tokenizer

@@ -1,5 +1,6 @@
 """Writes a release: the model with ONNX files, examples, recipes, results, a plot of the losses and a licence."""
 
+import copy
 import json
 import os
 import tempfile
@@ -8,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.numpy import save_file
 
 from bifocal.files import MODEL, replace_folder
@@ -69,10 +71,13 @@ def write_release(
         plots = _plot_losses(card.stages, scratch / "plots")
         comparison = None
         if contents.onnx:
-            export_onnx(model, scratch / "onnx")
+            single = model
+            if any(parameter.dtype != torch.float32 for parameter in model.parameters()):
+                single = copy.deepcopy(model).float()  # ONNX Runtime has no kernels for all steps in 16 bits
+            export_onnx(single, scratch / "onnx")
             texts, images = zip(*sample_pairs())
             drawings = (texts, images, "drawings of coloured shapes")
-            comparison = compare_with_torch(model, scratch / "onnx", *(contents.onnx_eval_data or drawings))
+            comparison = compare_with_torch(single, scratch / "onnx", *(contents.onnx_eval_data or drawings))
         card = replace(card, name=card.name or out.name, plots=plots, onnx=comparison)
         write_model(model, folder, model.processor, card, max_shard_size)
         for part in ("onnx", "plots"):

@@ -1,4 +1,4 @@
-"""What a source says about itself: its name and licence, for the card of the model that is made of it."""
+"""The name and licence of a source, for the card of the model that is made of it."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass

@@ -1,4 +1,4 @@
-"""Reads what a source of weights has besides them: its tokenizer, how it prepares images, and its licence."""
+"""Reads a source's tokenizer, image processing and licence: its tokenizer, how it prepares images, and its licence."""
 
 import os
 from collections.abc import Mapping
@@ -106,3 +106,14 @@ def read_image_processor(folder: str, config: Any) -> Any:
         except KeyError:
             raise ConversionError(f"The source's interpolation '{resample}' does not exist in Pillow.") from None
     return image_processor_of_size(getattr(getattr(config, "vision_config", config), "image_size", 224), **options)
+
+
+def require_apart(out: Path, source: str) -> None:
+    """Check that writing into `out` would not touch a source.
+
+    Raises:
+        ConversionError: if `out` is the source's folder, holds it or lies in it.
+    """
+    path, target = Path(source).expanduser().resolve(), out.expanduser().resolve()
+    if path.exists() and (path.is_relative_to(target) or (path.is_dir() and target.is_relative_to(path))):
+        raise ConversionError(f"'{out}' is, holds or lies in '{source}', which is read. Choose another folder.")

@@ -262,11 +262,16 @@ class BifocalConfig(BifocalBaseConfig):
         self.text_attention_mask = family.attention_mask if text_attention_mask is None else text_attention_mask
         self.text_pad_token_id = text_pad_token_id
         self.max_text_length = max_text_length
+        if not isinstance(prompts, dict | None):
+            raise ValueError(f"BifocalConfig.prompts must be texts by name, but it is {prompts!r}.")
         self.prompts = dict(family.prompts if prompts is None else prompts)
         self.matryoshka_dimensions = matryoshka_dimensions
         super().__init__(**kwargs)
 
         require_positive_ints(self, "projection_dim", "max_text_length")
+        for name in ("logit_scale_init_value", "logit_scale_max", "logit_bias_init_value", "initializer_range"):
+            if not isinstance(getattr(self, name), int | float | None):
+                raise ValueError(f"BifocalConfig.{name} must be a number, but it is {getattr(self, name)!r}.")
         self._require_choices()
         for tower in ("text", "vision"):
             width = width_of(getattr(self, f"{tower}_config"))
@@ -295,7 +300,7 @@ class BifocalConfig(BifocalBaseConfig):
         """Check the values that are one of a few.
 
         Raises:
-            ValueError: if one is none of them.
+            ValueError: if a value is not allowed.
         """
         for name, allowed in (
             ("text_projection", (False, True, *PROJECTIONS)),
@@ -329,6 +334,11 @@ class BifocalConfig(BifocalBaseConfig):
             )
         if not all(isinstance(text, str) for pair in self.prompts.items() for text in pair):
             raise ValueError(f"BifocalConfig.prompts must be texts by name, but it is {self.prompts!r}.")
+        rows = getattr(self.text_config, "vocab_size", None)
+        if self.text_pad_token_id is not None and rows and not 0 <= self.text_pad_token_id < rows:
+            raise ValueError(
+                f"BifocalConfig.text_pad_token_id is {self.text_pad_token_id}, but the text tower has {rows} tokens."
+            )
 
     __eq__ = PreTrainedConfig.__eq__
 

@@ -2,9 +2,6 @@
 """Joint models from other models: a whole dual encoder of transformers, or one text and one image tower."""
 
 import inspect
-import json
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,14 +11,14 @@ from transformers.configuration_utils import PreTrainedConfig
 
 # Not from transformers: without torchvision, releases before 5.14 have a stand-in there that only fails.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
-from transformers.utils import cached_file
 
 from .configuration_bifocal import BifocalConfig, BifocalTextConfig, BifocalVisionConfig
 from .modeling_bifocal_text import BifocalTextModel
 from .modeling_bifocal_vision import BifocalVisionModel
 from .processing_bifocal import BifocalProcessor, image_processor_of_size
+from .sentence_settings_bifocal import read_json, sentence_transformers_settings
 from .towers_bifocal import (
-    TEXT_FAMILIES,
+    DUAL_ENCODERS,
     build_projection,
     longest_text,
     text_family,
@@ -35,23 +32,17 @@ _OWN: dict[str, Any] = {
     BifocalTextConfig.model_type: BifocalTextModel,
     BifocalVisionConfig.model_type: BifocalVisionModel,
 }
-_POOLINGS = {  # of sentence-transformers
-    "cls": "class_token",
-    "cls_token": "class_token",
-    "lasttoken": "last_token",
-    "mean": "mean",
-    "mean_tokens": "mean",
-}
 
 
 class UnsupportedFamilyError(ValueError):
-    """A dual encoder whose way from a text or an image to a vector is not known."""
+    """Raised for a dual encoder of an unsupported family."""
 
 
 def model_kind(source: Any, **hub: Any) -> str:
     """Return "joint" for a folder or Hub id of Bifocal's or another whole dual encoder, else "sentence-transformers".
 
-    A dual encoder to which the files of sentence-transformers add modules, such as a head, is one of theirs.
+    A dual encoder to which the files of sentence-transformers add modules, such as a head, counts as a
+    sentence-transformers model.
 
     Args:
         source: folder or Hub id.
@@ -61,7 +52,7 @@ def model_kind(source: Any, **hub: Any) -> str:
         OSError: if there is no such model.
         ValueError: if it is neither: a tower without the files that say how its tokens become one vector, or a decoder.
     """
-    modules = _read_json(source, "modules.json", hub)
+    modules = read_json(source, "modules.json", hub)
     try:
         config = read_config(source, **hub)
     except (OSError, ValueError, KeyError):
@@ -78,8 +69,8 @@ def model_kind(source: Any, **hub: Any) -> str:
     if modules is None:
         family = type(config).__name__.removesuffix("Config")
         raise ValueError(
-            f"'{source}' is a {family} without the files of sentence-transformers, so it is not known how it embeds. "
-            "Give a dual encoder (Bifocal, CLIP, SigLIP, ...) or a sentence-transformers model."
+            f"'{source}' is a {family} without the files of sentence-transformers, so Bifocal does not know how to "
+            "pool it. Give a dual encoder (Bifocal, CLIP, SigLIP, ...) or a sentence-transformers model."
         )
     return "sentence-transformers"
 
@@ -110,6 +101,26 @@ def read_config(source: Any, **options: Any) -> Any:
     return AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
 
 
+def require_supported(config: Any) -> None:
+    """Check that a whole dual encoder is of a family that a joint model can be.
+
+    Raises:
+        UnsupportedFamilyError: if it is not.
+    """
+    _refuse_patches(config.vision_config)
+    if config.model_type not in DUAL_ENCODERS:
+        name, known = type(config).__name__.removesuffix("Config"), ", ".join(DUAL_ENCODERS)
+        raise UnsupportedFamilyError(f"A {name} cannot become a Bifocal model; of whole dual encoders, {known} can.")
+
+
+def _refuse_patches(config: Any) -> None:
+    if config.model_type == "siglip2_vision_model":
+        raise UnsupportedFamilyError(
+            "This SigLIP 2 takes images as lists of patches (NaFlex), which Bifocal does not support; take one of a "
+            "fixed size, such as google/siglip2-base-patch16-224."
+        )
+
+
 def join_dual_encoder(model_class: Any, source: Any, processor: Any = None, **changes: Any) -> Any:
     """Return a dual encoder of transformers as a joint model that shares its towers and weights.
 
@@ -123,16 +134,10 @@ def join_dual_encoder(model_class: Any, source: Any, processor: Any = None, **ch
         UnsupportedFamilyError: if the family's way from a text or an image to a vector is not known.
         ValueError: if a tensor would be unused.
     """
+    require_supported(source.config)
     name = type(source).__name__
     text_config, vision_config = source.config.text_config, source.config.vision_config
-    if text_config.model_type not in TEXT_FAMILIES:
-        known = ", ".join(sorted(kind.removesuffix("_text_model") for kind in TEXT_FAMILIES if kind.endswith("_model")))
-        raise UnsupportedFamilyError(f"A {name} cannot become a Bifocal model; of whole dual encoders, {known} can.")
-    if vision_config.model_type == "siglip2_vision_model":
-        raise UnsupportedFamilyError(
-            "This SigLIP 2 takes images as lists of patches (NaFlex), which Bifocal does not support; take one of a "
-            "fixed size, such as google/siglip2-base-patch16-224."
-        )
+    own = {name.replace("visual_projection.", "vision_projection.") for name in source.state_dict()}
     text_head = getattr(source, "text_projection", None)
     image_head = getattr(source, "visual_projection", None)
     bias, width = getattr(source, "logit_bias", None), width_of(text_config)
@@ -159,10 +164,9 @@ def join_dual_encoder(model_class: Any, source: Any, processor: Any = None, **ch
     model.logit_scale = nn.Parameter(source.logit_scale.detach().reshape(1))
     if bias is not None:
         model.logit_bias = nn.Parameter(bias.detach().reshape(1))
-    own = {name.replace("visual_projection.", "vision_projection.") for name in source.state_dict()}
     unused = sorted(own - set(model.state_dict()))
     if unused:
-        raise ValueError(f"A {name} cannot become a Bifocal model: nothing would use its '{unused[0]}'.")
+        raise ValueError(f"A {name} cannot become a Bifocal model: its weight '{unused[0]}' would be unused.")
     config._attn_implementation = source.config._attn_implementation
     _forget_paths(model)
     return model.train(source.training)
@@ -180,6 +184,7 @@ def load_dual_encoder(model_class: Any, path: Any, hub: dict[str, Any], **option
     Raises:
         ValueError: see `join_dual_encoder`; also if weights are missing.
     """
+    require_supported(read_config(path, **hub))
     keys = inspect.signature(BifocalConfig.__init__).parameters
     changes = {key: options.pop(key) for key in list(options) if key in keys}
     if options.pop("output_loading_info", False):
@@ -201,10 +206,12 @@ def join_towers(model_class: Any, text: Any, image: Any, hub: dict[str, Any], dt
     """
     text_tower, text_head, of_text, tokenizer = _load_text_tower(model_class, text, hub, dtype)
     image_tower, of_image, images = _load_image_tower(model_class, image, hub, dtype)
-    settings = {**of_text, "text_projection": _kind(text_head), "vision_projection": "linear", **of_image, **settings}
-    if settings["projection_dim"] != of_text["projection_dim"]:
+    if settings.get("projection_dim", of_text["projection_dim"]) != of_text["projection_dim"]:
         text_head = None
-        settings["text_projection"] = settings["text_projection"] or "linear"
+        settings = {"text_projection": "linear", **settings}
+    settings = {**of_text, "text_projection": _kind(text_head), "vision_projection": "linear", **of_image, **settings}
+    for name in ("text_projection", "vision_projection"):
+        settings[name] = "linear" if settings[name] is True else settings[name]
     config = BifocalConfig(text_config=text_tower.config, vision_config=image_tower.config, **settings)
     for path, tower, pooling in ((text, text_tower, config.text_pooling), (image, image_tower, config.vision_pooling)):
         if pooling == "pooler" and getattr(tower, "_pooler_is_new", False):
@@ -258,7 +265,8 @@ def _load_text_tower(
     model_class: Any, path: Any, hub: dict[str, Any], dtype: Any
 ) -> tuple[Any, nn.Module | None, dict[str, Any], Any]:
     """Return a text tower, its head if it has one, its settings in the joint model, and its tokenizer."""
-    sentences = _sentence_transformers_settings(path, hub)
+    sentences = sentence_transformers_settings(path, hub)
+    lowers = sentences.pop("do_lower_case", False)
     subfolder = {"subfolder": sentences.pop("subfolder")} if sentences.get("subfolder") else {}
     config = _require_config(path, {**hub, **subfolder})
     if is_dual_encoder(config) or config.model_type == BifocalConfig.model_type:
@@ -272,6 +280,11 @@ def _load_text_tower(
         raise ValueError(f"'{path}' is a {type(tower).__name__}, which is no text encoder; give one as text tower.")
     tokenizer = _load(AutoTokenizer, path, {**hub, **subfolder}, "tokenizer")
     require_vocabulary(tokenizer, path)
+    if lowers and tokenizer("A")["input_ids"] != tokenizer("a")["input_ids"]:
+        raise ValueError(
+            f"'{path}' lowers its texts in sentence-transformers (do_lower_case) but not in its tokenizer, which a "
+            "Bifocal model cannot do."
+        )
     settings = {"projection_dim": width_of(config), **_of_tokenizer(config, tokenizer), **sentences}
     return tower, None, settings, tokenizer
 
@@ -279,6 +292,7 @@ def _load_text_tower(
 def _load_image_tower(model_class: Any, path: Any, hub: dict[str, Any], dtype: Any) -> tuple[Any, dict[str, Any], Any]:
     """Return an image tower, its settings in the joint model, and its image processor."""
     config = _require_config(path, hub)
+    _refuse_patches(config)
     if is_dual_encoder(config) or config.model_type == BifocalConfig.model_type:
         whole = model_class.from_pretrained(path, dtype=dtype, **hub)
         settings = {"vision_pooling": whole.config.vision_pooling}
@@ -292,7 +306,7 @@ def _load_image_tower(model_class: Any, path: Any, hub: dict[str, Any], dtype: A
 def _load_image_processor(config: Any, path: Any, hub: dict[str, Any]) -> Any:
     """Return the image processor of an image tower; Bifocal's own tower may be saved without one."""
     files = ("preprocessor_config.json", "processor_config.json")
-    if config.model_type in _OWN and all(_read_json(path, name, hub) is None for name in files):
+    if config.model_type in _OWN and all(read_json(path, name, hub) is None for name in files):
         return image_processor_of_size(config.image_size)
     return _load(AutoImageProcessor, path, {**hub, "backend": "pil"}, "image processor")
 
@@ -339,7 +353,9 @@ def _load(loader: Any, path: Any, options: dict[str, Any], what: str) -> Any:
     try:
         return loader.from_pretrained(path, **options)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"The {what} of '{path}' cannot be loaded ({str(error).splitlines()[0]}).") from error
+        raise ValueError(
+            f"The {what} of '{path}' cannot be loaded ({str(error).splitlines()[0].rstrip('. ')})."
+        ) from error
 
 
 def _kind(head: nn.Module | None) -> bool | str:
@@ -361,43 +377,3 @@ def _of_tokenizer(config: Any, tokenizer: Any) -> dict[str, Any]:
     elif tokenizer.model_max_length < longest_text(config):
         settings["max_text_length"] = tokenizer.model_max_length
     return settings
-
-
-def _sentence_transformers_settings(path: Any, hub: dict[str, Any]) -> dict[str, Any]:
-    """Return what the files of sentence-transformers say about a text tower; empty without such files.
-
-    Raises:
-        ValueError: if it has a module or a pooling that a text tower cannot have.
-    """
-    modules = _read_json(path, "modules.json", hub)
-    if modules is None:
-        return {}
-    settings: dict[str, Any] = {}
-    for module in modules:
-        kind = module["type"].rsplit(".", 1)[-1]
-        folder = module.get("path", "")
-        if kind == "Transformer":
-            own = _read_json(path, os.path.join(folder, "sentence_bert_config.json"), hub) or {}
-            settings["max_text_length"] = own.get("max_seq_length")
-            settings["subfolder"] = folder or None
-        elif kind == "Pooling":
-            pooling = _read_json(path, os.path.join(folder, "config.json"), hub) or {}
-            modes = [name.removeprefix("pooling_mode_") for name in pooling if pooling[name] is True]
-            mode = pooling.get("pooling_mode") or next((mode for mode in modes if mode != "include_prompt"), "mean")
-            if mode not in _POOLINGS:
-                raise ValueError(f"'{path}' pools its tokens by '{mode}', which a Bifocal model cannot do.")
-            settings["text_pooling"] = _POOLINGS[mode]
-        elif kind != "Normalize":
-            raise ValueError(f"'{path}' has a {kind} module of sentence-transformers, which a text tower cannot have.")
-    prompts = (_read_json(path, "config_sentence_transformers.json", hub) or {}).get("prompts")
-    prompts = {name: text for name, text in (prompts or {}).items() if text}
-    if prompts:
-        settings["prompts"] = prompts
-    return {name: value for name, value in settings.items() if value is not None}
-
-
-def _read_json(path: Any, name: str, hub: dict[str, Any]) -> Any:
-    file = cached_file(
-        path, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False, **hub
-    )
-    return None if file is None else json.loads(Path(file).read_text("utf-8"))

@@ -92,13 +92,13 @@ class BifocalModel(EncodingMixin, BifocalPreTrainedModel):
         try:
             other = None if path is None or kwargs.get("config") is not None else read_config(path, **hub)
         except (OSError, ValueError):
-            other = None  # the usual way has the message
+            other = None  # super().from_pretrained raises a clear error
         if isinstance(other, BifocalConfig | None):
             return super().from_pretrained(path, *model_args, **kwargs)
         if not is_dual_encoder(other):
             raise ValueError(
-                f"'{path}' is a {type(other).__name__.removesuffix('Config')}, which is one tower or none; join two "
-                "with BifocalModel.from_towers(text=..., image=...)."
+                f"'{path}' is a {type(other).__name__.removesuffix('Config')}, which is not a dual encoder; join "
+                "two towers with BifocalModel.from_towers(text=..., image=...)."
             )
         with LOADING:
             return load_dual_encoder(cls, path, hub, **{key: kwargs[key] for key in kwargs if key not in hub})
@@ -162,7 +162,7 @@ class BifocalModel(EncodingMixin, BifocalPreTrainedModel):
         """Return the text tower's output with `pooler_output` (batch, projection_dim) in the shared space.
 
         `pooler_output` is not normalised. If `config.text_padding` is "max_length", texts are padded to
-        `config.max_text_length` here, however they were padded before.
+        `config.max_text_length` here. Texts must be padded at the end, as the processor does.
 
         Args:
             input_ids: (batch, length) token ids.

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.clip import CLIPImageProcessorPil
 from transformers.processing_utils import ProcessorMixin
+from transformers.utils import is_torchvision_available
 
 from .image_bifocal import list_images, load_images
 
@@ -29,6 +31,20 @@ class BifocalProcessor(ProcessorMixin):
         for name in ("max_length", "stride", "truncation_strategy"):
             getattr(tokenizer, "init_kwargs", {}).pop(name, None)
         super().__init__(image_processor, tokenizer, **kwargs)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> Any:
+        """Load as `ProcessorMixin.from_pretrained` does; images are always prepared with Pillow.
+
+        With torchvision, transformers' image processors resize differently, and vectors would depend on the machine.
+        """
+        processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if processor.image_processor is not None and is_torchvision_available():
+            options = {"backend": "pil", **kwargs}
+            processor.image_processor = AutoImageProcessor.from_pretrained(pretrained_model_name_or_path, **options)
+        return processor
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
         """Save as `ProcessorMixin.save_pretrained` does, with truncation at `model_max_length` in `tokenizer.json`.

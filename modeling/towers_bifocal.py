@@ -53,6 +53,9 @@ TEXT_FAMILIES = {
     "altclip_text_model": TextFamily("pooler", reserved_positions=2, width="project_dim"),
     "bifocal_text": TextFamily("pooler"),
     "camembert": _ROBERTA,
+    "data2vec-text": _ROBERTA,
+    "ibert": _ROBERTA,
+    "longformer": _ROBERTA,
     "chinese_clip_text_model": TextFamily("class_token"),
     "clip_text_model": TextFamily("pooler"),
     "jina_embeddings_v3": TextFamily(
@@ -62,11 +65,15 @@ TEXT_FAMILIES = {
     "mpnet": _ROBERTA,
     "nomic_bert": TextFamily(prompts={"query": "search_query: ", "document": "search_document: "}),
     "roberta": _ROBERTA,
+    "roberta-prelayernorm": _ROBERTA,
     "siglip2_text_model": _SIGLIP,
     "siglip_text_model": _SIGLIP,
     "xlm-roberta": _ROBERTA,
     "xlm-roberta-xl": _ROBERTA,
+    "xmod": _ROBERTA,
 }
+# Whole dual encoders by `model_type`, whose vectors are those of their towers by this table.
+DUAL_ENCODERS = ("altclip", "chinese_clip", "clip", "metaclip_2", "siglip")
 # Pooling of image towers by `model_type`; "pooler" for those that are not listed. ViT's pooler is a layer that its
 # published weights do not have.
 VISION_POOLINGS = {"beit": "class_token", "data2vec-vision": "class_token", "deit": "class_token", "vit": "class_token"}
@@ -146,8 +153,9 @@ def build_tower(config: PreTrainedConfig, pooling: str) -> Any:
 
 
 def without_unused_pooler(tower: Any, pooling: str) -> Any:
-    """Remove a tower's pooler if `pooling` does not use it, and return the tower."""
-    if pooling != "pooler" and isinstance(getattr(tower, "pooler", None), nn.Module):
+    """Remove the weights of a tower's pooler if `pooling` does not use them, and return the tower."""
+    pooler = getattr(tower, "pooler", None)
+    if pooling != "pooler" and isinstance(pooler, nn.Module) and any(True for _ in pooler.parameters()):
         tower.pooler = None
     return tower
 
@@ -176,7 +184,7 @@ def pooled(outputs: Any, attention_mask: torch.Tensor | None, pooling: str) -> t
         pooling: one of `POOLINGS`.
 
     Raises:
-        ValueError: if the tower has no pooler and `pooling` is "pooler".
+        ValueError: if the tower has no pooler and `pooling` is "pooler", or no list of states and it is another one.
     """
     if pooling == "pooler":
         state = getattr(outputs, "pooler_output", None)
@@ -186,6 +194,8 @@ def pooled(outputs: Any, attention_mask: torch.Tensor | None, pooling: str) -> t
             )
         return state.flatten(1)  # convolutional towers keep a height and width of 1
     states = outputs.last_hidden_state
+    if states.ndim != 3:
+        raise ValueError(f"The tower has no list of states to pool by '{pooling}'; set its pooling to 'pooler'.")
     if pooling == "mean":
         if attention_mask is None:
             return states.float().mean(1).to(states.dtype)
@@ -214,3 +224,14 @@ def layers_of(tower: nn.Module) -> Sequence[nn.Module]:
     if not lists:
         raise ValueError(f"A {type(tower).__name__} has no list of equal layers.")
     return max(lists, key=len)
+
+
+def search_prompts(prompts: dict[str, str] | None) -> dict[str, str]:
+    """Return the prompts of a search, "query" and "document", of a model's prompts; without those that are empty."""
+    return {role: prompts[role] for role in ("query", "document") if prompts and prompts.get(role)}
+
+
+def pooling_settings(config: Any) -> dict[str, Any]:
+    """Return the settings of a joint model's configuration that change its vectors without changing its weights."""
+    names = ("text_pooling", "vision_pooling", "text_padding", "text_attention_mask", "text_pad_token_id")
+    return {name: getattr(config, name) for name in (*names, "max_text_length")}

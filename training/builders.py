@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from bifocal.data.kinds import COLUMNS
+from bifocal.data.schema import ended
 from bifocal.data.skips import start_log
 from bifocal.errors import RecipeError, first_line
 from bifocal.files import RUN, replace_folder
@@ -186,9 +187,7 @@ def load_start(recipe: Recipe) -> BifocalModel | None:
     dtype = DTYPES.get(recipe.training.get("master_dtype", "float32"))
     try:
         if isinstance(start, StartFrom) and start.stage is None:
-            tower = next((key for key in ("text_config", "vision_config") if key in recipe.model), None)
-            if tower is not None:
-                raise ValueError(f"{tower} is that of the tower in start_from; remove it.")
+            _require_no_tower(recipe)
             with no_progress_bars():
                 return BifocalModel.from_towers(text=start.text, image=start.image, dtype=dtype, **recipe.model)
         path = start if isinstance(start, str) else _stage_folder(recipe, start)
@@ -198,8 +197,10 @@ def load_start(recipe: Recipe) -> BifocalModel | None:
         config = read_config(folder_or_id(path))
         if config is not None and not isinstance(config, BifocalConfig) and not is_dual_encoder(config):
             raise ValueError(
-                f"'{path}' is one tower or none; name two, as in start_from: {{text: {path}, image: ...}}."
+                f"'{path}' is not a dual encoder; name two towers, as in start_from: {{text: {path}, image: ...}}."
             )
+        if is_dual_encoder(config):
+            _require_no_tower(recipe)
         settings: dict[str, Any] = dict(recipe.model)
         if isinstance(config, BifocalConfig):
             changed = BifocalConfig.from_pretrained(folder_or_id(path), **recipe.model)
@@ -210,7 +211,13 @@ def load_start(recipe: Recipe) -> BifocalModel | None:
         if isinstance(error, RecipeError):
             raise
         key = "start_from" if isinstance(error, OSError) else "model"
-        raise RecipeError(f"Recipe '{recipe.name}', {key}: {first_line(error)}.") from error
+        raise RecipeError(f"Recipe '{recipe.name}', {key}: {ended(first_line(error))}") from error
+
+
+def _require_no_tower(recipe: Recipe) -> None:
+    tower = next((key for key in ("text_config", "vision_config") if key in recipe.model), None)
+    if tower is not None:
+        raise ValueError(f"{tower} is that of the tower in start_from; remove it.")
 
 
 def _stage_folder(recipe: Recipe, start: StartFrom) -> str:

@@ -18,6 +18,7 @@ from bifocal.data.skips import RowError, SkippedRow
 from bifocal.errors import TrainingError
 from bifocal.modeling import BifocalProcessor
 from bifocal.modeling.processing_bifocal import private_tokenizer, token_ids
+from bifocal.modeling.towers_bifocal import search_prompts
 from bifocal.training.row_check import usable_row
 from bifocal.training.task_dataset import is_missing, read_rows
 from bifocal.training.tasks import Task
@@ -48,15 +49,14 @@ def _image_key(name: Any, image_id: Any) -> str:
 
 
 def column_prompts(prompts: dict[str, str] | None) -> dict[str, str]:
-    """Return a model's prompts by the column of a task: those of queries and of documents.
+    """Return a model's prompts by the column of a task, as a search uses them: captions are queries for images.
 
     Args:
-        prompts: prompts by name, as in a model's configuration; sentence-transformers knows a document by several.
+        prompts: prompts by name, as in a model's configuration.
     """
-    prompts = prompts or {}
-    document = next((prompts[name] for name in ("document", "passage", "corpus") if name in prompts), "")
-    columns = {"query": prompts.get("query", ""), "positive": document, "negatives": document}
-    return {column: prompt for column, prompt in columns.items() if prompt}
+    roles = {"query": "query", "caption": "query", "positive": "document", "negatives": "document"}
+    found = search_prompts(prompts)
+    return {column: found[role] for column, role in roles.items() if role in found}
 
 
 @dataclass

@@ -17,6 +17,7 @@ from bifocal.data.image_decoding import disable_image_decoding
 from bifocal.errors import BifocalError
 from bifocal.files import overwrite, write_json
 from bifocal.modeling import BifocalModel, load_image
+from bifocal.modeling.towers_bifocal import pooling_settings, search_prompts
 from bifocal.training.task_dataset import is_missing
 
 logger = logging.get_logger(__name__)
@@ -130,7 +131,7 @@ class _TextModel:
 def _prompts(model: Any) -> dict[str, str]:
     """Return a model's prompts of queries and documents; empty if it has none."""
     prompts = model.config.prompts if isinstance(model, BifocalModel) else getattr(model, "prompts", {})
-    return {name: prompts[name] for name in ("query", "document") if prompts.get(name)}
+    return search_prompts(prompts)
 
 
 def _as_triplets(mined: Any, settings: MiningSettings) -> Any:
@@ -319,12 +320,17 @@ def _digest(*parts: str) -> str:
 
 
 def _weights_key(model: Any, *prompts: str) -> str:
-    """Return a digest of a model's weights and prompts, so that one's cached embeddings are not used for another."""
+    """Return a digest of what decides a model's vectors, so that one's cached embeddings are not used for another."""
     joined = hashlib.blake2b(digest_size=8)
     for name, value in sorted(model.state_dict().items()):
         joined.update(name.encode() + value.detach().cpu().float().contiguous().numpy().tobytes())
-    for prompt in prompts:
-        joined.update(prompt.encode() + b"\0")
+    if isinstance(model, BifocalModel):
+        images = model.processor.image_processor.to_dict()
+        settings = json.dumps([pooling_settings(model.config), images], sort_keys=True, default=str)
+    else:
+        settings = repr(model)  # of sentence-transformers: its modules with their settings
+    for part in (settings, *prompts):
+        joined.update(part.encode() + b"\0")
     return joined.hexdigest()
 
 

@@ -49,8 +49,8 @@ class Task:
         num_negatives: how many hard negatives of each row are used, the first ones; rows with fewer are bad. None: the
             most that nearly all rows have, so that no more than `max_bad_fraction` of them are skipped.
         prompts: text that goes before each text of a column, by column: `{"query": "query: "}`; {} for none. When None,
-            the model's own (`config.prompts`), if it has any: "query" for queries and "document" for positives and
-            negatives. Captions have none by default.
+            the model's own (`config.prompts`), if it has any: "query" for queries and captions (which search images),
+            and "document" for positives and negatives.
 
     Raises:
         TrainingError: if a value is unknown or out of its range, a column is missing, or the data set is of a type

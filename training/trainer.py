@@ -238,7 +238,7 @@ class MultiTaskTrainer(ResumableTrainer):
 
     def without_gradient(self) -> list[str]:
         """Return the names of the parameters that no task reaches (see `param_groups.without_gradient`)."""
-        # Sharded weights cannot be embedded with here, and do without.
+        # Sharded weights do not support this test, so it is skipped.
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         examples = None if sharded else self.data_collator.examples(next(self.model.parameters()).device)
         with self.accelerator.autocast():  # some attention takes 16 bits only

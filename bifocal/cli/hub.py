@@ -59,7 +59,7 @@ def convert(
     from bifocal.files import MODEL, require_replaceable
     from bifocal.hub.convert import build_model, plan_conversion, save_converted
     from bifocal.hub.convert_towers import convert_dual_encoder, explain_tower, is_dual_encoder, join_towers
-    from bifocal.hub.source_files import read_licence
+    from bifocal.hub.source_files import read_licence, require_apart
     from bifocal.hub.weights import read_config, read_weights
 
     joins = text is not None and image is not None
@@ -73,9 +73,14 @@ def convert(
     if (source is None and not joins) or (out is None and not dry_run):
         raise BifocalError("OUT is missing. Write bifocal convert SOURCE OUT, or --text A --image B OUT.")
     if out is not None and not dry_run:
+        for path in filter(None, (source, text, image)):
+            require_apart(out, path)
         writes_into(out)
         require_replaceable(out, MODEL)
-    if joins or is_dual_encoder(read_config(str(source), allow_pickle)):
+    of_source = {} if joins else read_config(str(source), allow_pickle)
+    if of_source.get("model_type") == "bifocal":
+        raise BifocalError(f"'{source}' is a Bifocal model already. Load or copy it.")
+    if joins or is_dual_encoder(of_source):
         if image_size is not None:
             raise BifocalError("--image-size is for EVA02, but other image towers keep their size. Omit it.")
         if adapter is not None:

@@ -11,10 +11,11 @@ import torch
 
 from bifocal.errors import first_line
 from bifocal.hub.search.items import SearchError
-from bifocal.modeling import BifocalModel
-from bifocal.modeling.loading_bifocal import model_kind, require_vocabulary
+from bifocal.modeling import BifocalConfig, BifocalModel
+from bifocal.modeling.loading_bifocal import model_kind, read_config, require_vocabulary
+from bifocal.modeling.towers_bifocal import pooling_settings, search_prompts
 
-_PROMPTS = ("query", "document")
+_SENTENCE_FILES = ("sentence_bert_config.json", "config.json")
 _PICKLED = "pytorch_model.bin"
 
 
@@ -31,7 +32,7 @@ class EmbeddingModel:
         self.is_joint = isinstance(model, BifocalModel)
         self.embeds_images: bool = self.is_joint or "image" in model.modalities
         prompts = model.config.prompts if self.is_joint else model.prompts
-        self.prompts: dict[str, str] = {role: prompts[role] for role in _PROMPTS if prompts.get(role)}
+        self.prompts = search_prompts(prompts)
 
     @property
     def dimensions(self) -> int:
@@ -105,7 +106,7 @@ def load_model(model: str) -> EmbeddingModel:
 
 
 def weights_hash(model: str | Path) -> str:
-    """Return a short hash of a model's weights: equal for equal files, whatever the folder is called.
+    """Return a short hash of what decides a model's vectors: its weights, and settings that are not its family's.
 
     Args:
         model: a folder or Hub id.
@@ -133,7 +134,22 @@ def weights_hash(model: str | Path) -> str:
         with path.open("rb") as file:
             while block := file.read(2**22):
                 digest.update(block)
+    digest.update(_settings(folder))
     return digest.hexdigest()
+
+
+def _settings(folder: Path) -> bytes:
+    """Return how a model pools and pads where that is not the default of its family, as bytes."""
+    if model_kind(str(folder)) == "joint":
+        config = read_config(str(folder))
+        if not isinstance(config, BifocalConfig):
+            return b""
+        same = ("text_config", "vision_config", "projection_dim", "text_projection", "vision_projection")
+        default = pooling_settings(BifocalConfig(**{name: getattr(config, name) for name in same}))
+        changed = {name: value for name, value in pooling_settings(config).items() if value != default[name]}
+        return json.dumps(changed, sort_keys=True).encode() if changed else b""
+    files = [folder / inner / name for inner in ("", *module_folders(folder)) for name in _SENTENCE_FILES]
+    return b"".join(path.read_bytes() for path in files if path.is_file())
 
 
 def module_folders(folder: Path) -> list[str]:

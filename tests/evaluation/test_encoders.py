@@ -200,7 +200,10 @@ MESSAGES = [
     ("no-tokenizer", "'no-tokenizer' has no files of a tokenizer; save the model's tokenizer there."),
     ("no-processor", "The image processor of 'no-processor' cannot be loaded"),
     ("no-weights", "Error no file named model.safetensors"),
-    ("bert", "'bert' is a Bert without the files of sentence-transformers, so it is not known how it embeds. Give a"),
+    (
+        "bert",
+        "'bert' is a Bert without the files of sentence-transformers, so Bifocal does not know how to",
+    ),
     ("vit", "'vit' is a ViT without the files of sentence-transformers"),
     ("gpt", "'gpt' is a GPT2 without the files of sentence-transformers"),
 ]

@@ -149,7 +149,7 @@ def test_towers_that_convert_alone(processor, folders, tmp_path):
 def test_a_tensor_that_nothing_uses_is_refused(folders, tmp_path):
     extra = with_tensors(folders["CLIP"], tmp_path / "extra", text_model__adapter__weight=torch.ones(3))
     with pytest.raises(
-        ConversionError, match=r"1 tensors of '.*extra' are used by nothing in the model \('text_model\.ada"
+        ConversionError, match=r"1 tensors of '.*extra' have no counterpart in the model \('text_model\.ada"
     ):
         convert_dual_encoder(str(extra))
     assert "so nothing is written" in error_of(tmp_path, "convert", extra, "out")
@@ -173,13 +173,13 @@ def test_tensors_are_found_by_their_numbers():
     mapping, left = account_for({"half": q.half(), "cls.predictions.bias": k}, {"one": q.half().float(), "two": v}, "s")
     assert mapping == {"half": "one", "cls.predictions.bias": "skipped: the head of masked language modelling"}
     assert left == ["two"]
-    with pytest.raises(ConversionError, match="used by nothing"):
+    with pytest.raises(ConversionError, match="no counterpart"):
         account_for({"transposed": q.T}, {"one": q}, "source")
     padding = q.clone()
     padding[1] = 0
     mapping, left = account_for({"words": q}, {"one": padding}, "source")
     assert (mapping, left) == ({"words": "one (row 1, the padding token's, becomes zero)"}, [])
-    with pytest.raises(ConversionError, match="used by nothing"):
+    with pytest.raises(ConversionError, match="no counterpart"):
         account_for({"words": q}, {"one": padding + torch.eye(4)}, "source")
 
 
@@ -220,3 +220,34 @@ def test_wrong_sources_are_named(folders, tmp_path):
         assert message in error
         assert not (tmp_path / "out").exists()
     assert invoke(tmp_path, "convert", "pickle", "read", "--allow-pickle").exit_code == 0
+
+
+def test_a_source_is_never_written_into(folders, tmp_path):
+    mine = tmp_path / "mine"
+    model = BifocalModel.from_towers(folders["BERT"], folders["DINOv2"])
+    from bifocal.hub.export import export_model
+
+    export_model(model, mine)
+    before = sorted(path.name for path in mine.iterdir())
+    for arguments in (
+        ("convert", "--text", mine, "--image", folders["CLIP"], mine),
+        ("convert", "--text", folders["BERT"], "--image", mine, mine / "inner"),
+        ("convert", "--text", mine, "--image", folders["CLIP"], "."),
+    ):
+        message = error_of(tmp_path, *map(str, arguments))
+        assert "is, holds or lies in" in message
+    assert sorted(path.name for path in mine.iterdir()) == before
+    message = error_of(tmp_path, "convert", str(mine), "other")
+    assert f"'{mine}' is a Bifocal model already" in message
+
+
+def test_a_tower_in_a_folder_of_sentence_transformers(folders, tmp_path):
+    (tmp_path / "source").mkdir()
+    shutil.copytree(folders["BERT"], tmp_path / "source" / "0_Transformer")
+    modules = [{"idx": 0, "name": "0", "path": "0_Transformer", "type": "sentence_transformers.models.Transformer"}]
+    (tmp_path / "source" / "modules.json").write_text(json.dumps(modules))
+    joined = join_towers(str(tmp_path / "source"), str(folders["DINOv2"]), [], False)
+    expected = BifocalModel.from_towers(folders["BERT"], folders["DINOv2"])
+    np.testing.assert_allclose(
+        joined.model.encode_text(families.TEXTS), expected.encode_text(families.TEXTS), atol=1e-5
+    )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bifocal.modeling import BifocalModel
+from bifocal.modeling import BifocalConfig, BifocalModel
 from bifocal.modeling.towers_bifocal import layers_of, padded_length
 from tests import families
 
@@ -231,7 +231,7 @@ def test_models_that_cannot_be_towers_are_named(folders, tmp_path):
         BifocalModel.from_towers(vit, vit)
     with pytest.raises(ValueError, match="is a BertModel, which is no image encoder"):
         BifocalModel.from_towers(bert, bert)
-    with pytest.raises(ValueError, match=r"is a Bert, which is one tower or none; join two with BifocalModel.from_tow"):
+    with pytest.raises(ValueError, match=r"is a Bert, which is not a dual encoder; join two towers with Bif"):
         BifocalModel.from_pretrained(bert)
     with pytest.raises(OSError, match="does not exist; check the path"):
         BifocalModel.from_towers(tmp_path / "nothing", vit)
@@ -288,3 +288,92 @@ def test_padding_by_the_caller_does_not_matter(folders):
             words = model.processor(text=families.TEXTS, return_tensors="pt", **options)
             vectors = model.get_text_features(words["input_ids"], words["attention_mask"])
             np.testing.assert_allclose(unit(vectors), expected, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("sentence_bert_config.json", {"do_lower_case": True}, r"lowers its texts in sentence-transformers \(do_lower"),
+        ("1_Pooling/config.json", {"include_prompt": False}, "leaves its prompts out of the mean"),
+        ("1_Pooling/config.json", {"pooling_mode": ["cls", "mean"]}, "pools its tokens by 'cls and mean'"),
+        ("1_Pooling/config.json", {"pooling_mode": None, "pooling_mode_cls_token": True,
+                                   "pooling_mode_mean_tokens": True}, "its tokens by 'cls_token and mean_tokens'"),
+        ("config_sentence_transformers.json", {"default_prompt_name": "query"}, "has the default prompt 'query'"),
+    ],
+)  # fmt: skip
+def test_settings_of_sentence_transformers_without_a_counterpart_are_refused(folders, tmp_path, file, changes, message):
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    modules = [Transformer(str(folders["XLM-R"][0])), Pooling(32, pooling_mode="cls")]
+    SentenceTransformer(modules=modules, prompts={"query": "quick "}).save_pretrained(str(tmp_path / "source"))
+    if "do_lower_case" in changes:
+        _keep_case(tmp_path / "source")
+    path = tmp_path / "source" / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ValueError, match=message):
+        BifocalModel.from_towers(tmp_path / "source", folders["ViT"][0])
+
+
+def _keep_case(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["normalizer"] = None
+    path.write_text(json.dumps(content))
+
+
+def test_another_dual_encoder_with_known_towers_is_refused(folders, tmp_path):
+    """Its text tower pools by a layer of its own, not as that family's embedding models do."""
+    from transformers import VisionTextDualEncoderModel
+
+    source = VisionTextDualEncoderModel.from_vision_text_pretrained(
+        str(folders["ViT"][0]), str(folders["XLM-R"][0]), projection_dim=16
+    )
+    source.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="A VisionTextDualEncoder cannot become a Bifocal model; of whole dual enc"):
+        BifocalModel.from_pretrained(tmp_path)
+
+
+def test_heads_are_what_the_settings_say(folders):
+    clip, bert, vit = (folders[kind][0] for kind in ("CLIP", "BERT", "ViT"))
+    kept = BifocalModel.from_towers(clip, vit)
+    assert torch.equal(kept.text_projection.weight, folders["CLIP"][1].text_projection.weight)
+    joined = BifocalModel.from_towers(bert, vit, projection_dim=20)
+    assert joined.config.text_projection == "linear"
+    assert joined.encode_text("a cat").shape == (20,)
+    assert BifocalModel.from_towers(bert, vit, text_projection=True).config.text_projection == "linear"
+    with pytest.raises(ValueError, match="without text_projection the text tower"):
+        BifocalModel.from_towers(bert, vit, projection_dim=20, text_projection=False)
+
+
+def test_a_pooling_that_a_tower_cannot_have_is_named(folders, tmp_path):
+    from transformers import ResNetConfig, ResNetModel
+    from transformers.models.convnext import ConvNextImageProcessorPil
+
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic")
+    ResNetModel(config).save_pretrained(tmp_path)
+    ConvNextImageProcessorPil(size={"shortest_edge": 32}).save_pretrained(tmp_path)
+    model = BifocalModel.from_towers(folders["BERT"][0], tmp_path)
+    assert model.encode_image(images()[0]).shape == (32,)
+    model = BifocalModel.from_towers(folders["BERT"][0], tmp_path, vision_pooling="mean")
+    with pytest.raises(ValueError, match="has no list of states to pool by 'mean'; set its pooling to 'pooler'"):
+        model.encode_image(images()[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"text_pad_token_id": 99999}, "text_pad_token_id is 99999, but the text tower has"),
+        ({"prompts": "abc"}, "prompts must be texts by name, but it is 'abc'"),
+        ({"prompts": {"query": 3}}, "prompts must be texts by name"),
+        ({"logit_scale_init_value": "abc"}, "logit_scale_init_value must be a number, but it is 'abc'"),
+        (
+            {"text_pooling": "max"},
+            "text_pooling must be 'mean', 'class_token', 'last_token' or 'pooler', but",
+        ),
+        ({"text_projection": "deep"}, "text_projection must be False, True, 'linear', 'linear_without_bias' or 'mlp'"),
+    ],
+)
+def test_values_of_the_configuration(changes, message):
+    with pytest.raises(ValueError, match=message):
+        BifocalConfig(**changes)

@@ -319,7 +319,7 @@ def test_losses_follow_the_model_unless_a_task_says_otherwise(build, tmp_path):
 
 
 def test_prompts_of_queries_and_documents(build, tmp_path):
-    model, processor = build("BERT and DINOv2", prompts={"query": "the quick ", "passage": "one two "})
+    model, processor = build("BERT and DINOv2", prompts={"query": "the quick ", "document": "one two "})
     own = [*tasks(), Task("same", "text-pair", tasks()[1].dataset, 4, prompts={"query": "fox ", "positive": "fox "})]
     own.append(Task("none", "text-pair", tasks()[1].dataset, 4, prompts={}))
     trainer = trainer_of(model, processor, tmp_path, own=own)
@@ -330,7 +330,7 @@ def test_prompts_of_queries_and_documents(build, tmp_path):
         batch = collate([{"step": 0, "tasks": [(task, [0, 1], columns)]}])
         rows = [row[row != processor.tokenizer.pad_token_id] for part in batch["texts"] for row in part["input_ids"]]
         seen[task.name] = [processor.tokenizer.decode(rows[i], skip_special_tokens=True) for i in batch["order"]]
-    assert seen["images"] == ["red cat", "red fox"]
+    assert seen["images"] == ["the quick red cat", "the quick red fox"], "captions search images, as queries do"
     assert seen["pairs"] == [
         "the quick red cat", "the quick red fox", "one two a drawing of a red cat", "one two a drawing of a red fox",
     ]  # fmt: skip

@@ -148,22 +148,18 @@ def test_a_killed_run_embeds_only_the_rest(model, tmp_path):
     class StopError(Exception):
         pass
 
-    class Model:
-        seen = 0
+    real, encoded = model.encode_text, []
 
-        def state_dict(self):
-            return model.state_dict()
+    def stopping(texts, **options):
+        if len(encoded) + len(texts) > 32:
+            raise StopError
+        encoded.extend(texts)
+        return real(texts, **options)
 
-        def encode_text(self, texts, **options):
-            if Model.seen + len(texts) > 32:
-                raise StopError
-            Model.seen += len(texts)
-            return model.encode_text(texts, **options)
-
+    model.encode_text = stopping
     with pytest.raises(StopError):
-        mine_across(data, Model(), "text-to-image", tmp_path, settings)
+        mine_across(data, model, "text-to-image", tmp_path, settings)
     encoded = []
-    real = model.encode_text
     model.encode_text = lambda texts, **options: encoded.extend(texts) or real(texts, **options)
     resumed = mine_across(data, model, "text-to-image", tmp_path, settings)
     assert len(encoded) == 8
@@ -196,6 +192,20 @@ def test_texts_kept_for_another_model_are_not_used(minilm, tmp_path):
     mine_texts(pairs, minilm, settings, tmp_path)
     kept = mine_texts(pairs, other, settings, tmp_path)
     np.testing.assert_allclose(kept["positive_score"], mine_texts(pairs, other, settings)["positive_score"], atol=1e-5)
+
+
+def test_vectors_kept_for_another_pooling_are_not_used(model):
+    from bifocal.training.mining import _weights_key
+
+    keys = [_weights_key(model)]
+    pooling = model.config.text_pooling
+    try:
+        model.config.text_pooling = "class_token"
+        keys.append(_weights_key(model))
+    finally:
+        model.config.text_pooling = pooling
+    assert keys[0] != keys[1]
+    assert _weights_key(model) == keys[0]
 
 
 def test_files_of_the_users_are_left_alone(model, tmp_path):

@@ -108,7 +108,7 @@ def test_settings_of_the_model_override(folders):
         (str(folders / "CLIP"), {"projection_dims": 8}, "projection_dims"),
         (towers, {"projection_dims": 8}, "projection_dims"),
         (str(folders / "CLIP"), {"projection_dim": 8}, "projection_dim of a CLIPModel is fixed by its weights"),
-        (str(folders / "BERT"), {}, r"BERT' is one tower or none; name two, as in start_from: \{text: "),
+        (str(folders / "BERT"), {}, r"BERT' is not a dual encoder; name two towers, as in start_from: \{text: "),
         ({"text": str(folders / "DINOv2"), "image": str(folders / "BERT")}, {}, "which is no text encoder"),
         (str(folders / "nothing"), {}, "nothing' does not exist; check the path"),
     ):

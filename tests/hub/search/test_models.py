@@ -139,6 +139,12 @@ def test_the_hash_is_that_of_the_weights_that_are_loaded(desk, folders):
     last = max((desk / "shards").glob("*.safetensors"))
     last.write_bytes(last.read_bytes()[:-1] + b"\1")
     assert weights_hash(desk / "shards") != hashed
+    model = BifocalModel.from_pretrained(folder)
+    model.save_pretrained(desk / "saved")
+    hashed = weights_hash(desk / "saved")
+    model.config.text_pooling = "mean"  # the same weights, but other vectors
+    model.config.save_pretrained(desk / "saved")
+    assert weights_hash(desk / "saved") != hashed
     shutil.copytree(desk / "sentences", desk / "modules")
     before = weights_hash(desk / "modules")
     (desk / "modules" / "1_Pooling" / "model.safetensors").write_bytes(b"a head")
