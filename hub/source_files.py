@@ -112,8 +112,8 @@ def require_apart(out: Path, source: str) -> None:
     """Check that writing into `out` would not touch a source.
 
     Raises:
-        ConversionError: if `out` is the source's folder, holds it or lies in it.
+        ConversionError: if `out` is or holds the source.
     """
     path, target = Path(source).expanduser().resolve(), out.expanduser().resolve()
-    if path.exists() and (path.is_relative_to(target) or (path.is_dir() and target.is_relative_to(path))):
-        raise ConversionError(f"'{out}' is, holds or lies in '{source}', which is read. Choose another folder.")
+    if path.exists() and path.is_relative_to(target):
+        raise ConversionError(f"'{out}' is or holds '{source}', which is read. Choose another folder.")

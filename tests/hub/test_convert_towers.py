@@ -231,11 +231,10 @@ def test_a_source_is_never_written_into(folders, tmp_path):
     before = sorted(path.name for path in mine.iterdir())
     for arguments in (
         ("convert", "--text", mine, "--image", folders["CLIP"], mine),
-        ("convert", "--text", folders["BERT"], "--image", mine, mine / "inner"),
         ("convert", "--text", mine, "--image", folders["CLIP"], "."),
     ):
         message = error_of(tmp_path, *map(str, arguments))
-        assert "is, holds or lies in" in message
+        assert "is or holds" in message
     assert sorted(path.name for path in mine.iterdir()) == before
     message = error_of(tmp_path, "convert", str(mine), "other")
     assert f"'{mine}' is a Bifocal model already" in message
