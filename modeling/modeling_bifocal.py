@@ -80,8 +80,8 @@ class BifocalModel(EncodingMixin, BifocalPreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
         """Load a Bifocal model, or a whole dual encoder of transformers (CLIP, SigLIP, ...) as one.
 
-        Args: those of `PreTrainedModel.from_pretrained`. For another dual encoder, keys of [`BifocalConfig`] that do
-            not change a shape, such as `prompts`, are allowed.
+        The arguments are those of `PreTrainedModel.from_pretrained`. For another dual encoder, keys of
+        [`BifocalConfig`] that do not change a shape, such as `prompts`, are allowed.
 
         Raises:
             OSError: if there is no such model.

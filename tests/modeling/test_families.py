@@ -302,6 +302,7 @@ def test_padding_by_the_caller_does_not_matter(folders):
     ],
 )  # fmt: skip
 def test_settings_of_sentence_transformers_without_a_counterpart_are_refused(folders, tmp_path, file, changes, message):
+    pytest.importorskip("sentence_transformers", reason=WITHOUT_DATASETS, exc_type=ImportError)
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
