@@ -42,7 +42,7 @@ def joint(folders, tmp_path_factory):
 @pytest.mark.parametrize("kind", families.DUAL_ENCODERS)
 def test_a_dual_encoder_has_one_vector_however_it_is_loaded(folders, kind, tmp_path):
     folder, source = folders[kind]
-    texts, pictures = dual_features(folder, source)
+    texts, image_vectors = dual_features(folder, source)
     model = BifocalModel.from_pretrained(folder)
     model.save_pretrained(tmp_path)
     model.processor.save_pretrained(tmp_path)
@@ -52,7 +52,7 @@ def test_a_dual_encoder_has_one_vector_however_it_is_loaded(folders, kind, tmp_p
         encoder_of(source, AutoProcessor.from_pretrained(folder), "loaded", batch_size=3),
     ):
         np.testing.assert_allclose(encoder.texts(families.TEXTS), texts, atol=TOLERANCE)
-        np.testing.assert_allclose(encoder.images(images()), pictures, atol=TOLERANCE)
+        np.testing.assert_allclose(encoder.images(images()), image_vectors, atol=TOLERANCE)
 
 
 def test_evaluate_gives_a_saved_joint_model_the_numbers_of_its_source(folders, tmp_path):
@@ -146,9 +146,9 @@ def test_searches_have_the_prompts_of_the_model(prompted):
 
 def test_captions_are_queries_for_images_and_documents_of_images(joint):
     encoder, model = load_encoder(str(joint)), BifocalModel.from_pretrained(joint)
-    pictures, captions = images(), families.TEXTS[:4]
-    result = image_text_retrieval(encoder, "t", pictures, captions, ks=(1, 2))
-    embedded = model.encode_image(pictures)
+    shown, captions = images(), families.TEXTS[:4]
+    result = image_text_retrieval(encoder, "t", shown, captions, ks=(1, 2))
+    embedded = model.encode_image(shown)
     for role, direction in (("query", "text_to_image"), ("document", "image_to_text")):
         scores = model.encode_text([PROMPTS[role] + text for text in captions]) @ embedded.T
         scores = scores if role == "query" else scores.T

@@ -1,4 +1,4 @@
-"""Other families' weights as Bifocal models: every tensor is accounted for, licences are said, wrong input is named."""
+"""Other families' weights as Bifocal models: tensors are accounted for, licences printed, wrong input named."""
 
 import json
 import shutil

@@ -59,7 +59,7 @@ def test_vectors_are_those_of_the_source(source, converted, words, tmp_path):
     """With the source's default adapter, with another and without: each gives other texts, and the same images."""
     folder, theirs = source
     assert len({len(ids) for ids in words(TEXTS)["input_ids"]}) == len(TEXTS)
-    pictures = theirs.encode_image(images())
+    image_vectors = theirs.encode_image(images())
     seen = []
     for adapter in (None, *ADAPTERS, "none"):
         out = converted
@@ -72,7 +72,7 @@ def test_vectors_are_those_of_the_source(source, converted, words, tmp_path):
         expected = theirs.use(used).encode_text(TEXTS, words)
         assert np.isfinite(expected).all()
         np.testing.assert_allclose(ours.encode_text(TEXTS), expected, atol=TOLERANCE)
-        np.testing.assert_allclose(ours.encode_image(images()), pictures, atol=TOLERANCE)
+        np.testing.assert_allclose(ours.encode_image(images()), image_vectors, atol=TOLERANCE)
         np.testing.assert_allclose(ours.encode_text(TEXTS[3]), expected[3], atol=TOLERANCE)
         prompted = theirs.encode_text([INSTRUCTION + TEXTS[0]], words)
         np.testing.assert_allclose(ours.encode_text(TEXTS[:1], prompt_name="query"), prompted, atol=TOLERANCE)
@@ -124,12 +124,12 @@ print(json.dumps([v.tolist() for v in vectors]))
 """
     done = run("-c", code, cwd=tmp_path, HF_MODULES_CACHE=str(tmp_path / "modules"))
     assert done.returncode == 0, done.stderr[-3000:]
-    texts, pictures, *sentences = (np.array(one) for one in json.loads(done.stdout.strip().splitlines()[-1]))
+    texts, image_vectors, *sentences = (np.array(one) for one in json.loads(done.stdout.strip().splitlines()[-1]))
     theirs = source[1].use(QUERY)
     np.testing.assert_allclose(texts, theirs.encode_text(TEXTS, words), atol=TOLERANCE)
-    np.testing.assert_allclose(pictures, theirs.encode_image(images()), atol=TOLERANCE)
+    np.testing.assert_allclose(image_vectors, theirs.encode_image(images()), atol=TOLERANCE)
     np.testing.assert_allclose(sentences[0], texts, atol=TOLERANCE)
-    np.testing.assert_allclose(sentences[1], pictures, atol=TOLERANCE)
+    np.testing.assert_allclose(sentences[1], image_vectors, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

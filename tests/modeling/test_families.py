@@ -51,29 +51,31 @@ def dual_features(folder: Path, source: Any) -> tuple[np.ndarray, np.ndarray]:
         words = processor(text=[text], truncation=True, return_tensors="pt", **options)
         mask = {} if full else {"attention_mask": words["attention_mask"]}
         texts.append(unit(source.get_text_features(words["input_ids"], **mask)))
-    pictures = [unit(source.get_image_features(**processor(images=[image], return_tensors="pt"))) for image in images()]
-    return np.concatenate(texts), np.concatenate(pictures)
+    image_vectors = [
+        unit(source.get_image_features(**processor(images=[image], return_tensors="pt"))) for image in images()
+    ]
+    return np.concatenate(texts), np.concatenate(image_vectors)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("kind", families.DUAL_ENCODERS)
 def test_a_dual_encoder_keeps_its_vectors(folders, kind, implementation, tmp_path):
     folder, source = folders[kind]
-    texts, pictures = dual_features(folder, source)
+    texts, image_vectors = dual_features(folder, source)
     model = BifocalModel.from_pretrained(folder, attn_implementation=implementation)
     assert model.text_model.config._attn_implementation == implementation
     np.testing.assert_allclose(model.encode_text(families.TEXTS), texts, atol=TOLERANCE)
-    np.testing.assert_allclose(model.encode_image(images()), pictures, atol=TOLERANCE)
+    np.testing.assert_allclose(model.encode_image(images()), image_vectors, atol=TOLERANCE)
     for text, vector in zip(families.TEXTS, texts, strict=True):
         np.testing.assert_allclose(model.encode_text(text), vector, atol=TOLERANCE)
-    np.testing.assert_allclose(model.encode_image(images()[2]), pictures[2], atol=TOLERANCE)
+    np.testing.assert_allclose(model.encode_image(images()[2]), image_vectors[2], atol=TOLERANCE)
 
     model.save_pretrained(tmp_path)
     model.processor.save_pretrained(tmp_path)
     again = BifocalModel.from_pretrained(tmp_path)
     assert again.config.to_dict() == {**model.config.to_dict(), **_of_saving(again)}
     np.testing.assert_allclose(again.encode_text(families.TEXTS), texts, atol=TOLERANCE)
-    np.testing.assert_allclose(again.encode_image(images()), pictures, atol=TOLERANCE)
+    np.testing.assert_allclose(again.encode_image(images()), image_vectors, atol=TOLERANCE)
 
 
 def _of_saving(model: BifocalModel) -> dict[str, Any]:

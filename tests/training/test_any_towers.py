@@ -273,16 +273,16 @@ def test_siglip_scores_in_use_what_it_scores_in_training(build, kind, tmp_path):
     with torch.no_grad():  # for weights that are new
         model.logit_scale.fill_(2.3)
         model.logit_bias.fill_(-3.0)
-    pictures = [PIL.Image.new("RGB", (40, 36), color) for color in itertools.product((0, 255), repeat=3)]
+    drawn = [PIL.Image.new("RGB", (40, 36), color) for color in itertools.product((0, 255), repeat=3)]
     captions = [f"{text} {'and a small cat ' * (number % 4)}" for number, text in enumerate(CAPTIONS)]
     data = Dataset.from_dict(
-        {"image": pictures, "caption": captions}, features=Features({"image": Image(), "caption": Value("string")})
+        {"image": drawn, "caption": captions}, features=Features({"image": Image(), "caption": Value("string")})
     )
     task = Task("colors", "image-text", data, 8)
     trainer = trainer_of(model, processor, tmp_path, 60, [task], learning_rate=1e-3, logging_steps=100)
     trainer.train()
     assert trainer.evaluate(task)["eval_colors_accuracy"] == pytest.approx(1.0)
-    for texts, images in ((captions, pictures), (captions[3:4], pictures)):  # in a batch, and alone
+    for texts, images in ((captions, drawn), (captions[3:4], drawn)):  # in a batch, and alone
         if kind == "SigLIP":
             scores = model.encode_text(texts) @ model.encode_image(images).T
         else:
