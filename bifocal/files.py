@@ -226,12 +226,15 @@ def record(folder: Path, kind: str, *names: str) -> None:
 def _add_entries(folder: Path, entries: dict[str, dict[str, Any]]) -> None:
     from filelock import FileLock
 
-    with FileLock(folder / _LOCK):
+    lock = folder / _LOCK
+    if lock.is_symlink() or (lock.exists() and (not lock.is_file() or lock.stat().st_size)):
+        raise NotOursError(f"'{lock}' is not Bifocal's, whose lock is an empty file. Move it away.")
+    with FileLock(lock):
         marker = _marker(folder)
         marker["files"] |= entries
         write_json(folder / MARKER, marker)
         # While it is held: waiting processes see that it is gone and create their own.
-        (folder / _LOCK).unlink(missing_ok=True)
+        lock.unlink(missing_ok=True)
 
 
 def _marker(folder: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ class TrainedStage:
 
     Args:
         name: name of the recipe.
-        start: initial weights: "nothing", a Hub id or the stage before.
+        start: initial weights: "nothing", a Hub id or the name of the earlier stage.
         steps: optimizer steps.
         max_length: longest text in tokens.
         learning_rate: peak learning rate.

@@ -356,7 +356,7 @@ def _as_config(config: Any, default: type[PreTrainedConfig]) -> Any:
         default: its class unless the dict has another `model_type`.
 
     Raises:
-        ValueError: if it is none of these, its `model_type` is unknown, or it belongs to a whole dual encoder.
+        ValueError: if it has another type, an unknown `model_type`, or is the configuration of a whole dual encoder.
     """
     if config is None:
         return default()

@@ -179,7 +179,8 @@ def load_start(recipe: Recipe) -> BifocalModel | None:
     That is the finished model of a stage, any dual encoder, or two towers with new heads into the shared space.
 
     Raises:
-        RecipeError: if the stage before has not been trained, or the weights or a key of `model` do not fit.
+        RecipeError: if the earlier stage is not trained yet, its weights cannot be loaded, or a key of `model` is not
+            valid.
     """
     start = recipe.start_from
     if start is None:

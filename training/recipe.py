@@ -23,6 +23,11 @@ _FIELDS: dict[str, Any] = {
     if item.name not in ("dataset", "max_bad_fraction")
 }
 _TaskFields: Any = create_model("_TaskFields", __base__=Strict, **_FIELDS)
+_AugmentationFields: Any = create_model(
+    "_AugmentationFields",
+    __base__=Strict,
+    **{f.name: (f.type, f.default) for f in dataclasses.fields(ImageAugmentation) if f.name != "side"},  # type: ignore
+)
 
 
 class TaskRecipe(_TaskFields):
@@ -51,7 +56,7 @@ class MaskedLanguageModeling(Strict):
 
 
 class StartFrom(Strict):
-    """The stage before, by its recipe's name; or a text tower and an image tower of any families.
+    """An earlier stage, by its recipe's name; or a text tower and an image tower of any families.
 
     Args:
         stage: name of the recipe whose finished model this one starts from.
@@ -81,28 +86,8 @@ class Lora(Strict):
     target_modules: list[str] | None = None
 
 
-class Augmentation(Strict):
-    """Random changes of training images, see `ImageAugmentation`.
-
-    Args:
-        crop_scale: smallest and largest share of the image's area that a crop keeps; None does not crop.
-        crop_ratio: smallest and largest width by height of a crop, before it is resized to a square.
-        horizontal_flip: probability of the mirror image.
-        brightness, contrast, saturation: largest change of a factor: 0.4 draws it from 0.6 to 1.4.
-        hue: largest shift of the hue, as a share of the colour circle.
-        color_jitter: probability that brightness, contrast, saturation and hue are changed.
-        grayscale: probability of an image without colours.
-    """
-
-    crop_scale: tuple[float, float] | None = None
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    horizontal_flip: float = 0.0
-    brightness: float = 0.0
-    contrast: float = 0.0
-    saturation: float = 0.0
-    hue: float = 0.0
-    color_jitter: float = 1.0
-    grayscale: float = 0.0
+class Augmentation(_AugmentationFields):
+    """Random changes of training images: an `ImageAugmentation` without the size, which is the image tower's."""
 
     @model_validator(mode="before")
     @classmethod

@@ -202,10 +202,12 @@ def schemas(root: type[BaseModel]) -> dict[type[BaseModel], str]:
 
 def field_docs(model: type[BaseModel]) -> dict[str, str]:
     """Return the meaning of each field of a schema: its own words, or those of the class that it fills."""
-    from bifocal.training.recipe import TaskRecipe
+    from bifocal.data.augmentation import ImageAugmentation
+    from bifocal.training.recipe import Augmentation, TaskRecipe
     from bifocal.training.tasks import Task
 
-    docs = argument_docs(Task) if model is TaskRecipe else {}
+    source = {TaskRecipe: Task, Augmentation: ImageAugmentation}.get(model)
+    docs = {} if source is None else argument_docs(source)
     docs |= argument_docs(model)
     return docs | {name: field.description for name, field in model.model_fields.items() if field.description}
 

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from bifocal.hub.search.items import SearchError
+
 LOCK = ".lock"
 _SILENT_WAIT = 3.0  # seconds
 
@@ -13,9 +15,16 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def index_lock(folder: Path) -> Iterator[None]:
-    """Hold the lock of an index; log a warning if another command holds it for long."""
+    """Hold the lock of an index; log a warning if another command holds it for long.
+
+    Raises:
+        SearchError: if a file of somebody else has the name of the lock.
+    """
     from filelock import FileLock, Timeout
 
+    path = folder / LOCK
+    if path.is_symlink() or (path.exists() and (not path.is_file() or path.stat().st_size)):
+        raise SearchError(f"'{path}' is not Bifocal's, whose lock is an empty file. Move it away.")
     timeout = _SILENT_WAIT
     while True:
         lock = FileLock(folder / LOCK)

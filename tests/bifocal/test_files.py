@@ -404,3 +404,18 @@ def test_files_are_removed_only_where_somebody_looked():
             if calls := removing_calls(path):
                 actual[path.relative_to(ROOT).as_posix()] = calls
     assert actual == REVIEWED
+
+
+def test_a_file_named_like_the_lock_is_left_alone(tmp_path):
+    (tmp_path / "page").write_text("x")
+    lock = tmp_path / f"{MARKER}.lock"
+    lock.write_text("mine")
+    with pytest.raises(NotOursError, match=r"is not Bifocal's, whose lock is an empty file. Move it away"):
+        files.record(tmp_path, "page", "page")
+    assert lock.read_text() == "mine"
+    lock.unlink()
+    (tmp_path / "target").write_text("mine")
+    lock.symlink_to(tmp_path / "target")
+    with pytest.raises(NotOursError, match="is not Bifocal's"):
+        files.record(tmp_path, "page", "page")
+    assert (tmp_path / "target").read_text() == "mine"

@@ -218,3 +218,13 @@ def test_searches_while_another_writes(folder):
         thread.join()
     assert wrong == []
     assert len(SearchIndex(folder)) == 116
+
+
+def test_a_file_named_like_the_lock_is_left_alone(tmp_path):
+    from bifocal.hub.search.items import SearchError
+    from bifocal.hub.search.lock import LOCK, index_lock
+
+    (tmp_path / LOCK).write_text("mine")
+    with pytest.raises(SearchError, match="is not Bifocal's, whose lock is an empty file"), index_lock(tmp_path):
+        pytest.fail("it is locked")
+    assert (tmp_path / LOCK).read_text() == "mine"
