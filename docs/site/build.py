@@ -14,11 +14,12 @@ from pathlib import Path
 
 from references import command_page, recipe_page
 
-from bifocal.files import replace_folder
+from bifocal.files import NotOursError, replace_folder, require_replaceable
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 SITE = ROOT / "build" / "docs" / "site"
+KIND = "documentation"  # in the site's list of files
 
 
 def stage(folder: Path) -> None:
@@ -56,13 +57,17 @@ def build(folder: Path) -> int:
     if foreign:
         print(f"The site loads from other hosts: {', '.join(sorted(foreign))}.")
         return 1
-    with replace_folder(SITE, "documentation") as scratch:  # refuses a site with files of somebody else
+    with replace_folder(SITE, KIND) as scratch:  # refuses a site with files of somebody else
         shutil.copytree(folder / "site", scratch, dirs_exist_ok=True)
     print(f"The documentation is in {SITE / 'index.html'}")
     return 0
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as work:
-        stage(Path(work))
-        sys.exit(build(Path(work)))
+    try:
+        require_replaceable(SITE, KIND)
+        with tempfile.TemporaryDirectory() as work:
+            stage(Path(work))
+            sys.exit(build(Path(work)))
+    except NotOursError as error:
+        sys.exit(f"Error: {error}")
