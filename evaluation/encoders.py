@@ -1,8 +1,10 @@
 """Any model behind one interface: joint models, sentence-transformers, and other dual encoders of transformers."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from transformers.utils.hub import cached_file
 from bifocal.data.embedding_models import load_embedding_model
 from bifocal.errors import EvaluationError, ModelError, first_line, looks_like_path
 from bifocal.modeling import BifocalModel, load_image
+from bifocal.modeling.image_batches_bifocal import ImagePreparer, embed_ahead
 from bifocal.modeling.loading_bifocal import UnsupportedFamilyError, load_complete, require_vocabulary
 from bifocal.modeling.towers_bifocal import longest_text, padded_length, search_prompts
 
@@ -35,6 +38,9 @@ class Encoder:
             way than other texts, by a prompt for example.
         prompts: the prompts of `query` and `document`, for reports.
         work: number of inputs embedded so far, and the seconds that took, by "texts" and "images".
+        num_workers: threads that decode and resize images ahead of the model; see `BifocalModel.encode_image`.
+        fast_decoding: whether large JPEGs are decoded at reduced scale; see `BifocalModel.encode_image`.
+        preparer: returns from `fast_decoding` what prepares images, for a model that resizes in the threads, too.
     """
 
     name: str
@@ -47,6 +53,9 @@ class Encoder:
     document: Encode | None = None
     prompts: dict[str, str] = field(default_factory=dict)
     work: dict[str, tuple[int, float]] = field(default_factory=dict)
+    num_workers: int | None = None
+    fast_decoding: bool = False
+    preparer: Callable[[bool], ImagePreparer] | None = None
 
     def speed(self) -> dict[str, float]:
         """Return the texts and images embedded per second since the last call."""
@@ -77,6 +86,29 @@ class Encoder:
             EvaluationError: if the model embeds no images, or some embeddings are not finite.
         """
         return self._embed("images", self.image, images)
+
+    def images_ahead(
+        self, sources: Iterable[Any], read: Callable[[ImagePreparer, Any], tuple[Any, Any]]
+    ) -> Iterator[tuple[Any, Any]]:
+        """Read images in threads ahead of the model, and yield a note and a unit vector for each, in order.
+
+        The time that counts for `speed` includes decoding.
+
+        Args:
+            sources: what is read.
+            read: returns a note and the prepared image of a source, or None instead of one that is not embedded.
+
+        Raises:
+            EvaluationError: if the model embeds no images, or some embeddings are not finite.
+        """
+        preparer = ImagePreparer() if self.preparer is None else self.preparer(self.fast_decoding)
+        _, seconds = self.work.get("images", (0, 0.0))
+        started = time.monotonic()
+        ahead = embed_ahead(sources, partial(read, preparer), self.images, preparer, self.batch_size, self.num_workers)
+        with closing(ahead) as embedded:
+            yield from embedded
+        count, _ = self.work.get("images", (0, 0.0))
+        self.work["images"] = (count, seconds + time.monotonic() - started)
 
     def _embed(self, what: str, encode: Encode | None, inputs: Sequence[Any]) -> np.ndarray:
         if isinstance(inputs, str | bytes):
@@ -162,6 +194,7 @@ def bifocal_encoder(model: BifocalModel, name: str, batch_size: int = 64) -> Enc
         return lambda inputs: np.asarray(encode(inputs, batch_size=batch_size, show_progress=False))
 
     encoder = Encoder(name, "Bifocal", by(model.encode_text), by(model.encode_image), _parameters(model), batch_size)
+    encoder.preparer = model.image_preparer
     encoder.prompts = search_prompts(getattr(model.config, "prompts", {}))
     if encoder.prompts:
         encoder.query, encoder.document = by(model.encode_query), by(model.encode_document)

@@ -48,8 +48,9 @@ class Evaluation:
 
 
 def run_evaluation(
-    models: Sequence[str], out: Path, suite: str | None = None, mteb: Sequence[str] = (), only: Sequence[str] = ()
-) -> Evaluation:
+    models: Sequence[str], out: Path, suite: str | None = None, mteb: Sequence[str] = (), only: Sequence[str] = (),
+    num_workers: int | None = None, fast_decoding: bool = False,
+) -> Evaluation:  # fmt: skip
     """Measure models on a suite, on tasks of mteb or on both, and write `results.json` and `report.html` into `out`.
 
     Args:
@@ -58,6 +59,7 @@ def run_evaluation(
         suite: name or YAML file of the suite; `symbols` if neither a suite nor tasks of mteb are named.
         mteb: names of mteb's tasks, or of suites of them.
         only: names of the suite's tasks; all if empty.
+        num_workers, fast_decoding: see `Encoder`.
 
     Raises:
         NotOursError: if `out` holds a `results.json` or `report.html` that Bifocal did not write.
@@ -67,7 +69,7 @@ def run_evaluation(
     _require_folder(out)
     for name in ("results.json", "report.html"):
         require_overwritable(out / name, EVALUATION)
-    results = evaluate(models, loaded, out, only, mteb)
+    results = evaluate(models, loaded, out, only, mteb, num_workers, fast_decoding)
     numbers = results_as_numbers(results)
     with overwrite(out / "results.json", EVALUATION) as scratch:
         scratch.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
@@ -83,6 +85,8 @@ def evaluate(
     out: Path,
     only: str | Sequence[str] = (),
     mteb: str | Sequence[str] = (),
+    num_workers: int | None = None,
+    fast_decoding: bool = False,
 ) -> dict[str, list[Result]]:
     """Measure every model on the same rows of every task. Finished results in `out` are reused.
 
@@ -95,6 +99,7 @@ def evaluate(
         out: folder of the cached results.
         only: names of the suite's tasks; all if empty.
         mteb: names of mteb's tasks, or of suites of them.
+        num_workers, fast_decoding: see `Encoder`; the images of mteb's tasks are always decoded at full size.
 
     Returns:
         The results of each model. A result has no metrics if the task needs images and the model embeds none.
@@ -114,12 +119,14 @@ def evaluate(
     results: dict[str, list[Result]] = {model: [] for model in models}
     skipped = SkipLog(start_log(out / "skipped.jsonl"))
     with tempfile.TemporaryDirectory(prefix="bifocal-evaluate-") as scratch:
-        runs = [_TaskRun(task, models, out / "results", Path(scratch), skipped) for task in tasks]
+        runs = [_TaskRun(task, models, out / "results", Path(scratch), skipped, fast_decoding) for task in tasks]
         for model in models:
             encoder: Encoder | None = None
             for run in runs:
                 if model not in run.results:
-                    encoder = encoder or load_encoder(model, batch_size)
+                    if encoder is None:
+                        encoder = load_encoder(model, batch_size)
+                        encoder.num_workers, encoder.fast_decoding = num_workers, fast_decoding
                     run.measure(model, encoder)
                 results[model].append(run.results[model])
             if mteb_tasks:
@@ -140,10 +147,11 @@ class _TaskRun:
     """
 
     def __init__(
-        self, task: EvaluationTask, models: Sequence[str], cache: Path, scratch: Path, skipped: SkipLog
-    ) -> None:
+        self, task: EvaluationTask, models: Sequence[str], cache: Path, scratch: Path, skipped: SkipLog,
+        fast_decoding: bool,
+    ) -> None:  # fmt: skip
         self.task, self.skipped, self.skips_logged = task, skipped, False
-        self.paths = {model: cache / _cache_key(model, task) for model in models}
+        self.paths = {model: cache / _cache_key(model, task, fast_decoding) for model in models}
         cached = {model: _load_cached(path) for model, path in self.paths.items()}
         self.results = {model: result for model, result in cached.items() if result is not None}
         self.data: TaskData | None = None
@@ -183,12 +191,13 @@ class _TaskRun:
 # Cached results: metrics in `KEY.json`, arrays in `KEY.npz`.
 
 
-def _cache_key(model: str, task: EvaluationTask) -> str:
-    """Return a file name that changes with the model's files and the task's settings."""
+def _cache_key(model: str, task: EvaluationTask, fast_decoding: bool) -> str:
+    """Return a file name that changes with the model's files, the task's settings and the decoding of its images."""
     folder = Path(model).expanduser()
     files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
     stamps = [[str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
-    facts = json.dumps([_VERSION, model, stamps, task.model_dump(mode="json")], default=str)
+    decoding = ["fast decoding"] if fast_decoding and PROTOCOLS[task.kind].needs_images else []
+    facts = json.dumps([_VERSION, model, stamps, task.model_dump(mode="json"), *decoding], default=str)
     digest = hashlib.blake2b(facts.encode(), digest_size=6).hexdigest()
     name = "".join(sign if sign.isalnum() or sign in "-_." else "-" for sign in f"{model}--{task.name}")[-80:]
     return f"{name}--{digest}"

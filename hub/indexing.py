@@ -55,7 +55,8 @@ class IndexSummary:
 def index_source(
     source: Source, folder: Path, model: str | None = None, kind: str | None = None, captions: bool | None = None,
     prune: bool = False, dims: Sequence[int] = (), precisions: Sequence[str] = ("float32",), batch_size: int = 32,
-    progress: Callable[[int], None] = lambda count: None,
+    progress: Callable[[int], None] = lambda count: None, num_workers: int | None = None,
+    fast_decoding: bool | None = None,
 ) -> IndexSummary:  # fmt: skip
     """Embed the items of a source into an index, and update what the index has of this source.
 
@@ -72,11 +73,13 @@ def index_source(
         dims, precisions: variants of the index, see `SearchIndex.create`.
         batch_size: texts or images per forward pass.
         progress: called with the number of items read.
+        num_workers: threads that decode and resize images ahead of the model; see `encode_image` of a model.
+        fast_decoding: whether large JPEGs are decoded at reduced scale; see `SearchIndex.create`.
 
     Raises:
         DataError: if the source cannot be read.
         SearchError: if there is no model, it does not embed what the source holds, or the index is damaged or of
-            another model.
+            another model or decoding.
     """
     kind = infer_kind(source, kind)
     existed = (folder / SETTINGS).exists()
@@ -87,13 +90,14 @@ def index_source(
     if kind in _IMAGE_KINDS:
         loaded.require_images()
     index = SearchIndex.create(
-        folder, model, weights_hash(model), loaded.dimensions, dims, precisions, loaded.prompts
+        folder, model, weights_hash(model), loaded.dimensions, dims, precisions, loaded.prompts, fast_decoding
     )  # fmt: skip
     reader = ItemReader(source, kind, captions or False, (folder,))
     if captions is None:
         reader.restore_options(index)
     try:
-        result = Searcher(index, loaded).add(reader.items(), batch_size, progress, reader.item_source, prune)
+        searcher = Searcher(index, loaded)
+        result = searcher.add(reader.items(), batch_size, progress, reader.item_source, prune, num_workers)
     finally:
         if not existed:
             index.discard_if_empty()

@@ -7,6 +7,6 @@
 - `losses/`: InfoNCE, InfoNCE+, sigmoid, Matryoshka, and their sum over the tasks of a step.
 - `engine/`: the joint forward pass, the gradient cache, chunk sizes, processes.
 - `callbacks/`: moving average, training metrics, epochs, progress.
-- `mlm`, `tokenizer`: pre-training of the text tower. `mining`, `mine_source`: hard negatives.
+- `mlm`, `tokenizer`: pre-training of the text tower. `mining`, `mining_vectors`, `mine_source`: hard negatives.
 - `recipes/`: the recipes that come with Bifocal.
 """

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from bifocal.cli.console import require, writes_into
+from bifocal.cli.console import FastDecoding, NumWorkers, require, writes_into
 
 
 def evaluate(
@@ -26,6 +26,8 @@ def evaluate(
     ] = Path("runs/evaluation"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
     card: Annotated[bool, typer.Option("--card", help="Write the results into each model's card.")] = False,
+    num_workers: NumWorkers = None,
+    fast_decoding: FastDecoding = False,
 ) -> None:
     """Compare models on your data or on MTEB, and write a report."""
     require("datasets", "jinja2", "matplotlib", "pydantic", "sklearn", "scipy", "sentence_transformers")
@@ -36,7 +38,7 @@ def evaluate(
     from bifocal.hub.card_results import add_results
 
     writes_into(out, "free space and run the command again to resume, or choose another --out")
-    evaluation = run_evaluation(models, out, suite, mteb or (), only or ())
+    evaluation = run_evaluation(models, out, suite, mteb or (), only or (), num_workers, fast_decoding)
     if card:
         for model in evaluation.results:
             add_results(Path(model), evaluation.card_rows(model), evaluation.hub_datasets)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bifocal.cli.console import require, writes_into
+from bifocal.cli.console import FAST_DECODING, NumWorkers, require, writes_into
 from bifocal.cli.data import Overrides
 from bifocal.data.kinds import INDEXED
 from bifocal.errors import BifocalError
@@ -47,6 +47,14 @@ def index(
         list[str] | None, typer.Option(help="float32 or int8; can be repeated. float32 if omitted.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts or images per forward pass.")] = 32,
+    num_workers: NumWorkers = None,
+    fast_decoding: Annotated[
+        bool | None,
+        typer.Option(
+            "--fast-decoding/--no-fast-decoding",
+            help=f"{FAST_DECODING} An index keeps the decoding it was made with.",
+        ),
+    ] = None,
 ) -> None:
     """Embed images and texts for search. Run it again to resume, or to update the index from its source."""
     require(*_NEEDS, "pydantic")
@@ -60,7 +68,8 @@ def index(
     with tqdm(desc="Reading items", unit="", leave=False) as bar:
         summary = index_source(
             parse_source(source, overrides), out, model, kind, captions, prune, dim or [], precision or ["float32"],
-            batch_size, progress=lambda count: bar.update(count - bar.n),
+            batch_size, progress=lambda count: bar.update(count - bar.n), num_workers=num_workers,
+            fast_decoding=fast_decoding,
         )  # fmt: skip
     _print_summary(summary, printable(source), printable(str(out)), prune)
 

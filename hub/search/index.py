@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from bifocal.hub.search.atomic import temporary_files
-from bifocal.hub.search.ingestion import Ingestion
+from bifocal.hub.search.ingestion import EmbedImages, Ingestion
 from bifocal.hub.search.items import KINDS, Hit, Item, SearchError, check_kinds, normalize
 from bifocal.hub.search.lock import LOCK, index_lock
 from bifocal.hub.search.settings import FORMAT, PRECISIONS, SETTINGS, read_settings, write_settings
@@ -46,6 +46,7 @@ class SearchIndex:
         self.sources: list[dict[str, Any]] = settings["sources"]
         self.parts: int = settings["parts"]
         self.prompts: dict[str, str] = settings["prompts"]
+        self.fast_decoding: bool = settings["fast_decoding"]
         self.table = Table(self.folder / "table", self.dimensions)
         self._snapshot: SearchSnapshot | None = None
 
@@ -53,6 +54,7 @@ class SearchIndex:
     def create(
         cls, folder: str | Path, model: str, weights: str, dimensions: int, dims: Sequence[int] = (),
         precisions: Sequence[str] = ("float32",), prompts: dict[str, str] | None = None,
+        fast_decoding: bool | None = None,
     ) -> "SearchIndex":  # fmt: skip
         """Return a new, empty index; or the existing one if it is of the same model, or empty.
 
@@ -65,9 +67,12 @@ class SearchIndex:
             precisions: "float32" and "int8".
             prompts: texts that go before queries ("query") and indexed texts ("document"); an existing index keeps its
                 own, with which its texts were embedded.
+            fast_decoding: whether large JPEGs are decoded at reduced scale; as before in an existing index if None, and
+                not in a new one.
 
         Raises:
-            SearchError: if the folder holds something else or an index of another model, or an option is wrong.
+            SearchError: if the folder holds something else or an index of another model or decoding, or an option is
+                wrong.
         """
         folder = Path(folder)
         for dim in dims:
@@ -83,17 +88,22 @@ class SearchIndex:
             model = os.path.abspath(os.path.expanduser(model))
         settings = dict(
             format=FORMAT, model=model, weights=weights, dimensions=dimensions, prompts=prompts or {}, sources=[],
-            parts=0,
+            parts=0, fast_decoding=bool(fast_decoding),
         )  # fmt: skip
         if (folder / SETTINGS).exists():
             index = cls(folder)
             if len(index):  # refuse at once, without waiting for another command
                 index.require_same_weights(weights, model)
+                index.require_decoding(fast_decoding)
             with index_lock(folder):
                 if (folder / SETTINGS).exists():  # otherwise another command found nothing to index, and deleted it
                     index = cls(folder)
                     if index.weights == weights or len(index):
                         index.require_same_weights(weights, model)
+                        if len(index):
+                            index.require_decoding(fast_decoding)
+                        elif fast_decoding is not None:
+                            index.fast_decoding = fast_decoding
                         index.model = model
                         index.variants += [variant for variant in variants if variant not in index.variants]
                         index._save()
@@ -123,7 +133,7 @@ class SearchIndex:
     def _write_settings(self) -> None:
         settings = dict(
             format=FORMAT, model=self.model, weights=self.weights, dimensions=self.dimensions, prompts=self.prompts,
-            variants=self.variants, parts=self.parts, sources=self.sources,
+            variants=self.variants, parts=self.parts, sources=self.sources, fast_decoding=self.fast_decoding,
         )  # fmt: skip
         write_settings(self.folder, settings)
 
@@ -154,6 +164,19 @@ class SearchIndex:
                 f"weights ({weights}), whose vectors cannot be compared. Index again into another folder."
             )
 
+    def require_decoding(self, fast: bool | None) -> None:
+        """Check that the images of the index were decoded in this way; None stands for any.
+
+        Raises:
+            SearchError: if they were decoded in the other way.
+        """
+        if fast not in (None, self.fast_decoding):
+            made, option = ("fast", "--no-fast-decoding") if self.fast_decoding else ("exact", "--fast-decoding")
+            raise SearchError(
+                f"The index '{self.folder}' was made with {made} decoding of images, and vectors of both kinds are not "
+                f"comparable. Omit {option}, or index into another folder."
+            )
+
     def __len__(self) -> int:
         return len(self._open().keys)
 
@@ -176,7 +199,7 @@ class SearchIndex:
 
     def add(
         self, items: Iterable[Item], encode_text: Callable[[list[str]], np.ndarray],
-        encode_image: Callable[[list[Any]], np.ndarray], progress: Callable[[int], None] = lambda count: None,
+        embed_images: EmbedImages, progress: Callable[[int], None] = lambda count: None,
         source: ItemSource | None = None, prune: bool = False,
     ) -> AddResult:  # fmt: skip
         """Embed and write items that are not in the index, part by part, then update names and captions of the others.
@@ -184,7 +207,8 @@ class SearchIndex:
         After a kill, the next run resumes: it embeds only what was not written.
 
         Args:
-            encode_text, encode_image: from texts or images to vectors (items, dimensions).
+            encode_text: from texts to vectors (items, dimensions).
+            embed_images: see `Ingestion`.
             progress: called with the number of items read.
             source: source of the items; without one, nothing counts as missing.
             prune: delete what the index has of this source and the source no longer has.
@@ -197,7 +221,7 @@ class SearchIndex:
                 self.table.fill(name)
             known_keys = {key for key, _ in all_occurrences(self.table.open())}
             scan = SourceScan(self._source_number(source))
-            ingestion = Ingestion(self.table, known_keys, scan, encode_text, encode_image, self._record_parts)
+            ingestion = Ingestion(self.table, known_keys, scan, encode_text, embed_images, self._record_parts)
             result = ingestion.run(items, progress)
             result.restored = len(missing)
             self._update_occurrences(ingestion, source, prune)
@@ -216,7 +240,9 @@ class SearchIndex:
                 self.sources, self.parts = [], 0
             self._write_settings()
             return
-        SearchIndex(self.folder).require_same_weights(self.weights, self.model)
+        index = SearchIndex(self.folder)
+        index.require_same_weights(self.weights, self.model)
+        index.require_decoding(self.fast_decoding)
 
     def _record_parts(self, parts: int) -> None:
         self.parts = max(self.parts, parts)

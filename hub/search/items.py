@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image
 
 from bifocal.errors import BifocalError
-from bifocal.modeling import load_image
+from bifocal.modeling.image_batches_bifocal import ImagePreparer
+from bifocal.modeling.image_bifocal import DecodedImage
 
 KINDS = ("image", "text")
 MAX_PIXELS = 64_000_000  # of an image; decoding a larger one takes gigabytes
@@ -100,8 +101,12 @@ class Hit:
         }  # fmt: skip
 
 
-def read_image(source: Any) -> Image.Image:
-    """Return an image as upright RGB.
+def decode_item(source: Any, preparer: ImagePreparer) -> DecodedImage:
+    """Return an image as upright RGB, at reduced scale if the preparer does that and a thumbnail needs no more.
+
+    Args:
+        source: a Pillow image, a path or the bytes of a file.
+        preparer: decodes the image if it is not too large.
 
     Raises:
         SearchError: if it is too large or cannot be read. The message does not name the image.
@@ -123,7 +128,7 @@ def read_image(source: Any) -> Image.Image:
     if size[0] * size[1] > MAX_PIXELS:
         raise SearchError(f"it has {size[0]} x {size[1]} pixels, more than {MAX_PIXELS:,}")
     try:
-        return load_image(source)
+        return preparer.decode(source, smallest_side=_THUMBNAIL_SIZE)
     except (ValueError, FileNotFoundError) as error:
         raise SearchError("it is broken") from error
 

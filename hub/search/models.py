@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from bifocal.errors import first_line
 from bifocal.hub.search.items import SearchError
 from bifocal.modeling import BifocalConfig, BifocalModel
+from bifocal.modeling.image_batches_bifocal import ImagePreparer, embed_ahead
 from bifocal.modeling.loading_bifocal import model_kind, read_config, require_vocabulary
 from bifocal.modeling.towers_bifocal import pooling_settings, search_prompts
 
@@ -52,7 +54,7 @@ class EmbeddingModel:
         return encode(list(texts), prompt=prompt, batch_size=batch_size, show_progress_bar=False)
 
     def encode_image(self, images: Sequence[Any], batch_size: int = 32) -> np.ndarray:
-        """Return the vectors (images, dimensions) of decoded images.
+        """Return the vectors (images, dimensions) of images that are decoded, or prepared by `image_preparer`.
 
         Raises:
             SearchError: if the model embeds no images.
@@ -60,6 +62,34 @@ class EmbeddingModel:
         self.require_images()
         encode = self.model.encode_image if self.is_joint else self.model.encode
         return encode(list(images), batch_size=batch_size, show_progress_bar=False)
+
+    def image_preparer(self, fast_decoding: bool = False) -> ImagePreparer:
+        """Return what decodes images and, for a dual encoder, resizes them.
+
+        Args:
+            fast_decoding: decode large JPEGs at reduced scale; see `encode_image` of a model.
+        """
+        return self.model.image_preparer(fast_decoding) if self.is_joint else ImagePreparer()
+
+    def embed_ahead(
+        self, sources: Iterable[Any], read: Callable[[ImagePreparer, Any], tuple[Any, Any]], batch_size: int = 32,
+        num_workers: int | None = None, fast_decoding: bool = False,
+    ) -> Iterator[tuple[Any, Any]]:  # fmt: skip
+        """Read images in threads ahead of the model, and yield a note and a vector for each, in order.
+
+        Args:
+            sources: what is read.
+            read: returns a note and the prepared image of a source, or None instead of one that is not embedded.
+            batch_size: images per forward pass.
+            num_workers: threads that read images; see `encode_image` of a model.
+            fast_decoding: see `image_preparer`.
+
+        Raises:
+            SearchError: if the model embeds no images.
+        """
+        preparer = self.image_preparer(fast_decoding)
+        embed = partial(self.encode_image, batch_size=batch_size)
+        return embed_ahead(sources, partial(read, preparer), embed, preparer, batch_size, num_workers)
 
     def require_images(self) -> None:
         """Check that the model embeds images.

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from bifocal.hub.search.index import SearchIndex
-from bifocal.hub.search.items import KINDS, Hit, Item, SearchError, normalize, read_image
+from bifocal.hub.search.items import KINDS, Hit, Item, SearchError, decode_item, normalize
 from bifocal.hub.search.models import EmbeddingModel, load_model, weights_hash
 from bifocal.hub.search.sync import AddResult, ItemSource
 
@@ -50,10 +50,12 @@ class Searcher:
         if image is not None:
             self.model.require_images()
             try:
-                decoded = read_image(image)
+                preparer = self.model.image_preparer(self.index.fast_decoding)
+                decoded = decode_item(image, preparer)
             except SearchError as error:
                 raise SearchError(f"The image cannot be used: {error}. Choose another one.") from error
-            weighted.append((1.0 - weight if text else 1.0) * normalize(self.model.encode_image([decoded])[0]))
+            vector = self.model.encode_image([preparer.prepare(decoded)])[0]
+            weighted.append((1.0 - weight if text else 1.0) * normalize(vector))
         if text:
             vector = self.model.encode_text([text], "query", self.index.prompts.get("query", ""))[0]
             weighted.append((weight if image is not None else 1.0) * normalize(vector))
@@ -68,17 +70,19 @@ class Searcher:
 
     def add(
         self, items: Iterable[Item], batch_size: int = 32, progress: Callable[[int], None] = lambda count: None,
-        source: ItemSource | None = None, prune: bool = False,
+        source: ItemSource | None = None, prune: bool = False, num_workers: int | None = None,
     ) -> AddResult:  # fmt: skip
         """Embed and add items; see `SearchIndex.add`.
 
         Args:
             batch_size: texts or images per forward pass.
+            num_workers: threads that decode and resize images ahead of the model; see `encode_image` of a model.
         """
+        fast = self.index.fast_decoding
         return self.index.add(
             items,
             lambda texts: self.model.encode_text(texts, "document", self.index.prompts.get("document", ""), batch_size),
-            lambda images: self.model.encode_image(images, batch_size),
+            lambda images, read: self.model.embed_ahead(images, read, batch_size, num_workers, fast),
             progress,
             source,
             prune,

@@ -40,6 +40,9 @@ def read_settings(folder: Path) -> dict[str, Any]:
     settings.setdefault("prompts", {})  # of an index that was made before models had some
     if not wrong and not _are_prompts(settings["prompts"]):
         wrong = ["prompts"]
+    settings.setdefault("fast_decoding", False)  # of an index that was made before there was another decoding
+    if not wrong and not isinstance(settings["fast_decoding"], bool):
+        wrong = ["fast_decoding"]
     if wrong:
         raise SearchError(f"'{path}' is damaged ({wrong[0]}). Index the sources again into another folder.")
     return settings
