@@ -8,8 +8,9 @@ for the model that costs nothing; all ways are measured in turn, and a ratio is 
 - `in_turn`: images per second with the image processor called in turn with the model, as before there were workers.
 - `workers`, `fast_decoding`: images per second by number of workers; 0 does the same work in the calling thread.
 - `speedup`: of the largest number of workers over one.
-- `cpu_milliseconds`: time of the processor per image, of all threads; `gil_milliseconds`: time per image in which the
-  interpreter was held, estimated with one worker from how long another thread waits for it.
+- `cores_used`: by the largest number of workers: CPU time per second.
+- `cpu_milliseconds`: CPU time per image, of all threads; `gil_milliseconds`: the part of it in which the interpreter was
+  held for more than 0.3 ms, estimated with one worker from how long another thread waits for it.
 
 The last line is an index of 500 x 375 photos with a model of two layers of width 128: the share of the run's time that
 passes within the model, `in_turn` and with workers.
@@ -78,10 +79,10 @@ def interpreter_held(work: Callable[[], Any]) -> float:
         while not done.is_set():
             start = time.perf_counter()
             time.sleep(1e-4)
-            waited.append(time.perf_counter() - start > 2e-3)
+            waited.append(time.perf_counter() - start > 4e-4)
 
     interval = sys.getswitchinterval()
-    sys.setswitchinterval(2e-3)
+    sys.setswitchinterval(1e-4)
     sampler = threading.Thread(target=sample)
     sampler.start()
     try:

@@ -161,6 +161,8 @@ class ImageWorkers:
 
     def __enter__(self) -> "ImageWorkers":
         if self.num_workers:  # its threads start when they are needed
+            # Pillow imports most formats when it meets one; a thread that looks meanwhile finds no format at all.
+            Image.init()
             self._pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="bifocal-images")
         return self
 

@@ -256,6 +256,15 @@ def test_fast_decoding_turns_images_and_finds_cut_ones(model):
         model.encode_image([jpeg(spots(900, 700))[:-3000]], fast_decoding=True)
 
 
+def test_pillow_knows_all_formats_before_threads_start(monkeypatch):
+    calls = []
+    monkeypatch.setattr(Image, "init", lambda: calls.append(1))
+    with ImageWorkers(0), ImageWorkers(5, count=1):
+        assert not calls
+    with ImageWorkers(2):
+        assert calls
+
+
 @pytest.mark.parametrize("num_workers", [-1, 1.5, True, "two"])
 def test_a_number_of_workers_that_is_none(model, num_workers):
     with pytest.raises(ValueError, match="num_workers must be at least 0, but it is"):
