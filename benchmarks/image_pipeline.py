@@ -9,8 +9,8 @@ for the model that costs nothing; all ways are measured in turn, and a ratio is 
 - `workers`, `fast_decoding`: images per second by number of workers; 0 does the same work in the calling thread.
 - `speedup`: of the largest number of workers over one.
 - `cores_used`: by the largest number of workers: CPU time per second.
-- `cpu_milliseconds`: CPU time per image, of all threads; `gil_milliseconds`: the part of it in which the interpreter was
-  held for more than 0.3 ms, estimated with one worker from how long another thread waits for it.
+- `cpu_milliseconds`: CPU time per image, of all threads; `gil_milliseconds`: the part of it in which the interpreter
+  was held for more than 0.3 ms, estimated with one worker from how long another thread waits for it.
 
 The last line is an index of 500 x 375 photos with a model of two layers of width 128: the share of the run's time that
 passes within the model, `in_turn` and with workers.

@@ -99,7 +99,7 @@ def evaluate(
         out: folder of the cached results.
         only: names of the suite's tasks; all if empty.
         mteb: names of mteb's tasks, or of suites of them.
-        num_workers, fast_decoding: see `Encoder`; the images of mteb's tasks are always decoded at full size.
+        num_workers, fast_decoding: see `Encoder`. The images of mteb's tasks come decoded: both do not apply to them.
 
     Returns:
         The results of each model. A result has no metrics if the task needs images and the model embeds none.
