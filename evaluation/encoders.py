@@ -1,7 +1,7 @@
 """Any model behind one interface: joint models, sentence-transformers, and other dual encoders of transformers."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +16,7 @@ from transformers.utils.hub import cached_file
 from bifocal.data.embedding_models import load_embedding_model
 from bifocal.errors import EvaluationError, ModelError, first_line, looks_like_path
 from bifocal.modeling import BifocalModel, load_image
-from bifocal.modeling.image_batches_bifocal import ImagePreparer, embed_ahead
+from bifocal.modeling.image_batches_bifocal import EmbeddedImages, ImagePreparer, embed_ahead
 from bifocal.modeling.loading_bifocal import UnsupportedFamilyError, load_complete, require_vocabulary
 from bifocal.modeling.towers_bifocal import longest_text, padded_length, search_prompts
 
@@ -89,7 +89,7 @@ class Encoder:
 
     def images_ahead(
         self, sources: Iterable[Any], read: Callable[[ImagePreparer, Any], tuple[Any, Any]]
-    ) -> Iterator[tuple[Any, Any]]:
+    ) -> EmbeddedImages:
         """Read images in threads ahead of the model, and yield a note and a unit vector for each, in order.
 
         The time that counts for `speed` includes decoding.

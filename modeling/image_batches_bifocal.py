@@ -4,7 +4,7 @@
 import inspect
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from transformers.image_processing_backends import PilBackend
 from .encoding_options_bifocal import whole_number
 from .image_bifocal import DecodedImage, decode_image, image_name
 
+EmbeddedImages = Generator[tuple[Any, Any], None, None]  # a note and a vector for each image
 _MAX_DEFAULT_WORKERS = 16
 _MAX_PIXELS_IN_MEMORY = 2**28  # of images that stay at full size, 0.8 GB
 # A JPEG is decoded at reduced scale as long as its shorter side stays at least this many times that of the model.
@@ -192,9 +193,9 @@ class ImageWorkers:
 
 
 def embed_ahead(
-    items: Iterable[Any], read: Callable[[Any], tuple[Any, Any]], embed: Callable[[list[Any]], Sequence[Any]],
+    items: Iterable[Any], read: Callable[[Any], tuple[Any, Any]], embed: Callable[[list[Any]], Iterable[Any]],
     preparer: ImagePreparer, batch_size: int, num_workers: int | None = None,
-) -> Iterator[tuple[Any, Any]]:  # fmt: skip
+) -> EmbeddedImages:  # fmt: skip
     """Read and prepare images in threads, embed them in batches, and yield a note and a vector for each item, in order.
 
     Close this generator where it may not be exhausted: with it, its threads end.
@@ -251,7 +252,7 @@ def _new_size(width: float, height: float, size: tuple[int, int] | int) -> tuple
 
 def _steps(processor: Any) -> Steps | None:
     """Return what a processor does before it normalises; None if it does anything else, or in another way."""
-    if not isinstance(processor, PilBackend) or not _adds_only_settings(type(processor)):
+    if not _adds_only_settings(type(processor)):
         return None
     size = dict(processor.size or {}) if processor.do_resize else {}
     crop = dict(processor.crop_size or {}) if processor.do_center_crop else {}
@@ -273,9 +274,9 @@ def _steps(processor: Any) -> Steps | None:
 
 
 def _adds_only_settings(kind: type) -> bool:
-    """Return whether an image processor's class has the methods of transformers' Pillow processors, unchanged."""
+    """Return whether a class has the methods of transformers' image processors with Pillow, and no others."""
     own = [base for base in kind.__mro__ if base not in PilBackend.__mro__]
-    return not any(
+    return issubclass(kind, PilBackend) and not any(
         inspect.isroutine(value) or isinstance(value, property | classmethod | staticmethod)
         for base in own
         for name, value in vars(base).items()

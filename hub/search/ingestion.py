@@ -1,7 +1,7 @@
 """One run that embeds items and writes them to the table, part by part."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,9 @@ import numpy as np
 from bifocal.hub.search.items import Item, SearchError, decode_item, normalize, thumbnail
 from bifocal.hub.search.sync import AddResult, SourceScan
 from bifocal.hub.search.table import ROWS, Table
-from bifocal.modeling.image_batches_bifocal import ImagePreparer
+from bifocal.modeling.image_batches_bifocal import EmbeddedImages, ImagePreparer
 
-EmbedImages = Callable[[Iterable[Any], Callable[[ImagePreparer, Any], tuple[Any, Any]]], Iterator[tuple[Any, Any]]]
+EmbedImages = Callable[[Iterable[Any], Callable[[ImagePreparer, Any], tuple[Any, Any]]], EmbeddedImages]
 
 
 class Ingestion:

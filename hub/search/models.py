@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from bifocal.errors import first_line
 from bifocal.hub.search.items import SearchError
 from bifocal.modeling import BifocalConfig, BifocalModel
-from bifocal.modeling.image_batches_bifocal import ImagePreparer, embed_ahead
+from bifocal.modeling.image_batches_bifocal import EmbeddedImages, ImagePreparer, embed_ahead
 from bifocal.modeling.loading_bifocal import model_kind, read_config, require_vocabulary
 from bifocal.modeling.towers_bifocal import pooling_settings, search_prompts
 
@@ -74,7 +74,7 @@ class EmbeddingModel:
     def embed_ahead(
         self, sources: Iterable[Any], read: Callable[[ImagePreparer, Any], tuple[Any, Any]], batch_size: int = 32,
         num_workers: int | None = None, fast_decoding: bool = False,
-    ) -> Iterator[tuple[Any, Any]]:  # fmt: skip
+    ) -> EmbeddedImages:  # fmt: skip
         """Read images in threads ahead of the model, and yield a note and a vector for each, in order.
 
         Args:
