@@ -72,10 +72,10 @@ def usable_implementation(implementation: Any, device: torch.device) -> Any:
     """Return the attention implementation to run: on a CPU "sdpa" instead of "flex_attention", with equal results.
 
     Compiled for a CPU, flex attention fails from the second input shape on, since Inductor's C++ for dynamic shapes
-    does not compile (torch 2.13: "cur_kvSplitSize2 was not declared"). Disabling compilation instead would affect the
-    whole process, other threads included.
+    does not compile (torch 2.13: "cur_kvSplitSize2 was not declared"), and it has no gradients there. Disabling
+    compilation instead would affect the whole process, other threads included.
     """
-    if implementation == "flex_attention" and device.type == "cpu" and not torch.compiler.is_compiling():
+    if implementation == "flex_attention" and device.type == "cpu":
         return "sdpa"
     return implementation
 

@@ -1,7 +1,6 @@
 # Copyright 2026 The Bifocal authors. Licensed under the Apache License, Version 2.0.
 """The text tower: JinaBERT v2 (arXiv 2310.19923), a post-norm BERT with symmetric ALiBi and a GEGLU feed-forward."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 
+from .alibi_attention_bifocal import alibi_attention
 from .alibi_bifocal import AlibiBias
 from .configuration_bifocal import BifocalTextConfig
 from .modeling_bifocal_base import (
@@ -69,24 +69,19 @@ class BifocalTextAttention(nn.Module):
         value = split_heads(self.v_proj(hidden_states), heads)
 
         implementation = usable_implementation(self.config._attn_implementation, query.device)
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        outputs, weights = [], []
-        for rows, block in bias.blocks():  # a single block unless the text is very long
-            output, weight = attention(
-                self,
-                query[:, :, rows],
-                key,
-                value,
-                scaling=self.scaling,
-                dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
-                **bias.as_arguments(block, implementation),
-                **kwargs,
-            )
-            outputs.append(output)
-            weights.append(weight)
-        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-        weight = weights[0] if len(weights) == 1 or weights[0] is None else torch.cat(weights, dim=2)
-        return self.out_proj(output.flatten(2)), weight
+        output, weights = alibi_attention(
+            ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward),
+            implementation,
+            self,
+            query,
+            key,
+            value,
+            bias,
+            scaling=self.scaling,
+            dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
+            **kwargs,
+        )
+        return self.out_proj(output.flatten(2)), weights
 
 
 class BifocalTextMLP(nn.Module):
@@ -224,7 +219,8 @@ class BifocalTextModel(BifocalTextPreTrainedModel):
             padding = None
         else:
             padding = attention_mask == 0
-        bias = AlibiBias(self.config.num_attention_heads, hidden_states, padding)
+        implementation = usable_implementation(self.config._attn_implementation, hidden_states.device)
+        bias = AlibiBias(self.config.num_attention_heads, hidden_states, padding, implementation)
         hidden_states, all_states, all_weights = run_layers(self.layers, hidden_states, bias, *requested, **kwargs)
 
         # In float32: bfloat16 is too coarse for a sum over 8,192 tokens.
