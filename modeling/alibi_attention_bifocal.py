@@ -134,7 +134,10 @@ def _flex_attention(
     training: bool,
     kwargs: dict[str, Any],
 ) -> torch.Tensor:
-    """Return the output of flex attention, which computes the bias within its kernel and skips blocks of padding."""
+    """Return the output of flex attention, which computes the bias within its kernel and skips blocks of padding.
+
+    Outside torch.compile, transformers' wrapper compiles it once for the process.
+    """
     if dropout > 0:
         raise ValueError(
             "flex_attention cannot drop attention weights. "
@@ -143,9 +146,9 @@ def _flex_attention(
     slopes = bias.slopes.flatten()
 
     def score_mod(
-        score: torch.Tensor, row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+        score: torch.Tensor, row: torch.Tensor, head: torch.Tensor, i: torch.Tensor, j: torch.Tensor
     ) -> torch.Tensor:
-        return score - slopes[head] * (query - key).abs()
+        return score - slopes[head] * (i - j).abs()
 
     block_mask = bias.block_mask
     if block_mask is None and bias.padding is not None:  # made on another device, for another implementation

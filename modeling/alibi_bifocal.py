@@ -61,7 +61,7 @@ def padding_block_mask(padding: torch.Tensor) -> BlockMask:
     create: Any = create_block_mask
     if padding.device.type != "cpu" and not torch.compiler.is_compiling():
         create = torch.compile(create_block_mask)  # otherwise it holds batch x length x length elements
-    return create(mask_mod, batch, None, length, length, device=str(padding.device))
+    return create(mask_mod, batch, None, length, length, device=padding.device)
 
 
 class AlibiBias:
@@ -99,15 +99,15 @@ class AlibiBias:
             self.block_mask = None if padding is None else padding_block_mask(padding)
             return
         elements = (1 if padding is None else batch) * num_heads * length * length
-        if elements > _LARGEST_WHOLE:
-            fused = implementation == "sdpa"
-            traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # the spans may be unknown there
-            if fused and device.type == "cpu" and not traced:
-                self.spans = [(0, length)] * batch if padding is None else key_spans(padding)
-            if self.spans is not None or not (fused and torch.is_grad_enabled() and length <= _LONG):
-                self.rows = max(1, _BLOCK * length // elements)
-                return
-        self.whole = self.block(0, length)
+        large, fused = elements > _LARGEST_WHOLE, implementation == "sdpa"
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # the spans may be unknown there
+        if large and fused and device.type == "cpu" and not traced:
+            self.spans = [(0, length)] * batch if padding is None else key_spans(padding)
+        cheap = fused and torch.is_grad_enabled() and length <= _LONG
+        if self.spans is not None or (large and not cheap):
+            self.rows = max(1, _BLOCK * length // elements)
+        else:
+            self.whole = self.block(0, length)
 
     def block(self, start: int, stop: int) -> torch.Tensor:
         """Return the bias of queries start to stop: (batch or 1, heads, stop - start, length)."""
