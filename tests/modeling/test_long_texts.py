@@ -40,6 +40,14 @@ def short_limits(monkeypatch):
     monkeypatch.setattr(alibi, "_BLOCK", 4 * 6 * LENGTH * 7)
 
 
+@pytest.fixture
+def compiler():
+    """Forget what is compiled, before and after: torch limits how often one function is compiled in a process."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
 def step(tower: BifocalTextModel, ids: torch.Tensor, mask: torch.Tensor | None) -> dict[str, torch.Tensor]:
     """Return the states and every gradient of a training step."""
     output = tower(ids, mask)
@@ -158,7 +166,7 @@ def test_training_in_bfloat16_autocast(request, implementation, padding):
 
 
 @pytest.mark.parametrize("padding", ["none", "right"])
-def test_whole_graph_compilation_trains(short_limits, padding):
+def test_whole_graph_compilation_trains(short_limits, compiler, padding):
     tower = small_tower()
     wanted = step(tower, *texts(padding))
     compiled = torch.compile(tower, fullgraph=True, backend="aot_eager")
@@ -232,7 +240,7 @@ def flex(monkeypatch):
 @pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile", "ignore:The .grad attribute")
 @pytest.mark.parametrize("padding", ["none", "right", "between"])
 @pytest.mark.parametrize(("length", "heads"), [(LENGTH, 6), (150, 2)])  # heads of 8 are padded to 16, those of 24 not
-def test_flex_attention_equals_eager(flex, monkeypatch, padding, length, heads):
+def test_flex_attention_equals_eager(flex, compiler, monkeypatch, padding, length, heads):
     tower = small_tower(num_attention_heads=heads)
     ids, mask = texts(padding, length)
     tower.set_attn_implementation("eager")
@@ -252,7 +260,7 @@ def test_flex_attention_equals_eager(flex, monkeypatch, padding, length, heads):
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch's own compiler
 @torch.no_grad()
-def test_flex_attention_within_a_compiled_tower(monkeypatch):
+def test_flex_attention_within_a_compiled_tower(compiler, monkeypatch):
     """Whole graph, with lengths that are no multiple of the kernel's blocks."""
     monkeypatch.setattr("bifocal.modeling.modeling_bifocal_text.usable_implementation", lambda name, device: name)
     tower = small_tower(num_attention_heads=2)
