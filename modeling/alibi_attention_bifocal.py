@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.integrations.flex_attention import compile_friendly_flex_attention
 
 from .alibi_bifocal import AlibiBias, padding_block_mask
+from .packing_bifocal import PackedAlibi
 
 _FLEX_MIN_WIDTH = 16  # the narrowest matrices that GPU kernels multiply
 
@@ -22,7 +23,7 @@ def alibi_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    bias: AlibiBias,
+    bias: AlibiBias | PackedAlibi,
     scaling: float,
     dropout: float,
     **kwargs: Any,
@@ -45,6 +46,8 @@ def alibi_attention(
     Raises:
         ValueError: if flex attention should drop attention weights.
     """
+    if isinstance(bias, PackedAlibi):
+        return bias.attend(function, module, query, key, value, scaling=scaling, dropout=dropout, **kwargs), None
     if implementation == "flex_attention":
         return _flex_attention(query, key, value, bias, scaling, dropout, module.training, kwargs), None
 
