@@ -190,10 +190,7 @@ class BifocalModel(EncodingMixin, BifocalPreTrainedModel):
         }  # fmt: skip
         inputs = {name: value for name, value in inputs.items() if value is not None}
         outputs = self.text_model(**inputs, **kwargs, return_dict=True)
-        pooling = self.config.text_pooling
-        if pooling == "mean" and isinstance(self.text_model, BifocalTextModel):
-            pooling = "pooler"  # the same mean, which that tower has computed
-        return _projected(outputs, pooled(outputs, attention_mask, pooling), self.text_projection)
+        return _projected(outputs, pooled(outputs, attention_mask, self.config.text_pooling), self.text_projection)
 
     def _full_length(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
