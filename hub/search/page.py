@@ -17,30 +17,41 @@ import gradio
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
-from bifocal.hub.search.items import KINDS, Hit, SearchError
+from bifocal.hub.search.items import KINDS, Hit, QueryError, SearchError
 from bifocal.hub.search.searcher import MAX_QUERY_LENGTH, Searcher
 
 logger = logging.getLogger(__name__)
 
 MAX_UPLOAD_SIZE = 10 * 2**20  # bytes
-_MAX_PARALLEL_SEARCHES = 4  # others wait in the queue
+MAX_PARALLEL_SEARCHES = 64  # they are embedded together; others wait in the queue
+_OTHER_THREADS = 16  # for uploads and what else the page does while as many searches run
 _MAX_QUEUE_SIZE = 500  # a visitor beyond is asked to come back later
 _MAX_HITS = 60
 _UPLOAD_LIFETIME = 3600  # seconds until an upload is deleted
 _MAX_TEXT_LENGTH = 600  # characters that a hit shows
 
-# Choices of the page: one ranking of both kinds, one ranking of each, or one kind.
-VIEWS = {"One ranking": "one", "Two rankings": "two", "Images only": "image", "Texts only": "text"}
+# Choices of the page: the kinds of each ranking by its heading.
+VIEWS: dict[str, dict[str, tuple[str, ...]]] = {
+    "One ranking": {"": KINDS}, "Two rankings": {kind: (kind,) for kind in KINDS}, "Images only": {"": ("image",)},
+    "Texts only": {"": ("text",)},
+}  # fmt: skip
 _HEADINGS = {"image": "Images", "text": "Texts"}
 
 STYLE = Path(__file__).with_name("page.css")
 
 
-def build_page(searcher: Searcher, title: str = "Search images and texts") -> gradio.Blocks:
+def build_page(
+    searcher: Searcher, title: str = "Search images and texts", parallel_searches: int = MAX_PARALLEL_SEARCHES
+) -> gradio.Blocks:
     """Return the page over an index.
 
     A search by text and image together looks for what is between the two. Errors that a visitor can correct are shown
     instead of the results.
+
+    Args:
+        searcher: the index and its model.
+        title: title of the page.
+        parallel_searches: most searches that are in work at once.
     """
     counts = searcher.index.counts()
     contents = f"{counts['image']:,} images and {counts['text']:,} texts"
@@ -91,7 +102,7 @@ def build_page(searcher: Searcher, title: str = "Search images and texts") -> gr
             fn=search_function(searcher),
             inputs=[text, image, view, count, weight],
             outputs=results,
-            concurrency_limit=_MAX_PARALLEL_SEARCHES,
+            concurrency_limit=parallel_searches,
             show_progress="full",
             trigger_mode="always_last",
         )
@@ -160,33 +171,39 @@ def search_function(searcher: Searcher) -> Callable[..., str]:
     def search(text: str | None, image: str | None, view: str, count: float, weight: float) -> str:
         try:
             if not isinstance(text, str | None) or not (_is_number(count) and _is_number(weight)):
-                raise SearchError(
+                raise QueryError(
                     "This search cannot be read. It takes a text, an image, a number of hits and a weight."
                 )
             if not isinstance(view, str) or view not in VIEWS:
-                raise SearchError(f"'{view}' cannot be shown. Choose one of {', '.join(VIEWS)}.")
-            if image is not None and Path(image).stat().st_size > MAX_UPLOAD_SIZE:
-                raise SearchError(f"The image is larger than {MAX_UPLOAD_SIZE // 2**20} MiB. Choose a smaller one.")
-            is_long = len(text or "") > MAX_QUERY_LENGTH
+                raise QueryError(f"'{view}' cannot be shown. Choose one of {', '.join(VIEWS)}.")
+            if image is not None and _size(image) > MAX_UPLOAD_SIZE:
+                raise QueryError(f"The image is larger than {MAX_UPLOAD_SIZE // 2**20} MiB. Choose a smaller one.")
             k = max(1, min(int(count), _MAX_HITS))
-            vector = searcher.vector(text, image, min(max(float(weight), 0.0), 1.0))
-        except FileNotFoundError:  # deleted after an hour
-            return note("The image was deleted. Upload it again.", alert=True)
-        except SearchError as error:
+            rankings = searcher.search_rankings(
+                [*VIEWS[view].values()], text, image, k, min(max(float(weight), 0.0), 1.0)
+            )
+        except QueryError as error:
             return note(str(error), alert=True)
-        try:
-            kinds = VIEWS[view]
-            if kinds == "two":
-                rankings = {kind: searcher.index.search(vector, k, [kind]) for kind in KINDS}
-            else:
-                rankings = {"": searcher.index.search(vector, k, KINDS if kinds == "one" else [kinds])}
         except SearchError as error:  # it names the server's files, which visitors should not see
             logger.error(str(error))
             return note("The index cannot be searched now. The server's log says why.", alert=True)
+        is_long = len(text or "") > MAX_QUERY_LENGTH
         warning = f"The text is long: only its first {MAX_QUERY_LENGTH:,} characters were used." if is_long else ""
-        return results_html(rankings, warning)
+        return results_html(dict(zip(VIEWS[view], rankings, strict=True)), warning)
 
     return search
+
+
+def _size(image: str) -> int:
+    """Return the bytes of an uploaded file.
+
+    Raises:
+        QueryError: if it was deleted, as uploads are after an hour.
+    """
+    try:
+        return Path(image).stat().st_size
+    except FileNotFoundError as error:
+        raise QueryError("The image was deleted. Upload it again.") from error
 
 
 def _is_number(value: Any) -> bool:
@@ -256,7 +273,7 @@ def launch(page: gradio.Blocks, host: str | None = None, port: int | None = None
         _, address, _ = page.launch(
             server_name=host, server_port=port, prevent_thread_lock=not wait, quiet=True, show_error=False, share=False,
             max_file_size=MAX_UPLOAD_SIZE, footer_links=[], theme=theme, css_paths=STYLE, ssr_mode=False,
-            enable_monitoring=False, pwa=False, mcp_server=False,
+            max_threads=MAX_PARALLEL_SEARCHES + _OTHER_THREADS, enable_monitoring=False, pwa=False, mcp_server=False,
             app_kwargs={"middleware": [Middleware(OwnFilesOnly, page=page)]},
         )  # fmt: skip
     except OSError as error:
