@@ -12,6 +12,9 @@ from typing import Any
 
 # Before gradio is imported: no usage reports, no lookups of newer versions.
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+# No statistics for gradio's monitoring page, which is off: a table of the last 10,000 searches after each search.
+os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "1")
+os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", "1000000000")
 
 import gradio
 from starlette.middleware import Middleware
@@ -93,13 +96,19 @@ def build_page(
                     label="Image", type="filepath", sources=["upload", "clipboard"], image_mode=None, height=260,
                     elem_id="bf-query-image", visible=by_image,
                 )  # fmt: skip
-        # Pass the file on: gradio would decode it, however large it is.
-        image.preprocess = lambda payload: _uploaded_file(page, payload)  # type: ignore[method-assign]
         # If a visitor sends an address, gradio would fetch it.
         image.async_move_resource_to_block_cache = _refuse_addresses  # type: ignore[method-assign, assignment]
         results = gradio.HTML(empty, elem_id="bf-results")
+        find = search_function(searcher)
+
+        def search(text: Any, image: Any, view: Any, count: Any, weight: Any) -> str:
+            return find(text, _uploaded_file(page, image), view, count, weight)
+
+        # No preprocessing: gradio would decode an image, however large it is, and change threads for each input.
         options: dict[str, Any] = dict(
-            fn=search_function(searcher),
+            fn=search,
+            preprocess=False,
+            postprocess=False,
             inputs=[text, image, view, count, weight],
             outputs=results,
             concurrency_limit=parallel_searches,
@@ -124,15 +133,20 @@ _REFUSED = "This is not an image that was uploaded here. Upload one."
 def _uploaded_file(page: gradio.Blocks, payload: Any) -> str | None:
     """Return the file of a visitor's image.
 
-    A visitor who calls the page's route may send any path: only files that were uploaded to this page are accepted.
+    A visitor who calls the page's route may send anything: only files that were uploaded to this page are accepted.
+
+    Args:
+        page: the page.
+        payload: what was sent: None, or a dict with the path of an upload.
 
     Raises:
-        gradio.Error: if the path is another one.
+        gradio.Error: if it is anything else.
     """
     if payload is None:
         return None
-    path = os.path.realpath(payload.path)
-    if path not in {os.path.realpath(file) for file in page.upload_file_set}:
+    path = payload.get("path") if isinstance(payload, dict) else None
+    path = os.path.realpath(path) if isinstance(path, str) else None
+    if path not in {os.path.realpath(file) for file in list(page.upload_file_set)}:  # others upload meanwhile
         raise gradio.Error(_REFUSED, print_exception=False)
     return path
 

@@ -119,10 +119,10 @@ def test_who_is_interrupted_disturbs_nobody(leads):
             if not leads:
                 others.append(pool.submit(batcher, 1))
                 assert held.started.wait(60)
+            else:
+                others += [pool.submit(lambda n=n: (held.started.wait(60), batcher(n))[1]) for n in (1, 2)]
             signal.setitimer(signal.ITIMER_REAL, 0.3)
             with pytest.raises(KeyboardInterrupt):
-                if leads:
-                    others += [pool.submit(lambda n=n: (held.started.wait(60), batcher(n))[1]) for n in (1, 2)]
                 batcher(0)
             held.released.set()
             assert [call.result(60) for call in others] == [10 * n for n in range(1, len(others) + 1)]
