@@ -76,10 +76,9 @@ class SearchSnapshot:
         k = min(k, self.counts[kind])
         if k == 0:
             return [np.empty(0, np.int64)] * len(queries)
-        options = None
-        if self.counts[kind] < len(self.keys):
-            selector: Any = faiss.IDSelectorBitmap  # its types are those of the C++ below
-            options = cast(Any, faiss).SearchParameters(sel=selector(self.masks[kind]))
+        # FAISS scans for each query on its own then, one per core, so that other queries change no result.
+        selector: Any = faiss.IDSelectorBitmap  # its types are those of the C++ below
+        options = cast(Any, faiss).SearchParameters(sel=selector(self.masks[kind]))
         _, rows = self.faiss[variant].search(normalize(queries[:, : variant[0]]), k, params=options)
         return [found[found >= 0] for found in rows]
 
