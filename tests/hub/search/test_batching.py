@@ -6,7 +6,6 @@ import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -102,33 +101,37 @@ def test_no_call_is_lost():
     assert (batcher._leader, batcher._waiting) == (None, [])
 
 
-@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs signals")
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="needs signals")
 @pytest.mark.parametrize("leads", [True, False])
 def test_who_is_interrupted_disturbs_nobody(leads):
-    """Ctrl+C while the main thread runs the batch of others, or waits for its own."""
+    """Ctrl+C while the main thread runs a batch that others wait for, or waits for its own."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
+    def interrupt_main_thread() -> None:
+        wait_until(lambda: len(batcher._waiting) == (2 if leads else 1))
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
+
+    def call_later(item: int) -> int:
+        assert held.started.wait(60)
+        return batcher(item)
+
     held = Held()
     batcher = Batcher(held)
-    others: list[Any] = []
-    before = signal.signal(signal.SIGALRM, interrupt)
+    before = signal.signal(signal.SIGUSR1, interrupt)
     try:
         with ThreadPoolExecutor(3) as pool:
-            if not leads:
-                others.append(pool.submit(batcher, 1))
-                assert held.started.wait(60)
-            else:
-                others += [pool.submit(lambda n=n: (held.started.wait(60), batcher(n))[1]) for n in (1, 2)]
-            signal.setitimer(signal.ITIMER_REAL, 0.3)
+            others = [pool.submit(call_later, item) for item in (1, 2)] if leads else [pool.submit(batcher, 1)]
+            assert leads or held.started.wait(60)
+            interrupting = pool.submit(interrupt_main_thread)
             with pytest.raises(KeyboardInterrupt):
                 batcher(0)
             held.released.set()
-            assert [call.result(60) for call in others] == [10 * n for n in range(1, len(others) + 1)]
+            interrupting.result(60)
+            assert [call.result(60) for call in others] == ([10, 20] if leads else [10])
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGUSR1, before)
     assert (batcher._leader, batcher._waiting) == (None, [])
     assert [0] not in held.batches[1:], "a call that was interrupted is not run again"
 
@@ -137,16 +140,15 @@ def test_who_is_interrupted_disturbs_nobody(leads):
 def test_a_forked_child_waits_for_no_batch_of_its_parent():
     held = Held()
     batcher = Batcher(held)
-    with ThreadPoolExecutor(1) as pool, ExitStack() as locked:
+    with ThreadPoolExecutor(1) as pool:
         call = pool.submit(batcher, 1)
         assert held.started.wait(60)
-        locked.enter_context(batcher._lock)
-        child = os.fork()
-        if child == 0:
-            signal.alarm(30)
-            os._exit(0 if batcher(2) == 20 and batcher in batching._ALL else 1)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        locked.close()
+        with batcher._lock:
+            child = os.fork()
+            if child == 0:
+                signal.alarm(30)
+                os._exit(0 if batcher(2) == 20 and batcher in batching._ALL else 1)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         held.released.set()
         assert call.result(60) == 10
 
