@@ -52,8 +52,9 @@ def main() -> None:
             for way in WAYS:
                 with Server(index, way) as server:
                     for count in options.visitors:
+                        visitors = open_pages(server, count)
                         started, cpu_before = time.perf_counter(), server.cpu_time()
-                        latencies[way, count] += visit(server, count, options.searches)
+                        latencies[way, count] += visit(visitors, options.searches)
                         seconds[way, count] += time.perf_counter() - started
                         cpu[way, count] += server.cpu_time() - cpu_before
     line: dict[str, Any] = {"benchmark": "search_latency", **vars(options)}
@@ -106,7 +107,7 @@ class Server:
                     time.sleep(0.5)
             functions = [function["id"] for function in config["dependencies"] if function["api_name"] == "search"]
             self.function: int = functions[0]
-            visit(self, 2, 4)  # warm-up
+            visit(open_pages(self, 2), 4)  # warm-up
         except BaseException:
             self.__exit__()
             raise
@@ -157,7 +158,7 @@ def make_index(folder: Path, options: argparse.Namespace) -> Path:
 
 
 class Visitor:
-    """A page that is open in a browser: a session of its own, and connections that stay open."""
+    """A page that is open in a browser: a session of its own, and connections that stay open between searches."""
 
     def __init__(self, server: Server) -> None:
         self.function, self.session = server.function, secrets.token_hex(6)
@@ -180,21 +181,30 @@ class Visitor:
         return waited
 
 
-def visit(server: Server, count: int, searches: int) -> list[float]:
+def open_pages(server: Server, count: int) -> list[Visitor]:
+    """Return visitors whose page is open: gradio makes a session's state, which takes long, when a page is opened."""
+    visitors = [Visitor(server) for _ in range(count)]
+    for visitor in visitors:
+        visitor.search("a dog")
+        for connection in (visitor.calls, visitor.events):  # the server drops idle ones; the next search opens them
+            connection.close()
+    return visitors
+
+
+def visit(visitors: list[Visitor], searches: int) -> list[float]:
     """Return the latencies of visitors at once, each of which searches again as soon as it has its hits."""
     waits: list[float] = []
     errors: list[Exception] = []
 
-    def run(number: int) -> None:
-        visitor = Visitor(server)
+    def run(number: int, visitor: Visitor) -> None:
         try:
-            for turn in range(searches if count > 1 else 4 * searches):
+            for turn in range(searches if len(visitors) > 1 else 4 * searches):
                 query = number + turn
                 waits.append(visitor.search(f"{TOPICS[query % 7]} {PLACES[query % 6]} {query % 5}"))
         except Exception as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(count)]
+    threads = [threading.Thread(target=run, args=visitor) for visitor in enumerate(visitors)]
     for thread in threads:
         thread.start()
     for thread in threads:
