@@ -4,7 +4,6 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,48 +13,14 @@ import numpy as np
 from transformers.utils import logging
 
 from bifocal.data.image_decoding import disable_image_decoding
-from bifocal.errors import BifocalError
 from bifocal.files import overwrite, write_json
 from bifocal.modeling import BifocalModel, load_image
 from bifocal.modeling.towers_bifocal import pooling_settings, search_prompts
+from bifocal.training.mining_settings import DIRECTIONS, MINED, MiningError, MiningSettings
 from bifocal.training.task_dataset import is_missing
 
 logger = logging.get_logger(__name__)
-MINED = "file of mined negatives"
-DIRECTIONS = ("text-to-text", "text-to-image", "image-to-text")
 _NO_WORD = re.compile(r"[\W_]+")
-
-
-class MiningError(BifocalError):
-    """Data or settings that cannot be mined."""
-
-
-@dataclass(frozen=True)
-class MiningSettings:
-    """Settings of the choice of negatives, with the names and meanings of `mine_hard_negatives`.
-
-    Args:
-        num_negatives: negatives per query. Queries with fewer are skipped.
-        range_min: skip this many of the closest candidates that remain after the margin: they may be right answers that
-            nobody marked.
-        range_max: consider only this many of the closest candidates.
-        absolute_margin: smallest difference between the similarity of the positive and that of a negative; None for
-            no such limit. Between texts, a query's least similar positive counts.
-        batch_size: texts or images per forward pass.
-    """
-
-    num_negatives: int = 7
-    range_min: int = 0
-    range_max: int = 100
-    absolute_margin: float | None = None
-    batch_size: int = 64
-
-    def __post_init__(self) -> None:
-        if self.num_negatives < 1 or self.range_min < 0 or self.range_max < self.range_min + self.num_negatives:
-            raise MiningError(
-                "Mining needs num_negatives >= 1 and range_max >= range_min + num_negatives, not "
-                f"num_negatives={self.num_negatives}, range_min={self.range_min}, range_max={self.range_max}."
-            )
 
 
 def mine_texts(pairs: Any, model: Any, settings: MiningSettings = MiningSettings(), cache: Path | None = None) -> Any:

@@ -70,14 +70,8 @@ class SearchIndex:
             SearchError: if the folder holds something else or an index of another model, or an option is wrong.
         """
         folder = Path(folder)
-        for dim in dims:
-            if not 1 <= dim <= dimensions:
-                raise SearchError(
-                    f"The model has {dimensions} dimensions; choose --dim from 1 to {dimensions}, not {dim}."
-                )
-        for precision in precisions:
-            if precision not in PRECISIONS:
-                raise SearchError(f"'{precision}' is not a precision. Choose one of {', '.join(PRECISIONS)}.")
+        cls.check_dims(dims, dimensions)
+        cls.check(folder, precisions)
         variants = [(dim, precision) for dim in (dims or [dimensions]) for precision in precisions]
         if os.path.isdir(os.path.expanduser(model)):
             model = os.path.abspath(os.path.expanduser(model))
@@ -102,14 +96,43 @@ class SearchIndex:
                         part.unlink()
                 write_settings(folder, {**settings, "variants": variants})
             return cls(folder)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise SearchError(f"'{folder}' holds other files and no index. Choose another folder.")
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise SearchError(f"'{folder}' cannot be created ({error.strerror}). Choose another folder.") from error
         write_settings(folder, {**settings, "variants": variants})
         return cls(folder)
+
+    @staticmethod
+    def check_dims(dims: Sequence[int], dimensions: int) -> None:
+        """Check numbers of leading dimensions.
+
+        Args:
+            dimensions: length of the model's vectors.
+
+        Raises:
+            SearchError: if one is out of range.
+        """
+        for dim in dims:
+            if not 1 <= dim <= dimensions:
+                raise SearchError(
+                    f"The model has {dimensions} dimensions; choose --dim from 1 to {dimensions}, not {dim}."
+                )
+
+    @staticmethod
+    def check(folder: Path, precisions: Sequence[str]) -> None:
+        """Check what `create` can know without a model.
+
+        Raises:
+            SearchError: if the folder holds something else than an index, or a precision is unknown.
+        """
+        for precision in precisions:
+            if precision not in PRECISIONS:
+                raise SearchError(f"'{precision}' is not a precision. Choose one of {', '.join(PRECISIONS)}.")
+        if (folder / SETTINGS).exists() or not folder.exists():
+            return
+        if not folder.is_dir() or any(folder.iterdir()):
+            raise SearchError(f"'{folder}' holds other files and no index. Choose another folder.")
 
     def _save(self) -> None:
         """Write the settings, together with what other processes have added to them. The caller holds the lock."""
@@ -322,14 +345,22 @@ class SearchIndex:
         if not len(snapshot.keys):
             raise SearchError(f"The index '{self.folder}' is empty. Add something with bifocal index.")
         dim, precision = variant or max(self.variants, key=lambda choice: (choice[0], choice[1] == "float32"))
+        self.require_variant(dim, precision)
+        is_exact = dim == self.dimensions and precision == "float32"
+        candidates = k if is_exact else _CANDIDATES * k
+        return snapshot.rank(normalize(np.asarray(vectors, np.float32)), k, kinds, (dim, precision), candidates)
+
+    def require_variant(self, dim: int, precision: str) -> None:
+        """Check that the index has a variant.
+
+        Raises:
+            SearchError: if it has not.
+        """
         if (dim, precision) not in self.variants:
             known = ", ".join(f"{dim} {precision}" for dim, precision in self.variants)
             raise SearchError(
                 f"'{self.folder}' cannot be searched by {dim} dimensions in {precision}, only by {known}."
             )
-        is_exact = dim == self.dimensions and precision == "float32"
-        candidates = k if is_exact else _CANDIDATES * k
-        return snapshot.rank(normalize(np.asarray(vectors, np.float32)), k, kinds, (dim, precision), candidates)
 
     def _open(self) -> SearchSnapshot:
         stamp = self.table.stamp()

@@ -12,7 +12,6 @@ import numpy as np
 from PIL import Image
 
 from bifocal.errors import BifocalError
-from bifocal.modeling import load_image
 
 KINDS = ("image", "text")
 MAX_PIXELS = 64_000_000  # of an image; decoding a larger one takes gigabytes
@@ -104,11 +103,11 @@ class Hit:
         }  # fmt: skip
 
 
-def read_image(source: Any) -> Image.Image:
-    """Return an image as upright RGB.
+def require_image(source: Any) -> None:
+    """Check the header of an image.
 
     Raises:
-        SearchError: if it is too large or cannot be read. The message does not name the image.
+        SearchError: if it is not an image, or too large. The message does not name the image.
     """
     try:
         if isinstance(source, Image.Image):
@@ -126,6 +125,17 @@ def read_image(source: Any) -> Image.Image:
         raise SearchError("it cannot be read as an image") from error
     if size[0] * size[1] > MAX_PIXELS:
         raise SearchError(f"it has {size[0]} x {size[1]} pixels, more than {MAX_PIXELS:,}")
+
+
+def read_image(source: Any) -> Image.Image:
+    """Return an image as upright RGB.
+
+    Raises:
+        SearchError: if it is too large or cannot be read. The message does not name the image.
+    """
+    from bifocal.modeling import load_image
+
+    require_image(source)
     try:
         return load_image(source)
     except (ValueError, FileNotFoundError) as error:
