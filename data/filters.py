@@ -9,10 +9,9 @@ from typing import Annotated, Any
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from bifocal.data.images import image_row_error
+from bifocal.data.image_errors import image_row_error
 from bifocal.data.skips import RowError
 from bifocal.errors import DataError
-from bifocal.modeling import load_image
 
 _SPACE = re.compile(r"\s+")
 _TEXTS = ("caption", "query", "positive", "text")
@@ -186,6 +185,8 @@ def require_readable(data: bytes) -> None:
     Raises:
         RowError: if they are not an image, or a broken one.
     """
+    from bifocal.modeling import load_image
+
     try:
         load_image(data)
     except Exception as error:

@@ -14,7 +14,8 @@ from transformers import AutoModel, AutoProcessor
 from transformers.utils.hub import cached_file
 
 from bifocal.data.embedding_models import load_embedding_model
-from bifocal.errors import EvaluationError, ModelError, first_line, looks_like_path
+from bifocal.errors import EvaluationError, ModelError, first_line
+from bifocal.evaluation.arguments import is_local_model
 from bifocal.modeling import BifocalModel, load_image
 from bifocal.modeling.image_batches_bifocal import EmbeddedImages, ImagePreparer, embed_ahead
 from bifocal.modeling.loading_bifocal import UnsupportedFamilyError, load_complete, require_vocabulary
@@ -138,17 +139,8 @@ def require_model(path: str) -> None:
     Raises:
         EvaluationError: if the path is neither a folder with a model nor the id of a model on the Hub.
     """
-    folder = Path(path).expanduser()
-    if folder.is_file():
-        raise EvaluationError(f"'{path}' is a file; give the folder of a model.")
-    if folder.is_dir():
-        if any((folder / name).is_file() for name in ("config.json", "modules.json")):
-            return
-        inner = next((name for name in ("model", "final") if (folder / name / "config.json").is_file()), None)
-        hint = f"; did you mean '{Path(path) / inner}'?" if inner else "."
-        raise EvaluationError(f"'{path}' holds no model: there is neither config.json nor modules.json in it{hint}")
-    if looks_like_path(path):
-        raise EvaluationError(f"There is no model at '{path}'; check the path.")
+    if is_local_model(path):
+        return
     try:
         exists = _has(path, "config.json") or _has(path, "modules.json")
         reason = "it has neither config.json nor modules.json"

@@ -9,6 +9,7 @@ import yaml
 
 from bifocal.data.evaluation_protocols import find_protocol
 from bifocal.data.skips import summary as skip_summary
+from bifocal.evaluation.arguments import EVALUATION
 from bifocal.evaluation.compression import by_dimension, by_precision
 from bifocal.evaluation.protocols import Result
 from bifocal.evaluation.report_plots import (
@@ -26,7 +27,6 @@ from bifocal.evaluation.report_plots import (
 from bifocal.files import overwrite
 from bifocal.pages import render
 
-EVALUATION = "evaluation"  # kind of the files `report.html` and `results.json`
 _SHOWN_SKIPS = 20  # skipped rows that the page lists
 _NOT_IN_TABLE = ("dimensions", "shared rows")  # sizes that the page shows elsewhere
 

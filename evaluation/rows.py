@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from transformers.utils import logging
 
-from bifocal.data.images import image_row_error
+from bifocal.data.image_errors import image_row_error
 from bifocal.data.normalize import RowNormaliser, as_list
 from bifocal.data.skips import RowError, SkippedRow, summary
 from bifocal.errors import EvaluationError

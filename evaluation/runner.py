@@ -14,14 +14,14 @@ import numpy as np
 
 from bifocal.data.evaluation_protocols import PROTOCOLS
 from bifocal.data.skips import SkipLog, SkippedRow, start_log
-from bifocal.errors import EvaluationError
+from bifocal.evaluation.arguments import EVALUATION, check_evaluation, require_folder
 from bifocal.evaluation.encoders import Encoder, load_encoder, require_model
 from bifocal.evaluation.mteb_tasks import find_tasks, run_mteb
 from bifocal.evaluation.protocols import Result
-from bifocal.evaluation.report import EVALUATION, results_as_numbers, write_evaluation_page
-from bifocal.evaluation.suites import EvaluationSuite, EvaluationTask, load_suite
+from bifocal.evaluation.report import results_as_numbers, write_evaluation_page
+from bifocal.evaluation.suites import EvaluationSuite, EvaluationTask
 from bifocal.evaluation.task_rows import TaskData, log_skips, read_task
-from bifocal.files import overwrite, replace_file, require_overwritable
+from bifocal.files import overwrite, replace_file
 
 _VERSION = 4  # of the cached results; results of another version are measured again
 
@@ -65,10 +65,7 @@ def run_evaluation(
         NotOursError: if `out` holds a `results.json` or `report.html` that Bifocal did not write.
         EvaluationError, RecipeError, BadRowsError, OSError: see `evaluate`.
     """
-    loaded = None if suite is None and mteb else load_suite(suite or "symbols")
-    _require_folder(out)
-    for name in ("results.json", "report.html"):
-        require_overwritable(out / name, EVALUATION)
+    loaded = check_evaluation(models, out, suite, mteb, only)
     results = evaluate(models, loaded, out, only, mteb, num_workers, fast_decoding)
     numbers = results_as_numbers(results)
     with overwrite(out / "results.json", EVALUATION) as scratch:
@@ -113,7 +110,7 @@ def evaluate(
     tasks = suite.select(only) if suite is not None else []
     batch_size = suite.batch_size if suite is not None else 64
     mteb_tasks = find_tasks(mteb) if mteb else []
-    _require_folder(out)
+    require_folder(out)
     for model in models:
         require_model(model)
     results: dict[str, list[Result]] = {model: [] for model in models}
@@ -132,11 +129,6 @@ def evaluate(
             if mteb_tasks:
                 results[model].extend(run_mteb(model, mteb_tasks, out / "mteb", batch_size))
     return results
-
-
-def _require_folder(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise EvaluationError(f"'{out}' is a file, and the results need a folder; choose another with --out.")
 
 
 class _TaskRun:

@@ -18,10 +18,9 @@ from bifocal.data.paths import AllowedRoots, expand, is_remote
 from bifocal.data.skips import RowError
 from bifocal.data.source import Source
 from bifocal.errors import DataError
+from bifocal.hub.search.arguments import require_model_path
 from bifocal.hub.search.index import SearchIndex
 from bifocal.hub.search.items import Item, SearchError
-from bifocal.hub.search.models import load_model, weights_hash
-from bifocal.hub.search.searcher import Searcher
 from bifocal.hub.search.settings import SETTINGS
 from bifocal.hub.search.sync import AddResult, ItemSource
 
@@ -86,6 +85,15 @@ def index_source(
     model = model or (SearchIndex(folder).model if existed else None)
     if model is None:
         raise SearchError("Pass --model with the folder or Hub id of a model (Bifocal, CLIP, SigLIP, ...).")
+    require_model_path(model)
+    SearchIndex.check(folder, precisions)
+    if existed:
+        SearchIndex.check_dims(dims, SearchIndex(folder).dimensions)
+
+    # Not before all of this is checked: it imports torch.
+    from bifocal.hub.search.models import load_model, weights_hash
+    from bifocal.hub.search.searcher import Searcher
+
     loaded = load_model(model)
     if kind in _IMAGE_KINDS:
         loaded.require_images()

@@ -23,6 +23,7 @@ from bifocal.training.checkpoints import LOADING_LOG
 from bifocal.training.engine.distributed import ProcessGroupInfo
 from bifocal.training.precision import DTYPES
 from bifocal.training.recipe import Recipe, StartFrom
+from bifocal.training.run_folder import stage_folder
 from bifocal.training.tasks import Task
 from bifocal.training.tokenizer import TOKENIZERS
 from bifocal.training.towers import linear_layers, tower_of
@@ -163,16 +164,6 @@ def _new_processor(recipe: Recipe, tasks: Sequence[Task]) -> BifocalProcessor:
     return _with_image_processor(recipe, tokenizer)
 
 
-def start_paths(recipe: Recipe) -> list[str]:
-    """Return the folders or Hub ids whose weights a recipe starts from."""
-    start = recipe.start_from
-    if start is None or isinstance(start, str):
-        return [] if start is None else [start]
-    if start.stage is not None:
-        return [str(_stage_folder(recipe, start))]
-    return [path for path in (start.text, start.image) if path is not None]
-
-
 def load_start(recipe: Recipe) -> BifocalModel | None:
     """Return the model that a recipe starts from; None if it starts from nothing.
 
@@ -191,7 +182,7 @@ def load_start(recipe: Recipe) -> BifocalModel | None:
             _require_no_tower(recipe)
             with no_progress_bars():
                 return BifocalModel.from_towers(text=start.text, image=start.image, dtype=dtype, **recipe.model)
-        path = start if isinstance(start, str) else _stage_folder(recipe, start)
+        path = start if isinstance(start, str) else stage_folder(recipe, start)
         # Unknown keys are allowed in a saved config, but not in a recipe.
         known = BifocalConfig()
         BifocalConfig(**{key: value for key, value in recipe.model.items() if not hasattr(known, key)})
@@ -219,16 +210,6 @@ def _require_no_tower(recipe: Recipe) -> None:
     tower = next((key for key in ("text_config", "vision_config") if key in recipe.model), None)
     if tower is not None:
         raise ValueError(f"{tower} is that of the tower in start_from; remove it.")
-
-
-def _stage_folder(recipe: Recipe, start: StartFrom) -> str:
-    folder = Path("runs") / str(start.stage) / "model"
-    if not (folder / "config.json").exists():
-        raise RecipeError(
-            f"Recipe '{recipe.name}' starts from stage '{start.stage}', but {folder} does not exist. "
-            f"Run `bifocal train {start.stage}` first."
-        )
-    return str(folder)
 
 
 def vocabulary(tokenizer: Any) -> dict[str, int]:

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from bifocal.errors import ModelError, RecipeError
+from bifocal.errors import ModelError, RecipeError, require_local_model
 from bifocal.files import require_overwritable
+from bifocal.training.mining_settings import DIRECTIONS, MINED, MiningError, MiningSettings
 
 
 def mine_source(
@@ -22,9 +23,8 @@ def mine_source(
     from bifocal.data.loading import load_source
     from bifocal.data.schema import validated
     from bifocal.data.source import Source
-    from bifocal.training import mining
 
-    require_overwritable(out, mining.MINED)  # now, and not after hours of mining
+    require_overwritable(out, MINED)  # now, and not after hours of mining
     renamed = {}
     for column in columns:
         theirs, equals, ours = column.partition("=")
@@ -33,13 +33,17 @@ def mine_source(
         if theirs in renamed:
             raise RecipeError(f"'{theirs}' is mapped twice. A column can have one new name; copy it to use it as two.")
         renamed[theirs] = ours
-    if direction not in mining.DIRECTIONS:
-        raise mining.MiningError(f"direction must be one of {', '.join(mining.DIRECTIONS)}, but it is '{direction}'.")
+    if direction not in DIRECTIONS:
+        raise MiningError(f"direction must be one of {', '.join(DIRECTIONS)}, but it is '{direction}'.")
     if out.is_dir():
-        raise mining.MiningError(f"'{out}' is a folder. Give the Parquet file to write.")
+        raise MiningError(f"'{out}' is a folder. Give the Parquet file to write.")
+    chosen = MiningSettings(**settings)
+    require_local_model(model)
     kind = "text-pair" if direction == "text-to-text" else "image-text"
     data = load_source(validated(Source, {"path": source, "column_mapping": renamed}, []), kind)
-    chosen = mining.MiningSettings(**settings)
+    # Not before all of this is checked: it imports torch.
+    from bifocal.training import mining
+
     if direction == "text-to-text":
         mined = mining.mine_texts(data, _load_model(model), chosen, cache)
     else:

@@ -16,9 +16,8 @@ from bifocal.data.image_decoding import disable_image_decoding
 from bifocal.files import overwrite
 from bifocal.modeling import BifocalModel
 from bifocal.modeling.towers_bifocal import pooling_settings, search_prompts
+from bifocal.training.mining_settings import DIRECTIONS, MINED, MiningError, MiningSettings
 from bifocal.training.mining_vectors import (
-    MiningError,
-    MiningSettings,
     embedded_rows,
     first_image,
     image_vectors,
@@ -28,8 +27,6 @@ from bifocal.training.mining_vectors import (
 from bifocal.training.task_dataset import is_missing
 
 logger = logging.get_logger(__name__)
-MINED = "file of mined negatives"
-DIRECTIONS = ("text-to-text", "text-to-image", "image-to-text")
 _NO_WORD = re.compile(r"[\W_]+")
 
 

@@ -3,54 +3,18 @@
 import json
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bifocal.errors import BifocalError
 from bifocal.files import write_json
 from bifocal.modeling.image_batches_bifocal import embed_ahead
+from bifocal.training.mining_settings import MiningError, MiningSettings
 
 _BATCHES_SAVED = 16  # batches that are written at once: a killed run loses at most as many
 Vectors = Generator[np.ndarray | None, None, None]
-
-
-class MiningError(BifocalError):
-    """Data or settings that cannot be mined."""
-
-
-@dataclass(frozen=True)
-class MiningSettings:
-    """Settings of the choice of negatives, with the names and meanings of `mine_hard_negatives`.
-
-    Args:
-        num_negatives: negatives per query. Queries with fewer are skipped.
-        range_min: skip this many of the closest candidates that remain after the margin: they may be right answers that
-            nobody marked.
-        range_max: consider only this many of the closest candidates.
-        absolute_margin: smallest difference between the similarity of the positive and that of a negative; None for
-            no such limit. Between texts, a query's least similar positive counts.
-        batch_size: texts or images per forward pass.
-        num_workers, fast_decoding: how images are decoded; see `BifocalModel.encode_image`.
-    """
-
-    num_negatives: int = 7
-    range_min: int = 0
-    range_max: int = 100
-    absolute_margin: float | None = None
-    batch_size: int = 64
-    num_workers: int | None = None
-    fast_decoding: bool = False
-
-    def __post_init__(self) -> None:
-        if self.num_negatives < 1 or self.range_min < 0 or self.range_max < self.range_min + self.num_negatives:
-            raise MiningError(
-                "Mining needs num_negatives >= 1 and range_max >= range_min + num_negatives, not "
-                f"num_negatives={self.num_negatives}, range_min={self.range_min}, range_max={self.range_max}."
-            )
 
 
 def text_vectors(captions: list[str], model: Any, prompt: str | None, settings: MiningSettings, start: int) -> Vectors:

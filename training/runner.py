@@ -18,7 +18,6 @@ from bifocal.data.skips import SkipLog
 from bifocal.data.symbols import random_shift
 from bifocal.errors import RecipeError, TrainingError
 from bifocal.files import (
-    MARKER,
     RUN,
     NotOursError,
     require_overwritable,
@@ -44,11 +43,11 @@ from bifocal.training.engine.distributed import ProcessGroupInfo, on_main_proces
 from bifocal.training.mlm import train_mlm
 from bifocal.training.precision import DTYPES
 from bifocal.training.recipe import Recipe
+from bifocal.training.run_folder import RESOLVED, require_run_folder
 from bifocal.training.stage_record import STAGE, stage_facts, write_stage
 from bifocal.training.tasks import Task
 from bifocal.training.trainer import MultiTaskTrainer
 
-RESOLVED = "recipe.yaml"
 VERSIONS = "versions.json"
 RUN_FILES = (RESOLVED, VERSIONS, STAGE)
 
@@ -142,11 +141,8 @@ def open_run(recipe: Recipe, overwrite: bool = False) -> bool:
     """
     folder = recipe.folder
     wanted = json.loads(recipe.model_dump_json())
-    if folder.exists() and not folder.is_dir():
-        raise RecipeError(f"'{folder}' is a file. Set another output_dir.")
+    require_run_folder(folder)
     kept = folder / RESOLVED
-    if folder.exists() and any(path.name != MARKER for path in folder.iterdir()) and not kept.exists():
-        raise RecipeError(f"'{folder}' holds other files, but no run. Set another output_dir.")
     trained = bool(checkpoints(folder)) or (folder / "model").exists()
     try:
         if kept.exists():

@@ -1,5 +1,6 @@
 """The command `evaluate`."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -31,13 +32,15 @@ def evaluate(
 ) -> None:
     """Compare models on your data or on MTEB, and write a report."""
     require("datasets", "jinja2", "matplotlib", "pydantic", "sklearn", "scipy", "sentence_transformers")
-    import json
+    from bifocal.evaluation.arguments import check_evaluation
+
+    writes_into(out, "free space and run the command again to resume, or choose another --out")
+    check_evaluation(models, out, suite, mteb or (), only or ())
 
     from bifocal.evaluation.report import summary_lines
     from bifocal.evaluation.runner import run_evaluation
     from bifocal.hub.card_results import add_results
 
-    writes_into(out, "free space and run the command again to resume, or choose another --out")
     evaluation = run_evaluation(models, out, suite, mteb or (), only or (), num_workers, fast_decoding)
     if card:
         for model in evaluation.results:

@@ -133,22 +133,31 @@ def search(
 ) -> None:
     """Print the items that are nearest to a text, an image or both."""
     require(*_NEEDS, *(["lancedb"] if lancedb else []))
+    from bifocal.hub.search.arguments import require_model_path, require_query
     from bifocal.hub.search.index import SearchIndex
-    from bifocal.hub.search.items import KINDS
-    from bifocal.hub.search.searcher import Searcher
+    from bifocal.hub.search.items import KINDS, check_kinds
 
     if lancedb is not None and (dim is not None or precision is not None):
         raise BifocalError("--dim and --precision choose a variant of the index. Omit them with --lancedb.")
     kinds = KINDS if only is None else (only,)
-    searcher = Searcher(SearchIndex(index), model)
+    check_kinds(kinds)
+    opened = SearchIndex(index)
+    is_default = dim is None and precision is None
+    variant = None if is_default else (dim or opened.dimensions, precision or "float32")
+    if variant is not None:
+        opened.require_variant(*variant)
+    require_query(text, image)
+    require_model_path(model or opened.model)
+
+    from bifocal.hub.search.searcher import Searcher
+
+    searcher = Searcher(opened, model)
     vector = searcher.vector(text, image, weight)
     if lancedb is not None:
         from bifocal.hub.search.lance import search_lancedb
 
         ranking = search_lancedb(lancedb, vector, searcher.index.weights, hits, kinds)
     else:
-        is_default = dim is None and precision is None
-        variant = None if is_default else (dim or searcher.index.dimensions, precision or "float32")
         ranking = searcher.index.search(vector, hits, kinds, variant)
     if not ranking:
         what = "texts" if only == "text" else "images" if only == "image" else "items"
@@ -211,16 +220,23 @@ def serve(
 ) -> None:
     """Serve a search page over an index, or write it as a Space."""
     require(*_NEEDS, "gradio")
+    from bifocal.hub.search.arguments import require_model_path
     from bifocal.hub.search.index import SearchIndex
 
     opened = SearchIndex(index)
     if space is not None:
-        from bifocal.hub.space import write_space
+        from bifocal.hub.space_arguments import check_space
 
         writes_into(space)
+        check_space(opened, space, opened.model if model is None else model)
+
+        from bifocal.hub.space import write_space
+
         write_space(opened, space, title, model)
         typer.echo(f"The Space is in {space}. Publish it with: bifocal push {space} organisation/name")
         return
+    require_model_path(model or opened.model)
+
     from bifocal.hub.search.page import build_page, launch
     from bifocal.hub.search.searcher import Searcher
 

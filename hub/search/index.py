@@ -13,7 +13,7 @@ from bifocal.hub.search.ingestion import EmbedImages, Ingestion
 from bifocal.hub.search.items import KINDS, Hit, Item, SearchError, check_kinds, normalize
 from bifocal.hub.search.lock import LOCK, index_lock
 from bifocal.hub.search.settings import FORMAT, PRECISIONS, SETTINGS, read_settings, write_settings
-from bifocal.hub.search.snapshot import SearchSnapshot
+from bifocal.hub.search.snapshot import Rankings, SearchSnapshot
 from bifocal.hub.search.sync import NO_SOURCE, AddResult, ItemSource, SourceScan
 from bifocal.hub.search.table import Occurrence, Table, TableSnapshot, all_occurrences
 
@@ -75,14 +75,8 @@ class SearchIndex:
                 wrong.
         """
         folder = Path(folder)
-        for dim in dims:
-            if not 1 <= dim <= dimensions:
-                raise SearchError(
-                    f"The model has {dimensions} dimensions; choose --dim from 1 to {dimensions}, not {dim}."
-                )
-        for precision in precisions:
-            if precision not in PRECISIONS:
-                raise SearchError(f"'{precision}' is not a precision. Choose one of {', '.join(PRECISIONS)}.")
+        cls.check_dims(dims, dimensions)
+        cls.check(folder, precisions)
         variants = [(dim, precision) for dim in (dims or [dimensions]) for precision in precisions]
         if os.path.isdir(os.path.expanduser(model)):
             model = os.path.abspath(os.path.expanduser(model))
@@ -112,14 +106,43 @@ class SearchIndex:
                         part.unlink()
                 write_settings(folder, {**settings, "variants": variants})
             return cls(folder)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise SearchError(f"'{folder}' holds other files and no index. Choose another folder.")
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise SearchError(f"'{folder}' cannot be created ({error.strerror}). Choose another folder.") from error
         write_settings(folder, {**settings, "variants": variants})
         return cls(folder)
+
+    @staticmethod
+    def check_dims(dims: Sequence[int], dimensions: int) -> None:
+        """Check numbers of leading dimensions.
+
+        Args:
+            dimensions: length of the model's vectors.
+
+        Raises:
+            SearchError: if one is out of range.
+        """
+        for dim in dims:
+            if not 1 <= dim <= dimensions:
+                raise SearchError(
+                    f"The model has {dimensions} dimensions; choose --dim from 1 to {dimensions}, not {dim}."
+                )
+
+    @staticmethod
+    def check(folder: Path, precisions: Sequence[str]) -> None:
+        """Check what `create` can know without a model.
+
+        Raises:
+            SearchError: if the folder holds something else than an index, or a precision is unknown.
+        """
+        for precision in precisions:
+            if precision not in PRECISIONS:
+                raise SearchError(f"'{precision}' is not a precision. Choose one of {', '.join(PRECISIONS)}.")
+        if (folder / SETTINGS).exists() or not folder.exists():
+            return
+        if not folder.is_dir() or any(folder.iterdir()):
+            raise SearchError(f"'{folder}' holds other files and no index. Choose another folder.")
 
     def _save(self) -> None:
         """Write the settings, together with what other processes have added to them. The caller holds the lock."""
@@ -331,6 +354,16 @@ class SearchIndex:
         Raises:
             SearchError: if an option is wrong, or the index is empty.
         """
+        vector = np.asarray(vector, np.float32)
+        if vector.shape != (self.dimensions,):
+            raise SearchError(f"The query has {vector.shape} numbers, but the index has {self.dimensions} dimensions.")
+        ranking = self.rank(vector[None], k, kinds, variant)
+        return ranking.hits(0)
+
+    def rank(
+        self, vectors: np.ndarray, k: int = 10, kinds: Sequence[str] = KINDS, variant: tuple[int, str] | None = None
+    ) -> Rankings:
+        """Search for several queries (queries, dimensions) at once; see `search`."""
         kinds = check_kinds(kinds)
         if k < 1:
             raise SearchError(f"The number of hits must be at least 1, not {k}.")
@@ -338,24 +371,22 @@ class SearchIndex:
         if not len(snapshot.keys):
             raise SearchError(f"The index '{self.folder}' is empty. Add something with bifocal index.")
         dim, precision = variant or max(self.variants, key=lambda choice: (choice[0], choice[1] == "float32"))
+        self.require_variant(dim, precision)
+        is_exact = dim == self.dimensions and precision == "float32"
+        candidates = k if is_exact else _CANDIDATES * k
+        return snapshot.rank(normalize(np.asarray(vectors, np.float32)), k, kinds, (dim, precision), candidates)
+
+    def require_variant(self, dim: int, precision: str) -> None:
+        """Check that the index has a variant.
+
+        Raises:
+            SearchError: if it has not.
+        """
         if (dim, precision) not in self.variants:
             known = ", ".join(f"{dim} {precision}" for dim, precision in self.variants)
             raise SearchError(
                 f"'{self.folder}' cannot be searched by {dim} dimensions in {precision}, only by {known}."
             )
-        query = normalize(np.asarray(vector, np.float32))
-        if query.shape != (self.dimensions,):
-            raise SearchError(f"The query has {query.shape} numbers, but the index has {self.dimensions} dimensions.")
-        is_exact = dim == self.dimensions and precision == "float32"
-        ranked: list[tuple[float, float, int]] = []
-        for kind in kinds:
-            rows = snapshot.nearest_rows(query, k if is_exact else _CANDIDATES * k, kind, (dim, precision))
-            scores = snapshot.vectors(rows) @ query
-            several = len(kinds) > 1
-            ranking_scores = snapshot.calibration.ranking_scores(scores, kind, query) if several else scores
-            ranked += zip(ranking_scores.tolist(), scores.tolist(), rows.tolist(), strict=True)
-        ranked = sorted(ranked, key=lambda hit: (-hit[0], hit[2]))[:k]
-        return [snapshot.hit(row, score, ranking_score) for ranking_score, score, row in ranked]
 
     def _open(self) -> SearchSnapshot:
         stamp = self.table.stamp()

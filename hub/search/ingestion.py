@@ -1,19 +1,24 @@
 """One run that embeds items and writes them to the table, part by part."""
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from bifocal.hub.search.items import Item, SearchError, decode_item, normalize, thumbnail
 from bifocal.hub.search.sync import AddResult, SourceScan
 from bifocal.hub.search.table import ROWS, Table
-from bifocal.modeling.image_batches_bifocal import EmbeddedImages, ImagePreparer
 
-EmbedImages = Callable[[Iterable[Any], Callable[[ImagePreparer, Any], tuple[Any, Any]]], EmbeddedImages]
+if TYPE_CHECKING:  # it imports torch
+    from bifocal.modeling.image_batches_bifocal import ImagePreparer
+
+# From sources and what reads one with a preparer to a note and a vector for each source; see `embed_ahead`.
+EmbedImages = Callable[
+    [Iterable[Any], Callable[["ImagePreparer", Any], tuple[Any, Any]]], Generator[tuple[Any, Any], None, None]
+]
 
 
 class Ingestion:
@@ -110,7 +115,7 @@ class Ingestion:
             self.result.new += len(embedded)
 
 
-def _read(preparer: ImagePreparer, source: Any) -> tuple[bytes | SearchError, Any]:
+def _read(preparer: "ImagePreparer", source: Any) -> tuple[bytes | SearchError, Any]:
     """Return an image's thumbnail and what is embedded of it; an error and None if it cannot be read."""
     try:
         decoded = decode_item(source, preparer)

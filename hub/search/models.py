@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from bifocal.errors import first_line
+from bifocal.hub.search.arguments import require_model_path
 from bifocal.hub.search.items import SearchError
 from bifocal.modeling import BifocalConfig, BifocalModel
 from bifocal.modeling.image_batches_bifocal import EmbeddedImages, ImagePreparer, embed_ahead
@@ -110,9 +111,8 @@ def load_model(model: str) -> EmbeddingModel:
     Raises:
         SearchError: if there is no such model, or it cannot be loaded.
     """
+    require_model_path(model)
     path = Path(model).expanduser()
-    if not path.exists() and (path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1):
-        raise SearchError(f"There is no model at '{model}' (no such folder). Pass --model with its local path.")
     source, device = str(path) if path.exists() else model, "cuda" if torch.cuda.is_available() else "cpu"
     try:
         if model_kind(source) == "joint":
