@@ -1,6 +1,8 @@
 """What autograd keeps of a forward pass, measured, and how much memory is free for it."""
 
+import ctypes
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +26,17 @@ def free_memory(device: torch.device) -> int:
 
     available = min([psutil.virtual_memory().available, *_rooms_of_cgroups()])
     return max(0, available) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def trim_heap() -> None:
+    """Give free memory of the heap back to the system, where the C library can (glibc).
+
+    It keeps what was freed for later use, gigabytes after a step of training, and the system counts that as used.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def _rooms_of_cgroups() -> Iterator[int]:

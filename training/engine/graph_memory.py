@@ -1,14 +1,16 @@
 """`graph_memory`: how many chunks keep their graph between the two passes of the gradient cache."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.utils import logging
 
-from bifocal.training.engine.activation_memory import SHARE, free_memory, kept_for_backward
+from bifocal.training.engine.activation_memory import SHARE, free_memory, kept_for_backward, trim_heap
 from bifocal.training.engine.gradient_cache import Chunk, Inputs
 
 logger = logging.get_logger(__name__)
@@ -42,19 +44,26 @@ class GraphMemory:
             optimizer: optimiser whose states and gradients are subtracted from what is free, as far as they do not
                 exist yet.
         """
+        if self.args.graph_memory == 0.0:
+            return 0
+        needed = list(
+            accumulate(
+                sum(self.kept_bytes("text", part) for part in texts)
+                + sum(self.kept_bytes("image", part) for part in images)
+                for texts, images in chunks
+            )
+        )
         limit = self.limit(optimizer)
-        total, count = 0.0, 0
-        for texts, images in chunks if limit > 0 else []:
-            kept = sum(self.kept_bytes("text", part) for part in texts)
-            kept += sum(self.kept_bytes("image", part) for part in images)
-            if total + kept > limit:
-                break
-            total, count = total + kept, count + 1
+        on_cpu = next(self.model.parameters()).device.type == "cpu"
+        if self.args.graph_memory == "auto" and on_cpu and needed[-1] > limit:
+            trim_heap()  # the activations of earlier steps would count as used
+            limit = self.limit(optimizer)
+        count = bisect_right(needed, limit)
         if not self.is_logged:
             self.is_logged = True
             logger.info(
-                f"The gradient cache keeps the graphs of {count} of {len(chunks)} chunks: {total / GIB:.2f} of at most "
-                f"{max(0.0, limit) / GIB:.2f} GiB (graph_memory)."
+                f"The gradient cache keeps the graphs of {count} of {len(chunks)} chunks; all need "
+                f"{needed[-1] / GIB:.2f} GiB, and {max(0.0, limit) / GIB:.2f} GiB are allowed (graph_memory)."
             )
         return count
 
