@@ -197,7 +197,8 @@ def bytes_kept(graphs: GraphMemory, chunks) -> int:
     ):
         for texts, images in chunks:
             outputs.append(embed(graphs.model, texts, images))
-    sum(value.sum() for output in outputs for value in output.values()).backward()
+    if outputs:
+        sum(value.sum() for output in outputs for value in output.values()).backward()
     return sum(kept.values())
 
 
