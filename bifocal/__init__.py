@@ -31,6 +31,7 @@ from bifocal.modeling import (  # noqa: E402
     BifocalTextModel,
     BifocalVisionConfig,
     BifocalVisionModel,
+    fast_dtype,
     load_image,
 )
 
@@ -78,6 +79,7 @@ __all__ = [
     "Source",
     "Task",
     "export_model",
+    "fast_dtype",
     "load_image",
     "load_source",
 ]
