@@ -15,8 +15,12 @@ logger = logging.get_logger(__name__)
 # multiplies in it and "model" elsewhere.
 DtypeChoice = Literal["model", "auto", "float32", "bfloat16", "float16"]
 DTYPE_CHOICES = get_args(DtypeChoice)
-# Values of ONEDNN_MAX_CPU_ISA and ATEN_CPU_CAPABILITY that forbid the processor's bfloat16 instructions.
-_BELOW_BFLOAT16 = ("sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2", "avx512_core", "avx512_core_vnni", "default")
+# Values of environment variables that forbid the bfloat16 instructions of an x86 processor.
+_WITHOUT_BFLOAT16 = {
+    "ONEDNN_MAX_CPU_ISA": ("sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2", "avx512_core", "avx512_core_vnni"),
+    "ATEN_CPU_CAPABILITY": ("default", "avx2"),
+}
+_WITHOUT_BFLOAT16["DNNL_MAX_CPU_ISA"] = _WITHOUT_BFLOAT16["ONEDNN_MAX_CPU_ISA"]  # its older name
 
 
 def multiplies_in_bfloat16(device: torch.device | str) -> bool:
@@ -46,11 +50,8 @@ def _cpu_multiplies_in_bfloat16() -> bool:
         x86 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         # On x86 this is also true for AVX512 without BF16.
         arm = platform.machine() in ("aarch64", "arm64") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    limits = [os.environ.get(name, "") for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")]
-    if limits[0] == "default":  # of oneDNN: no limit
-        limits = []
-    limits.append(os.environ.get("ATEN_CPU_CAPABILITY", ""))
-    return bool(arm or (x86 and not any(limit.lower() in _BELOW_BFLOAT16 for limit in limits)))
+    forbidden = any(os.environ.get(name, "").lower() in values for name, values in _WITHOUT_BFLOAT16.items())
+    return bool(arm or (x86 and not forbidden))
 
 
 def default_device() -> str:

@@ -123,7 +123,8 @@ class Recipe(Strict):
         tasks, eval_tasks: data sets to train and to evaluate on.
         mlm: masked language modeling instead of tasks.
         lora: adapters instead of full training.
-        training: fields of `BifocalTrainingArguments`.
+        training: fields of `BifocalTrainingArguments`. `bf16` may also be auto, the default: bfloat16 where the device
+            multiplies in it.
     """
 
     name: str
@@ -249,6 +250,8 @@ def _check_training(training: dict[str, Any]) -> None:
             raise _TrainingKeyError(key, f"'{key}' has no effect; a run resumes from its last checkpoint by itself")
         if key not in fields:
             raise _TrainingKeyError(key, f"unknown key '{key}'{key_hint(key, fields)}")
+        if (key, value) == ("bf16", "auto"):
+            continue
         try:
             adapter: TypeAdapter[Any] = TypeAdapter(fields[key].type)  # type: ignore[arg-type]
         except Exception:  # a type that pydantic has no schema for; TrainingArguments checks it

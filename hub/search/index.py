@@ -166,7 +166,7 @@ class SearchIndex:
             SearchError: if the index was made in another dtype.
         """
         if dtype != self.dtype:
-            own, other = (f"the {name}'s dtype" if name == "model" else name for name in (self.dtype, dtype))
+            own, other = ("the model's dtype" if name == "model" else name for name in (self.dtype, dtype))
             raise SearchError(
                 f"The index '{self.folder}' was made in {own}, not in {other}. Use dtype {self.dtype}, or index into "
                 "another folder."
