@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from .image_bifocal import ImageSource, list_images, load_images, refuse_table
 from .modeling_bifocal_base import inference_copy
+from .packing_bifocal import micro_batches, packs
 from .processing_bifocal import BifocalProcessor, private_tokenizer, token_ids
 
 logger = logging.get_logger(__name__)
@@ -160,6 +161,7 @@ class EncodingMixin:
         if max_length is None:
             max_length = min(maximum, tokenizer.model_max_length)
         limit = _whole_number("max_length", max_length, special + 1, maximum, " tokens")
+        padding = tokenizer.pad_token_id or 0
         too_long = empty = 0
 
         def embedded(model: Any) -> Iterator[tuple[Sequence[int], torch.Tensor]]:
@@ -174,8 +176,10 @@ class EncodingMixin:
                 chosen.sort(key=lambda position: -len(ids[position]))
                 for first in range(0, len(chosen), batch_size):
                     batch = chosen[first : first + batch_size]
-                    inputs = _padded([ids[position] for position in batch], tokenizer.pad_token_id or 0, self.device)
-                    yield batch, model.get_text_features(*inputs).pooler_output
+                    parts = self._parts([len(ids[position]) for position in batch])
+                    inputs = (_padded([ids[batch[n]] for n in part], padding, self.device) for part in parts)
+                    vectors = [model.get_text_features(*part).pooler_output for part in inputs]
+                    yield [batch[n] for part in parts for n in part], torch.cat(vectors)
 
         encoded = self._encode(len(items), embedded, batch_size, single, "texts", *options)
         if too_long:
@@ -234,6 +238,19 @@ class EncodingMixin:
                 yield range(start, start + len(decoded)), model.get_image_features(pixels).pooler_output
 
         return self._encode(len(items), embedded, batch_size, single, "images", *options)
+
+    def _parts(self, lengths: list[int]) -> list[list[int]]:
+        """Return the texts of a batch in groups that are embedded one after the other; on a CPU, they fit its caches.
+
+        Args:
+            lengths: tokens of each text.
+        """
+        if self.device.type != "cpu":
+            return [list(range(len(lengths)))]
+        if self.config.text_padding == "max_length":
+            lengths = [self.config.max_text_length] * len(lengths)
+        # Bifocal's text tower computes no padding; the other ones pad each group to its longest text.
+        return packs(lengths) if self.config.text_config.model_type == "bifocal_text" else micro_batches(lengths)
 
     def _prompt(self, aliases: dict[str, Any]) -> str | None:
         """Return the text that goes before each text, by `prompt`, `prompt_name` or `task`."""

@@ -25,6 +25,7 @@ from .modeling_bifocal_base import (
     split_heads,
     usable_implementation,
 )
+from .packing_bifocal import CPU_TOKENS
 
 
 def compute_rotary_embedding(
@@ -275,7 +276,7 @@ class BifocalVisionModel(BifocalPreTrainedModel):
         shape = pixel_values.shape
         if len(shape) == 4:  # the embeddings raise an error for other shapes
             count, tokens = shape[0], 1 + (shape[2] // self.config.patch_size) * (shape[3] // self.config.patch_size)
-            if self._use_micro_batches(count, count * tokens, pixel_values.device, requested):
+            if count * tokens > CPU_TOKENS and self._can_split(count, pixel_values.device, requested):
                 pixels = pixel_values
                 return self._run_micro_batches(
                     [tokens] * count, tokens, lambda rows, _: self._run(pixels[rows], requested, **kwargs)
