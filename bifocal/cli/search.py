@@ -133,7 +133,7 @@ def search(
     if lancedb is not None and (dim is not None or precision is not None):
         raise BifocalError("--dim and --precision choose a variant of the index. Omit them with --lancedb.")
     kinds = KINDS if only is None else (only,)
-    searcher = Searcher(SearchIndex(index), model, dtype_name(dtype))
+    searcher = Searcher(SearchIndex(index), model, dtype=dtype_name(dtype))
     vector = searcher.vector(text, image, weight)
     if lancedb is not None:
         from bifocal.hub.search.lance import search_lancedb
@@ -218,6 +218,6 @@ def serve(
     from bifocal.hub.search.page import build_page, launch
     from bifocal.hub.search.searcher import Searcher
 
-    page = build_page(Searcher(opened, model, dtype_name(dtype)), title)
+    page = build_page(Searcher(opened, model, dtype=dtype_name(dtype)), title)
     typer.echo(f"Serving {index} at http://{host}:{port} (Ctrl+C stops it).")
     launch(page, host, port)

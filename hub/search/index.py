@@ -13,7 +13,7 @@ from bifocal.hub.search.ingestion import Ingestion
 from bifocal.hub.search.items import KINDS, Hit, Item, SearchError, check_kinds, normalize
 from bifocal.hub.search.lock import LOCK, index_lock
 from bifocal.hub.search.settings import FORMAT, PRECISIONS, SETTINGS, read_settings, write_settings
-from bifocal.hub.search.snapshot import SearchSnapshot
+from bifocal.hub.search.snapshot import Rankings, SearchSnapshot
 from bifocal.hub.search.sync import NO_SOURCE, AddResult, ItemSource, SourceScan
 from bifocal.hub.search.table import Occurrence, Table, TableSnapshot, all_occurrences
 
@@ -325,6 +325,16 @@ class SearchIndex:
         Raises:
             SearchError: if an option is wrong, or the index is empty.
         """
+        vector = np.asarray(vector, np.float32)
+        if vector.shape != (self.dimensions,):
+            raise SearchError(f"The query has {vector.shape} numbers, but the index has {self.dimensions} dimensions.")
+        ranking = self.rank(vector[None], k, kinds, variant)
+        return ranking.hits(0)
+
+    def rank(
+        self, vectors: np.ndarray, k: int = 10, kinds: Sequence[str] = KINDS, variant: tuple[int, str] | None = None
+    ) -> Rankings:
+        """Search for several queries (queries, dimensions) at once; see `search`."""
         kinds = check_kinds(kinds)
         if k < 1:
             raise SearchError(f"The number of hits must be at least 1, not {k}.")
@@ -337,19 +347,9 @@ class SearchIndex:
             raise SearchError(
                 f"'{self.folder}' cannot be searched by {dim} dimensions in {precision}, only by {known}."
             )
-        query = normalize(np.asarray(vector, np.float32))
-        if query.shape != (self.dimensions,):
-            raise SearchError(f"The query has {query.shape} numbers, but the index has {self.dimensions} dimensions.")
         is_exact = dim == self.dimensions and precision == "float32"
-        ranked: list[tuple[float, float, int]] = []
-        for kind in kinds:
-            rows = snapshot.nearest_rows(query, k if is_exact else _CANDIDATES * k, kind, (dim, precision))
-            scores = snapshot.vectors(rows) @ query
-            several = len(kinds) > 1
-            ranking_scores = snapshot.calibration.ranking_scores(scores, kind, query) if several else scores
-            ranked += zip(ranking_scores.tolist(), scores.tolist(), rows.tolist(), strict=True)
-        ranked = sorted(ranked, key=lambda hit: (-hit[0], hit[2]))[:k]
-        return [snapshot.hit(row, score, ranking_score) for ranking_score, score, row in ranked]
+        candidates = k if is_exact else _CANDIDATES * k
+        return snapshot.rank(normalize(np.asarray(vectors, np.float32)), k, kinds, (dim, precision), candidates)
 
     def _open(self) -> SearchSnapshot:
         stamp = self.table.stamp()

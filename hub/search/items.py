@@ -24,6 +24,10 @@ class SearchError(BifocalError):
     """What is wrong with an index or a search."""
 
 
+class QueryError(SearchError):
+    """What is wrong with a query. Unlike other errors, it may be shown to a visitor."""
+
+
 @dataclass
 class Item:
     """An image, with the text that belongs to it if there is one, or a text.

@@ -128,7 +128,7 @@ def test_results_are_those_of_a_dtype(here, monkeypatch, tmp_path):
     assert 0.9995 < float((vectors[0] * vectors[1]).sum()) < 1 - 1e-7
     wrong = run(here, monkeypatch, *command, "--dtype", "half")
     assert wrong.exit_code == 2
-    assert "Invalid value for '--dtype': 'half'" in wrong.stderr
+    assert "'half'" in wrong.stderr
 
 
 def test_a_text_model_is_compared_where_possible(here, monkeypatch, tmp_path):

@@ -209,7 +209,7 @@ def test_an_index_is_made_in_one_dtype(desk, cpu_with, name):
 
     for options, dtype in (((), "float32"), (("--dtype", "bfloat16"), "bfloat16")):
         index = SearchIndex(desk / "index")
-        searcher = Searcher(index, str(desk / name), *options[1:])
+        searcher = Searcher(index, str(desk / name), dtype=options[1] if options else None)
         assert searcher.model.dtype == dtype
         found = scores(desk, "index", "rain", "--model", name, *options)
         expected = {hit.text: hit.score for hit in searcher.search("rain")}
