@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from bifocal.cli.console import require, writes_into
+from bifocal.cli.console import Dtype, DtypeChoice, require, writes_into
 
 
 def evaluate(
@@ -27,6 +27,7 @@ def evaluate(
     ] = Path("runs/evaluation"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
     card: Annotated[bool, typer.Option("--card", help="Write the results into each model's card.")] = False,
+    dtype: Dtype = DtypeChoice.model,
 ) -> None:
     """Compare models on your data or on MTEB, and write a report."""
     require("datasets", "jinja2", "matplotlib", "pydantic", "sklearn", "scipy", "sentence_transformers")
@@ -39,7 +40,7 @@ def evaluate(
     from bifocal.evaluation.runner import run_evaluation
     from bifocal.hub.card_results import add_results
 
-    evaluation = run_evaluation(models, out, suite, mteb or (), only or ())
+    evaluation = run_evaluation(models, out, suite, mteb or (), only or (), dtype.value)
     if card:
         for model in evaluation.results:
             add_results(Path(model), evaluation.card_rows(model), evaluation.hub_datasets)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bifocal.cli.console import require, writes_into
+from bifocal.cli.console import Dtype, DtypeChoice, require, writes_into
 
 if TYPE_CHECKING:
     from bifocal.training.recipe import Recipe
@@ -98,6 +98,7 @@ def mine(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts or images per forward pass.")] = 64,
     cache: Annotated[Path | None, typer.Option(help="Folder for embeddings, with which a killed run resumes.")] = None,
+    dtype: Dtype = DtypeChoice.model,
 ) -> None:
     """Mine hard negatives for text pairs, or across images and texts, and write them with their scores."""
     require("datasets", "pydantic", "sentence_transformers")
@@ -108,4 +109,4 @@ def mine(
         batch_size=batch_size,
     )  # fmt: skip
     writes_into(out.parent)
-    typer.echo(mine_source(source, out, model, direction, column_mapping or [], cache, settings))
+    typer.echo(mine_source(source, out, model, direction, column_mapping or [], cache, settings, dtype.value))

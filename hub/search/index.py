@@ -46,15 +46,16 @@ class SearchIndex:
         self.sources: list[dict[str, Any]] = settings["sources"]
         self.parts: int = settings["parts"]
         self.prompts: dict[str, str] = settings["prompts"]
+        self.dtype: str = settings["dtype"]
         self.table = Table(self.folder / "table", self.dimensions)
         self._snapshot: SearchSnapshot | None = None
 
     @classmethod
     def create(
         cls, folder: str | Path, model: str, weights: str, dimensions: int, dims: Sequence[int] = (),
-        precisions: Sequence[str] = ("float32",), prompts: dict[str, str] | None = None,
+        precisions: Sequence[str] = ("float32",), prompts: dict[str, str] | None = None, dtype: str = "model",
     ) -> "SearchIndex":  # fmt: skip
-        """Return a new, empty index; or the existing one if it is of the same model, or empty.
+        """Return a new, empty index; or the existing one if it is of the same model and dtype, or empty.
 
         Args:
             folder: folder of the index.
@@ -65,9 +66,11 @@ class SearchIndex:
             precisions: "float32" and "int8".
             prompts: texts that go before queries ("query") and indexed texts ("document"); an existing index keeps its
                 own, with which its texts were embedded.
+            dtype: dtype that vectors are computed in, see `EmbeddingModel`.
 
         Raises:
-            SearchError: if the folder holds something else or an index of another model, or an option is wrong.
+            SearchError: if the folder holds something else or an index of another model or dtype, or an option is
+                wrong.
         """
         folder = Path(folder)
         cls.check_dims(dims, dimensions)
@@ -76,18 +79,20 @@ class SearchIndex:
         if os.path.isdir(os.path.expanduser(model)):
             model = os.path.abspath(os.path.expanduser(model))
         settings = dict(
-            format=FORMAT, model=model, weights=weights, dimensions=dimensions, prompts=prompts or {}, sources=[],
-            parts=0,
+            format=FORMAT, model=model, weights=weights, dimensions=dimensions, prompts=prompts or {}, dtype=dtype,
+            sources=[], parts=0,
         )  # fmt: skip
         if (folder / SETTINGS).exists():
             index = cls(folder)
             if len(index):  # refuse at once, without waiting for another command
                 index.require_same_weights(weights, model)
+                index.require_same_dtype(dtype)
             with index_lock(folder):
                 if (folder / SETTINGS).exists():  # otherwise another command found nothing to index, and deleted it
                     index = cls(folder)
-                    if index.weights == weights or len(index):
+                    if (index.weights == weights and index.dtype == dtype) or len(index):
                         index.require_same_weights(weights, model)
+                        index.require_same_dtype(dtype)
                         index.model = model
                         index.variants += [variant for variant in variants if variant not in index.variants]
                         index._save()
@@ -146,7 +151,7 @@ class SearchIndex:
     def _write_settings(self) -> None:
         settings = dict(
             format=FORMAT, model=self.model, weights=self.weights, dimensions=self.dimensions, prompts=self.prompts,
-            variants=self.variants, parts=self.parts, sources=self.sources,
+            dtype=self.dtype, variants=self.variants, parts=self.parts, sources=self.sources,
         )  # fmt: skip
         write_settings(self.folder, settings)
 
@@ -175,6 +180,19 @@ class SearchIndex:
             raise SearchError(
                 f"The index '{self.folder}' was made with '{self.model}' ({self.weights}), but '{model}' has other "
                 f"weights ({weights}), whose vectors cannot be compared. Index again into another folder."
+            )
+
+    def require_same_dtype(self, dtype: str) -> None:
+        """Check that the index was made in this dtype.
+
+        Raises:
+            SearchError: if the index was made in another dtype.
+        """
+        if dtype != self.dtype:
+            own, other = ("the model's dtype" if name == "model" else name for name in (self.dtype, dtype))
+            raise SearchError(
+                f"The index '{self.folder}' was made in {own}, not in {other}. Use dtype {self.dtype}, or index into "
+                "another folder."
             )
 
     def __len__(self) -> int:
@@ -232,14 +250,16 @@ class SearchIndex:
         """Write the settings again if another command deleted the empty index. The caller holds the lock.
 
         Raises:
-            SearchError: if the index belongs to another model now.
+            SearchError: if the index belongs to another model or dtype now.
         """
         if not (self.folder / SETTINGS).exists():
             if not self.table.parts:
                 self.sources, self.parts = [], 0
             self._write_settings()
             return
-        SearchIndex(self.folder).require_same_weights(self.weights, self.model)
+        owner = SearchIndex(self.folder)
+        owner.require_same_weights(self.weights, self.model)
+        owner.require_same_dtype(self.dtype)
 
     def _record_parts(self, parts: int) -> None:
         self.parts = max(self.parts, parts)
