@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from bifocal.modeling import BifocalTextModel as BifocalTextModel
     from bifocal.modeling import BifocalVisionConfig as BifocalVisionConfig
     from bifocal.modeling import BifocalVisionModel as BifocalVisionModel
+    from bifocal.modeling import fast_dtype as fast_dtype
     from bifocal.modeling import load_image as load_image
     from bifocal.training.arguments import BifocalTrainingArguments as BifocalTrainingArguments
     from bifocal.training.tasks import Task as Task
@@ -64,6 +65,7 @@ _AT_FIRST_USE = {
     "Source": "bifocal.data.source",
     "Task": "bifocal.training.tasks",
     "export_model": "bifocal.hub.export",
+    "fast_dtype": "bifocal.modeling",
     "load_image": "bifocal.modeling",
     "load_source": "bifocal.data.loading",
 }
@@ -87,6 +89,7 @@ __all__ = [
     "Source",
     "Task",
     "export_model",
+    "fast_dtype",
     "load_image",
     "load_source",
 ]

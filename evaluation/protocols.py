@@ -37,6 +37,7 @@ class Result:
         speed: texts and images embedded per second.
         rows: hash of the rows, equal if two models were measured on the same ones.
         prompts: prompts of queries and documents, if the model has them and the protocol is a search.
+        dtype: dtype of the model's weights, such as "float32"; empty if an earlier version measured it.
     """
 
     task: str
@@ -52,6 +53,7 @@ class Result:
     speed: dict[str, float] = field(default_factory=dict)
     rows: str = ""
     prompts: dict[str, str] = field(default_factory=dict)
+    dtype: str = ""
 
     @property
     def skipped(self) -> dict[str, int]:

@@ -69,7 +69,7 @@ def results_as_numbers(results: Mapping[str, Sequence[Result]]) -> dict[str, Any
                 continue
             entry: dict[str, Any] = {
                 "kind": result.kind, "main": result.main, "metrics": result.metrics, "sizes": result.sizes,
-                "skipped": result.skipped, "prompts": result.prompts,
+                "skipped": result.skipped, "prompts": result.prompts, "dtype": result.dtype,
                 "seconds": result.seconds, "parameters": result.parameters, "speed": result.speed,
             }  # fmt: skip
             if "owner" in result.arrays:
@@ -156,6 +156,7 @@ def _speed(results: Mapping[str, Sequence[Result]]) -> list[dict[str, Any]]:
                 rates.setdefault(name, []).append(rate)
         rows.append({
             "model": model, "parameters": f"{max(result.parameters for result in of_model) / 1e6:,.1f} M",
+            "dtype": ", ".join(dict.fromkeys(result.dtype for result in of_model if result.dtype)),
             "dimensions": dimensions, "bytes": None if dimensions is None else 4 * dimensions,
             "texts": _highest(rates.get("texts_per_second")), "images": _highest(rates.get("images_per_second")),
             "seconds": f"{sum(result.seconds for result in of_model):,.0f}",

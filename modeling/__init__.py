@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from .configuration_bifocal import BifocalConfig, BifocalTextConfig, BifocalVisionConfig
+from .dtype_bifocal import fast_dtype
 from .image_bifocal import load_image
 from .modeling_bifocal import BifocalModel, BifocalOutput
 from .modeling_bifocal_text import BifocalTextForMaskedLM, BifocalTextModel
@@ -48,5 +49,6 @@ __all__ = [
     "BifocalTextModel",
     "BifocalVisionConfig",
     "BifocalVisionModel",
+    "fast_dtype",
     "load_image",
 ]

@@ -232,11 +232,9 @@ class BifocalTextModel(BifocalTextPreTrainedModel):
             parts = (x if x is None else torch.cat([x[n, slice(*spans[n])] for n in texts])[None] for x in inputs)
             hidden_states = self.embeddings(*parts)
             implementation = usable_implementation(self.config._attn_implementation, hidden_states.device)
-            bias: AlibiBias | PackedAlibi = AlibiBias(
-                self.config.num_attention_heads, hidden_states[:, : sizes[0]], None, implementation
-            )
-            if len(texts) > 1:  # a single one may be too long for a whole bias
-                bias = PackedAlibi(sizes, bias)
+            longest = AlibiBias(self.config.num_attention_heads, hidden_states[:, : sizes[0]], None, implementation)
+            # The bias of a single text may be too large to be held whole.
+            bias = longest if len(texts) == 1 else PackedAlibi(sizes, longest)
             hidden_states = run_layers(self.layers, hidden_states, bias, False, False, **kwargs)[0]
             if states is None:
                 states = hidden_states.new_zeros(len(spans), length, hidden_states.shape[-1])

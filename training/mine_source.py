@@ -9,13 +9,15 @@ from bifocal.training.mining_settings import DIRECTIONS, MINED, MiningError, Min
 
 
 def mine_source(
-    source: str, out: Path, model: str, direction: str, columns: list[str], cache: Path | None, settings: dict[str, Any]
-) -> str:
+    source: str, out: Path, model: str, direction: str, columns: list[str], cache: Path | None,
+    settings: dict[str, Any], dtype: str | None = None,
+) -> str:  # fmt: skip
     """Mine hard negatives for a source and write them as Parquet; return a line for the user.
 
     Args:
         columns: the source's columns as `theirs=ours`, such as `question=query`.
         settings: fields of `MiningSettings`.
+        dtype: dtype of the model, one of `DTYPE_CHOICES`; "model", that of its weights, when None.
 
     Raises:
         MiningError, ModelError, NotOursError, DataError: if the settings, the data or the model cannot be used.
@@ -45,10 +47,10 @@ def mine_source(
     from bifocal.training import mining
 
     if direction == "text-to-text":
-        mined = mining.mine_texts(data, _load_model(model), chosen, cache)
+        mined = mining.mine_texts(data, _load_model(model, dtype), chosen, cache)
     else:
         cache = cache or out.with_suffix(".cache")
-        loaded = _load_model(model)
+        loaded = _load_model(model, dtype)
         if not hasattr(loaded, "encode_image"):
             raise ModelError(
                 f"'{model}' is no dual encoder, which mining across images and texts needs. Give a Bifocal, CLIP or "
@@ -59,9 +61,9 @@ def mine_source(
     return f"{len(mined)} of {len(data)} rows have {chosen.num_negatives} negatives; they are in {out}."
 
 
-def _load_model(name: str) -> Any:
+def _load_model(name: str, dtype: str | None) -> Any:
     from bifocal.data.embedding_models import load_embedding_model
     from bifocal.progress import no_progress_bars
 
     with no_progress_bars():
-        return load_embedding_model(name)
+        return load_embedding_model(name, dtype=dtype)

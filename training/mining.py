@@ -15,6 +15,7 @@ from transformers.utils import logging
 from bifocal.data.image_decoding import disable_image_decoding
 from bifocal.files import overwrite
 from bifocal.modeling import BifocalModel
+from bifocal.modeling.dtype_bifocal import dtype_name
 from bifocal.modeling.towers_bifocal import pooling_settings, search_prompts
 from bifocal.training.mining_settings import DIRECTIONS, MINED, MiningError, MiningSettings
 from bifocal.training.mining_vectors import (
@@ -268,8 +269,11 @@ def _digest(*parts: str) -> str:
 
 
 def _weights_key(model: Any, *prompts: str) -> str:
-    """Return a digest of what decides a model's vectors, so that one's cached embeddings are not used for another."""
-    joined = hashlib.blake2b(digest_size=8)
+    """Return a digest of what decides a model's vectors, so that one's cached embeddings are not used for another.
+
+    In other dtypes, the same weights give other vectors.
+    """
+    joined = hashlib.blake2b(dtype_name(model).encode(), digest_size=8)
     for name, value in sorted(model.state_dict().items()):
         joined.update(name.encode() + value.detach().cpu().float().contiguous().numpy().tobytes())
     if isinstance(model, BifocalModel):

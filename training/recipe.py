@@ -123,7 +123,8 @@ class Recipe(Strict):
         tasks, eval_tasks: data sets to train and to evaluate on.
         mlm: masked language modeling instead of tasks.
         lora: adapters instead of full training.
-        training: fields of `BifocalTrainingArguments`.
+        training: fields of `BifocalTrainingArguments`. `bf16` may also be auto, the default: bfloat16 where the device
+            multiplies in it.
     """
 
     name: str
@@ -266,6 +267,8 @@ def _check_training(training: dict[str, Any]) -> None:
     fields = {item.name: item for item in dataclasses.fields(BifocalTrainingArguments) if item.init}
     _check_training_names(training, list(fields))
     for key, value in training.items():
+        if (key, value) == ("bf16", "auto"):
+            continue
         try:
             adapter: TypeAdapter[Any] = TypeAdapter(fields[key].type)  # type: ignore[arg-type]
         except Exception:  # a type that pydantic has no schema for; TrainingArguments checks it

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bifocal.cli.console import FAST_DECODING, NumWorkers, require, writes_into
+from bifocal.cli.console import FAST_DECODING, IndexDtype, NumWorkers, dtype_name, require, writes_into
 from bifocal.cli.data import Overrides
 from bifocal.data.kinds import INDEXED
 from bifocal.errors import BifocalError
@@ -47,6 +47,7 @@ def index(
         list[str] | None, typer.Option(help="float32 or int8; can be repeated. float32 if omitted.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts or images per forward pass.")] = 32,
+    dtype: IndexDtype = None,
     num_workers: NumWorkers = None,
     fast_decoding: Annotated[
         bool | None,
@@ -68,8 +69,8 @@ def index(
     with tqdm(desc="Reading items", unit="", leave=False) as bar:
         summary = index_source(
             parse_source(source, overrides), out, model, kind, captions, prune, dim or [], precision or ["float32"],
-            batch_size, progress=lambda count: bar.update(count - bar.n), num_workers=num_workers,
-            fast_decoding=fast_decoding,
+            batch_size, progress=lambda count: bar.update(count - bar.n), dtype=dtype_name(dtype),
+            num_workers=num_workers, fast_decoding=fast_decoding,
         )  # fmt: skip
     _print_summary(summary, printable(source), printable(str(out)), prune)
 
@@ -130,6 +131,7 @@ def search(
         str | None, typer.Option(help="Search this LanceDB database, written by export-lancedb, instead.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the hits as JSON.")] = False,
+    dtype: IndexDtype = None,
 ) -> None:
     """Print the items that are nearest to a text, an image or both."""
     require(*_NEEDS, *(["lancedb"] if lancedb else []))
@@ -151,7 +153,7 @@ def search(
 
     from bifocal.hub.search.searcher import Searcher
 
-    searcher = Searcher(opened, model)
+    searcher = Searcher(opened, model, dtype=dtype_name(dtype))
     vector = searcher.vector(text, image, weight)
     if lancedb is not None:
         from bifocal.hub.search.lance import search_lancedb
@@ -217,6 +219,7 @@ def serve(
     space: Annotated[
         Path | None, typer.Option(help="Write a Space into this folder, for bifocal push, instead of serving.")
     ] = None,
+    dtype: IndexDtype = None,
 ) -> None:
     """Serve a search page over an index, or write it as a Space."""
     require(*_NEEDS, "gradio")
@@ -240,6 +243,6 @@ def serve(
     from bifocal.hub.search.page import build_page, launch
     from bifocal.hub.search.searcher import Searcher
 
-    page = build_page(Searcher(opened, model), title)
+    page = build_page(Searcher(opened, model, dtype=dtype_name(dtype)), title)
     typer.echo(f"Serving {index} at http://{host}:{port} (Ctrl+C stops it).")
     launch(page, host, port)

@@ -46,6 +46,7 @@ class SearchIndex:
         self.sources: list[dict[str, Any]] = settings["sources"]
         self.parts: int = settings["parts"]
         self.prompts: dict[str, str] = settings["prompts"]
+        self.dtype: str = settings["dtype"]
         self.fast_decoding: bool = settings["fast_decoding"]
         self.table = Table(self.folder / "table", self.dimensions)
         self._snapshot: SearchSnapshot | None = None
@@ -53,10 +54,10 @@ class SearchIndex:
     @classmethod
     def create(
         cls, folder: str | Path, model: str, weights: str, dimensions: int, dims: Sequence[int] = (),
-        precisions: Sequence[str] = ("float32",), prompts: dict[str, str] | None = None,
+        precisions: Sequence[str] = ("float32",), prompts: dict[str, str] | None = None, dtype: str = "model",
         fast_decoding: bool | None = None,
     ) -> "SearchIndex":  # fmt: skip
-        """Return a new, empty index; or the existing one if it is of the same model, or empty.
+        """Return a new, empty index; or the existing one if it is of the same model and dtype, or empty.
 
         Args:
             folder: folder of the index.
@@ -67,12 +68,13 @@ class SearchIndex:
             precisions: "float32" and "int8".
             prompts: texts that go before queries ("query") and indexed texts ("document"); an existing index keeps its
                 own, with which its texts were embedded.
+            dtype: dtype that vectors are computed in, see `EmbeddingModel`.
             fast_decoding: whether large JPEGs are decoded at reduced scale; as before in an existing index if None, and
                 not in a new one.
 
         Raises:
-            SearchError: if the folder holds something else or an index of another model or decoding, or an option is
-                wrong.
+            SearchError: if the folder holds something else or an index of another model, dtype or decoding, or an
+                option is wrong.
         """
         folder = Path(folder)
         cls.check_dims(dims, dimensions)
@@ -81,19 +83,21 @@ class SearchIndex:
         if os.path.isdir(os.path.expanduser(model)):
             model = os.path.abspath(os.path.expanduser(model))
         settings = dict(
-            format=FORMAT, model=model, weights=weights, dimensions=dimensions, prompts=prompts or {}, sources=[],
-            parts=0, fast_decoding=bool(fast_decoding),
+            format=FORMAT, model=model, weights=weights, dimensions=dimensions, prompts=prompts or {}, dtype=dtype,
+            sources=[], parts=0, fast_decoding=bool(fast_decoding),
         )  # fmt: skip
         if (folder / SETTINGS).exists():
             index = cls(folder)
             if len(index):  # refuse at once, without waiting for another command
                 index.require_same_weights(weights, model)
+                index.require_same_dtype(dtype)
                 index.require_decoding(fast_decoding)
             with index_lock(folder):
                 if (folder / SETTINGS).exists():  # otherwise another command found nothing to index, and deleted it
                     index = cls(folder)
-                    if index.weights == weights or len(index):
+                    if (index.weights == weights and index.dtype == dtype) or len(index):
                         index.require_same_weights(weights, model)
+                        index.require_same_dtype(dtype)
                         if len(index):
                             index.require_decoding(fast_decoding)
                         elif fast_decoding is not None:
@@ -156,7 +160,8 @@ class SearchIndex:
     def _write_settings(self) -> None:
         settings = dict(
             format=FORMAT, model=self.model, weights=self.weights, dimensions=self.dimensions, prompts=self.prompts,
-            variants=self.variants, parts=self.parts, sources=self.sources, fast_decoding=self.fast_decoding,
+            dtype=self.dtype, variants=self.variants, parts=self.parts, sources=self.sources,
+            fast_decoding=self.fast_decoding,
         )  # fmt: skip
         write_settings(self.folder, settings)
 
@@ -198,6 +203,19 @@ class SearchIndex:
             raise SearchError(
                 f"The index '{self.folder}' was made with {made} decoding of images, and vectors of both kinds are not "
                 f"comparable. Omit {option}, or index into another folder."
+            )
+
+    def require_same_dtype(self, dtype: str) -> None:
+        """Check that the index was made in this dtype.
+
+        Raises:
+            SearchError: if the index was made in another dtype.
+        """
+        if dtype != self.dtype:
+            own, other = ("the model's dtype" if name == "model" else name for name in (self.dtype, dtype))
+            raise SearchError(
+                f"The index '{self.folder}' was made in {own}, not in {other}. Use dtype {self.dtype}, or index into "
+                "another folder."
             )
 
     def __len__(self) -> int:
@@ -256,16 +274,17 @@ class SearchIndex:
         """Write the settings again if another command deleted the empty index. The caller holds the lock.
 
         Raises:
-            SearchError: if the index belongs to another model now.
+            SearchError: if the index belongs to another model or dtype now.
         """
         if not (self.folder / SETTINGS).exists():
             if not self.table.parts:
                 self.sources, self.parts = [], 0
             self._write_settings()
             return
-        index = SearchIndex(self.folder)
-        index.require_same_weights(self.weights, self.model)
-        index.require_decoding(self.fast_decoding)
+        owner = SearchIndex(self.folder)
+        owner.require_same_weights(self.weights, self.model)
+        owner.require_same_dtype(self.dtype)
+        owner.require_decoding(self.fast_decoding)
 
     def _record_parts(self, parts: int) -> None:
         self.parts = max(self.parts, parts)

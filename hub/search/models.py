@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from bifocal.errors import first_line
 from bifocal.hub.search.arguments import require_model_path
 from bifocal.hub.search.items import SearchError
 from bifocal.modeling import BifocalConfig, BifocalModel
+from bifocal.modeling.dtype_bifocal import default_device, loading_options, pool_in_float32, resolve_dtype
 from bifocal.modeling.image_batches_bifocal import EmbeddedImages, ImagePreparer, embed_ahead
 from bifocal.modeling.loading_bifocal import model_kind, read_config, require_vocabulary
 from bifocal.modeling.towers_bifocal import pooling_settings, search_prompts
@@ -28,10 +28,11 @@ class EmbeddingModel:
     Args:
         name: folder or Hub id, for messages.
         model: a `BifocalModel` with its processor, or a `SentenceTransformer`.
+        dtype: "model" if its weights have the dtype that they are stored in, else the name of their dtype.
     """
 
-    def __init__(self, name: str, model: Any) -> None:
-        self.name, self.model = name, model
+    def __init__(self, name: str, model: Any, dtype: str = "model") -> None:
+        self.name, self.model, self.dtype = name, model, dtype
         self.is_joint = isinstance(model, BifocalModel)
         self.embeds_images: bool = self.is_joint or "image" in model.modalities
         prompts = model.config.prompts if self.is_joint else model.prompts
@@ -102,31 +103,36 @@ class EmbeddingModel:
             raise SearchError(f"'{self.name}' embeds no images; use texts only, or a model that embeds both.")
 
 
-def load_model(model: str) -> EmbeddingModel:
+def load_model(model: str, dtype: str | None = None) -> EmbeddingModel:
     """Return a model with its processor. No code of its repository is run.
 
     Args:
         model: folder or Hub id of a dual encoder (Bifocal, CLIP, SigLIP, ...) or a sentence-transformers model.
+        dtype: one of `DTYPE_CHOICES`; "model", the dtype of its weights, when None.
 
     Raises:
         SearchError: if there is no such model, or it cannot be loaded.
     """
     require_model_path(model)
     path = Path(model).expanduser()
-    source, device = str(path) if path.exists() else model, "cuda" if torch.cuda.is_available() else "cpu"
+    source, device = str(path) if path.exists() else model, default_device()
+    dtype = resolve_dtype(dtype, device)
+    options = loading_options(dtype, device)
     try:
         if model_kind(source) == "joint":
-            joint = BifocalModel.from_pretrained(source).to(device).eval()
+            joint = BifocalModel.from_pretrained(source, **options).to(device).eval()
             _ = joint.processor
-            return EmbeddingModel(model, joint)
+            return EmbeddingModel(model, joint, dtype)
         from sentence_transformers import SentenceTransformer
 
-        sentences = SentenceTransformer(source, device=device)
+        sentences = SentenceTransformer(source, device=device, model_kwargs=options)
+        if options:
+            pool_in_float32(sentences)
         if "text" not in sentences.modalities:
             raise ValueError("it embeds no texts")
         if hasattr(getattr(sentences, "tokenizer", None), "all_special_ids"):
             require_vocabulary(sentences.tokenizer, source)
-        return EmbeddingModel(model, sentences)
+        return EmbeddingModel(model, sentences, dtype)
     except ImportError as error:
         raise SearchError(f"'{model}' needs a package that is not installed ({first_line(error)}).") from error
     except Exception as error:  # transformers, safetensors and tokenizers raise many kinds

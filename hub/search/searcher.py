@@ -15,6 +15,7 @@ from bifocal.hub.search.items import KINDS, Hit, Item, QueryError, SearchError, 
 from bifocal.hub.search.models import EmbeddingModel, load_model, weights_hash
 from bifocal.hub.search.snapshot import Rankings
 from bifocal.hub.search.sync import AddResult, ItemSource
+from bifocal.modeling.dtype_bifocal import default_device, is_fast
 from bifocal.modeling.image_batches_bifocal import PreparedImage
 
 MAX_QUERY_LENGTH = 20_000  # characters; tokenizing a book takes minutes
@@ -71,17 +72,25 @@ class Searcher:
         index: to search.
         model: a folder or Hub id, or the loaded model; the one that the index was made with if None.
         batch_size: most queries that are embedded together; with 1, each thread embeds its own.
+        dtype: dtype that queries are embedded in, one of `DTYPE_CHOICES`. When None or "auto", that of the index; but
+            float32 where the device does not multiply in it: cosines differ by less than 0.0005, and it is faster.
 
     Raises:
         SearchError: if the model cannot be loaded, or has other weights than the index.
     """
 
     def __init__(
-        self, index: SearchIndex, model: str | EmbeddingModel | None = None, batch_size: int = _BATCH_SIZE
+        self,
+        index: SearchIndex,
+        model: str | EmbeddingModel | None = None,
+        batch_size: int = _BATCH_SIZE,
+        dtype: str | None = None,
     ) -> None:
         self.index = index
         if not isinstance(model, EmbeddingModel):
-            model = load_model(index.model if model is None else os.path.expanduser(model))
+            if dtype in (None, "auto"):
+                dtype = index.dtype if is_fast(index.dtype, default_device()) else "float32"
+            model = load_model(index.model if model is None else os.path.expanduser(model), dtype)
         self.model = model
         index.require_same_weights(weights_hash(model.name), model.name)
         batching = _Batching(index, model)
@@ -150,7 +159,11 @@ class Searcher:
         Args:
             batch_size: texts or images per forward pass.
             num_workers: threads that decode and resize images ahead of the model; see `encode_image` of a model.
+
+        Raises:
+            SearchError: if the model was loaded in another dtype than the index was made in.
         """
+        self.index.require_same_dtype(self.model.dtype)
         fast = self.index.fast_decoding
         return self.index.add(
             items,

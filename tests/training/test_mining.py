@@ -17,7 +17,14 @@ from bifocal.errors import ModelError
 from bifocal.files import NotOursError
 from bifocal.modeling import BifocalModel
 from bifocal.training.mine_source import mine_source
-from bifocal.training.mining import MiningError, MiningSettings, mine_across, mine_texts, write_parquet
+from bifocal.training.mining import (
+    MiningError,
+    MiningSettings,
+    _weights_key,
+    mine_across,
+    mine_texts,
+    write_parquet,
+)
 from bifocal.training.tasks import Task
 from tests import families
 from tests.conftest import SHARED, TEXTS
@@ -327,3 +334,9 @@ def test_the_consistency_filter_by_a_dual_encoder(dual_encoder):
     settings = Consistency(model=str(dual_encoder.parent / "prompted"), top_k=top_k, pool_size=8)
     kept = filter_consistent(Dataset.from_dict(rows), settings, SkipLog(), "t")
     assert kept["query"][:] == [query for query, rank in zip(rows["query"], ranks, strict=True) if rank < top_k]
+
+
+def test_cached_embeddings_are_those_of_a_dtype(model):
+    """In bfloat16, and not after: both hold the same numbers then."""
+    half = deepcopy(model).to(torch.bfloat16)
+    assert _weights_key(half) != _weights_key(half.float())
