@@ -97,9 +97,7 @@ def loading_options(dtype: str, device: torch.device | str) -> dict[str, Any]:
     if dtype == "model":
         return {}
     if not is_fast(dtype, device):
-        logger.warning_once(
-            f"This {_name_of(device)} does not multiply in {dtype}, so float32 would be faster: --dtype float32, or dtype=torch.float32."
-        )
+        logger.warning_once(f"This {_name_of(device)} does not multiply in {dtype}, so float32 would be faster.")
     return {"dtype": getattr(torch, dtype)}
 
 
