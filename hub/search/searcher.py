@@ -75,7 +75,7 @@ class Searcher:
         model: a folder or Hub id, or the loaded model; the one that the index was made with if None.
         batch_size: most queries that are embedded together; with 1, each thread embeds its own.
         dtype: dtype that queries are embedded in, one of `DTYPE_CHOICES`. When None or "auto", that of the index; but
-            float32 where the device does not multiply in it: cosines differ by less than 0.0005, and it is faster.
+            float32 where the device does not multiply in it, which is faster and nearly the same.
 
     Raises:
         SearchError: if the model cannot be loaded, or has other weights than the index.
@@ -128,7 +128,7 @@ class Searcher:
         """Return several rankings of one query, each of some kinds; see `search`."""
         query = self._query(text, image, weight)
         query.rankings = tuple(
-            _Ranking(k, tuple(kinds), None if variant is None else tuple(variant)) for kinds in rankings
+            _Ranking(k, tuple(kinds), None if variant is None else (variant[0], variant[1])) for kinds in rankings
         )
         # Texts and thumbnails of hits are read by the thread of the query.
         return [found.hits(number) for found, number in self._answer(query).rankings]
