@@ -41,7 +41,9 @@ def test_the_tiled_loss_holds_no_matrix():
     assert found["tiled"] < 64 < 128 < found["plain"]
 
 
-def test_the_benchmark_of_the_gradient_cache_runs():
-    done = run(SCRIPT.with_name("gradient_cache.py"), "--width", "64", "--layers", "1", "--one", "8", "4", "1")
+@pytest.mark.parametrize("way", ["direct", "kept", "half", "recomputed"])
+def test_the_benchmark_of_the_gradient_cache_runs(way):
+    small = ("--width", "64", "--layers", "1", "--chunk", "4")
+    done = run(SCRIPT.with_name("gradient_cache.py"), *small, "--one", way, "8")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["mib"] > 0

@@ -17,9 +17,10 @@ def test_encoding_runs():
     assert done.returncode == 0, done.stderr
     line = json.loads(done.stdout.splitlines()[-1])
     assert line["benchmark"] == "peers/encoding"
-    for kind in ("text", "image"):
-        ratio = line[kind]["peer_over_ours"]
-        assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"]
+    for kind, peers in (("text", ("sentence-transformers", "ONNX Runtime")), ("image", ("CLIP",))):
+        for peer in peers:
+            ratio = line[kind]["ratios"][f"{peer} over ours"]
+            assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"]
 
 
 def test_growth_on_paper(monkeypatch):
