@@ -11,9 +11,10 @@ import json
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -227,8 +228,10 @@ def _add_entries(folder: Path, entries: dict[str, dict[str, Any]]) -> None:
     from filelock import FileLock
 
     lock = folder / _LOCK
-    if lock.is_symlink() or (lock.exists() and (not lock.is_file() or lock.stat().st_size)):
-        raise NotOursError(f"'{lock}' is not Bifocal's, whose lock is an empty file. Move it away.")
+    with suppress(FileNotFoundError):  # one look, since whoever holds the lock removes it afterwards
+        status = lock.lstat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size:
+            raise NotOursError(f"'{lock}' is not Bifocal's, whose lock is an empty file. Move it away.")
     with FileLock(lock):
         marker = _marker(folder)
         marker["files"] |= entries

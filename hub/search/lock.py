@@ -1,8 +1,9 @@
 """The lock that lets commands change one index in turn."""
 
 import logging
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from bifocal.hub.search.items import SearchError
@@ -23,8 +24,10 @@ def index_lock(folder: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     path = folder / LOCK
-    if path.is_symlink() or (path.exists() and (not path.is_file() or path.stat().st_size)):
-        raise SearchError(f"'{path}' is not Bifocal's, whose lock is an empty file. Move it away.")
+    with suppress(FileNotFoundError):  # one look, since another command may remove it
+        status = path.lstat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size:
+            raise SearchError(f"'{path}' is not Bifocal's, whose lock is an empty file. Move it away.")
     timeout = _SILENT_WAIT
     while True:
         lock = FileLock(folder / LOCK)
