@@ -231,7 +231,8 @@ class EncodingMixin:
             for start in range(0, len(items), batch_size):
                 decoded = load_images(items[start : start + batch_size], start)
                 pixels = processor(decoded, return_tensors="pt")["pixel_values"].to(self.device)
-                yield range(start, start + len(decoded)), model.get_image_features(pixels).pooler_output
+                features = model.get_image_features(pixels, pooled_only=True)
+                yield range(start, start + len(decoded)), features.pooler_output
 
         return self._encode(len(items), embedded, batch_size, single, "images", *options)
 
