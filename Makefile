@@ -21,7 +21,7 @@ test-quick: $(INSTALLED)
 # Saving and loading with the oldest transformers and huggingface_hub that pyproject.toml allows.
 test-floor: $(FLOOR)/.installed
 	PYTHONPATH=$(FLOOR) $(BIN)/python -c "import transformers; print('transformers', transformers.__version__)"
-	PYTHONPATH=$(FLOOR) $(BIN)/python -m pytest -n 2 $(addprefix tests/modeling/test_,config.py loading.py encoding.py text.py families.py)
+	PYTHONPATH=$(FLOOR) $(BIN)/python -m pytest -n 2 $(addprefix tests/modeling/test_,config.py loading.py encoding.py text.py long_texts.py families.py)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

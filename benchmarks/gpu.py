@@ -46,13 +46,16 @@ def main() -> None:
         ("encode images", torch.bfloat16, "sdpa", True),
         ("train, plain", torch.bfloat16, "sdpa", False),
         ("train, gradient cache", torch.bfloat16, "sdpa", False),
+        ("train, 8 long texts", torch.bfloat16, "sdpa", False),
+        ("train, 8 long texts", torch.bfloat16, "flex_attention", False),
     ):
+        batch = 8 if "long texts" in what else options.batch
         row = {
             "what": what, "dtype": str(dtype).removeprefix("torch."), "attention": implementation,
-            "compiled": compiled, "batch": options.batch,
+            "compiled": compiled, "batch": batch,
         }  # fmt: skip
         try:
-            row |= _measure(what, dtype, implementation, compiled, device, options.batch, (width, layers, side))
+            row |= _measure(what, dtype, implementation, compiled, device, batch, (width, layers, side))
         except Exception as error:  # what a device cannot do is a result
             row["failed"] = first_line(error)[:100]
         rows.append(row)
@@ -69,9 +72,12 @@ def _measure(
 ) -> dict[str, float]:  # fmt: skip
     model = model_of(*size).to(device)
     model.set_attn_implementation(implementation)
-    ids = torch.randint(5, 1000, (batch, 64 if what.startswith("train") else 512), device=device)
+    tokens = (2048 if size[0] > 64 else 128) if "long texts" in what else 64 if what.startswith("train") else 512
+    ids = torch.randint(5, 1000, (batch, tokens), device=device)
     pixels = torch.randn(batch, 3, size[2], size[2], device=device)
-    if what.startswith("train"):
+    if "long texts" in what:
+        call = _long_text_step(model.text_model.train(), ids, dtype)
+    elif what.startswith("train"):
         call = _step(model, ids, pixels, dtype, 32 if "cache" in what else None)
     else:
         model = model.to(dtype).eval()
@@ -124,6 +130,20 @@ def _step(
             )  # fmt: skip
         optimizer.step()
         optimizer.zero_grad()
+
+    return call
+
+
+def _long_text_step(tower: Any, ids: torch.Tensor, dtype: torch.dtype) -> Callable[[], None]:
+    """Return a step, forward and backward, of texts of a quarter of the tokens to all of them (2,048 at full size)."""
+    lengths = torch.linspace(ids.shape[1] / 4, ids.shape[1], len(ids), device=ids.device)
+    mask = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
+
+    def call() -> None:
+        with torch.autocast(ids.device.type, dtype):
+            pooled = tower(ids, mask).pooler_output
+        pooled.float().square().sum().backward()
+        tower.zero_grad()
 
     return call
 

@@ -9,7 +9,8 @@ It knows nothing of training or evaluation. `embedding_models` loads the models 
   `tar`, `beir`, `nli`.
 - From raw rows to rows of a kind: `columns`, `labels`, `normalize`; `row_names` for messages.
 - Many rows: `shards` (streams that resume), `tables` (cached data sets), `skips` (skipped rows), `consistency`.
-- Images: `images` (from a cell to pixel values), `image_files` (in folders), `image_decoding` (views of data sets).
+- Images: `images` (from a cell to pixel values), `image_errors` (why one cannot be read), `image_files` (in folders),
+  `image_decoding` (views of data sets).
 - Made from sources: `inspection` and `inspection_page`, `clean_copy`, `captioning`; `symbols` and `symbol_texts` make a
   data set that needs no download.
 """

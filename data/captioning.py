@@ -4,23 +4,20 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from bifocal.data.images import image_row_error
+from bifocal.data.image_errors import image_row_error
 from bifocal.data.loading import iter_rows
 from bifocal.data.schema import read_yaml, validated
 from bifocal.data.skips import RowError, SkipLog, SkippedRow, start_log
 from bifocal.data.source import Source
-from bifocal.errors import DataError, first_line
+from bifocal.errors import DataError, first_line, looks_like_path
 from bifocal.files import replace_file
-from bifocal.modeling import load_image
 
 _PART = 256  # rows per file; a killed run loses at most this many
 
@@ -75,12 +72,15 @@ def caption_source(source: Source, out: Path, recipe: CaptionRecipe) -> CaptionC
         DataError: if there are no images or no such model, or the folder has captions by another model or prompt.
         OSError: if the folder cannot be written.
     """
+    _require_model_path(recipe.model)
+    source_rows = iter_rows(source, "image-only")
+    first = list(islice(source_rows, 1))  # a source that cannot be read is reported before the model is loaded
     captioner = _Captioner(recipe)
     out.mkdir(parents=True, exist_ok=True)
     done, parts = _done(out, captioner.provenance)
     skipped = SkipLog(start_log(out / "skipped.jsonl"))
     result = CaptionCounts(existing=len(done))
-    images = _images(source, done, skipped, result)
+    images = _images(chain(first, source_rows), done, skipped, result)
     while rows := list(islice(images, _PART)):
         captioned: list[dict[str, Any]] = []
         for start in range(0, len(rows), recipe.batch_size):
@@ -95,6 +95,23 @@ def caption_source(source: Source, out: Path, recipe: CaptionRecipe) -> CaptionC
     if not result.captioned and not result.existing:
         raise DataError(f"'{source.title}' has no image that could be captioned. Check path and column_mapping.")
     return result
+
+
+def _require_model_path(model: str) -> None:
+    """Check that a model's local path exists and holds a model. A Hub id passes.
+
+    Raises:
+        DataError: if it does not.
+    """
+    path, problem = Path(model), None
+    if path.is_file():
+        problem = "it is a file"
+    elif path.is_dir() and not (path / "config.json").exists():
+        problem = "it has no config.json"
+    elif not path.exists() and looks_like_path(model):
+        problem = "it does not exist"
+    if problem is not None:
+        raise DataError(f"'{model}' is not an image-text model that transformers can load ({problem}).")
 
 
 def _done(out: Path, provenance: dict[str, str]) -> tuple[set[str], int]:
@@ -123,10 +140,12 @@ def _done(out: Path, provenance: dict[str, str]) -> tuple[set[str], int]:
 
 
 def _images(
-    source: Source, done: set[str], skipped: SkipLog, result: CaptionCounts
+    rows: Iterator[tuple[str, dict[str, Any] | RowError]], done: set[str], skipped: SkipLog, result: CaptionCounts
 ) -> Iterator[tuple[str, dict[str, Any], Image.Image]]:
     """Yield name, row and image of each row that has no caption yet."""
-    for name, row in iter_rows(source, "image-only"):
+    from bifocal.modeling import load_image
+
+    for name, row in rows:
         if name in done:
             continue
         if not isinstance(row, RowError):
@@ -173,6 +192,9 @@ class _Captioner:
     """An image-text model with its processor."""
 
     def __init__(self, recipe: CaptionRecipe) -> None:
+        import torch
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
         self.recipe = recipe
         cuda = torch.cuda.is_available()
         self.device = "cuda" if cuda else "cpu"
@@ -194,8 +216,15 @@ class _Captioner:
             "prompt": recipe.prompt,
         }
 
-    @torch.inference_mode()
     def __call__(self, images: list[Image.Image]) -> list[str]:
+        import torch
+
+        with torch.inference_mode():
+            return self._captions(images)
+
+    def _captions(self, images: list[Image.Image]) -> list[str]:
+        import torch
+
         prompt = self.recipe.prompt
         if getattr(self.processor, "chat_template", None):
             conversations = [

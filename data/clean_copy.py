@@ -25,14 +25,16 @@ def write_clean(source: Source, kind: str, out: Path, skipped: SkipLog) -> int:
         BadRowsError: if more rows are bad than the source's `max_bad_fraction` allows.
         OSError: if the folder cannot be written.
     """
-    from datasets.table import embed_table_storage
-    from pyarrow.parquet import ParquetWriter
-
     others = [path.name for path in sorted(out.iterdir()) if path.name != "skipped.jsonl"] if out.exists() else []
     if others:
         raise DataError(f"'{out}' is not empty (it has {others[0]}). Choose another folder or empty this one.")
     if skipped.log is not None:
         start_log(skipped.log)
+
+    # Not before the folder is checked: it takes a second.
+    from datasets.table import embed_table_storage
+    from pyarrow.parquet import ParquetWriter
+
     cleaning = (source.clean or Cleaning()).model_copy(update={"verify_images": True})
     source = source.model_copy(update={"streaming": False, "clean": cleaning})
     data = load_source(source, kind, 0, skipped, source.title)

@@ -12,6 +12,7 @@ from bifocal.data.row_names import row_name, select_rows
 from bifocal.data.skips import SkipLog, SkippedRow
 from bifocal.errors import DataError
 from bifocal.files import replace_file
+from bifocal.modeling.dtype_bifocal import default_device, resolve_dtype
 
 
 def filter_consistent(pairs: Any, settings: Consistency, skipped: SkipLog, name: str) -> Any:
@@ -41,7 +42,9 @@ def _cached_ranks(pairs: Any, settings: Consistency) -> np.ndarray:
     from datasets.fingerprint import Hasher
 
     files = pairs.cache_files
-    key = Hasher.hash(["with prompts", pairs._fingerprint, json.dumps(settings.model_dump(exclude={"top_k"}))])
+    dtype = resolve_dtype(settings.dtype, default_device())
+    facts = settings.model_dump(exclude={"top_k", "dtype"}) | ({} if dtype == "model" else {"dtype": dtype})
+    key = Hasher.hash(["with prompts", pairs._fingerprint, json.dumps(facts)])
     path = Path(files[0]["filename"]).with_name(f"ranks-{key}.npy") if files else None
     if path is not None and path.exists():
         return np.load(path)
@@ -54,7 +57,7 @@ def _cached_ranks(pairs: Any, settings: Consistency) -> np.ndarray:
 
 def _ranks(pairs: Any, settings: Consistency) -> np.ndarray:
     """Return the rank of each row's positive among those of its pool, from 0."""
-    model = load_embedding_model(settings.model)
+    model = load_embedding_model(settings.model, dtype=settings.dtype)
     ranks = np.empty(len(pairs), dtype=np.int64)
     for start in range(0, len(pairs), settings.pool_size):
         rows = pairs[start : start + settings.pool_size]

@@ -3,14 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bifocal.errors import ModelError, model_not_loaded
 from bifocal.modeling import BifocalModel
+from bifocal.modeling.dtype_bifocal import default_device, loading_options, pool_in_float32, resolve_dtype
 from bifocal.modeling.loading_bifocal import UnsupportedFamilyError, model_kind, require_vocabulary
 
 
-def load_embedding_model(name: str, device: str | None = None) -> Any:
+def load_embedding_model(name: str, device: str | None = None, dtype: str | None = None) -> Any:
     """Return a `BifocalModel` or a `SentenceTransformer`; both have `encode_query` and `encode_document`.
 
     A whole dual encoder (Bifocal, CLIP, SigLIP, ...) is a `BifocalModel`, so that all commands get the same vectors of
@@ -19,23 +18,27 @@ def load_embedding_model(name: str, device: str | None = None) -> Any:
     Args:
         name: folder or Hub id.
         device: "cpu", "cuda", ... If None, a GPU if there is one.
+        dtype: one of `DTYPE_CHOICES`; "model", the dtype of its weights, when None.
 
     Raises:
         ModelError: if there is no such model, it cannot be loaded, or it embeds no texts.
         UnsupportedFamilyError: if it is a dual encoder of a family that `BifocalModel` does not know.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or default_device()
+    options = loading_options(resolve_dtype(dtype, device), device)
     path = str(Path(name).expanduser()) if name.startswith("~") else name
     if "/" not in path and not Path(path).exists():
         path = f"sentence-transformers/{path}"  # as that library does
     try:
         if model_kind(path) == "joint":
-            model = BifocalModel.from_pretrained(path).to(device).eval()
+            model = BifocalModel.from_pretrained(path, **options).to(device).eval()
             _ = model.processor  # which may be missing
             return model
         from sentence_transformers import SentenceTransformer
 
-        model = SentenceTransformer(path, device=device)
+        model = SentenceTransformer(path, device=device, model_kwargs=options)
+        if options:
+            pool_in_float32(model)
         if "text" not in model.modalities:
             raise ValueError("it embeds no texts")
         tokenizer = getattr(model, "tokenizer", None)

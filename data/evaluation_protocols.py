@@ -6,6 +6,12 @@ ProtocolName = Literal[
     "image-text-retrieval", "zero-shot", "linear-probe", "sts", "pair-classification", "text-retrieval"
 ]
 
+# Prompts of a class; the mean of their embeddings is the embedding of the class (arXiv 2103.00020, section 3.1.4).
+TEMPLATES = (
+    "a photo of a {}.", "a good photo of a {}.", "a close-up photo of a {}.", "a photo of the {}.",
+    "a blurry photo of a {}.", "a picture of a {}.", "an image of a {}.",
+)  # fmt: skip
+
 
 class Protocol(NamedTuple):
     """

@@ -4,15 +4,14 @@ import hashlib
 import io
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from bifocal.data.images import image_row_error
+from bifocal.data.image_errors import image_row_error
 from bifocal.data.skips import RowError
 from bifocal.errors import DataError
-from bifocal.modeling import load_image
 
 _SPACE = re.compile(r"\s+")
 _TEXTS = ("caption", "query", "positive", "text")
@@ -25,12 +24,15 @@ class Consistency(BaseModel):
         model: any model that embeds texts (sentence-transformers, Bifocal, CLIP, ...), by folder or Hub id.
         top_k: the positive must be among this many nearest texts.
         pool_size: number of consecutive rows whose positives are compared.
+        dtype: dtype to embed in: "model", that of the model's weights; "auto", bfloat16 where the device multiplies
+            in it, else as "model"; "float32", "bfloat16" or "float16".
     """
 
     model_config = ConfigDict(extra="forbid")
     model: str
     top_k: Annotated[int, Field(ge=1)] = 2
     pool_size: Annotated[int, Field(ge=2)] = 100_000
+    dtype: Literal["model", "auto", "float32", "bfloat16", "float16"] = "model"
 
 
 class Cleaning(BaseModel):
@@ -186,6 +188,8 @@ def require_readable(data: bytes) -> None:
     Raises:
         RowError: if they are not an image, or a broken one.
     """
+    from bifocal.modeling import load_image
+
     try:
         load_image(data)
     except Exception as error:

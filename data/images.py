@@ -2,23 +2,22 @@
 
 import io
 import os
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.nn.functional import interpolate
 
+from bifocal.data.image_errors import image_row_error
 from bifocal.data.skips import RowError
 from bifocal.modeling import load_image
 
 # A JPEG is decoded at a half, a quarter or an eighth of its size as long as its shorter side stays at least this many
 # times that of the target; the rest is resized as always.
 _MARGIN = 1.5
-_ADDRESS = re.compile(r"<_io\.BytesIO object at 0x[0-9a-f]+>")  # in messages of Pillow; another one in each run
 _ORIENTATION = 0x0112  # the EXIF tag
 
 
@@ -209,22 +208,3 @@ def _table(processor: Any) -> np.ndarray:
     values = np.repeat(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), 3, axis=2)
     processed = processor(Image.fromarray(values), do_resize=False, do_center_crop=False, return_tensors="np")
     return np.ascontiguousarray(np.asarray(processed["pixel_values"][0]).reshape(3, 256))
-
-
-def image_row_error(error: BaseException) -> RowError:
-    """Return the error of a row whose image could not be read."""
-    message = _ADDRESS.sub("the bytes", str(error).removesuffix("; replace or remove it."))
-    return RowError(_cause(error), message[:300])
-
-
-def _cause(error: BaseException) -> str:
-    inner: BaseException | None = error
-    while inner is not None:
-        if isinstance(inner, FileNotFoundError):
-            return "missing image"
-        if isinstance(inner, UnidentifiedImageError):
-            return "not an image"
-        if isinstance(inner, Image.DecompressionBombError | Image.DecompressionBombWarning):
-            return "decompression bomb"
-        inner = inner.__cause__
-    return "broken image"

@@ -15,7 +15,6 @@ from bifocal.data.filters import comparable_text, image_size, read_image_bytes, 
 from bifocal.data.loading import iter_rows
 from bifocal.data.skips import RowError
 from bifocal.data.source import Source
-from bifocal.modeling import load_image
 
 _SAMPLE = 24
 _NAMED = 5  # example rows per cause
@@ -142,6 +141,8 @@ def _shown(name: str, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _thumbnail(value: Any) -> str:
+    from bifocal.modeling import load_image
+
     image = load_image(value)
     image.thumbnail((_THUMBNAIL, _THUMBNAIL), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()

@@ -10,7 +10,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from bifocal.data.consistency import filter_consistent
 from bifocal.data.kinds import KINDS
 from bifocal.data.labels import class_names, with_class_names
 from bifocal.data.paths import MISSING, existing, is_remote
@@ -56,6 +55,8 @@ def to_dataset(stream: ShardStream, source: Source, skipped: SkipLog, name: str,
         dataset = _cached(Features(features), arguments, salted)
     dataset = _good_rows(dataset, source, skipped, name, len(stream.shards))
     if source.clean is not None and source.clean.consistency is not None:
+        from bifocal.data.consistency import filter_consistent
+
         dataset = filter_consistent(dataset, source.clean.consistency, skipped, name)
     return dataset
 

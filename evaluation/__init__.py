@@ -9,6 +9,7 @@ modality_gap, compression, failures    further measurements of image-text retrie
 suites          `EvaluationSuite`: data sets and their protocols; `suites/` holds those that come with Bifocal
 task_rows       the rows of a suite's task, read once for all models
 mteb_tasks      MTEB through the mteb library
+arguments       checks of what `bifocal evaluate` is asked for, without torch
 runner          `run_evaluation`, which `bifocal evaluate` calls, and cached results
 report, report_plots    `report.html`, and the numbers of `results.json`
 callback        evaluation while a model trains

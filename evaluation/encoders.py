@@ -1,8 +1,10 @@
 """Any model behind one interface: joint models, sentence-transformers, and other dual encoders of transformers."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,11 @@ from transformers import AutoModel, AutoProcessor
 from transformers.utils.hub import cached_file
 
 from bifocal.data.embedding_models import load_embedding_model
-from bifocal.errors import EvaluationError, ModelError, first_line, looks_like_path
+from bifocal.errors import EvaluationError, ModelError, first_line
+from bifocal.evaluation.arguments import is_local_model
 from bifocal.modeling import BifocalModel, load_image
+from bifocal.modeling.dtype_bifocal import default_device, dtype_name, loading_options, resolve_dtype
+from bifocal.modeling.image_batches_bifocal import EmbeddedImages, ImagePreparer, embed_ahead
 from bifocal.modeling.loading_bifocal import UnsupportedFamilyError, load_complete, require_vocabulary
 from bifocal.modeling.towers_bifocal import longest_text, padded_length, search_prompts
 
@@ -35,6 +40,10 @@ class Encoder:
             way than other texts, by a prompt for example.
         prompts: the prompts of `query` and `document`, for reports.
         work: number of inputs embedded so far, and the seconds that took, by "texts" and "images".
+        dtype: dtype of the weights, such as "float32".
+        num_workers: threads that decode and resize images ahead of the model; see `BifocalModel.encode_image`.
+        fast_decoding: whether large JPEGs are decoded at reduced scale; see `BifocalModel.encode_image`.
+        preparer: returns from `fast_decoding` what prepares images, for a model that resizes in the threads, too.
     """
 
     name: str
@@ -47,6 +56,10 @@ class Encoder:
     document: Encode | None = None
     prompts: dict[str, str] = field(default_factory=dict)
     work: dict[str, tuple[int, float]] = field(default_factory=dict)
+    dtype: str = ""
+    num_workers: int | None = None
+    fast_decoding: bool = False
+    preparer: Callable[[bool], ImagePreparer] | None = None
 
     def speed(self) -> dict[str, float]:
         """Return the texts and images embedded per second since the last call."""
@@ -78,6 +91,29 @@ class Encoder:
         """
         return self._embed("images", self.image, images)
 
+    def images_ahead(
+        self, sources: Iterable[Any], read: Callable[[ImagePreparer, Any], tuple[Any, Any]]
+    ) -> EmbeddedImages:
+        """Read images in threads ahead of the model, and yield a note and a unit vector for each, in order.
+
+        The time that counts for `speed` includes decoding.
+
+        Args:
+            sources: what is read.
+            read: returns a note and the prepared image of a source, or None instead of one that is not embedded.
+
+        Raises:
+            EvaluationError: if the model embeds no images, or some embeddings are not finite.
+        """
+        preparer = ImagePreparer() if self.preparer is None else self.preparer(self.fast_decoding)
+        _, seconds = self.work.get("images", (0, 0.0))
+        started = time.monotonic()
+        ahead = embed_ahead(sources, partial(read, preparer), self.images, preparer, self.batch_size, self.num_workers)
+        with closing(ahead) as embedded:
+            yield from embedded
+        count, _ = self.work.get("images", (0, 0.0))
+        self.work["images"] = (count, seconds + time.monotonic() - started)
+
     def _embed(self, what: str, encode: Encode | None, inputs: Sequence[Any]) -> np.ndarray:
         if isinstance(inputs, str | bytes):
             raise EvaluationError(f"The {what} to embed are a single {type(inputs).__name__}; give a list.")
@@ -106,17 +142,8 @@ def require_model(path: str) -> None:
     Raises:
         EvaluationError: if the path is neither a folder with a model nor the id of a model on the Hub.
     """
-    folder = Path(path).expanduser()
-    if folder.is_file():
-        raise EvaluationError(f"'{path}' is a file; give the folder of a model.")
-    if folder.is_dir():
-        if any((folder / name).is_file() for name in ("config.json", "modules.json")):
-            return
-        inner = next((name for name in ("model", "final") if (folder / name / "config.json").is_file()), None)
-        hint = f"; did you mean '{Path(path) / inner}'?" if inner else "."
-        raise EvaluationError(f"'{path}' holds no model: there is neither config.json nor modules.json in it{hint}")
-    if looks_like_path(path):
-        raise EvaluationError(f"There is no model at '{path}'; check the path.")
+    if is_local_model(path):
+        return
     try:
         exists = _has(path, "config.json") or _has(path, "modules.json")
         reason = "it has neither config.json nor modules.json"
@@ -126,13 +153,14 @@ def require_model(path: str) -> None:
         raise EvaluationError(f"There is no model folder '{path}' here, and no such model on the Hub ({reason}).")
 
 
-def load_encoder(path: str, batch_size: int = 64, device: str | None = None) -> Encoder:
+def load_encoder(path: str, batch_size: int = 64, device: str | None = None, dtype: str | None = None) -> Encoder:
     """Load a model: a dual encoder (Bifocal, CLIP, SigLIP, ALIGN, ...) or one of sentence-transformers.
 
     Args:
         path: local folder or Hub id.
         batch_size: texts or images per forward pass.
         device: "cpu", "cuda", ... If None, a GPU if there is one.
+        dtype: one of `DTYPE_CHOICES`; "model", the dtype of its weights, when None.
 
     Raises:
         EvaluationError: if there is no such model, it cannot be loaded, or it is of another kind.
@@ -140,9 +168,9 @@ def load_encoder(path: str, batch_size: int = 64, device: str | None = None) -> 
     require_model(path)
     path = str(Path(path).expanduser()) if path.startswith("~") else path
     try:
-        model = load_embedding_model(path, device)
+        model = load_embedding_model(path, device, dtype)
     except UnsupportedFamilyError:
-        return _other_dual_encoder(path, batch_size, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return _other_dual_encoder(path, batch_size, device or default_device(), dtype)
     except ModelError as error:
         raise EvaluationError(str(error)) from error
     build = bifocal_encoder if isinstance(model, BifocalModel) else _sentence_transformer
@@ -162,7 +190,8 @@ def bifocal_encoder(model: BifocalModel, name: str, batch_size: int = 64) -> Enc
         return lambda inputs: np.asarray(encode(inputs, batch_size=batch_size, show_progress=False))
 
     encoder = Encoder(name, "Bifocal", by(model.encode_text), by(model.encode_image), _parameters(model), batch_size)
-    encoder.prompts = search_prompts(getattr(model.config, "prompts", {}))
+    encoder.preparer = model.image_preparer
+    encoder.prompts, encoder.dtype = search_prompts(getattr(model.config, "prompts", {})), dtype_name(model)
     if encoder.prompts:
         encoder.query, encoder.document = by(model.encode_query), by(model.encode_document)
     return encoder
@@ -180,7 +209,7 @@ def _sentence_transformer(model: Any, name: str, batch_size: int) -> Encoder:
     embeds_images = "image" in model.modalities
     encoder = Encoder(
         name, "sentence-transformers", by(model.encode), image if embeds_images else None, _parameters(model),
-        batch_size, prompts=search_prompts(model.prompts),
+        batch_size, prompts=search_prompts(model.prompts), dtype=dtype_name(model),
     )  # fmt: skip
     has_routes = any(isinstance(module, Router) for module in model)
     if encoder.prompts or has_routes or model.default_prompt_name:
@@ -188,10 +217,11 @@ def _sentence_transformer(model: Any, name: str, batch_size: int) -> Encoder:
     return encoder
 
 
-def _other_dual_encoder(path: str, batch_size: int, device: str) -> Encoder:
+def _other_dual_encoder(path: str, batch_size: int, device: str, dtype: str | None) -> Encoder:
     """Load a dual encoder of a family that `BifocalModel` does not know, such as ALIGN."""
     try:
-        model = load_complete(AutoModel, path).to(device).eval()
+        options = loading_options(resolve_dtype(dtype, device), device)
+        model = load_complete(AutoModel, path, **options).to(device).eval()
         processor = AutoProcessor.from_pretrained(path)
         require_vocabulary(processor.tokenizer, path)
     except Exception as error:  # configuration, weights, tokenizer: each library has its own errors
@@ -231,8 +261,9 @@ def encoder_of(model: Any, processor: Any, name: str, batch_size: int = 64) -> E
         return model.get_text_features(**inputs.to(model.device))
 
     def image(images: list[Any]) -> Any:
-        inputs = processor(images=[load_image(value) for value in images], return_tensors="pt")
-        return model.get_image_features(**inputs.to(model.device))
+        inputs = processor(images=[load_image(value) for value in images], return_tensors="pt").to(model.device)
+        floats = {name: value.to(model.dtype) for name, value in inputs.items() if torch.is_floating_point(value)}
+        return model.get_image_features(**{**inputs, **floats})
 
     def batched(embed: Callable[[list[Any]], Any]) -> Encode:
         @torch.inference_mode()
@@ -246,7 +277,9 @@ def encoder_of(model: Any, processor: Any, name: str, batch_size: int = 64) -> E
 
         return encode
 
-    return Encoder(name, "transformers", batched(text), batched(image), _parameters(model), batch_size)
+    return Encoder(
+        name, "transformers", batched(text), batched(image), _parameters(model), batch_size, dtype=dtype_name(model)
+    )
 
 
 def _longest(config: Any, tokenizer: Any) -> int:

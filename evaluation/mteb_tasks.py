@@ -41,8 +41,9 @@ def find_tasks(names: Sequence[str]) -> list[Any]:
 
 
 def run_mteb(
-    model: str | Encoder, tasks: Sequence[Any], cache: Path, batch_size: int = 64, revision: str | None = None
-) -> list[Result]:
+    model: str | Encoder, tasks: Sequence[Any], cache: Path, batch_size: int = 64, revision: str | None = None,
+    dtype: str = "model",
+) -> list[Result]:  # fmt: skip
     """Run tasks of mteb. Results are cached, so that an interrupted run resumes with the missing tasks.
 
     Args:
@@ -51,20 +52,21 @@ def run_mteb(
         cache: folder of mteb's results.
         batch_size: texts or images per forward pass.
         revision: revision of the model that results are cached under; for a local folder a hash of its weights if None.
+        dtype: dtype that a model is loaded in: "model", that of its weights, or the name of a dtype.
 
     Raises:
         EvaluationError: if the model cannot embed what a task needs, or a task's data cannot be loaded.
     """
     import mteb
 
-    encoder = load_encoder(model, batch_size) if isinstance(model, str) else model
+    encoder = load_encoder(model, batch_size, dtype=dtype) if isinstance(model, str) else model
     for task in tasks:
         lacking = [m for m in task.metadata.modalities if (encoder.text if m == "text" else encoder.image) is None]
         if lacking:
             raise EvaluationError(
                 f"'{encoder.name}' embeds no {lacking[0]}s, which the task {task.metadata.name} needs; remove the task."
             )
-    revision = revision or _revision(model)
+    revision = (revision or _revision(model)) + ("" if dtype == "model" else f"-{dtype}")
     # Results without the prompts of queries and documents, from earlier versions, are not reused.
     wrapped = _wrap(encoder, f"{revision}-prompts" if encoder.query is not None else revision)
     options: Any = {"encode_kwargs": {"batch_size": batch_size}, "show_progress_bar": False}
@@ -76,7 +78,7 @@ def run_mteb(
         names = ", ".join(task.metadata.name for task in tasks)
         raise EvaluationError(f"The data of mteb's {names} could not be loaded ({first_line(error):.200}).") from error
     kinds = {task.metadata.name: str(task.metadata.type) for task in tasks}
-    return [_as_result(task_result, kinds[task_result.task_name]) for task_result in results.task_results]
+    return [_as_result(result, kinds[result.task_name], encoder.dtype) for result in results.task_results]
 
 
 def _wrap(encoder: Encoder, revision: str) -> Any:
@@ -124,7 +126,7 @@ def _revision(model: str | Encoder) -> str:
     return digest.hexdigest()
 
 
-def _as_result(task_result: Any, kind: str) -> Result:
+def _as_result(task_result: Any, kind: str, dtype: str) -> Result:
     """Return a result of mteb as a `Result`, whose metrics are means over subsets and splits."""
     metrics: dict[str, list[float]] = {}
     for scores in task_result.scores.values():
@@ -135,4 +137,4 @@ def _as_result(task_result: Any, kind: str) -> Result:
     means = {name: float(np.mean(values)) for name, values in metrics.items()}
     sizes = {"splits": len(task_result.scores)}
     seconds = float(task_result.evaluation_time or 0.0)
-    return Result(task_result.task_name, f"MTEB {kind}", "main_score", means, sizes, seconds=seconds)
+    return Result(task_result.task_name, f"MTEB {kind}", "main_score", means, sizes, seconds=seconds, dtype=dtype)

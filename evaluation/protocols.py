@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from bifocal.data.evaluation_protocols import TEMPLATES
 from bifocal.data.skips import RowError, SkippedRow
 from bifocal.errors import EvaluationError
 from bifocal.evaluation.encoders import Encoder
@@ -15,12 +16,6 @@ from bifocal.evaluation.labels import class_names, class_numbers, is_unlabelled
 from bifocal.evaluation.relevance import caption_answers, content_ids, right_answers, shared_rows
 from bifocal.evaluation.retrieval import recall_at, relevant_ranks, retrieval_metrics
 from bifocal.evaluation.rows import Rows, Selection, as_sequence
-
-# Prompts of a class; the mean of their embeddings is the embedding of the class (arXiv 2103.00020, section 3.1.4).
-TEMPLATES = (
-    "a photo of a {}.", "a good photo of a {}.", "a close-up photo of a {}.", "a photo of the {}.",
-    "a blurry photo of a {}.", "a picture of a {}.", "an image of a {}.",
-)  # fmt: skip
 
 
 @dataclass
@@ -42,6 +37,7 @@ class Result:
         speed: texts and images embedded per second.
         rows: hash of the rows, equal if two models were measured on the same ones.
         prompts: prompts of queries and documents, if the model has them and the protocol is a search.
+        dtype: dtype of the model's weights, such as "float32"; empty if an earlier version measured it.
     """
 
     task: str
@@ -57,6 +53,7 @@ class Result:
     speed: dict[str, float] = field(default_factory=dict)
     rows: str = ""
     prompts: dict[str, str] = field(default_factory=dict)
+    dtype: str = ""
 
     @property
     def skipped(self) -> dict[str, int]:

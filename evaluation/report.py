@@ -9,6 +9,7 @@ import yaml
 
 from bifocal.data.evaluation_protocols import find_protocol
 from bifocal.data.skips import summary as skip_summary
+from bifocal.evaluation.arguments import EVALUATION
 from bifocal.evaluation.compression import by_dimension, by_precision
 from bifocal.evaluation.protocols import Result
 from bifocal.evaluation.report_plots import (
@@ -26,7 +27,6 @@ from bifocal.evaluation.report_plots import (
 from bifocal.files import overwrite
 from bifocal.pages import render
 
-EVALUATION = "evaluation"  # kind of the files `report.html` and `results.json`
 _SHOWN_SKIPS = 20  # skipped rows that the page lists
 _NOT_IN_TABLE = ("dimensions", "shared rows")  # sizes that the page shows elsewhere
 
@@ -69,7 +69,7 @@ def results_as_numbers(results: Mapping[str, Sequence[Result]]) -> dict[str, Any
                 continue
             entry: dict[str, Any] = {
                 "kind": result.kind, "main": result.main, "metrics": result.metrics, "sizes": result.sizes,
-                "skipped": result.skipped, "prompts": result.prompts,
+                "skipped": result.skipped, "prompts": result.prompts, "dtype": result.dtype,
                 "seconds": result.seconds, "parameters": result.parameters, "speed": result.speed,
             }  # fmt: skip
             if "owner" in result.arrays:
@@ -156,6 +156,7 @@ def _speed(results: Mapping[str, Sequence[Result]]) -> list[dict[str, Any]]:
                 rates.setdefault(name, []).append(rate)
         rows.append({
             "model": model, "parameters": f"{max(result.parameters for result in of_model) / 1e6:,.1f} M",
+            "dtype": ", ".join(dict.fromkeys(result.dtype for result in of_model if result.dtype)),
             "dimensions": dimensions, "bytes": None if dimensions is None else 4 * dimensions,
             "texts": _highest(rates.get("texts_per_second")), "images": _highest(rates.get("images_per_second")),
             "seconds": f"{sum(result.seconds for result in of_model):,.0f}",

@@ -3,18 +3,19 @@
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from transformers.utils import logging
 
-from bifocal.data.images import image_row_error
+from bifocal.data.image_errors import image_row_error
 from bifocal.data.normalize import RowNormaliser, as_list
 from bifocal.data.skips import RowError, SkippedRow, summary
 from bifocal.errors import EvaluationError
 from bifocal.evaluation.encoders import Encoder
-from bifocal.modeling import load_image
+from bifocal.modeling.image_batches_bifocal import ImagePreparer
 
 logger = logging.get_logger(__name__)
 _NAMED = 3  # skipped rows that a warning names
@@ -147,24 +148,13 @@ class Rows:
         images = self.columns["images"]
         vectors: dict[int, np.ndarray] = {}
         digests: dict[int, str] = {}
-        batch: dict[int, Image.Image] = {}
-
-        def embed() -> None:
-            if batch:
-                vectors.update(zip(batch, encoder.images(list(batch.values())), strict=True))
-                batch.clear()
-
-        for number in self.good:
-            try:
-                image = load_image(image_source(images[number]))
-            except Exception as error:  # a decoding column of `datasets` raises whatever Pillow does
-                self.skipped[number] = error if isinstance(error, RowError) else image_row_error(error)
-                continue
-            digests[number] = image_digest(image)
-            batch[number] = image
-            if len(batch) == encoder.batch_size:
-                embed()
-        embed()
+        good = self.good
+        with closing(encoder.images_ahead((_stored(images, number) for number in good), _read)) as embedded:
+            for number, (note, vector) in zip(good, embedded, strict=True):
+                if isinstance(note, RowError):
+                    self.skipped[number] = note
+                else:
+                    digests[number], vectors[number] = note, vector
         return vectors, digests
 
     def require_some(self) -> None:
@@ -185,6 +175,25 @@ class Rows:
             logger.warning_once(
                 f"'{self.task}': {len(skips):,} of {self.count:,} rows are skipped ({causes}): {named}{more}."
             )
+
+
+def _stored(images: Any, number: int) -> Any:
+    """Return an image of a column, or the error of reading it: a decoding column raises whatever Pillow does."""
+    try:
+        return images[number]
+    except Exception as error:
+        return error
+
+
+def _read(preparer: ImagePreparer, value: Any) -> tuple[str | RowError, Any]:
+    """Return an image's digest and what is embedded of it; an error and None if it cannot be read."""
+    try:
+        if isinstance(value, Exception):
+            raise value
+        decoded = preparer.decode(image_source(value))
+    except Exception as error:
+        return error if isinstance(error, RowError) else image_row_error(error), None
+    return image_digest(decoded.image), preparer.prepare(decoded)
 
 
 def image_digest(image: Image.Image) -> str:

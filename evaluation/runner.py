@@ -14,14 +14,15 @@ import numpy as np
 
 from bifocal.data.evaluation_protocols import PROTOCOLS
 from bifocal.data.skips import SkipLog, SkippedRow, start_log
-from bifocal.errors import EvaluationError
+from bifocal.evaluation.arguments import EVALUATION, check_evaluation, require_folder
 from bifocal.evaluation.encoders import Encoder, load_encoder, require_model
 from bifocal.evaluation.mteb_tasks import find_tasks, run_mteb
 from bifocal.evaluation.protocols import Result
-from bifocal.evaluation.report import EVALUATION, results_as_numbers, write_evaluation_page
-from bifocal.evaluation.suites import EvaluationSuite, EvaluationTask, load_suite
+from bifocal.evaluation.report import results_as_numbers, write_evaluation_page
+from bifocal.evaluation.suites import EvaluationSuite, EvaluationTask
 from bifocal.evaluation.task_rows import TaskData, log_skips, read_task
-from bifocal.files import overwrite, replace_file, require_overwritable
+from bifocal.files import overwrite, replace_file
+from bifocal.modeling.dtype_bifocal import default_device, resolve_dtype
 
 _VERSION = 4  # of the cached results; results of another version are measured again
 
@@ -48,8 +49,9 @@ class Evaluation:
 
 
 def run_evaluation(
-    models: Sequence[str], out: Path, suite: str | None = None, mteb: Sequence[str] = (), only: Sequence[str] = ()
-) -> Evaluation:
+    models: Sequence[str], out: Path, suite: str | None = None, mteb: Sequence[str] = (), only: Sequence[str] = (),
+    dtype: str | None = None, num_workers: int | None = None, fast_decoding: bool = False,
+) -> Evaluation:  # fmt: skip
     """Measure models on a suite, on tasks of mteb or on both, and write `results.json` and `report.html` into `out`.
 
     Args:
@@ -58,16 +60,15 @@ def run_evaluation(
         suite: name or YAML file of the suite; `symbols` if neither a suite nor tasks of mteb are named.
         mteb: names of mteb's tasks, or of suites of them.
         only: names of the suite's tasks; all if empty.
+        dtype: see `evaluate`.
+        num_workers, fast_decoding: see `Encoder`.
 
     Raises:
         NotOursError: if `out` holds a `results.json` or `report.html` that Bifocal did not write.
         EvaluationError, RecipeError, BadRowsError, OSError: see `evaluate`.
     """
-    loaded = None if suite is None and mteb else load_suite(suite or "symbols")
-    _require_folder(out)
-    for name in ("results.json", "report.html"):
-        require_overwritable(out / name, EVALUATION)
-    results = evaluate(models, loaded, out, only, mteb)
+    loaded = check_evaluation(models, out, suite, mteb, only)
+    results = evaluate(models, loaded, out, only, mteb, dtype, num_workers, fast_decoding)
     numbers = results_as_numbers(results)
     with overwrite(out / "results.json", EVALUATION) as scratch:
         scratch.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
@@ -83,11 +84,14 @@ def evaluate(
     out: Path,
     only: str | Sequence[str] = (),
     mteb: str | Sequence[str] = (),
+    dtype: str | None = None,
+    num_workers: int | None = None,
+    fast_decoding: bool = False,
 ) -> dict[str, list[Result]]:
     """Measure every model on the same rows of every task. Finished results in `out` are reused.
 
-    A result is reused if the model's files, the task's settings and its rows are unchanged. Rows that cannot be used
-    are skipped for all models, and named in `out/skipped.jsonl`.
+    A result is reused if the model's files and dtype, the task's settings and its rows are unchanged. Rows that cannot
+    be used are skipped for all models, and named in `out/skipped.jsonl`.
 
     Args:
         models: local folders or Hub ids.
@@ -95,6 +99,8 @@ def evaluate(
         out: folder of the cached results.
         only: names of the suite's tasks; all if empty.
         mteb: names of mteb's tasks, or of suites of them.
+        dtype: dtype of the models, one of `DTYPE_CHOICES`; "model", the dtype of their weights, when None.
+        num_workers, fast_decoding: see `Encoder`. The images of mteb's tasks come decoded: both do not apply to them.
 
     Returns:
         The results of each model. A result has no metrics if the task needs images and the model embeds none.
@@ -108,28 +114,27 @@ def evaluate(
     tasks = suite.select(only) if suite is not None else []
     batch_size = suite.batch_size if suite is not None else 64
     mteb_tasks = find_tasks(mteb) if mteb else []
-    _require_folder(out)
+    require_folder(out)
     for model in models:
         require_model(model)
+    dtype = resolve_dtype(dtype, default_device())
     results: dict[str, list[Result]] = {model: [] for model in models}
     skipped = SkipLog(start_log(out / "skipped.jsonl"))
     with tempfile.TemporaryDirectory(prefix="bifocal-evaluate-") as scratch:
-        runs = [_TaskRun(task, models, out / "results", Path(scratch), skipped) for task in tasks]
+        settings = (dtype, fast_decoding)
+        runs = [_TaskRun(task, models, out / "results", Path(scratch), skipped, *settings) for task in tasks]
         for model in models:
             encoder: Encoder | None = None
             for run in runs:
                 if model not in run.results:
-                    encoder = encoder or load_encoder(model, batch_size)
+                    if encoder is None:
+                        encoder = load_encoder(model, batch_size, dtype=dtype)
+                        encoder.num_workers, encoder.fast_decoding = num_workers, fast_decoding
                     run.measure(model, encoder)
                 results[model].append(run.results[model])
             if mteb_tasks:
-                results[model].extend(run_mteb(model, mteb_tasks, out / "mteb", batch_size))
+                results[model].extend(run_mteb(model, mteb_tasks, out / "mteb", batch_size, dtype=dtype))
     return results
-
-
-def _require_folder(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise EvaluationError(f"'{out}' is a file, and the results need a folder; choose another with --out.")
 
 
 class _TaskRun:
@@ -140,10 +145,11 @@ class _TaskRun:
     """
 
     def __init__(
-        self, task: EvaluationTask, models: Sequence[str], cache: Path, scratch: Path, skipped: SkipLog
-    ) -> None:
+        self, task: EvaluationTask, models: Sequence[str], cache: Path, scratch: Path, skipped: SkipLog, dtype: str,
+        fast_decoding: bool,
+    ) -> None:  # fmt: skip
         self.task, self.skipped, self.skips_logged = task, skipped, False
-        self.paths = {model: cache / _cache_key(model, task) for model in models}
+        self.paths = {model: cache / _cache_key(model, task, dtype, fast_decoding) for model in models}
         cached = {model: _load_cached(path) for model, path in self.paths.items()}
         self.results = {model: result for model, result in cached.items() if result is not None}
         self.data: TaskData | None = None
@@ -164,7 +170,7 @@ class _TaskRun:
         started = time.monotonic()
         result = self.data.measure(encoder)
         result.seconds, result.parameters = round(time.monotonic() - started, 2), encoder.parameters
-        result.speed = encoder.speed()
+        result.speed, result.dtype = encoder.speed(), encoder.dtype
         self._log_skips(result)
         _save_cached(result, self.paths[model])
         self.results[model] = result
@@ -183,12 +189,15 @@ class _TaskRun:
 # Cached results: metrics in `KEY.json`, arrays in `KEY.npz`.
 
 
-def _cache_key(model: str, task: EvaluationTask) -> str:
-    """Return a file name that changes with the model's files and the task's settings."""
+def _cache_key(model: str, task: EvaluationTask, dtype: str, fast_decoding: bool) -> str:
+    """Return a file name that changes with the model's files and dtype, the task's settings and the decoding."""
     folder = Path(model).expanduser()
     files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
     stamps = [[str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
-    facts = json.dumps([_VERSION, model, stamps, task.model_dump(mode="json")], default=str)
+    chosen = [] if dtype == "model" else [dtype]
+    if fast_decoding and PROTOCOLS[task.kind].needs_images:
+        chosen.append("fast decoding")
+    facts = json.dumps([_VERSION, model, stamps, task.model_dump(mode="json"), *chosen], default=str)
     digest = hashlib.blake2b(facts.encode(), digest_size=6).hexdigest()
     name = "".join(sign if sign.isalnum() or sign in "-_." else "-" for sign in f"{model}--{task.name}")[-80:]
     return f"{name}--{digest}"

@@ -7,11 +7,10 @@ from typing import Annotated
 
 from pydantic import Field
 
-from bifocal.data.evaluation_protocols import ProtocolName
+from bifocal.data.evaluation_protocols import TEMPLATES, ProtocolName
 from bifocal.data.schema import Strict, read_yaml, validated
 from bifocal.data.source import Source
 from bifocal.errors import RecipeError, closest_name
-from bifocal.evaluation.protocols import TEMPLATES
 
 SHIPPED = Path(__file__).parent / "suites"
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from bifocal.hub.source_config import ConversionError
+from bifocal.hub.checkpoint_files import ConversionError
 from bifocal.hub.weight_layouts import Tensors
 from bifocal.hub.weights import require_floats
 

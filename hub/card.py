@@ -27,6 +27,7 @@ class TrainedStage:
         seconds: training time, summed over all runs of the stage.
         processes: number of processes.
         device: name of the device of each process.
+        mixed_precision: "bf16" or "fp16" if the passes were computed in 16 bits, else "no".
         energy_kwh, co2_kg: as measured by CodeCarbon; None without it.
         versions: versions of the packages.
     """
@@ -42,6 +43,7 @@ class TrainedStage:
     seconds: float = 0.0
     processes: int = 1
     device: str = ""
+    mixed_precision: str = "no"
     energy_kwh: float | None = None
     co2_kg: float | None = None
     versions: dict[str, str] = field(default_factory=dict)

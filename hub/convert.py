@@ -10,10 +10,11 @@ import torch
 
 from bifocal.files import MODEL, replace_folder
 from bifocal.hub.card import Card
+from bifocal.hub.checkpoint_files import ConversionError
 from bifocal.hub.export import export_model
 from bifocal.hub.families import JINA_EMBEDDINGS_V3, family_of
 from bifocal.hub.lora import MergedWeights, merge_adapter
-from bifocal.hub.source_config import ConversionError, derive_config
+from bifocal.hub.source_config import derive_config
 from bifocal.hub.source_files import read_processor
 from bifocal.hub.weight_layouts import HEAD, LAYOUTS, XLM_R_FLASH, Rule, Tensors, TowerLayout, WeightLayout
 from bifocal.hub.weights import remove_wrapper_prefix, require_floats

@@ -5,7 +5,6 @@ numbers, or its reason to be skipped is known; otherwise nothing is written.
 """
 
 import inspect
-import json
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,12 +21,12 @@ from transformers import CONFIG_MAPPING
 from bifocal.errors import closest_name, first_line
 from bifocal.hub.accounting import account_for, first_names
 from bifocal.hub.card import Card
+from bifocal.hub.checkpoint_files import ConversionError, loaded_files, local_copy, read_json
 from bifocal.hub.convert import build_model, plan_conversion
 from bifocal.hub.export import export_model
 from bifocal.hub.source_card import SourceCard, as_data, common_license, read_source_card
-from bifocal.hub.source_config import ConversionError
 from bifocal.hub.source_files import read_image_processor, read_licence, read_processor
-from bifocal.hub.weights import local_copy, read_json, read_tensors, weight_files
+from bifocal.hub.weights import read_tensors
 from bifocal.modeling import BifocalConfig, BifocalModel
 from bifocal.progress import no_progress_bars
 
@@ -156,7 +155,7 @@ def convert_dual_encoder(source: str, settings: Sequence[str] = (), allow_pickle
     """
     changes = _parse_settings(settings)
     folder = local_copy(source, allow_pickle)
-    tensors = read_tensors(_loaded_files(folder, source, allow_pickle))
+    tensors = read_tensors(loaded_files(folder, source, allow_pickle))
     try:
         with no_progress_bars():
             model = BifocalModel.from_pretrained(folder, **changes)
@@ -234,7 +233,7 @@ class _Tower:
         self.source = source
         self.folder = path if path.is_dir() else path.parent
         self.card = read_source_card(source, self.folder)
-        files = _loaded_files(path, source, allow_pickle)
+        files = loaded_files(path, source, allow_pickle)
         self.tensors = read_tensors(files)
         self.converted: dict[str, str] = {}
         config = read_json((files[0].parent if files else self.folder) / "config.json")
@@ -275,36 +274,6 @@ class _Tower:
             name: ", ".join(mapping.get(target, target) for target in targets.split(", "))
             for name, targets in self.converted.items()
         }
-
-
-def _loaded_files(path: Path, source: str, allow_pickle: bool) -> list[Path]:
-    """Return the weights files that transformers loads, of those in a folder; or a single file."""
-    if path.is_file():
-        return weight_files(path, source, allow_pickle)
-    for module in _read_list(path / "modules.json"):  # sentence-transformers may keep the tower in a folder of its own
-        if module.get("type", "").endswith(".Transformer") and module.get("path"):
-            path = path / module["path"]
-    index = path / "model.safetensors.index.json"
-    if index.exists():
-        return sorted({path / name for name in read_json(index).get("weight_map", {}).values()})
-    if (path / "model.safetensors").exists():
-        return [path / "model.safetensors"]
-    return weight_files(path, source, allow_pickle)
-
-
-def _read_list(path: Path) -> list[dict[str, Any]]:
-    """Return the list of objects in a JSON file; empty if there is no such file.
-
-    Raises:
-        ConversionError: if it holds something else.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    except ValueError as error:
-        raise ConversionError(f"'{path}' is not valid JSON ({error}). Correct or remove it.") from error
-    if not isinstance(content, list) or not all(isinstance(entry, dict) for entry in content):
-        raise ConversionError(f"'{path}' does not hold a list of JSON objects. Correct or remove it.")
-    return content
 
 
 def _conversion_error(error: Exception, names: Mapping[Path, str]) -> ConversionError:

@@ -2,16 +2,15 @@
 
 import copy
 import json
-import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging
 
-from bifocal.errors import BifocalError
 from bifocal.files import MODEL, parts, replace_folder
 from bifocal.hub.card import Card, TrainedStage, write_card
+from bifocal.hub.export_arguments import MAX_SHARD_SIZE, ExportError, require_shard_size
 from bifocal.hub.sentence_files import as_sentence_transformer, save_sentence_files
 from bifocal.modeling import BifocalConfig, BifocalModel, BifocalProcessor
 from bifocal.modeling.loading_bifocal import join_dual_encoder
@@ -19,11 +18,6 @@ from bifocal.progress import no_progress_bars
 
 logger = logging.get_logger(__name__)
 CARD_DATA = "card.json"  # the card's data, so that it can be written again
-MAX_SHARD_SIZE = "2GB"
-
-
-class ExportError(BifocalError):
-    """A model that cannot be exported, or an option of the export that is not valid."""
 
 
 def export_model(
@@ -62,19 +56,6 @@ def export_model(
     if missing := missing_parts(before, folder):
         logger.warning(f"'{folder}' no longer has {missing}, which the earlier export had.")
     return folder
-
-
-def require_shard_size(size: str | int) -> None:
-    """Check the largest size of a weights file.
-
-    Raises:
-        ExportError: if it is not a size.
-    """
-    number = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:[KMGT]B)", str(size).strip(), re.IGNORECASE)
-    if not (number and float(number[1]) > 0) and not (isinstance(size, int) and size > 0):
-        raise ExportError(
-            f"'{size}' is not a file size. Write a number with KB, MB, GB or TB, such as {MAX_SHARD_SIZE}."
-        )
 
 
 def missing_parts(before: set[str], folder: Path) -> str:

@@ -6,11 +6,9 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.utils import HFValidationError, validate_repo_id
-
 from bifocal.errors import RecipeError, first_line
-from bifocal.files import MODEL, NotOursError, require_replaceable
-from bifocal.hub.export import MAX_SHARD_SIZE, ExportError, read_card, require_shard_size
+from bifocal.hub.export import read_card
+from bifocal.hub.export_arguments import MAX_SHARD_SIZE, ExportError, check_export
 from bifocal.hub.release import ReleaseContents, write_release
 from bifocal.modeling import BifocalModel, load_image
 from bifocal.progress import no_progress_bars
@@ -47,14 +45,7 @@ def export_run(
         OnnxError: if an ONNX file differs from torch.
         NotOursError: if `out` may not be replaced (`bifocal.files.require_replaceable`), or holds the exported model.
     """
-    require_shard_size(max_shard_size)
-    _require_repo_id(repo_id)
-    folder = run / "model" if (run / "model" / "config.json").exists() else run
-    if not (folder / "config.json").exists():
-        raise ExportError(f"'{run}' holds no model. Give the folder of a finished run or of a model.")
-    _require_apart(out, run, folder)
-    require_replaceable(out, MODEL)
-    evaluation = None if results is None else _read_results(results, folder)
+    folder, evaluation = check_export(run, out, repo_id, results, onnx_eval_data, max_shard_size)
     measured = {task: entry for task, entry in (evaluation or {}).items() if entry["main"] in entry["metrics"]}
     try:
         with no_progress_bars():
@@ -82,30 +73,6 @@ def export_run(
     return write_release(model, out, card, contents, max_shard_size)
 
 
-def _require_repo_id(repo_id: str | None) -> None:
-    try:
-        validate_repo_id(repo_id)  # accepts None
-    except HFValidationError as error:
-        raise ExportError(
-            f"'{repo_id}' is not the name of a repository. Write organisation/name with letters, digits, '-', '_' and "
-            "'.'."
-        ) from error
-
-
-def _require_apart(out: Path, run: Path, model: Path) -> None:
-    """Check that an export into `out` would not touch the model; a folder beside it, in the run's folder, is fine.
-
-    Raises:
-        NotOursError: if it would.
-    """
-    target = out.expanduser().resolve()
-    for source in (run.resolve(), model.resolve()):
-        if source.is_relative_to(target):
-            raise NotOursError(f"'{out}' is or holds the folder to export. Choose another folder.")
-    if target.is_relative_to(model.resolve()):
-        raise NotOursError(f"'{out}' lies in the model to export. Choose another folder.")
-
-
 def _read_recipes(run: Path) -> dict[str, Any]:
     """Return the resolved recipes of a run and of the runs it started from, if their folders exist; or the demo's."""
     import yaml
@@ -124,27 +91,6 @@ def _read_recipes(run: Path) -> dict[str, Any]:
         stage = start.get("stage") if isinstance(start, dict) else None
         folder = Path("runs") / stage if stage else Path(start).parent if isinstance(start, str) else None
     return recipes
-
-
-def _read_results(results: Path, folder: Path) -> dict[str, Any]:
-    """Return what `bifocal evaluate` measured of the model, by task."""
-    path = results / "results.json" if results.is_dir() else results
-    try:
-        by_model = json.loads(path.read_text(encoding="utf-8"))
-        matching = [tasks for name, tasks in by_model.items() if Path(name).resolve() == folder.resolve()]
-        if not matching and len(by_model) == 1:
-            matching = list(by_model.values())
-        if not matching:
-            raise ExportError(
-                f"'{path}' has results of {', '.join(by_model)}, but not of '{folder}'. Evaluate that model first."
-            )
-        for entry in matching[0].values():
-            _ = entry["kind"], entry["main"] in entry["metrics"]
-    except ExportError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ExportError(f"'{path}' is not a results.json of bifocal evaluate ({error}).") from error
-    return matching[0]
 
 
 def _read_pairs(path: str) -> tuple[list[str], list[Any], str]:

@@ -18,10 +18,9 @@ from bifocal.data.paths import AllowedRoots, expand, is_remote
 from bifocal.data.skips import RowError
 from bifocal.data.source import Source
 from bifocal.errors import DataError
+from bifocal.hub.search.arguments import require_model_path
 from bifocal.hub.search.index import SearchIndex
 from bifocal.hub.search.items import Item, SearchError
-from bifocal.hub.search.models import load_model, weights_hash
-from bifocal.hub.search.searcher import Searcher
 from bifocal.hub.search.settings import SETTINGS
 from bifocal.hub.search.sync import AddResult, ItemSource
 
@@ -55,7 +54,8 @@ class IndexSummary:
 def index_source(
     source: Source, folder: Path, model: str | None = None, kind: str | None = None, captions: bool | None = None,
     prune: bool = False, dims: Sequence[int] = (), precisions: Sequence[str] = ("float32",), batch_size: int = 32,
-    progress: Callable[[int], None] = lambda count: None,
+    progress: Callable[[int], None] = lambda count: None, dtype: str | None = None, num_workers: int | None = None,
+    fast_decoding: bool | None = None,
 ) -> IndexSummary:  # fmt: skip
     """Embed the items of a source into an index, and update what the index has of this source.
 
@@ -72,28 +72,50 @@ def index_source(
         dims, precisions: variants of the index, see `SearchIndex.create`.
         batch_size: texts or images per forward pass.
         progress: called with the number of items read.
+        dtype: dtype to embed in, one of `DTYPE_CHOICES`. An index is made in one dtype; when None or "auto", items are
+            added in the one that it has, and those of a new index are embedded in the dtype of the model's weights, or
+            by "auto" in bfloat16 where the device multiplies in it.
+        num_workers: threads that decode and resize images ahead of the model; see `encode_image` of a model.
+        fast_decoding: whether large JPEGs are decoded at reduced scale; see `SearchIndex.create`.
 
     Raises:
         DataError: if the source cannot be read.
-        SearchError: if there is no model, it does not embed what the source holds, or the index is damaged or of
-            another model.
+        SearchError: if there is no model, it does not embed what the source holds, or the index is damaged, of
+            another model or made in another dtype or decoding.
     """
     kind = infer_kind(source, kind)
     existed = (folder / SETTINGS).exists()
-    model = model or (SearchIndex(folder).model if existed else None)
+    existing = SearchIndex(folder) if existed else None
+    model = model or (existing.model if existing is not None else None)
     if model is None:
         raise SearchError("Pass --model with the folder or Hub id of a model (Bifocal, CLIP, SigLIP, ...).")
-    loaded = load_model(model)
+    require_model_path(model)
+    SearchIndex.check(folder, precisions)
+    if existing is not None:
+        SearchIndex.check_dims(dims, existing.dimensions)
+        if existing.parts:
+            if dtype in (None, "auto"):
+                dtype = existing.dtype
+            elif len(existing):
+                existing.require_same_dtype(dtype)
+
+    # Not before all of this is checked: it imports torch.
+    from bifocal.hub.search.models import load_model, weights_hash
+    from bifocal.hub.search.searcher import Searcher
+
+    loaded = load_model(model, dtype)
     if kind in _IMAGE_KINDS:
         loaded.require_images()
     index = SearchIndex.create(
-        folder, model, weights_hash(model), loaded.dimensions, dims, precisions, loaded.prompts
+        folder, model, weights_hash(model), loaded.dimensions, dims, precisions, loaded.prompts, loaded.dtype,
+        fast_decoding,
     )  # fmt: skip
     reader = ItemReader(source, kind, captions or False, (folder,))
     if captions is None:
         reader.restore_options(index)
     try:
-        result = Searcher(index, loaded).add(reader.items(), batch_size, progress, reader.item_source, prune)
+        searcher = Searcher(index, loaded)
+        result = searcher.add(reader.items(), batch_size, progress, reader.item_source, prune, num_workers)
     finally:
         if not existed:
             index.discard_if_empty()

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from bifocal.hub.source_config import ConversionError, tower_settings
+from bifocal.hub.checkpoint_files import ConversionError
+from bifocal.hub.source_config import tower_settings
 from bifocal.hub.weight_layouts import Tensors
 from bifocal.hub.weights import require_floats
 

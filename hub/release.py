@@ -15,7 +15,8 @@ from safetensors.numpy import save_file
 from bifocal.files import MODEL, replace_folder
 from bifocal.hub.card import Card, TrainedStage
 from bifocal.hub.card_results import add_results
-from bifocal.hub.export import MAX_SHARD_SIZE, with_model_max_length, write_model
+from bifocal.hub.export import with_model_max_length, write_model
+from bifocal.hub.export_arguments import MAX_SHARD_SIZE
 from bifocal.hub.onnx import compare_with_torch, export_onnx, quietly
 from bifocal.hub.sample_images import long_text, sample_pairs
 from bifocal.modeling import BifocalModel

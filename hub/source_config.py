@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import JinaEmbeddingsV3Config
 
-from bifocal.errors import BifocalError
+from bifocal.hub.checkpoint_files import ConversionError
 from bifocal.hub.weight_layouts import XLM_R_FLASH, Tensors, TowerLayout, WeightLayout
 from bifocal.modeling import BifocalConfig, BifocalTextConfig, BifocalVisionConfig
 
@@ -74,10 +74,6 @@ _COPIED = {
 _LARGEST_REFERENCE = 129  # EVA02's is 16; grids of published towers reach 37
 # float16 holds angles near 1 to 5e-4, bfloat16 to 4e-3.
 _TABLE_TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
-
-
-class ConversionError(BifocalError):
-    """A checkpoint that cannot be converted."""
 
 
 def derive_config(

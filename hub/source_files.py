@@ -11,9 +11,8 @@ from PIL import Image
 from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig
 from transformers.utils import cached_file
 
-from bifocal.hub.source_config import ConversionError
+from bifocal.hub.checkpoint_files import ConversionError, read_json
 from bifocal.hub.weight_layouts import XLM_R_FLASH, WeightLayout
-from bifocal.hub.weights import read_json
 from bifocal.modeling import BifocalProcessor
 from bifocal.modeling.processing_bifocal import image_processor_of_size
 
@@ -106,14 +105,3 @@ def read_image_processor(folder: str, config: Any) -> Any:
         except KeyError:
             raise ConversionError(f"The source's interpolation '{resample}' does not exist in Pillow.") from None
     return image_processor_of_size(getattr(getattr(config, "vision_config", config), "image_size", 224), **options)
-
-
-def require_apart(out: Path, source: str) -> None:
-    """Check that writing into `out` would not touch a source.
-
-    Raises:
-        ConversionError: if `out` is or holds the source.
-    """
-    path, target = Path(source).expanduser().resolve(), out.expanduser().resolve()
-    if path.exists() and path.is_relative_to(target):
-        raise ConversionError(f"'{out}' is or holds '{source}', which is read. Choose another folder.")

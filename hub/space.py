@@ -10,11 +10,12 @@ import bifocal.errors
 import bifocal.hub.search
 import bifocal.modeling
 from bifocal.errors import first_line
-from bifocal.files import NotOursError, replace_folder
+from bifocal.files import replace_folder
 from bifocal.hub.search.index import SearchIndex
 from bifocal.hub.search.items import SearchError
 from bifocal.hub.search.models import module_folders, weights_hash
 from bifocal.hub.search.settings import read_settings, write_settings
+from bifocal.hub.space_arguments import SPACE, check_space
 from bifocal.modeling.loading_bifocal import model_kind
 
 _SENTENCES = "sentence-transformers"
@@ -77,21 +78,15 @@ def write_space(
         NotOursError: if `out` may not be replaced (`bifocal.files.require_replaceable`), or lies in the index or model.
     """
     name = index.model if model is None else model
-    model_folder = Path(name).expanduser()
-    is_id = not model_folder.exists() and name.count("/") == 1 and not name.startswith((".", "/", "~"))
-    if not model_folder.exists() and not is_id:
-        raise SearchError(f"The index's model is no longer at '{name}'. Pass --model with its local path.")
-    if not is_id:
+    model_folder = check_space(index, out, name)
+    if model_folder is not None:
         index.require_same_weights(weights_hash(model_folder), name)
     try:
-        kind = model_kind(name if is_id else str(model_folder))
+        kind = model_kind(name if model_folder is None else str(model_folder))
     except (OSError, ValueError) as error:
         raise SearchError(f"The index's model '{name}' cannot be read ({first_line(error)}).") from error
     title = " ".join(title.split())
-    for copied in (index.folder, *([] if is_id else [model_folder])):
-        if out.resolve().is_relative_to(copied.resolve()):
-            raise NotOursError(f"'{out}' lies in '{copied}', which is copied into the Space; choose another folder.")
-    with replace_folder(out, "Space") as space:
+    with replace_folder(out, SPACE) as space:
         package = space / "bifocal"
         (package / "hub").mkdir(parents=True)
         docstring = '"""The parts of Bifocal that this Space needs."""\n'
@@ -110,8 +105,8 @@ def write_space(
         table.mkdir(parents=True)
         for part in index.snapshot().parts:  # FAISS indexes are built where the Space runs
             shutil.copy2(part, table)
-        write_settings(space / "index", {**settings, "model": name if is_id else "model", "sources": []})
-        if not is_id:
+        write_settings(space / "index", {**settings, "model": name if model_folder is None else "model", "sources": []})
+        if model_folder is not None:
             for inner in ("", *module_folders(model_folder)):
                 copy = space / "model" / inner
                 copy.mkdir(parents=True, exist_ok=True)
@@ -119,7 +114,7 @@ def write_space(
                     shutil.copy2(file, copy)
                     if file.suffix == ".json":
                         _remove_paths(copy / file.name)
-        model_path = "None" if is_id else 'str(here / "model")'
+        model_path = "None" if model_folder is None else 'str(here / "model")'
         (space / "app.py").write_text(_APP.format(model=model_path, title=title), encoding="utf-8")
         packages = _REQUIREMENTS if kind == "joint" else (*_REQUIREMENTS, _SENTENCES)
         requirements = [f"{name}=={version(name).partition('+')[0]}" for name in packages]

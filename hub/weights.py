@@ -1,6 +1,5 @@
-"""Reads a checkpoint: its tensors from safetensors or, on request, pickles, and its JSON files."""
+"""Reads the tensors of a checkpoint from safetensors or, on request, pickles."""
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,14 +8,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from bifocal.errors import first_line, looks_like_path
-from bifocal.hub.source_config import ConversionError
+from bifocal.errors import first_line
+from bifocal.hub.checkpoint_files import ConversionError, local_copy, read_config, weight_files
 from bifocal.hub.weight_layouts import Tensors
 
-_PICKLES = (".bin", ".pt", ".pth")
-_ENDINGS = (".safetensors", *_PICKLES)
-# Weights, settings, vocabularies and the card, but no code.
-_DOWNLOADED = ("*.safetensors", "*.json", "*.txt", "*.model", "README.md")
 _WRAPPERS = ("module.", "_orig_mod.")  # put before every name by DataParallel and torch.compile
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -35,65 +30,6 @@ def read_weights(source: str, allow_pickle: bool = False) -> tuple[Tensors, dict
     return read_tensors(files), read_config(source, allow_pickle)
 
 
-def read_config(source: str, allow_pickle: bool = False) -> dict[str, Any]:
-    """Return the content of the config.json of a Hub id, a folder or a file's folder; empty if there is none.
-
-    Args: as for `read_weights`.
-    """
-    path = local_copy(source, allow_pickle)
-    return read_json(path / "config.json" if path.is_dir() else path.with_name("config.json"))
-
-
-def local_copy(source: str, allow_pickle: bool = False) -> Path:
-    """Return the local path of a folder or file, or of a Hub id's files, which are downloaded without its code.
-
-    Args: as for `read_weights`.
-
-    Raises:
-        ConversionError: if it does not exist.
-    """
-    path = Path(source).expanduser()
-    if path.exists():
-        return path
-    if looks_like_path(source) or path.suffix in _ENDINGS:
-        raise ConversionError(f"'{source}' does not exist. Give a file, a folder or a Hub id (organisation/name).")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    patterns = [*_DOWNLOADED, *(["*.bin", "*.pt", "*.pth"] if allow_pickle else [])]
-    try:
-        return Path(snapshot_download(source, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ConversionError(
-            f"'{source}' is neither a local path nor available on the Hub ({first_line(error)})."
-        ) from error
-
-
-def weight_files(path: Path, source: str, allow_pickle: bool = False) -> list[Path]:
-    """Return the weights files of a file or a folder.
-
-    Args:
-        path: the file or folder.
-        source: its name in messages.
-        allow_pickle: whether pickles count if there is nothing else.
-
-    Raises:
-        ConversionError: if there are none, or only pickles and these are not allowed.
-    """
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-    pickled = [path] if path.suffix in _PICKLES else []
-    if path.is_dir() and not files:
-        pickled = sorted(p for ending in _PICKLES for p in path.glob(f"*{ending}"))
-    if pickled and not allow_pickle:
-        raise ConversionError(
-            f"'{pickled[0]}' is a pickle, which can run code when it is read. Pass --allow-pickle if you trust it (it "
-            "is read with weights_only=True)."
-        )
-    if not files and not pickled:
-        raise ConversionError(f"'{source}' holds no weights (*.safetensors).")
-    return pickled or files
-
-
 def read_tensors(files: Iterable[Path]) -> Tensors:
     """Return the tensors of weights files.
 
@@ -104,19 +40,6 @@ def read_tensors(files: Iterable[Path]) -> Tensors:
     for file in files:
         tensors |= _read(file)
     return tensors
-
-
-def read_json(path: Path | None) -> dict[str, Any]:
-    """Return the object in a JSON file; empty if there is no such file."""
-    if path is None or not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConversionError(f"'{path}' is not valid JSON ({error}). Correct or remove it.") from error
-    if not isinstance(content, dict):
-        raise ConversionError(f"'{path}' does not hold a JSON object. Correct or remove it.")
-    return content
 
 
 def _read(file: Path) -> Tensors:

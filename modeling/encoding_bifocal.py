@@ -1,8 +1,7 @@
 # Copyright 2026 The Bifocal authors. Licensed under the Apache License, Version 2.0.
 """`encode_text` and `encode_image`: texts and images to vectors in one call, from any number of threads at once."""
 
-import difflib
-import operator
+import itertools
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -12,8 +11,11 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from .image_bifocal import ImageSource, list_images, load_images, refuse_table
+from .encoding_options_bifocal import encoding_options, whole_number
+from .image_batches_bifocal import ImagePreparer, ImageWorkers, PreparedImage
+from .image_bifocal import ImageSource, list_images, refuse_table
 from .modeling_bifocal_base import inference_copy
+from .packing_bifocal import micro_batches, packs
 from .processing_bifocal import BifocalProcessor, private_tokenizer, token_ids
 
 logger = logging.get_logger(__name__)
@@ -21,11 +23,6 @@ logger = logging.get_logger(__name__)
 _PROGRESS_BAR_BATCHES = 20  # number of batches from which a progress bar is shown by default
 _TOKENIZED_BATCHES = 32  # batches of texts that are tokenized together and sorted by their tokens
 SOURCE_KEYS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-_OPTIONS = ("batch_size", "max_length", "truncate_dim", "normalize", "convert_to", "show_progress")
-_ALIASES = (
-    "normalize_embeddings", "convert_to_numpy", "convert_to_tensor", "show_progress_bar", "device", "prompt",
-    "prompt_name", "task", "output_value", "precision",
-)  # fmt: skip
 _LOADING = threading.Lock()  # one thread loads a processor, the others wait for it
 
 
@@ -151,15 +148,16 @@ class EncodingMixin:
                 position), the argument is a table, or an option is not valid.
             TypeError: if an option does not exist.
         """
-        options = _options(self, "encode_text", truncate_dim, normalize, convert_to, show_progress, aliases)
-        batch_size = _whole_number("batch_size", batch_size, 1)
+        options = encoding_options(self, "encode_text", truncate_dim, normalize, convert_to, show_progress, aliases)
+        batch_size = whole_number("batch_size", batch_size, 1)
         items, single = _list_texts(texts, self._prompt(aliases))
         tokenizer = private_tokenizer(self.processor.tokenizer)
         special = tokenizer.num_special_tokens_to_add()
         maximum = self.config.max_text_length
         if max_length is None:
             max_length = min(maximum, tokenizer.model_max_length)
-        limit = _whole_number("max_length", max_length, special + 1, maximum, " tokens")
+        limit = whole_number("max_length", max_length, special + 1, maximum, " tokens")
+        padding = tokenizer.pad_token_id or 0
         too_long = empty = 0
 
         def embedded(model: Any) -> Iterator[tuple[Sequence[int], torch.Tensor]]:
@@ -174,8 +172,10 @@ class EncodingMixin:
                 chosen.sort(key=lambda position: -len(ids[position]))
                 for first in range(0, len(chosen), batch_size):
                     batch = chosen[first : first + batch_size]
-                    inputs = _padded([ids[position] for position in batch], tokenizer.pad_token_id or 0, self.device)
-                    yield batch, model.get_text_features(*inputs).pooler_output
+                    parts = self._parts([len(ids[position]) for position in batch])
+                    inputs = (_padded([ids[batch[n]] for n in part], padding, self.device) for part in parts)
+                    vectors = [model.get_text_features(*part).pooler_output for part in inputs]
+                    yield [batch[n] for part in parts for n in part], torch.cat(vectors)
 
         encoded = self._encode(len(items), embedded, batch_size, single, "texts", *options)
         if too_long:
@@ -203,16 +203,22 @@ class EncodingMixin:
         normalize: bool | None = None,
         convert_to: str | None = None,
         show_progress: bool | None = None,
+        num_workers: int | None = None,
+        fast_decoding: bool = False,
         **aliases: Any,
     ) -> Any:
         """Embed images. Several threads may call this at once, also while another one trains the model.
 
         Args:
             images: one image or several, each a path, URL, data URI, base64, bytes, file object, dict with `bytes` or
-                `path`, Pillow image or array (see `load_image`); nested lists are flattened. Files are read batch by
-                batch.
+                `path`, Pillow image or array (see `load_image`); nested lists are flattened. Files are read while they
+                are needed, at most about a batch ahead.
             batch_size: images per forward pass.
             truncate_dim, normalize, convert_to, show_progress, aliases: as for `encode_text`.
+            num_workers: threads that decode and resize images ahead of the model; 0 for none. If None, the number of
+                cores this process may use, 16 at most. Vectors do not depend on it.
+            fast_decoding: decode JPEG files at a half, a quarter or an eighth of their size where the image tower needs
+                no more. Much faster for large photos, but vectors differ slightly.
 
         Returns:
             Vectors (images, dimensions) in float32 and in the order of the images; (dimensions,) for a single image.
@@ -222,19 +228,42 @@ class EncodingMixin:
                 argument is a table, or an option is not valid.
             TypeError: if an option does not exist.
         """
-        options = _options(self, "encode_image", truncate_dim, normalize, convert_to, show_progress, aliases)
-        batch_size = _whole_number("batch_size", batch_size, 1)
+        options = encoding_options(self, "encode_image", truncate_dim, normalize, convert_to, show_progress, aliases)
+        batch_size = whole_number("batch_size", batch_size, 1)
         items, single = list_images(images)
-        processor = self.processor.image_processor
+        preparer = self.image_preparer(fast_decoding)
+        in_turn = all(isinstance(item, PreparedImage) for item in items)
+        with ImageWorkers(0 if in_turn else num_workers, len(items)) as workers:
 
-        def embedded(model: Any) -> Iterator[tuple[Sequence[int], torch.Tensor]]:
-            for start in range(0, len(items), batch_size):
-                decoded = load_images(items[start : start + batch_size], start)
-                pixels = processor(decoded, return_tensors="pt")["pixel_values"].to(self.device)
-                features = model.get_image_features(pixels, pooled_only=True)
-                yield range(start, start + len(decoded)), features.pooler_output
+            def embedded(model: Any) -> Iterator[tuple[Sequence[int], torch.Tensor]]:
+                prepared = workers.map(preparer.load, enumerate(items), preparer.images_ahead(batch_size))
+                for start in range(0, len(items), batch_size):
+                    rows = range(start, min(start + batch_size, len(items)))
+                    pixels = preparer.pixel_values(itertools.islice(prepared, len(rows)), len(rows), self.device)
+                    yield rows, model.get_image_features(pixels, pooled_only=True).pooler_output
 
-        return self._encode(len(items), embedded, batch_size, single, "images", *options)
+            return self._encode(len(items), embedded, batch_size, single, "images", *options)
+
+    def image_preparer(self, fast_decoding: bool = False) -> ImagePreparer:
+        """Return what decodes and resizes images as `encode_image` does, which also embeds the images it prepares.
+
+        Args:
+            fast_decoding: as for `encode_image`.
+        """
+        return ImagePreparer(self.processor.image_processor, fast_decoding)
+
+    def _parts(self, lengths: list[int]) -> list[list[int]]:
+        """Return the texts of a batch in groups that are embedded one after the other; on a CPU, they fit its caches.
+
+        Args:
+            lengths: tokens of each text.
+        """
+        if self.device.type != "cpu":
+            return [list(range(len(lengths)))]
+        if self.config.text_padding == "max_length":
+            lengths = [self.config.max_text_length] * len(lengths)
+        # Bifocal's text tower computes no padding; the other ones pad each group to its longest text.
+        return packs(lengths) if self.config.text_config.model_type == "bifocal_text" else micro_batches(lengths)
 
     def _prompt(self, aliases: dict[str, Any]) -> str | None:
         """Return the text that goes before each text, by `prompt`, `prompt_name` or `task`."""
@@ -339,79 +368,3 @@ def _padded(rows: list[list[int]], padding: int, device: Any) -> tuple[torch.Ten
         ids[row, : len(tokens)] = torch.tensor(tokens)
         mask[row, : len(tokens)] = 1
     return ids.to(device), mask.to(device)
-
-
-def _whole_number(name: str, value: Any, least: int, most: int | None = None, unit: str = "") -> int:
-    """Return an option as an int.
-
-    Raises:
-        ValueError: if it is not a whole number from `least` to `most`.
-    """
-    allowed = f"at least {least}" if most is None else f"from {least} to {most}"
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = least - 1
-    if isinstance(value, bool) or number < least or (most is not None and number > most):
-        raise ValueError(f"{name} must be {allowed}{unit}, but it is {value!r}.")
-    return number
-
-
-def _options(
-    model: Any, method: str, truncate_dim: Any, normalize: Any, convert_to: Any, show_progress: Any, aliases: Any
-) -> tuple[int | None, bool, str, bool | None]:
-    """Return truncate_dim, normalize, convert_to and show_progress, checked and merged with their aliases.
-
-    Raises:
-        TypeError: if a keyword is unknown.
-        ValueError: if a value is not valid, contradicts its alias, or is not supported by this model.
-    """
-    text_only = () if method == "encode_text" else ("max_length", "prompt")
-    known = [name for name in (*_OPTIONS, *_ALIASES) if name not in text_only]
-    for name in aliases:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"its options are {', '.join(known)}."
-            raise TypeError(f"{method} has no option '{name}'; {hint}")
-    aliases = {name: value for name, value in aliases.items() if value is not None}
-    for name in ("prompt_name", "task"):
-        if name in aliases and method == "encode_image":
-            raise ValueError(f"{name} is {aliases[name]!r}, but only texts have prompts; omit it.")
-
-    def merged(name: str, value: Any, alias: str, other: Any) -> Any:
-        if value is not None and other is not None and value != other:
-            raise ValueError(
-                f"{name}={value!r} and {alias}={aliases[alias]!r} contradict each other; give one of them."
-            )
-        return other if value is None else value
-
-    if truncate_dim is not None:
-        truncate_dim = _whole_number("truncate_dim", truncate_dim, 1, model.config.projection_dim)
-    normalize = merged("normalize", normalize, "normalize_embeddings", aliases.get("normalize_embeddings"))
-    show_progress = merged("show_progress", show_progress, "show_progress_bar", aliases.get("show_progress_bar"))
-    if convert_to not in (None, "numpy", "torch", "list"):
-        raise ValueError(f"convert_to must be 'numpy', 'torch' or 'list', but it is {convert_to!r}.")
-    # As in both libraries, convert_to_tensor overrides convert_to_numpy; without both, the result is a list of tensors.
-    if aliases.get("convert_to_tensor"):
-        convert_to = merged("convert_to", convert_to, "convert_to_tensor", "torch")
-    elif "convert_to_numpy" in aliases:
-        kind = "numpy" if aliases["convert_to_numpy"] else "tensors"
-        if kind == "numpy" or convert_to is None:
-            convert_to = merged("convert_to", convert_to, "convert_to_numpy", kind)
-    _require_supported(model, aliases)
-    return truncate_dim, normalize is None or bool(normalize), convert_to or "numpy", show_progress
-
-
-def _require_supported(model: Any, aliases: dict[str, Any]) -> None:
-    """Check the options of sentence-transformers and Jina CLIP that this model supports with one value only.
-
-    Raises:
-        ValueError: if one has another value.
-    """
-    if "device" in aliases:
-        device, own = torch.device(aliases["device"]), model.device
-        if device.type != own.type or device.index not in (None, own.index):
-            raise ValueError(f"device is '{device}', but the model is on '{own}'; call model.to('{device}') first.")
-    for name, only in (("output_value", "sentence_embedding"), ("precision", "float32")):
-        if aliases.get(name, only) != only:
-            raise ValueError(f"{name} is {aliases[name]!r}, but only {only!r} is supported.")

@@ -11,6 +11,8 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,13 +24,17 @@ _TRANSPARENT_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
 _TIMEOUT = 30.0  # seconds for a URL to answer
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):", re.IGNORECASE)
 _BASE64 = re.compile(r"[A-Za-z0-9+/_-]{40,}={0,2}")
-# A Pillow image reads its file and EXIF at first use; two threads must not do that with one image at once.
+_ORIENTATION = 0x0112  # the EXIF tag
+# A Pillow image reads its file and EXIF at first use; two threads must not do that with one image at once, nor read one
+# file object at once. File objects of unknown kinds, such as members of an archive, may share a file: one lock for all.
 _READING = [threading.Lock() for _ in range(16)]
+_STREAMS = [threading.Lock() for _ in range(16)]
 
 
 def _unlock() -> None:
     """Replace the locks in a forked child: the threads that held them exist only in the parent."""
-    _READING[:] = [threading.Lock() for _ in _READING]
+    for locks in (_READING, _STREAMS):
+        locks[:] = [threading.Lock() for _ in locks]
 
 
 if hasattr(os, "register_at_fork"):
@@ -52,32 +58,92 @@ def load_image(source: ImageSource, name: str | None = None) -> Image.Image:
         FileNotFoundError: if the path does not exist.
         ValueError: if the source cannot be read as an image.
     """
+    return decode_image(source, name).image
+
+
+@dataclass(frozen=True)
+class DecodedImage:
+    """An upright image in 8-bit RGB.
+
+    Args:
+        image: the image.
+        box: (left, upper, right, lower) of the part that it fills, in fractions of pixels; None if it fills all. A half
+            of 749 pixels are 375, and the last one is half empty.
+    """
+
+    image: Image.Image
+    box: tuple[float, float, float, float] | None = None
+
+
+def decode_image(source: ImageSource, name: str | None = None, smallest_side: int | None = None) -> DecodedImage:
+    """Read an image as `load_image` does, on request at reduced scale.
+
+    Args:
+        source, name: as for `load_image`.
+        smallest_side: if given, a JPEG file is decoded at a half, a quarter or an eighth of its size as long as its
+            shorter side keeps this length.
+
+    Raises:
+        FileNotFoundError, ValueError: as for `load_image`.
+    """
     if isinstance(source, Mapping) and _is_image_dict(source):
         source = source["path"] if source.get("bytes") is None else source["bytes"]
-    if isinstance(source, Image.Image):
-        image, name = source, name or "The Pillow image"
-    elif hasattr(source, "__array__") and not isinstance(source, str | bytes):  # strings of numpy are both
-        image = _from_array(source, name or "The array")
-    else:
-        name = name or _name(source)
-        image = _open(source, name)
-    if 0 in image.size:
-        raise ValueError(f"{name} has no pixels ({image.width} x {image.height}); replace or remove it.")
-    try:
-        # An image opened here is closed here: Pillow keeps the file of an animation open.
-        with _READING[id(image) // 64 % len(_READING)] if image is source else image:
-            return _to_rgb(image)
-    except Exception as error:  # Pillow raises many kinds here, SyntaxError and struct.error among them
-        raise ValueError(f"{name} is a broken image ({error}); replace or remove it.") from error
+    with _reading(source):
+        if isinstance(source, Image.Image):
+            image, name = source, name or "The Pillow image"
+        elif hasattr(source, "__array__") and not isinstance(source, str | bytes):  # strings of numpy are both
+            image = _from_array(source, name or "The array")
+        else:
+            name = name or _name(source)
+            image = _open(source, name)
+        if 0 in image.size:
+            raise ValueError(f"{name} has no pixels ({image.width} x {image.height}); replace or remove it.")
+        try:
+            if image is source:
+                return DecodedImage(_to_rgb(image))
+            with image:  # an image opened here is closed here: Pillow keeps the file of an animation open
+                box = None if smallest_side is None else _reduce(image, smallest_side)
+                return DecodedImage(_to_rgb(image), box)
+        except Exception as error:  # Pillow raises many kinds here, SyntaxError and struct.error among them
+            raise ValueError(f"{name} is a broken image ({error}); replace or remove it.") from error
 
 
-def load_images(sources: Sequence[ImageSource], first: int = 0) -> list[Image.Image]:
-    """Read images; errors name an image by its path or URL, or else by its position, counted from `first`."""
-    loaded = []
-    for position, source in enumerate(sources, first):
-        named = isinstance(source, str | os.PathLike)
-        loaded.append(load_image(source, None if named else f"Image {position}"))
-    return loaded
+@contextmanager
+def _reading(source: Any) -> Iterator[None]:
+    """Hold the locks of a Pillow image or a file object while it is read."""
+    is_image = isinstance(source, Image.Image)
+    if not is_image and not hasattr(source, "read"):
+        yield
+        return
+    stream = getattr(source, "fp", None) if is_image else source
+    with _READING[id(source) // 64 % len(_READING)]:
+        if stream is None or getattr(source, "_exclusive_fp", False):  # the image is loaded, or has a file of its own
+            yield
+            return
+        private = type(stream) is io.BytesIO or type(getattr(stream, "raw", None)) is io.FileIO
+        with _STREAMS[id(stream) // 64 % len(_STREAMS) if private else 0]:
+            yield
+
+
+def _reduce(image: Image.Image, smallest_side: int) -> tuple[float, float, float, float] | None:
+    """Let a JPEG that is not loaded be decoded at reduced scale, and return the part of it that it will fill."""
+    if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
+        return None
+    width, height = image.size
+    image.draft(None, (smallest_side, smallest_side))
+    scale = round(width / image.width)
+    upright = image.getexif().get(_ORIENTATION, 1) == 1
+    return (0.0, 0.0, width / scale, height / scale) if scale > 1 and upright else None
+
+
+def load_images(sources: Sequence[ImageSource]) -> list[Image.Image]:
+    """Read images; errors name an image by its path or URL, or else by its position."""
+    return [load_image(source, image_name(source, position)) for position, source in enumerate(sources)]
+
+
+def image_name(source: ImageSource, position: int) -> str | None:
+    """Return the name of an image in errors by its position; None if it has a path or URL, which is its name then."""
+    return None if isinstance(source, str | os.PathLike) else f"Image {position}"
 
 
 def list_images(images: Any) -> tuple[list[Any], bool]:

@@ -15,27 +15,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
 
 from .configuration_bifocal_base import warn_of_other_code
+from .packing_bifocal import micro_batches
 
 # While transformers loads a model, it replaces functions of torch and methods of its classes. Two loads at once would
 # restore each other's replacements: weights would stay untied, or be initialised again, in every model of the process.
 LOADING = threading.RLock()
 if hasattr(os, "register_at_fork"):  # otherwise a child that is forked during a load would wait forever
     os.register_at_fork(before=LOADING.acquire, after_in_parent=LOADING.release, after_in_child=LOADING.release)
-# Tokens per micro-batch on a CPU without gradients. Larger ones are slower: their activations do not fit into the
-# caches, and each layer fills new pages of memory. For widths of 384 and 768, 1,024 took a third to a half of the time
-# of 32 texts of up to 512 tokens at once; 512 and 2,048 took about as long as 1,024.
-_CPU_TOKENS = 1024
-
-
-def micro_batches(lengths: Sequence[int], limit: int = _CPU_TOKENS) -> list[list[int]]:
-    """Return rows of these lengths in groups, longest first, each of at most `limit` tokens once it is padded."""
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    batches, start = [], 0
-    while start < len(order):
-        stop = start + max(1, limit // max(1, lengths[order[start]]))
-        batches.append(order[start:stop])
-        start = stop
-    return batches
 
 
 def eager_attention_forward(
@@ -72,10 +58,10 @@ def usable_implementation(implementation: Any, device: torch.device) -> Any:
     """Return the attention implementation to run: on a CPU "sdpa" instead of "flex_attention", with equal results.
 
     Compiled for a CPU, flex attention fails from the second input shape on, since Inductor's C++ for dynamic shapes
-    does not compile (torch 2.13: "cur_kvSplitSize2 was not declared"). Disabling compilation instead would affect the
-    whole process, other threads included.
+    does not compile (torch 2.13: "cur_kvSplitSize2 was not declared"), and it has no gradients there. Disabling
+    compilation instead would affect the whole process, other threads included.
     """
-    if implementation == "flex_attention" and device.type == "cpu" and not torch.compiler.is_compiling():
+    if implementation == "flex_attention" and device.type == "cpu":
         return "sdpa"
     return implementation
 
@@ -208,8 +194,8 @@ class BifocalPreTrainedModel(PreTrainedModel):
         states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return bool(attentions), bool(states)
 
-    def _use_micro_batches(self, rows: int, tokens: int, device: torch.device, requested: tuple[bool, bool]) -> bool:
-        """Return whether to split a batch: on a CPU, without gradients, tracing, requested states or hooks.
+    def _can_split(self, rows: int, device: torch.device, requested: tuple[bool, bool]) -> bool:
+        """Return whether a batch may be split: on a CPU, without gradients, tracing, requested states or hooks.
 
         A hook must see the whole batch, as with transformers' other models.
         """
@@ -217,7 +203,7 @@ class BifocalPreTrainedModel(PreTrainedModel):
             return False
         if self.training or torch.is_grad_enabled() or device.type != "cpu" or any(requested):
             return False
-        return rows > 1 and tokens > _CPU_TOKENS and not has_hooks(self)
+        return rows > 1 and not has_hooks(self)
 
     def _run_micro_batches(
         self, lengths: Sequence[int], padded: int, run: Callable[[list[int], int], BaseModelOutputWithPooling]

@@ -1,7 +1,6 @@
 # Copyright 2026 The Bifocal authors. Licensed under the Apache License, Version 2.0.
 """The text tower: JinaBERT v2 (arXiv 2310.19923), a post-norm BERT with symmetric ALiBi and a GEGLU feed-forward."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +11,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 
-from .alibi_bifocal import AlibiBias
+from .alibi_attention_bifocal import alibi_attention
+from .alibi_bifocal import AlibiBias, key_spans
 from .configuration_bifocal import BifocalTextConfig
 from .modeling_bifocal_base import (
     BifocalPreTrainedModel,
@@ -21,6 +21,7 @@ from .modeling_bifocal_base import (
     split_heads,
     usable_implementation,
 )
+from .packing_bifocal import CPU_TOKENS, PackedAlibi, packs
 
 
 class BifocalTextEmbeddings(nn.Module):
@@ -61,7 +62,7 @@ class BifocalTextAttention(nn.Module):
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(
-        self, hidden_states: torch.Tensor, bias: AlibiBias, **kwargs: Any
+        self, hidden_states: torch.Tensor, bias: AlibiBias | PackedAlibi, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         heads = self.config.num_attention_heads
         query = split_heads(self.q_proj(hidden_states), heads)
@@ -69,24 +70,19 @@ class BifocalTextAttention(nn.Module):
         value = split_heads(self.v_proj(hidden_states), heads)
 
         implementation = usable_implementation(self.config._attn_implementation, query.device)
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        outputs, weights = [], []
-        for rows, block in bias.blocks():  # a single block unless the text is very long
-            output, weight = attention(
-                self,
-                query[:, :, rows],
-                key,
-                value,
-                scaling=self.scaling,
-                dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
-                **bias.as_arguments(block, implementation),
-                **kwargs,
-            )
-            outputs.append(output)
-            weights.append(weight)
-        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-        weight = weights[0] if len(weights) == 1 or weights[0] is None else torch.cat(weights, dim=2)
-        return self.out_proj(output.flatten(2)), weight
+        output, weights = alibi_attention(
+            ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward),
+            implementation,
+            self,
+            query,
+            key,
+            value,
+            bias,
+            scaling=self.scaling,
+            dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
+            **kwargs,
+        )
+        return self.out_proj(output.flatten(2)), weights
 
 
 class BifocalTextMLP(nn.Module):
@@ -101,6 +97,8 @@ class BifocalTextMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
+        if not torch.is_grad_enabled():
+            gate = gate.contiguous()  # on a CPU, torch computes gelu twice as fast on it; autograd would keep the copy
         return self.down_proj(self.dropout(self.activation(gate) * up))
 
 
@@ -116,7 +114,7 @@ class BifocalTextLayer(GradientCheckpointingLayer):
         self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(
-        self, hidden_states: torch.Tensor, bias: AlibiBias, **kwargs: Any
+        self, hidden_states: torch.Tensor, bias: AlibiBias | PackedAlibi, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         attended, weights = self.attention(hidden_states, bias, **kwargs)
         hidden_states = self.attention_norm(hidden_states + self.attention_dropout(attended))
@@ -193,21 +191,57 @@ class BifocalTextModel(BifocalTextPreTrainedModel):
                 "(config.max_position_embeddings); truncate it."
             )
         requested = self._requested(output_attentions, output_hidden_states)
-        if not self._use_micro_batches(batch, batch * length, texts.device, requested):
-            return self._run(requested, input_ids, attention_mask, token_type_ids, inputs_embeds, **kwargs)
-
         inputs = (input_ids, attention_mask, token_type_ids, inputs_embeds)
-        lengths = [length] * batch
-        if attention_mask is not None:  # up to the last token that is not padding, on whichever side padding is
-            numbers = torch.arange(1, length + 1, device=attention_mask.device)
-            lengths = ((attention_mask != 0) * numbers).amax(1).tolist()
+        fits = batch * length <= CPU_TOKENS
+        if (fits and attention_mask is None) or not self._can_split(batch, texts.device, requested):
+            return self._run(requested, *inputs, **kwargs)
+
+        spans = [(0, length)] * batch if attention_mask is None else key_spans(attention_mask == 0)
+        if spans is not None and all(start < stop for start, stop in spans):
+            if fits and all(stop - start == length for start, stop in spans):
+                return self._run(requested, *inputs, **kwargs)
+            return self._run_packed(spans, length, input_ids, token_type_ids, inputs_embeds, **kwargs)
+        if fits:
+            return self._run(requested, *inputs, **kwargs)
+        # A text with padding between its tokens, or without any token, keeps its padding.
+        assert attention_mask is not None
+        numbers = torch.arange(1, length + 1, device=attention_mask.device)
         return self._run_micro_batches(
-            lengths,
+            ((attention_mask != 0) * numbers).amax(1).tolist(),
             length,
             lambda rows, longest: self._run(
                 requested, *(None if tensor is None else tensor[rows, :longest] for tensor in inputs), **kwargs
             ),
         )
+
+    def _run_packed(
+        self, spans: list[tuple[int, int]], length: int, *inputs: torch.Tensor | None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """Return the output of texts without computing their padding, whose states are 0.
+
+        Args:
+            spans: first token of each text and the end of its tokens.
+            length: tokens of each row of the output.
+            inputs: token ids, token types and word embeddings (batch, length, ...), each or None.
+        """
+        lengths = [stop - start for start, stop in spans]
+        states: torch.Tensor | None = None
+        pooled: list[torch.Tensor] = [torch.empty(0)] * len(spans)
+        for texts in packs(lengths):
+            sizes = [lengths[n] for n in texts]
+            parts = (x if x is None else torch.cat([x[n, slice(*spans[n])] for n in texts])[None] for x in inputs)
+            hidden_states = self.embeddings(*parts)
+            implementation = usable_implementation(self.config._attn_implementation, hidden_states.device)
+            longest = AlibiBias(self.config.num_attention_heads, hidden_states[:, : sizes[0]], None, implementation)
+            # The bias of a single text may be too large to be held whole.
+            bias = longest if len(texts) == 1 else PackedAlibi(sizes, longest)
+            hidden_states = run_layers(self.layers, hidden_states, bias, False, False, **kwargs)[0]
+            if states is None:
+                states = hidden_states.new_zeros(len(spans), length, hidden_states.shape[-1])
+            for n, state in zip(texts, hidden_states[0].split(sizes), strict=True):
+                states[n, slice(*spans[n])] = state
+                pooled[n] = state.float().mean(0).to(state.dtype)
+        return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=torch.stack(pooled))
 
     def _run(
         self,
@@ -224,7 +258,8 @@ class BifocalTextModel(BifocalTextPreTrainedModel):
             padding = None
         else:
             padding = attention_mask == 0
-        bias = AlibiBias(self.config.num_attention_heads, hidden_states, padding)
+        implementation = usable_implementation(self.config._attn_implementation, hidden_states.device)
+        bias = AlibiBias(self.config.num_attention_heads, hidden_states, padding, implementation)
         hidden_states, all_states, all_weights = run_layers(self.layers, hidden_states, bias, *requested, **kwargs)
 
         # In float32: bfloat16 is too coarse for a sum over 8,192 tokens.

@@ -26,6 +26,7 @@ from .modeling_bifocal_base import (
     split_heads,
     usable_implementation,
 )
+from .packing_bifocal import CPU_TOKENS
 
 
 def compute_rotary_embedding(
@@ -61,13 +62,19 @@ def apply_rotary_pos_emb(states: torch.Tensor, rotary: torch.Tensor) -> torch.Te
 
     Args:
         states: (..., tokens, d).
-        rotary: (..., tokens, d / 2, 2), as from `compute_rotary_embedding`.
+        rotary: (..., tokens, d / 2, 2) in float32, as from `compute_rotary_embedding`.
+
+    Returns:
+        The rotated states, those of 16 bits perhaps in float32.
     """
-    pairs = states.unflatten(-1, (-1, 2))
-    supported = states.dtype == torch.float32 and states.device.type in ("cpu", "cuda")
+    supported = states.dtype != torch.float64 and states.device.type in ("cpu", "cuda")
     if supported and not torch.compiler.is_compiling():
         # A product of complex numbers, one kernel, takes a tenth of the time, but compilers and ONNX do not support it.
-        return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotary)).flatten(-2)
+        # There is none of bfloat16, but to convert the states takes much less time than the products below.
+        pairs = states.float().unflatten(-1, (-1, 2))
+        rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotary.float())).flatten(-2)
+        return rotated.to(states.dtype)
+    pairs = states.unflatten(-1, (-1, 2))
     cos, sin = rotary.unbind(-1)
     first, second = pairs.unbind(-1)
     return torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2)
@@ -120,7 +127,7 @@ class BifocalVisionEmbeddings(nn.Module):
             kept = self._kept(tokens)
             tokens = torch.gather(tokens, 1, kept.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
             rotary = rotary[kept].unsqueeze(1)  # each patch has its own angles
-        return tokens, rotary.to(tokens.dtype)
+        return tokens, rotary
 
     def _kept(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the indices (batch, kept) of the tokens to keep: the class token and random patches of each image."""
@@ -279,7 +286,7 @@ class BifocalVisionModel(BifocalPreTrainedModel):
         shape = pixel_values.shape
         if len(shape) == 4:  # the embeddings raise an error for other shapes
             count, tokens = shape[0], 1 + (shape[2] // self.config.patch_size) * (shape[3] // self.config.patch_size)
-            if self._use_micro_batches(count, count * tokens, pixel_values.device, requested):
+            if count * tokens > CPU_TOKENS and self._can_split(count, pixel_values.device, requested):
                 pixels = pixel_values
                 return self._run_micro_batches(
                     [tokens] * count, tokens, lambda rows, _: self._run(pixels[rows], requested, pooled_only, **kwargs)

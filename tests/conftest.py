@@ -3,6 +3,7 @@
 import gc
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,19 @@ def processor() -> BifocalProcessor:
     tokenizer = train_wordpiece(TEXTS * 10, 300, max_length=64)
     images = image_processor_of_size(32)
     return BifocalProcessor(images, tokenizer)
+
+
+@pytest.fixture
+def cpu_with(monkeypatch) -> Callable[..., None]:
+    """Sets the capabilities of the CPU by name, by which bfloat16 is chosen; no machine decides what a test sees."""
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+
+    def change(*names: str) -> None:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(names, True), raising=False)
+
+    return change
 
 
 @pytest.fixture

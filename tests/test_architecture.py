@@ -14,6 +14,7 @@ ALLOWED = {
     "progress": set(),
     "pages": set(),
     "files": {"errors"},
+    "registration": {"modeling"},
     "modeling": set(),
     "data": {"errors", "files", "pages", "modeling"},
     "training": {"errors", "files", "progress", "modeling", "data"},
@@ -23,7 +24,16 @@ ALLOWED = {
     "demo": {"errors", "files", "progress", "pages", "modeling", "data", "training", "evaluation", "hub"},
     "cli": {"errors", "files", "progress", "modeling", "data", "training", "evaluation", "hub", "hub.search", "demo"},
     "__main__": {"cli"},
-    "": {"errors", "modeling", "data", "training", "evaluation", "hub", "hub.search"},  # the public names
+    "": {
+        "errors",
+        "registration",
+        "modeling",
+        "data",
+        "training",
+        "evaluation",
+        "hub",
+        "hub.search",
+    },  # the public names
 }
 # Packages that are always there and quick to import. Others are optional, or slow: they may be imported where they are
 # needed by a module that does without them elsewhere.

@@ -21,8 +21,9 @@ from bifocal.progress import no_progress_bars
 from bifocal.training.arguments import BifocalTrainingArguments
 from bifocal.training.checkpoints import LOADING_LOG
 from bifocal.training.engine.distributed import ProcessGroupInfo
-from bifocal.training.precision import DTYPES
+from bifocal.training.precision import DTYPES, mixed_precision
 from bifocal.training.recipe import Recipe, StartFrom
+from bifocal.training.run_folder import stage_folder
 from bifocal.training.tasks import Task
 from bifocal.training.tokenizer import TOKENIZERS
 from bifocal.training.towers import linear_layers, tower_of
@@ -30,10 +31,11 @@ from bifocal.training.towers import linear_layers, tower_of
 logger = logging.get_logger(__name__)
 
 
-def training_arguments(recipe: Recipe, **changes: Any) -> BifocalTrainingArguments:
-    """Return the training arguments of a recipe; float32 on a CPU.
+def training_arguments(recipe: Recipe, begun: str | None = None, **changes: Any) -> BifocalTrainingArguments:
+    """Return the training arguments of a recipe, in bfloat16 where the device multiplies in it, unless `bf16` is set.
 
     Args:
+        begun: mixed precision of the run that is resumed, as from `begun_precision`; None for a new run.
         changes: arguments that override the recipe's.
 
     Raises:
@@ -43,17 +45,19 @@ def training_arguments(recipe: Recipe, **changes: Any) -> BifocalTrainingArgumen
     settings |= {"output_dir": str(recipe.folder), "seed": recipe.seed, "restore_callback_states_from_checkpoint": True}
     if recipe.mlm is not None:
         settings["per_device_train_batch_size"] = recipe.mlm.batch_size
-    half = False
-    if recipe.device == "cpu" or not torch.accelerator.is_available():
-        settings["use_cpu"] = True
-        half = bool(settings.get("bf16") or settings.get("fp16"))
-        settings |= {"bf16": False, "fp16": False}
+    device = torch.device("cpu") if recipe.device == "cpu" else torch.accelerator.current_accelerator(True)
+    if device is None or device.type == "cpu":
+        device, settings["use_cpu"] = torch.device("cpu"), True
+    precision, remark = mixed_precision(settings, device, begun)
+    if not (settings.get("bf16") is True and settings.get("fp16")):  # which transformers refuses
+        settings |= {"bf16": precision == "bf16", "fp16": precision == "fp16"}
     try:
         arguments = BifocalTrainingArguments(**settings)
     except (ValueError, TypeError) as error:
         raise RecipeError(f"Recipe '{recipe.name}', training: {error}") from error
-    if half and arguments.process_index == 0:
-        logger.warning("Half precision is off: recipes train in float32 on a CPU.")
+    arguments.mixed_precision = precision  # also where accelerate launch says otherwise
+    if remark and arguments.process_index == 0:
+        logger.warning(remark)
     return arguments
 
 
@@ -163,16 +167,6 @@ def _new_processor(recipe: Recipe, tasks: Sequence[Task]) -> BifocalProcessor:
     return _with_image_processor(recipe, tokenizer)
 
 
-def start_paths(recipe: Recipe) -> list[str]:
-    """Return the folders or Hub ids whose weights a recipe starts from."""
-    start = recipe.start_from
-    if start is None or isinstance(start, str):
-        return [] if start is None else [start]
-    if start.stage is not None:
-        return [str(_stage_folder(recipe, start))]
-    return [path for path in (start.text, start.image) if path is not None]
-
-
 def load_start(recipe: Recipe) -> BifocalModel | None:
     """Return the model that a recipe starts from; None if it starts from nothing.
 
@@ -191,7 +185,7 @@ def load_start(recipe: Recipe) -> BifocalModel | None:
             _require_no_tower(recipe)
             with no_progress_bars():
                 return BifocalModel.from_towers(text=start.text, image=start.image, dtype=dtype, **recipe.model)
-        path = start if isinstance(start, str) else _stage_folder(recipe, start)
+        path = start if isinstance(start, str) else stage_folder(recipe, start)
         # Unknown keys are allowed in a saved config, but not in a recipe.
         known = BifocalConfig()
         BifocalConfig(**{key: value for key, value in recipe.model.items() if not hasattr(known, key)})
@@ -219,16 +213,6 @@ def _require_no_tower(recipe: Recipe) -> None:
     tower = next((key for key in ("text_config", "vision_config") if key in recipe.model), None)
     if tower is not None:
         raise ValueError(f"{tower} is that of the tower in start_from; remove it.")
-
-
-def _stage_folder(recipe: Recipe, start: StartFrom) -> str:
-    folder = Path("runs") / str(start.stage) / "model"
-    if not (folder / "config.json").exists():
-        raise RecipeError(
-            f"Recipe '{recipe.name}' starts from stage '{start.stage}', but {folder} does not exist. "
-            f"Run `bifocal train {start.stage}` first."
-        )
-    return str(folder)
 
 
 def vocabulary(tokenizer: Any) -> dict[str, int]:

@@ -3,18 +3,21 @@
 from pathlib import Path
 from typing import Any
 
-from bifocal.errors import ModelError, RecipeError
+from bifocal.errors import ModelError, RecipeError, require_local_model
 from bifocal.files import require_overwritable
+from bifocal.training.mining_settings import DIRECTIONS, MINED, MiningError, MiningSettings
 
 
 def mine_source(
-    source: str, out: Path, model: str, direction: str, columns: list[str], cache: Path | None, settings: dict[str, Any]
-) -> str:
+    source: str, out: Path, model: str, direction: str, columns: list[str], cache: Path | None,
+    settings: dict[str, Any], dtype: str | None = None,
+) -> str:  # fmt: skip
     """Mine hard negatives for a source and write them as Parquet; return a line for the user.
 
     Args:
         columns: the source's columns as `theirs=ours`, such as `question=query`.
         settings: fields of `MiningSettings`.
+        dtype: dtype of the model, one of `DTYPE_CHOICES`; "model", that of its weights, when None.
 
     Raises:
         MiningError, ModelError, NotOursError, DataError: if the settings, the data or the model cannot be used.
@@ -22,9 +25,8 @@ def mine_source(
     from bifocal.data.loading import load_source
     from bifocal.data.schema import validated
     from bifocal.data.source import Source
-    from bifocal.training import mining
 
-    require_overwritable(out, mining.MINED)  # now, and not after hours of mining
+    require_overwritable(out, MINED)  # now, and not after hours of mining
     renamed = {}
     for column in columns:
         theirs, equals, ours = column.partition("=")
@@ -33,18 +35,22 @@ def mine_source(
         if theirs in renamed:
             raise RecipeError(f"'{theirs}' is mapped twice. A column can have one new name; copy it to use it as two.")
         renamed[theirs] = ours
-    if direction not in mining.DIRECTIONS:
-        raise mining.MiningError(f"direction must be one of {', '.join(mining.DIRECTIONS)}, but it is '{direction}'.")
+    if direction not in DIRECTIONS:
+        raise MiningError(f"direction must be one of {', '.join(DIRECTIONS)}, but it is '{direction}'.")
     if out.is_dir():
-        raise mining.MiningError(f"'{out}' is a folder. Give the Parquet file to write.")
+        raise MiningError(f"'{out}' is a folder. Give the Parquet file to write.")
+    chosen = MiningSettings(**settings)
+    require_local_model(model)
     kind = "text-pair" if direction == "text-to-text" else "image-text"
     data = load_source(validated(Source, {"path": source, "column_mapping": renamed}, []), kind)
-    chosen = mining.MiningSettings(**settings)
+    # Not before all of this is checked: it imports torch.
+    from bifocal.training import mining
+
     if direction == "text-to-text":
-        mined = mining.mine_texts(data, _load_model(model), chosen, cache)
+        mined = mining.mine_texts(data, _load_model(model, dtype), chosen, cache)
     else:
         cache = cache or out.with_suffix(".cache")
-        loaded = _load_model(model)
+        loaded = _load_model(model, dtype)
         if not hasattr(loaded, "encode_image"):
             raise ModelError(
                 f"'{model}' is no dual encoder, which mining across images and texts needs. Give a Bifocal, CLIP or "
@@ -55,9 +61,9 @@ def mine_source(
     return f"{len(mined)} of {len(data)} rows have {chosen.num_negatives} negatives; they are in {out}."
 
 
-def _load_model(name: str) -> Any:
+def _load_model(name: str, dtype: str | None) -> Any:
     from bifocal.data.embedding_models import load_embedding_model
     from bifocal.progress import no_progress_bars
 
     with no_progress_bars():
-        return load_embedding_model(name)
+        return load_embedding_model(name, dtype=dtype)

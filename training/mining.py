@@ -3,8 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,48 +13,22 @@ import numpy as np
 from transformers.utils import logging
 
 from bifocal.data.image_decoding import disable_image_decoding
-from bifocal.errors import BifocalError
-from bifocal.files import overwrite, write_json
-from bifocal.modeling import BifocalModel, load_image
+from bifocal.files import overwrite
+from bifocal.modeling import BifocalModel
+from bifocal.modeling.dtype_bifocal import dtype_name
 from bifocal.modeling.towers_bifocal import pooling_settings, search_prompts
+from bifocal.training.mining_settings import DIRECTIONS, MINED, MiningError, MiningSettings
+from bifocal.training.mining_vectors import (
+    embedded_rows,
+    first_image,
+    image_vectors,
+    slices,
+    text_vectors,
+)
 from bifocal.training.task_dataset import is_missing
 
 logger = logging.get_logger(__name__)
-MINED = "file of mined negatives"
-DIRECTIONS = ("text-to-text", "text-to-image", "image-to-text")
 _NO_WORD = re.compile(r"[\W_]+")
-
-
-class MiningError(BifocalError):
-    """Data or settings that cannot be mined."""
-
-
-@dataclass(frozen=True)
-class MiningSettings:
-    """Settings of the choice of negatives, with the names and meanings of `mine_hard_negatives`.
-
-    Args:
-        num_negatives: negatives per query. Queries with fewer are skipped.
-        range_min: skip this many of the closest candidates that remain after the margin: they may be right answers that
-            nobody marked.
-        range_max: consider only this many of the closest candidates.
-        absolute_margin: smallest difference between the similarity of the positive and that of a negative; None for
-            no such limit. Between texts, a query's least similar positive counts.
-        batch_size: texts or images per forward pass.
-    """
-
-    num_negatives: int = 7
-    range_min: int = 0
-    range_max: int = 100
-    absolute_margin: float | None = None
-    batch_size: int = 64
-
-    def __post_init__(self) -> None:
-        if self.num_negatives < 1 or self.range_min < 0 or self.range_max < self.range_min + self.num_negatives:
-            raise MiningError(
-                "Mining needs num_negatives >= 1 and range_max >= range_min + num_negatives, not "
-                f"num_negatives={self.num_negatives}, range_min={self.range_min}, range_max={self.range_max}."
-            )
 
 
 def mine_texts(pairs: Any, model: Any, settings: MiningSettings = MiningSettings(), cache: Path | None = None) -> Any:
@@ -188,12 +161,15 @@ def mine_across(
     weights = _weights_key(model)
     role = "query" if direction == "text-to-image" else "document"
     prompt = _prompts(model).get(role)
-    texts = _embedded(
-        [text or None for text in captions],
-        model.encode_text if prompt is None else partial(model.encode_text, prompt=prompt),
+    decoding = ["fast decoding"] if settings.fast_decoding else []
+    texts = embedded_rows(
+        len(pairs), partial(text_vectors, captions, model, prompt, settings),
         cache / f"captions-{_digest(weights, *filter(None, [prompt]), *captions)}", settings,
     )  # fmt: skip
-    images = _embedded(_Images(pairs), model.encode_image, cache / f"images-{_digest(weights, *contents)}", settings)
+    images = embedded_rows(
+        len(pairs), partial(image_vectors, pairs, model, settings),
+        cache / f"images-{_digest(weights, *decoding, *contents)}", settings,
+    )  # fmt: skip
     usable = np.isfinite(texts[:, 0]) & np.isfinite(images[:, 0])
     _warn_of_skipped(np.flatnonzero(~usable).tolist(), len(pairs))
     known = pairs["image_id"] if "image_id" in pairs.column_names else [None] * len(pairs)
@@ -257,26 +233,6 @@ def _nearest(
     return best, scores
 
 
-class _Images(Sequence):
-    """The images of a data set, read on access; None for one that cannot be read."""
-
-    def __init__(self, pairs: Any) -> None:
-        self.pairs = pairs
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, rows: Any) -> Any:
-        return [_readable(value) for value in self.pairs[rows]["image"]]
-
-
-def _readable(value: Any) -> Any:
-    try:
-        return load_image(_one(value))
-    except (OSError, ValueError):
-        return None
-
-
 def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
@@ -290,19 +246,12 @@ def _warn_of_skipped(rows: Sequence[int], total: int) -> None:
         )
 
 
-def _one(value: Any) -> Any:
-    chosen = value[0] if isinstance(value, list) and value else value
-    if isinstance(chosen, dict):
-        return chosen["bytes"] if chosen["bytes"] is not None else chosen["path"]
-    return chosen
-
-
 def _image_ids(pairs: Any) -> list[str]:
     """Return a digest of each image's bytes."""
     digests = []
-    for batch in _slices(len(pairs), 256):
+    for batch in slices(len(pairs), 256):
         for value in pairs[batch]["image"]:
-            image = _one(value)
+            image = first_image(value)
             try:
                 content = Path(image).read_bytes() if isinstance(image, str) else image
             except OSError:
@@ -320,8 +269,11 @@ def _digest(*parts: str) -> str:
 
 
 def _weights_key(model: Any, *prompts: str) -> str:
-    """Return a digest of what decides a model's vectors, so that one's cached embeddings are not used for another."""
-    joined = hashlib.blake2b(digest_size=8)
+    """Return a digest of what decides a model's vectors, so that one's cached embeddings are not used for another.
+
+    In other dtypes, the same weights give other vectors.
+    """
+    joined = hashlib.blake2b(dtype_name(model).encode(), digest_size=8)
     for name, value in sorted(model.state_dict().items()):
         joined.update(name.encode() + value.detach().cpu().float().contiguous().numpy().tobytes())
     if isinstance(model, BifocalModel):
@@ -332,55 +284,6 @@ def _weights_key(model: Any, *prompts: str) -> str:
     for part in (settings, *prompts):
         joined.update(part.encode() + b"\0")
     return joined.hexdigest()
-
-
-def _embedded(items: Sequence[Any], encode: Any, path: Path, settings: MiningSettings) -> np.ndarray:
-    """Embed items into a file and return it as an array (items, dimensions), NaN where an item is None.
-
-    Embeddings that a killed run left there are kept.
-
-    Raises:
-        MiningError: if the files there are not those of a mining run.
-    """
-    file, progress = path.with_suffix(".npy"), path.with_suffix(".json")
-    done = _progress(file, progress)
-    vectors = np.load(file, mmap_mode="r+") if done else None
-    for batch in _slices(len(items), 16 * settings.batch_size, done):
-        present = [(batch.start + n, item) for n, item in enumerate(items[batch]) if item is not None]
-        if present:
-            embedded = encode([item for _, item in present], batch_size=settings.batch_size, show_progress=False)
-            if vectors is None:
-                vectors = np.lib.format.open_memmap(file, "w+", np.float32, (len(items), embedded.shape[1]))
-                vectors[:] = np.nan
-            vectors[[number for number, _ in present]] = embedded
-        if vectors is None:
-            raise MiningError(f"None of the first {batch.stop} rows can be embedded; look at their images and texts.")
-        vectors.flush()
-        write_json(progress, {"done": batch.stop})
-    assert vectors is not None
-    return vectors
-
-
-def _progress(file: Path, progress: Path) -> int:
-    """Return how many embeddings of a file are complete; start its progress file, which marks it as ours."""
-    try:
-        state = json.loads(progress.read_text(encoding="utf-8")) if progress.exists() else None
-    except ValueError:
-        state = {}
-    ours = isinstance(state, dict) and set(state) == {"done"}
-    if (state is not None and not ours) or (state is None and file.exists()):
-        raise MiningError(
-            f"'{progress if state is not None else file}' is not a file of a mining run, and would be overwritten. "
-            "Choose another cache folder."
-        )
-    if state is None:
-        write_json(progress, {"done": 0})
-    return state["done"] if state and file.exists() else 0
-
-
-def _slices(count: int, size: int, start: int = 0) -> Iterator[slice]:
-    for first in range(start, count, size):
-        yield slice(first, min(first + size, count))
 
 
 def _numbers(values: list[str]) -> np.ndarray:

@@ -7,6 +7,7 @@ from transformers import SchedulerType
 from bifocal.data.kinds import COLUMNS
 from bifocal.training.engine.chunk_size import kept_per_row
 from bifocal.training.param_groups import not_trained, parameter_groups
+from bifocal.training.precision import precision_title
 from bifocal.training.recipe import Recipe
 from bifocal.training.runner import prepare
 
@@ -44,7 +45,7 @@ def plan(recipe: Recipe) -> str:
         f"steps    {args.max_steps:,}, warm-up {args.get_warmup_steps(args.max_steps):,}, "
         f"{SchedulerType(args.lr_scheduler_type).value}",
     ]
-    lines += ["", "parameters"]
+    lines += [f"dtype    {precision_title(args)}", "", "parameters"]
     model = trainer.model
     with not_trained(model, trainer.without_gradient()):
         for group in parameter_groups(model, args):

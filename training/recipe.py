@@ -12,7 +12,7 @@ from bifocal.data.readers import format_of
 from bifocal.data.schema import Strict, ended, key_hint, problem_of, read_yaml, require_distinct_columns, set_override
 from bifocal.data.source import Source
 from bifocal.errors import RecipeError, closest_name
-from bifocal.training.arguments import BifocalTrainingArguments
+from bifocal.training.argument_names import argument_names
 from bifocal.training.shipped_recipes import shipped_recipe
 from bifocal.training.tasks import Task
 
@@ -123,7 +123,8 @@ class Recipe(Strict):
         tasks, eval_tasks: data sets to train and to evaluate on.
         mlm: masked language modeling instead of tasks.
         lora: adapters instead of full training.
-        training: fields of `BifocalTrainingArguments`.
+        training: fields of `BifocalTrainingArguments`. `bf16` may also be auto, the default: bfloat16 where the device
+            multiplies in it.
     """
 
     name: str
@@ -173,13 +174,17 @@ def find_recipe(name: str) -> Path:
     return path if path.is_file() else shipped_recipe(name.removesuffix(".yaml"))
 
 
-def load_recipe(path: Path, overrides: list[str] | None = None, files: bool = False) -> Recipe:
+def load_recipe(
+    path: Path, overrides: list[str] | None = None, files: bool = False, training_values: bool = True
+) -> Recipe:
     """Read and check a recipe.
 
     Args:
         overrides: "key=value" with dots between keys; tasks are named by their names, as in
             `tasks.images.batch_size=64`.
         files: also check that the files and folders it names exist.
+        training_values: also check the values under `training`, which needs transformers; their names are always
+            checked.
 
     Raises:
         RecipeError: if it is not YAML, a key is unknown or missing, a value has the wrong type or (with `files`) a file
@@ -193,7 +198,7 @@ def load_recipe(path: Path, overrides: list[str] | None = None, files: bool = Fa
         by_key[set_override(values, override)] = override
     try:
         recipe = Recipe(**values)
-        _check_training(recipe.training)
+        (_check_training if training_values else _check_training_names)(recipe.training)
     except ValidationError as error:
         # A misspelt key is missing under its right name, too; the misspelling says more.
         first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
@@ -239,16 +244,31 @@ class _TrainingKeyError(ValueError):
         self.key = key
 
 
-def _check_training(training: dict[str, Any]) -> None:
-    """Check names and types of the training arguments, and convert their values ("1e-4" is a string to YAML)."""
-    fields = {item.name: item for item in dataclasses.fields(BifocalTrainingArguments) if item.init}
-    for key, value in training.items():
+def _check_training_names(training: dict[str, Any], known: list[str] | None = None) -> None:
+    """Check names of the training arguments.
+
+    Args:
+        known: the names that there are; read from the source of transformers when None.
+    """
+    known = argument_names() if known is None else known
+    for key in training:
         if key in ("output_dir", "seed"):
             raise _TrainingKeyError(key, f"'{key}' stands at the top of a recipe, not under training")
         if key == "resume_from_checkpoint":
             raise _TrainingKeyError(key, f"'{key}' has no effect; a run resumes from its last checkpoint by itself")
-        if key not in fields:
-            raise _TrainingKeyError(key, f"unknown key '{key}'{key_hint(key, fields)}")
+        if known and key not in known:
+            raise _TrainingKeyError(key, f"unknown key '{key}'{key_hint(key, known)}")
+
+
+def _check_training(training: dict[str, Any]) -> None:
+    """Check names and types of the training arguments, and convert their values ("1e-4" is a string to YAML)."""
+    from bifocal.training.arguments import BifocalTrainingArguments
+
+    fields = {item.name: item for item in dataclasses.fields(BifocalTrainingArguments) if item.init}
+    _check_training_names(training, list(fields))
+    for key, value in training.items():
+        if (key, value) == ("bf16", "auto"):
+            continue
         try:
             adapter: TypeAdapter[Any] = TypeAdapter(fields[key].type)  # type: ignore[arg-type]
         except Exception:  # a type that pydantic has no schema for; TrainingArguments checks it

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
 
 from bifocal.errors import TrainingError
 from bifocal.progress import no_progress_bars
@@ -22,6 +23,7 @@ from bifocal.training.precision import DTYPES, rounded
 from bifocal.training.signature import differences, run_signature
 from bifocal.training.tasks import Task
 
+logger = logging.get_logger(__name__)
 STATE = "bifocal_state"
 
 
@@ -90,6 +92,7 @@ class ResumableTrainer(Trainer):
             "positions": self._positions,
             "training_metrics": self.training_metrics.state(),
             "averaged": self.ema is not None,
+            "mixed_precision": self.args.mixed_precision,
         }
         path = Path(output_dir) / f"{STATE}_{self.world.rank}.json"
         path.write_text(json.dumps(state), encoding="utf-8")
@@ -169,6 +172,12 @@ class ResumableTrainer(Trainer):
             )
         if state["averaged"] and self.args.ema_decay is None:
             raise TrainingError(f"{folder} was made with ema_decay; resume with it, or start a new run.")
+        precision = state.get("mixed_precision", self.args.mixed_precision)
+        if precision != self.args.mixed_precision and self.world.is_main:
+            logger.warning(
+                f"{folder} was trained with mixed precision '{precision}', and resumes with "
+                f"'{self.args.mixed_precision}'."
+            )
         self.training_metrics.load_state(state["training_metrics"])
         self._positions = {int(worker): position for worker, position in state["positions"].items()}
         if isinstance(self.joint_batches, JointBatchStream):

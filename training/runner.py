@@ -18,7 +18,6 @@ from bifocal.data.skips import SkipLog
 from bifocal.data.symbols import random_shift
 from bifocal.errors import RecipeError, TrainingError
 from bifocal.files import (
-    MARKER,
     RUN,
     NotOursError,
     require_overwritable,
@@ -42,15 +41,15 @@ from bifocal.training.callbacks.stopwatch import Stopwatch, training_seconds
 from bifocal.training.checkpoints import checkpoints, clear_run, last_complete_checkpoint
 from bifocal.training.engine.distributed import ProcessGroupInfo, on_main_process
 from bifocal.training.mlm import train_mlm
-from bifocal.training.precision import DTYPES
+from bifocal.training.precision import DTYPES, PRECISION, begun_precision, precision_title
 from bifocal.training.recipe import Recipe
+from bifocal.training.run_folder import RESOLVED, require_run_folder
 from bifocal.training.stage_record import STAGE, stage_facts, write_stage
 from bifocal.training.tasks import Task
 from bifocal.training.trainer import MultiTaskTrainer
 
-RESOLVED = "recipe.yaml"
 VERSIONS = "versions.json"
-RUN_FILES = (RESOLVED, VERSIONS, STAGE)
+RUN_FILES = (RESOLVED, VERSIONS, PRECISION, STAGE)
 
 
 @dataclass
@@ -130,11 +129,12 @@ def _tasks(recipe: Recipe, task_recipes: Sequence[Any], load: Callable[..., Any]
     return tasks
 
 
-def open_run(recipe: Recipe, overwrite: bool = False) -> bool:
+def open_run(recipe: Recipe, overwrite: bool = False, precision: str | None = None) -> bool:
     """Claim the run's folder and write the resolved recipe and the versions into it; return False if it is finished.
 
     Args:
         overwrite: remove an earlier run in the folder.
+        precision: mixed precision that the run trains in, which is written, too.
 
     Raises:
         RecipeError: if the folder holds other files, a run of another recipe, or (with `overwrite`) files of the run
@@ -142,11 +142,8 @@ def open_run(recipe: Recipe, overwrite: bool = False) -> bool:
     """
     folder = recipe.folder
     wanted = json.loads(recipe.model_dump_json())
-    if folder.exists() and not folder.is_dir():
-        raise RecipeError(f"'{folder}' is a file. Set another output_dir.")
+    require_run_folder(folder)
     kept = folder / RESOLVED
-    if folder.exists() and any(path.name != MARKER for path in folder.iterdir()) and not kept.exists():
-        raise RecipeError(f"'{folder}' holds other files, but no run. Set another output_dir.")
     trained = bool(checkpoints(folder)) or (folder / "model").exists()
     try:
         if kept.exists():
@@ -163,13 +160,16 @@ def open_run(recipe: Recipe, overwrite: bool = False) -> bool:
             elif not trained:  # its tokenizer is trained again, since the data may have changed
                 clear_run(folder)
         require_replaceable(folder / "model", RUN)  # now, and not after the training
-        for name in (STAGE, VERSIONS):
+        for name in (STAGE, VERSIONS, PRECISION):
             require_overwritable(folder / name, RUN)
     except NotOursError as error:
         raise RecipeError(str(error)) from error
     # The folder is new, cleared, or holds the same recipe.
     with overwrite_file(folder / VERSIONS, RUN) as scratch:
         write_json(scratch, versions())
+    if precision is not None:
+        with overwrite_file(folder / PRECISION, RUN) as scratch:
+            write_json(scratch, {"mixed_precision": precision})
     if not kept.exists():  # a recipe that is there says the same, maybe with comments of the user's
         with overwrite_file(kept, RUN) as scratch:
             scratch.write_text(yaml.safe_dump(wanted, sort_keys=False), encoding="utf-8")
@@ -227,9 +227,12 @@ def run_recipe(
         RecipeError: if something the recipe names does not exist, or the folder holds something else.
     """
     require_device(recipe)
-    arguments = training_arguments(recipe)  # under torchrun this starts the process group
-    if not on_main_process(lambda: open_run(recipe, overwrite)):
+    begun = None if overwrite else begun_precision(recipe.folder, recipe.training, recipe.device)
+    arguments = training_arguments(recipe, begun)  # under torchrun this starts the process group
+    if not on_main_process(lambda: open_run(recipe, overwrite, arguments.mixed_precision)):
         return None
+    if ProcessGroupInfo.current().is_main:
+        print(f"'{recipe.name}' trains in {precision_title(arguments)}.")
     if recipe.mlm is not None:
         return train_mlm(recipe, arguments)
     prepared = prepare(recipe, [Stopwatch()], load, arguments)

@@ -54,7 +54,8 @@ def stage_facts(prepared: Any, seconds: float, versions: dict[str, str]) -> dict
         "name": recipe.name, "start": start_name(recipe), "steps": trainer.state.global_step,
         "max_length": trainer.max_length, "learning_rate": args.learning_rate, "tasks": tasks, "losses": losses,
         "curves": curves,
-        "seconds": seconds, "processes": world, "device": device_name(args.device), **_energy(recipe.folder),
+        "seconds": seconds, "processes": world, "device": device_name(args.device),
+        "mixed_precision": args.mixed_precision, **_energy(recipe.folder),
         "versions": versions,
     }  # fmt: skip
 

@@ -1,5 +1,6 @@
 """Makes the data sets that users pass readable row by row or as a stream."""
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,7 +8,6 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-from transformers.utils import logging
 
 from bifocal.data.image_decoding import disable_image_decoding
 from bifocal.data.kinds import COLUMNS
@@ -15,7 +15,7 @@ from bifocal.data.shards import ShardStream
 from bifocal.data.skips import RowError
 from bifocal.errors import TrainingError
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 _PEEKED = 64  # rows that are read to know the columns, or the number of negatives, where no table tells them
 _ACCEPTED = "a datasets.Dataset or IterableDataset, a list of dicts, a pandas DataFrame or a torch Dataset of dicts"
 

@@ -23,6 +23,7 @@ from bifocal.training.collator import Augmentation, JointBatch, MultiTaskCollato
 from bifocal.training.engine.chunk_size import find_chunk_sizes
 from bifocal.training.engine.distributed import ProcessGroupInfo
 from bifocal.training.engine.gradient_cache import cached_step, into_chunks
+from bifocal.training.engine.graph_memory import GraphMemory
 from bifocal.training.engine.joint_forward import (
     clamp_logit_scale,
     joint_forward,
@@ -161,6 +162,7 @@ class MultiTaskTrainer(ResumableTrainer):
             if hasattr(callback, "attach"):  # one that logs by itself
                 callback.attach(self)
         self.order_callbacks()
+        self.graphs = GraphMemory(model, self.args)
         self.joint_batches.decode = self.data_collator.image_reader.decode
         self.model_accepts_loss_kwargs = False  # the losses are means over the batch, not sums over its tokens
         self.can_return_loss = True
@@ -282,8 +284,11 @@ class MultiTaskTrainer(ResumableTrainer):
             text_rows, image_rows = self.args.text_chunk_size, self.args.image_chunk_size
             both_last = self.world.size > 1
             chunks = into_chunks(batch["texts"], batch["images"], text_rows, image_rows, both_last)
+            # FSDP does not support several forward passes before a backward pass.
+            num_kept = 0 if self.is_fsdp_enabled else self.graphs.num_kept(chunks, self.optimizer)
+            num_kept = min(num_kept, len(chunks) - both_last)
             no_sync = partial(self.accelerator.no_sync, model)
-            loss = cached_step(chunks, forward, loss_of, self.accelerator.backward, no_sync)
+            loss = cached_step(chunks, forward, loss_of, self.accelerator.backward, no_sync, num_kept)
 
         self.training_metrics.add(loss.detach(), results, batch)
         every = self.args.torch_empty_cache_steps

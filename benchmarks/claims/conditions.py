@@ -192,7 +192,8 @@ def _train_masked(phase: Phase, seed: int, steps: int, data: ClaimData, folder: 
             "model": TEXT, "max_length": phase.max_length,
             "mlm": {"data": {"path": str(texts)}, "batch_size": phase.masked},
             "training": {"max_steps": steps, "learning_rate": phase.learning_rate, "warmup_steps": max(1, steps // 10),
-                         "save_steps": max(20, steps // 4), "disable_tqdm": True, "logging_steps": steps},
+                         "save_steps": max(20, steps // 4), "disable_tqdm": True, "logging_steps": steps,
+                         "bf16": False},
         }
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)

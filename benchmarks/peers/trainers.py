@@ -1,12 +1,14 @@
 """Training through a gradient cache: MultiTaskTrainer, sentence-transformers' trainer, and the GradCache library.
 
-Run: python benchmarks/peers/trainers.py [--batch 128] [--chunk 32] [--width 256] [--layers 4] [--steps 4] [--rounds 3]
+Run: python benchmarks/peers/trainers.py [--batch 128] [--chunks 16 32 64 128] [--width 256] [--layers 4] [--steps 4]
+    [--rounds 3] [--bf16]
     [--gradcache FOLDER]   # a clone of github.com/luyug/GradCache
 
 Prints one JSON line. All train the same towers from the same weights on the same JPEG files, captions and text pairs,
-with batches and chunks of the same size. sentence-transformers uses one data set per step and alternates; GradCache
-gets both batches of a step, prepared as Bifocal's processor does. Each way runs in a separate process, in turn. Speeds
-exclude the first step; memory is the peak of the process.
+in float32 and with batches of the same size. Each way runs once with chunks of every size, and then in turn with the
+size that was its fastest; `--bf16` does the same again with autocast to bfloat16 for all of them. sentence-transformers
+uses one data set per step and alternates; GradCache gets both batches of a step, prepared as Bifocal's processor does.
+Each run is a separate process. Speeds exclude the first step; memory is the peak of the process.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import json
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,11 @@ import torch
 from common import memory, model_of, photos, processor_of, run_in_turn, spread, texts
 
 SIDE = 112
+Timed = tuple[list[float], int]  # seconds of each step, and the parameters of the model
+
+
+def num_parameters(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def rows(batch: int, steps: int) -> tuple[Any, Any]:
@@ -42,7 +50,7 @@ def rows(batch: int, steps: int) -> tuple[Any, Any]:
     return images, Dataset.from_dict({"query": queries, "positive": positives})
 
 
-def by_bifocal(options: argparse.Namespace, scratch: str) -> list[float]:
+def by_bifocal(options: argparse.Namespace, scratch: str) -> Timed:
     from bifocal.training.arguments import BifocalTrainingArguments
     from bifocal.training.tasks import Task
     from bifocal.training.trainer import MultiTaskTrainer
@@ -51,15 +59,16 @@ def by_bifocal(options: argparse.Namespace, scratch: str) -> list[float]:
     args = BifocalTrainingArguments(
         output_dir=scratch, max_steps=options.steps, learning_rate=1e-5, text_chunk_size=options.chunk,
         image_chunk_size=options.chunk, save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True,
+        bf16=options.bf16,
     )  # fmt: skip
     clock = _clock()
     tasks = [Task("images", "image-text", images, options.batch), Task("pairs", "text-pair", pairs, options.batch)]
     model = model_of(options.width, options.layers, SIDE)
     MultiTaskTrainer(model, args, tasks, processor_of(SIDE), 64, callbacks=[clock]).train()
-    return clock.times
+    return clock.times, num_parameters(model)
 
 
-def by_sentence_transformers(options: argparse.Namespace, scratch: str) -> list[float]:
+def by_sentence_transformers(options: argparse.Namespace, scratch: str) -> Timed:
     from sentence_transformers import (
         SentenceTransformer,
         SentenceTransformerTrainer,
@@ -77,7 +86,7 @@ def by_sentence_transformers(options: argparse.Namespace, scratch: str) -> list[
     args = SentenceTransformerTrainingArguments(
         output_dir=f"{scratch}/run", max_steps=2 * options.steps, learning_rate=1e-5, report_to="none", use_cpu=True,
         per_device_train_batch_size=options.batch, multi_dataset_batch_sampler="round_robin", save_strategy="no",
-        disable_tqdm=True,
+        disable_tqdm=True, bf16=options.bf16,
     )  # fmt: skip
     both = ("query_to_doc", "doc_to_query")  # both directions, as Bifocal's loss
     loss = CachedMultipleNegativesRankingLoss(
@@ -89,10 +98,10 @@ def by_sentence_transformers(options: argparse.Namespace, scratch: str) -> list[
     )
     trainer.train()
     # Two of its steps process the rows of one of ours.
-    return [sum(clock.times[n : n + 2]) for n in range(0, len(clock.times) - 1, 2)]
+    return [sum(clock.times[n : n + 2]) for n in range(0, len(clock.times) - 1, 2)], num_parameters(model)
 
 
-def by_gradcache(options: argparse.Namespace, scratch: str) -> list[float]:
+def by_gradcache(options: argparse.Namespace, scratch: str) -> Timed:
     sys.path.insert(0, str(Path(options.gradcache) / "src"))
     from grad_cache import GradCache
 
@@ -102,10 +111,12 @@ def by_gradcache(options: argparse.Namespace, scratch: str) -> list[float]:
     unit = torch.nn.functional.normalize
 
     def text(**inputs: torch.Tensor) -> torch.Tensor:
-        return unit(model.get_text_features(**inputs).pooler_output, dim=-1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=options.bf16):
+            return unit(model.get_text_features(**inputs).pooler_output.float(), dim=-1)
 
     def image(**inputs: torch.Tensor) -> torch.Tensor:
-        return unit(model.get_image_features(**inputs).pooler_output, dim=-1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=options.bf16):
+            return unit(model.get_image_features(**inputs).pooler_output.float(), dim=-1)
 
     def loss(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         scores, targets = left @ right.T / 0.05, torch.arange(len(left))
@@ -130,7 +141,7 @@ def by_gradcache(options: argparse.Namespace, scratch: str) -> list[float]:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         times.append(time.perf_counter() - started)
-    return times
+    return times, num_parameters(model)
 
 
 def _clock() -> Any:
@@ -157,33 +168,69 @@ def _clock() -> Any:
 WAYS = {"bifocal": by_bifocal, "sentence-transformers": by_sentence_transformers, "gradcache": by_gradcache}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("batch", 128), ("chunk", 32), ("width", 256), ("layers", 4), ("steps", 4), ("rounds", 3)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--gradcache", help="a clone of github.com/luyug/GradCache")
-    parser.add_argument("--one", choices=WAYS, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.one:
-        with tempfile.TemporaryDirectory() as scratch:
-            times = WAYS[options.one](options, scratch)[1:]
-        per_second = 2 * options.batch * len(times) / sum(times)
-        print(json.dumps({"samples_per_second": per_second, "mib": memory("VmHWM") / 2**20}))
-        return
-    sizes = {name: getattr(options, name) for name in ("batch", "chunk", "width", "layers", "steps")}
+def compare(options: argparse.Namespace, bf16: bool) -> dict[str, Any]:
+    """Return the speeds and memory of each way at its fastest chunk size, and of Bifocal against each peer."""
+    sizes = {name: getattr(options, name) for name in ("batch", "width", "layers", "steps")}
     arguments = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
     arguments += ["--gradcache", options.gradcache] if options.gradcache else []
+    arguments += ["--bf16"] * bf16
     ways = [way for way in WAYS if way != "gradcache" or options.gradcache]
-    runs = run_in_turn(__file__, ways, options.rounds, arguments)
-    line: dict[str, Any] = {"benchmark": "peers/trainers", **sizes, "rounds": options.rounds}
+    tried = run_in_turn(__file__, [f"{way}/{chunk}" for way in ways for chunk in options.chunks], 1, arguments)
+    speeds = {
+        way: {chunk: round(tried[f"{way}/{chunk}"][0]["samples_per_second"], 2) for chunk in options.chunks}
+        for way in ways
+    }
+    best = {way: max(speeds[way], key=speeds[way].__getitem__) for way in ways}
+    runs = run_in_turn(__file__, [f"{way}/{best[way]}" for way in ways], options.rounds, arguments)
+    timed = {way: runs[f"{way}/{best[way]}"] for way in ways}
+    result: dict[str, Any] = {}
     for way in ways:
-        line[way] = {key: spread([run[key] for run in runs[way]]) for key in ("samples_per_second", "mib")}
+        result[way] = {
+            "parameters": timed[way][0]["parameters"], "chunk": best[way], "samples_per_second_by_chunk": speeds[way],
+            **{key: spread([run[key] for run in timed[way]]) for key in ("samples_per_second", "mib")},
+        }  # fmt: skip
     for way in ways[1:]:
-        turns = list(zip(runs["bifocal"], runs[way], strict=True))
-        line[f"against {way}"] = {
+        turns = list(zip(timed["bifocal"], timed[way], strict=True))
+        result[f"against {way}"] = {
             "speed": spread([ours["samples_per_second"] / theirs["samples_per_second"] for ours, theirs in turns]),
             "memory": spread([ours["mib"] / theirs["mib"] for ours, theirs in turns]),
         }
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("batch", 128), ("width", 256), ("layers", 4), ("steps", 4), ("rounds", 3)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--chunks", type=int, nargs="+", default=[16, 32, 64, 128], help="sizes tried for each way")
+    parser.add_argument("--bf16", action="store_true", help="compare in bfloat16, too")
+    parser.add_argument("--gradcache", help="a clone of github.com/luyug/GradCache")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        way, chunk = options.one.split("/")
+        options.chunk = int(chunk)
+        with tempfile.TemporaryDirectory() as scratch:
+            seconds, parameters = WAYS[way](options, scratch)
+        per_second = 2 * options.batch * len(seconds[1:]) / sum(seconds[1:])
+        mib = memory("VmHWM") / 2**20
+        print(json.dumps({"samples_per_second": per_second, "mib": mib, "parameters": parameters}))
+        return
+    has_bf16 = False
+    if options.bf16:  # first, since the runs take minutes
+        from bifocal.modeling.dtype_bifocal import multiplies_in_bfloat16
+
+        has_bf16 = multiplies_in_bfloat16("cpu")
+    names = ("torch", "transformers", "sentence-transformers")
+    sizes = {name: getattr(options, name) for name in ("batch", "width", "layers", "steps", "rounds")}
+    line = {
+        "benchmark": "peers/trainers", **sizes, "threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in names}, "float32": compare(options, bf16=False),
+    }  # fmt: skip
+    if options.bf16 and has_bf16:
+        line["bfloat16"] = compare(options, bf16=True)
+    elif options.bf16:
+        line["bfloat16"] = "not measured: this processor does not multiply in bfloat16"
     print(json.dumps(line))
 
 

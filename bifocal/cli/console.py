@@ -6,9 +6,10 @@ A command raises a `BifocalError` for such an error, and calls `writes_into` wit
 import errno
 import shutil
 from contextvars import ContextVar
+from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -19,7 +20,37 @@ from bifocal.errors import BifocalError
 _UNWRITABLE = (
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR,
 )  # fmt: skip
+NumWorkers = Annotated[
+    int | None,
+    typer.Option(min=0, help="Threads that decode images ahead of the model; if omitted, one per core, 16 at most."),
+]
+FAST_DECODING = "Decode large JPEGs at reduced scale: faster, and vectors differ slightly."
+FastDecoding = Annotated[bool, typer.Option("--fast-decoding", help=FAST_DECODING)]
 _OUTPUT: ContextVar[tuple[Path, str] | None] = ContextVar("folder that the command writes into, and remedy")
+
+
+class DtypeChoice(str, Enum):
+    """`bifocal.modeling.dtype_bifocal.DTYPE_CHOICES`, without an import of torch."""
+
+    model = "model"
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+_AUTO = "auto: bfloat16 where the device multiplies in it."
+Dtype = Annotated[
+    DtypeChoice, typer.Option(help=f"Dtype to embed in. model: that of the model's weights. {_AUTO}")
+]  # fmt: skip
+IndexDtype = Annotated[
+    DtypeChoice | None,
+    typer.Option(help=f"Dtype to embed in; that of the index if omitted. model: that of the model's weights. {_AUTO}"),
+]
+
+
+def dtype_name(choice: DtypeChoice | None) -> str | None:
+    return None if choice is None else choice.value
 
 
 def require(*modules: str) -> None:

@@ -18,7 +18,11 @@ def demo(
 ) -> None:
     """Train a small model through the three stages, search with it and write a report."""
     require("accelerate", "datasets", "fontTools", "jinja2", "matplotlib", "sentence_transformers")
-    from bifocal.demo.runner import full_settings, quick_settings, run_demo
+    from bifocal.demo.run_folder import earlier_settings
 
     writes_into(out, "free space and run the command again to resume, or choose another --out")
+    earlier_settings(out)
+
+    from bifocal.demo.runner import full_settings, quick_settings, run_demo
+
     run_demo(out, quick_settings(seed) if quick else full_settings(seed), overwrite)

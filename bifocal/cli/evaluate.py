@@ -1,11 +1,12 @@
 """The command `evaluate`."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from bifocal.cli.console import require, writes_into
+from bifocal.cli.console import Dtype, DtypeChoice, FastDecoding, NumWorkers, require, writes_into
 
 
 def evaluate(
@@ -26,17 +27,22 @@ def evaluate(
     ] = Path("runs/evaluation"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
     card: Annotated[bool, typer.Option("--card", help="Write the results into each model's card.")] = False,
+    dtype: Dtype = DtypeChoice.model,
+    num_workers: NumWorkers = None,
+    fast_decoding: FastDecoding = False,
 ) -> None:
     """Compare models on your data or on MTEB, and write a report."""
     require("datasets", "jinja2", "matplotlib", "pydantic", "sklearn", "scipy", "sentence_transformers")
-    import json
+    from bifocal.evaluation.arguments import check_evaluation
+
+    writes_into(out, "free space and run the command again to resume, or choose another --out")
+    check_evaluation(models, out, suite, mteb or (), only or ())
 
     from bifocal.evaluation.report import summary_lines
     from bifocal.evaluation.runner import run_evaluation
     from bifocal.hub.card_results import add_results
 
-    writes_into(out, "free space and run the command again to resume, or choose another --out")
-    evaluation = run_evaluation(models, out, suite, mteb or (), only or ())
+    evaluation = run_evaluation(models, out, suite, mteb or (), only or (), dtype.value, num_workers, fast_decoding)
     if card:
         for model in evaluation.results:
             add_results(Path(model), evaluation.card_rows(model), evaluation.hub_datasets)

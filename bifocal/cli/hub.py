@@ -57,10 +57,7 @@ def convert(
     """Convert published weights to a Bifocal model. Every tensor is accounted for, or nothing is written."""
     require("sentence_transformers")
     from bifocal.files import MODEL, require_replaceable
-    from bifocal.hub.convert import build_model, plan_conversion, save_converted
-    from bifocal.hub.convert_towers import convert_dual_encoder, explain_tower, is_dual_encoder, join_towers
-    from bifocal.hub.source_files import read_licence, require_apart
-    from bifocal.hub.weights import read_config, read_weights
+    from bifocal.hub.checkpoint_files import read_config, require_apart, require_weights
 
     joins = text is not None and image is not None
     if not joins and (text is not None or image is not None):
@@ -80,6 +77,14 @@ def convert(
     of_source = {} if joins else read_config(str(source), allow_pickle)
     if of_source.get("model_type") == "bifocal":
         raise BifocalError(f"'{source}' is a Bifocal model already. Load or copy it.")
+    for path in filter(None, (source, text, image)):
+        require_weights(path, allow_pickle)
+
+    from bifocal.hub.convert import build_model, plan_conversion, save_converted
+    from bifocal.hub.convert_towers import convert_dual_encoder, explain_tower, is_dual_encoder, join_towers
+    from bifocal.hub.source_files import read_licence
+    from bifocal.hub.weights import read_weights
+
     if joins or is_dual_encoder(of_source):
         if image_size is not None:
             raise BifocalError("--image-size is for EVA02, but other image towers keep their size. Omit it.")
@@ -147,19 +152,27 @@ def export(
         if onnx:
             require("onnx", "onnxruntime", "onnxscript")
         from bifocal.files import parts
+        from bifocal.hub.export_arguments import check_export
+
+        writes_into(out)
+        check_export(run, out, repo_id, results, onnx_eval_data, max_shard_size)
+
         from bifocal.hub.export import missing_parts
         from bifocal.hub.export_run import export_run
 
-        writes_into(out)
         before = parts(out)
         export_run(run, out, repo_id, description, license, results, onnx, onnx_eval_data, max_shard_size)
         typer.echo(f"The model is in {out}.")
         if missing := missing_parts(before, out):
             typer.echo(f"It no longer has {missing}, which the earlier export had.")
     if check:
-        from bifocal.hub.check import check_folder
+        from bifocal.hub.push import validate_folder
 
         folder = out or run
+        validate_folder(folder)
+
+        from bifocal.hub.check import check_folder
+
         result = check_folder(folder, trust_remote_code)
         typer.echo(result.text())
         if result.problems:

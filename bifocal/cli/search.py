@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bifocal.cli.console import require, writes_into
+from bifocal.cli.console import FAST_DECODING, IndexDtype, NumWorkers, dtype_name, require, writes_into
 from bifocal.cli.data import Overrides
 from bifocal.data.kinds import INDEXED
 from bifocal.errors import BifocalError
@@ -47,6 +47,15 @@ def index(
         list[str] | None, typer.Option(help="float32 or int8; can be repeated. float32 if omitted.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts or images per forward pass.")] = 32,
+    dtype: IndexDtype = None,
+    num_workers: NumWorkers = None,
+    fast_decoding: Annotated[
+        bool | None,
+        typer.Option(
+            "--fast-decoding/--no-fast-decoding",
+            help=f"{FAST_DECODING} An index keeps the decoding it was made with.",
+        ),
+    ] = None,
 ) -> None:
     """Embed images and texts for search. Run it again to resume, or to update the index from its source."""
     require(*_NEEDS, "pydantic")
@@ -60,7 +69,8 @@ def index(
     with tqdm(desc="Reading items", unit="", leave=False) as bar:
         summary = index_source(
             parse_source(source, overrides), out, model, kind, captions, prune, dim or [], precision or ["float32"],
-            batch_size, progress=lambda count: bar.update(count - bar.n),
+            batch_size, progress=lambda count: bar.update(count - bar.n), dtype=dtype_name(dtype),
+            num_workers=num_workers, fast_decoding=fast_decoding,
         )  # fmt: skip
     _print_summary(summary, printable(source), printable(str(out)), prune)
 
@@ -121,25 +131,35 @@ def search(
         str | None, typer.Option(help="Search this LanceDB database, written by export-lancedb, instead.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the hits as JSON.")] = False,
+    dtype: IndexDtype = None,
 ) -> None:
     """Print the items that are nearest to a text, an image or both."""
     require(*_NEEDS, *(["lancedb"] if lancedb else []))
+    from bifocal.hub.search.arguments import require_model_path, require_query
     from bifocal.hub.search.index import SearchIndex
-    from bifocal.hub.search.items import KINDS
-    from bifocal.hub.search.searcher import Searcher
+    from bifocal.hub.search.items import KINDS, check_kinds
 
     if lancedb is not None and (dim is not None or precision is not None):
         raise BifocalError("--dim and --precision choose a variant of the index. Omit them with --lancedb.")
     kinds = KINDS if only is None else (only,)
-    searcher = Searcher(SearchIndex(index), model)
+    check_kinds(kinds)
+    opened = SearchIndex(index)
+    is_default = dim is None and precision is None
+    variant = None if is_default else (dim or opened.dimensions, precision or "float32")
+    if variant is not None:
+        opened.require_variant(*variant)
+    require_query(text, image)
+    require_model_path(model or opened.model)
+
+    from bifocal.hub.search.searcher import Searcher
+
+    searcher = Searcher(opened, model, dtype=dtype_name(dtype))
     vector = searcher.vector(text, image, weight)
     if lancedb is not None:
         from bifocal.hub.search.lance import search_lancedb
 
         ranking = search_lancedb(lancedb, vector, searcher.index.weights, hits, kinds)
     else:
-        is_default = dim is None and precision is None
-        variant = None if is_default else (dim or searcher.index.dimensions, precision or "float32")
         ranking = searcher.index.search(vector, hits, kinds, variant)
     if not ranking:
         what = "texts" if only == "text" else "images" if only == "image" else "items"
@@ -199,22 +219,30 @@ def serve(
     space: Annotated[
         Path | None, typer.Option(help="Write a Space into this folder, for bifocal push, instead of serving.")
     ] = None,
+    dtype: IndexDtype = None,
 ) -> None:
     """Serve a search page over an index, or write it as a Space."""
     require(*_NEEDS, "gradio")
+    from bifocal.hub.search.arguments import require_model_path
     from bifocal.hub.search.index import SearchIndex
 
     opened = SearchIndex(index)
     if space is not None:
-        from bifocal.hub.space import write_space
+        from bifocal.hub.space_arguments import check_space
 
         writes_into(space)
+        check_space(opened, space, opened.model if model is None else model)
+
+        from bifocal.hub.space import write_space
+
         write_space(opened, space, title, model)
         typer.echo(f"The Space is in {space}. Publish it with: bifocal push {space} organisation/name")
         return
+    require_model_path(model or opened.model)
+
     from bifocal.hub.search.page import build_page, launch
     from bifocal.hub.search.searcher import Searcher
 
-    page = build_page(Searcher(opened, model), title)
+    page = build_page(Searcher(opened, model, dtype=dtype_name(dtype)), title)
     typer.echo(f"Serving {index} at http://{host}:{port} (Ctrl+C stops it).")
     launch(page, host, port)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bifocal.cli.console import require, writes_into
+from bifocal.cli.console import Dtype, DtypeChoice, FastDecoding, NumWorkers, require, writes_into
 
 if TYPE_CHECKING:
     from bifocal.training.recipe import Recipe
@@ -22,14 +22,26 @@ def train(
 ) -> None:
     """Train one stage by a recipe and export the model. A killed run resumes from its last checkpoint."""
     require("accelerate", "datasets", "pydantic", "sentence_transformers")
-    from bifocal.training.plan import plan
     from bifocal.training.recipe import find_recipe, load_recipe
+    from bifocal.training.run_folder import require_run_folder, require_start
 
-    loaded = load_recipe(find_recipe(recipe), overrides, files=True)
+    path = find_recipe(recipe)
+    loaded = load_recipe(path, overrides, files=True, training_values=False)
     writes_into(loaded.folder, "free space and run the command again to resume, or set another output_dir")
-    message = plan(loaded) if dry_run else _train(loaded, overwrite)
+    if not dry_run:
+        require_run_folder(loaded.folder)
+    if dry_run or overwrite or not (loaded.folder / "model" / "config.json").exists():  # a finished run starts nothing
+        require_start(loaded)
+    loaded = load_recipe(path, overrides, files=True)
+    message = _plan(loaded) if dry_run else _train(loaded, overwrite)
     if message:
         typer.echo(message)
+
+
+def _plan(recipe: "Recipe") -> str:
+    from bifocal.training.plan import plan
+
+    return plan(recipe)
 
 
 def _train(recipe: "Recipe", overwrite: bool) -> str:
@@ -41,8 +53,8 @@ def _train(recipe: "Recipe", overwrite: bool) -> str:
     from bifocal.hub.card import Card, TrainedStage
     from bifocal.hub.export import export_model
     from bifocal.hub.source_card import as_data, common_license, sources_of_start
-    from bifocal.training.builders import start_paths
     from bifocal.training.engine.distributed import ProcessGroupInfo, leave_process_group
+    from bifocal.training.run_folder import start_paths
     from bifocal.training.runner import run_recipe
     from bifocal.training.stage_record import STAGE, earlier_stages
 
@@ -86,6 +98,9 @@ def mine(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts or images per forward pass.")] = 64,
     cache: Annotated[Path | None, typer.Option(help="Folder for embeddings, with which a killed run resumes.")] = None,
+    dtype: Dtype = DtypeChoice.model,
+    num_workers: NumWorkers = None,
+    fast_decoding: FastDecoding = False,
 ) -> None:
     """Mine hard negatives for text pairs, or across images and texts, and write them with their scores."""
     require("datasets", "pydantic", "sentence_transformers")
@@ -93,7 +108,7 @@ def mine(
 
     settings = dict(
         num_negatives=num_negatives, range_min=range_min, range_max=range_max, absolute_margin=absolute_margin,
-        batch_size=batch_size,
+        batch_size=batch_size, num_workers=num_workers, fast_decoding=fast_decoding,
     )  # fmt: skip
     writes_into(out.parent)
-    typer.echo(mine_source(source, out, model, direction, column_mapping or [], cache, settings))
+    typer.echo(mine_source(source, out, model, direction, column_mapping or [], cache, settings, dtype.value))

@@ -18,9 +18,8 @@ from bifocal.data.loading import with_columns
 from bifocal.data.symbols import SymbolsConfig, build_symbols
 from bifocal.demo.report import Stage
 from bifocal.demo.results import evaluate_symbols, example_searches, searches_as_text, write_demo_report
-from bifocal.errors import BifocalError
+from bifocal.demo.run_folder import DemoError, earlier_settings
 from bifocal.files import (
-    MARKER,
     RUN,
     overwrite,
     replace_folder,
@@ -109,10 +108,6 @@ def quick_settings(seed: int) -> DemoSettings:
     )
 
 
-class DemoError(BifocalError):
-    """A folder that the demo cannot use."""
-
-
 def run_demo(out: Path, settings: DemoSettings, overwrite_run: bool = False) -> None:
     """Train, evaluate, export and report into `out`; resume from the last checkpoint if a run there was killed.
 
@@ -149,14 +144,7 @@ def _open_run(out: Path, settings: DemoSettings, overwrite_run: bool) -> bool:
     """Claim the folder; return False if it holds a finished run."""
     recipes = {stage: json.loads(settings.recipe(stage, Path()).model_dump_json()) for stage in STAGES}
     wanted = json.loads(json.dumps({"data": asdict(settings.data), "vocab_size": settings.vocab_size} | recipes))
-    try:
-        earlier = _read_json(out / "settings.json")
-    except ValueError:  # not ours
-        earlier = {}
-    if out.exists() and not out.is_dir():
-        raise DemoError(f"'{out}' is a file. Choose another folder with --out.")
-    if earlier is None and out.exists() and any(path.name != MARKER for path in out.iterdir()):
-        raise DemoError(f"'{out}' holds other files, but no run of the demo. Choose another folder with --out.")
+    earlier = earlier_settings(out)
     if earlier is not None and overwrite_run:
         _clear(out, settings)
     elif earlier is not None and earlier != wanted:

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from bifocal.hub.search.atomic import temporary_files
-from bifocal.hub.search.ingestion import Ingestion
+from bifocal.hub.search.ingestion import EmbedImages, Ingestion
 from bifocal.hub.search.items import KINDS, Hit, Item, SearchError, check_kinds, normalize
 from bifocal.hub.search.lock import LOCK, index_lock
 from bifocal.hub.search.settings import FORMAT, PRECISIONS, SETTINGS, read_settings, write_settings
-from bifocal.hub.search.snapshot import SearchSnapshot
+from bifocal.hub.search.snapshot import Rankings, SearchSnapshot
 from bifocal.hub.search.sync import NO_SOURCE, AddResult, ItemSource, SourceScan
 from bifocal.hub.search.table import Occurrence, Table, TableSnapshot, all_occurrences
 
@@ -46,15 +46,18 @@ class SearchIndex:
         self.sources: list[dict[str, Any]] = settings["sources"]
         self.parts: int = settings["parts"]
         self.prompts: dict[str, str] = settings["prompts"]
+        self.dtype: str = settings["dtype"]
+        self.fast_decoding: bool = settings["fast_decoding"]
         self.table = Table(self.folder / "table", self.dimensions)
         self._snapshot: SearchSnapshot | None = None
 
     @classmethod
     def create(
         cls, folder: str | Path, model: str, weights: str, dimensions: int, dims: Sequence[int] = (),
-        precisions: Sequence[str] = ("float32",), prompts: dict[str, str] | None = None,
+        precisions: Sequence[str] = ("float32",), prompts: dict[str, str] | None = None, dtype: str = "model",
+        fast_decoding: bool | None = None,
     ) -> "SearchIndex":  # fmt: skip
-        """Return a new, empty index; or the existing one if it is of the same model, or empty.
+        """Return a new, empty index; or the existing one if it is of the same model and dtype, or empty.
 
         Args:
             folder: folder of the index.
@@ -65,35 +68,40 @@ class SearchIndex:
             precisions: "float32" and "int8".
             prompts: texts that go before queries ("query") and indexed texts ("document"); an existing index keeps its
                 own, with which its texts were embedded.
+            dtype: dtype that vectors are computed in, see `EmbeddingModel`.
+            fast_decoding: whether large JPEGs are decoded at reduced scale; as before in an existing index if None, and
+                not in a new one.
 
         Raises:
-            SearchError: if the folder holds something else or an index of another model, or an option is wrong.
+            SearchError: if the folder holds something else or an index of another model, dtype or decoding, or an
+                option is wrong.
         """
         folder = Path(folder)
-        for dim in dims:
-            if not 1 <= dim <= dimensions:
-                raise SearchError(
-                    f"The model has {dimensions} dimensions; choose --dim from 1 to {dimensions}, not {dim}."
-                )
-        for precision in precisions:
-            if precision not in PRECISIONS:
-                raise SearchError(f"'{precision}' is not a precision. Choose one of {', '.join(PRECISIONS)}.")
+        cls.check_dims(dims, dimensions)
+        cls.check(folder, precisions)
         variants = [(dim, precision) for dim in (dims or [dimensions]) for precision in precisions]
         if os.path.isdir(os.path.expanduser(model)):
             model = os.path.abspath(os.path.expanduser(model))
         settings = dict(
-            format=FORMAT, model=model, weights=weights, dimensions=dimensions, prompts=prompts or {}, sources=[],
-            parts=0,
+            format=FORMAT, model=model, weights=weights, dimensions=dimensions, prompts=prompts or {}, dtype=dtype,
+            sources=[], parts=0, fast_decoding=bool(fast_decoding),
         )  # fmt: skip
         if (folder / SETTINGS).exists():
             index = cls(folder)
             if len(index):  # refuse at once, without waiting for another command
                 index.require_same_weights(weights, model)
+                index.require_same_dtype(dtype)
+                index.require_decoding(fast_decoding)
             with index_lock(folder):
                 if (folder / SETTINGS).exists():  # otherwise another command found nothing to index, and deleted it
                     index = cls(folder)
-                    if index.weights == weights or len(index):
+                    if (index.weights == weights and index.dtype == dtype) or len(index):
                         index.require_same_weights(weights, model)
+                        index.require_same_dtype(dtype)
+                        if len(index):
+                            index.require_decoding(fast_decoding)
+                        elif fast_decoding is not None:
+                            index.fast_decoding = fast_decoding
                         index.model = model
                         index.variants += [variant for variant in variants if variant not in index.variants]
                         index._save()
@@ -102,14 +110,43 @@ class SearchIndex:
                         part.unlink()
                 write_settings(folder, {**settings, "variants": variants})
             return cls(folder)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise SearchError(f"'{folder}' holds other files and no index. Choose another folder.")
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise SearchError(f"'{folder}' cannot be created ({error.strerror}). Choose another folder.") from error
         write_settings(folder, {**settings, "variants": variants})
         return cls(folder)
+
+    @staticmethod
+    def check_dims(dims: Sequence[int], dimensions: int) -> None:
+        """Check numbers of leading dimensions.
+
+        Args:
+            dimensions: length of the model's vectors.
+
+        Raises:
+            SearchError: if one is out of range.
+        """
+        for dim in dims:
+            if not 1 <= dim <= dimensions:
+                raise SearchError(
+                    f"The model has {dimensions} dimensions; choose --dim from 1 to {dimensions}, not {dim}."
+                )
+
+    @staticmethod
+    def check(folder: Path, precisions: Sequence[str]) -> None:
+        """Check what `create` can know without a model.
+
+        Raises:
+            SearchError: if the folder holds something else than an index, or a precision is unknown.
+        """
+        for precision in precisions:
+            if precision not in PRECISIONS:
+                raise SearchError(f"'{precision}' is not a precision. Choose one of {', '.join(PRECISIONS)}.")
+        if (folder / SETTINGS).exists() or not folder.exists():
+            return
+        if not folder.is_dir() or any(folder.iterdir()):
+            raise SearchError(f"'{folder}' holds other files and no index. Choose another folder.")
 
     def _save(self) -> None:
         """Write the settings, together with what other processes have added to them. The caller holds the lock."""
@@ -123,7 +160,8 @@ class SearchIndex:
     def _write_settings(self) -> None:
         settings = dict(
             format=FORMAT, model=self.model, weights=self.weights, dimensions=self.dimensions, prompts=self.prompts,
-            variants=self.variants, parts=self.parts, sources=self.sources,
+            dtype=self.dtype, variants=self.variants, parts=self.parts, sources=self.sources,
+            fast_decoding=self.fast_decoding,
         )  # fmt: skip
         write_settings(self.folder, settings)
 
@@ -154,6 +192,32 @@ class SearchIndex:
                 f"weights ({weights}), whose vectors cannot be compared. Index again into another folder."
             )
 
+    def require_decoding(self, fast: bool | None) -> None:
+        """Check that the images of the index were decoded in this way; None stands for any.
+
+        Raises:
+            SearchError: if they were decoded in the other way.
+        """
+        if fast not in (None, self.fast_decoding):
+            made, option = ("fast", "--no-fast-decoding") if self.fast_decoding else ("exact", "--fast-decoding")
+            raise SearchError(
+                f"The index '{self.folder}' was made with {made} decoding of images, and vectors of both kinds are not "
+                f"comparable. Omit {option}, or index into another folder."
+            )
+
+    def require_same_dtype(self, dtype: str) -> None:
+        """Check that the index was made in this dtype.
+
+        Raises:
+            SearchError: if the index was made in another dtype.
+        """
+        if dtype != self.dtype:
+            own, other = ("the model's dtype" if name == "model" else name for name in (self.dtype, dtype))
+            raise SearchError(
+                f"The index '{self.folder}' was made in {own}, not in {other}. Use dtype {self.dtype}, or index into "
+                "another folder."
+            )
+
     def __len__(self) -> int:
         return len(self._open().keys)
 
@@ -176,7 +240,7 @@ class SearchIndex:
 
     def add(
         self, items: Iterable[Item], encode_text: Callable[[list[str]], np.ndarray],
-        encode_image: Callable[[list[Any]], np.ndarray], progress: Callable[[int], None] = lambda count: None,
+        embed_images: EmbedImages, progress: Callable[[int], None] = lambda count: None,
         source: ItemSource | None = None, prune: bool = False,
     ) -> AddResult:  # fmt: skip
         """Embed and write items that are not in the index, part by part, then update names and captions of the others.
@@ -184,7 +248,8 @@ class SearchIndex:
         After a kill, the next run resumes: it embeds only what was not written.
 
         Args:
-            encode_text, encode_image: from texts or images to vectors (items, dimensions).
+            encode_text: from texts to vectors (items, dimensions).
+            embed_images: see `Ingestion`.
             progress: called with the number of items read.
             source: source of the items; without one, nothing counts as missing.
             prune: delete what the index has of this source and the source no longer has.
@@ -197,7 +262,7 @@ class SearchIndex:
                 self.table.fill(name)
             known_keys = {key for key, _ in all_occurrences(self.table.open())}
             scan = SourceScan(self._source_number(source))
-            ingestion = Ingestion(self.table, known_keys, scan, encode_text, encode_image, self._record_parts)
+            ingestion = Ingestion(self.table, known_keys, scan, encode_text, embed_images, self._record_parts)
             result = ingestion.run(items, progress)
             result.restored = len(missing)
             self._update_occurrences(ingestion, source, prune)
@@ -209,14 +274,17 @@ class SearchIndex:
         """Write the settings again if another command deleted the empty index. The caller holds the lock.
 
         Raises:
-            SearchError: if the index belongs to another model now.
+            SearchError: if the index belongs to another model or dtype now.
         """
         if not (self.folder / SETTINGS).exists():
             if not self.table.parts:
                 self.sources, self.parts = [], 0
             self._write_settings()
             return
-        SearchIndex(self.folder).require_same_weights(self.weights, self.model)
+        owner = SearchIndex(self.folder)
+        owner.require_same_weights(self.weights, self.model)
+        owner.require_same_dtype(self.dtype)
+        owner.require_decoding(self.fast_decoding)
 
     def _record_parts(self, parts: int) -> None:
         self.parts = max(self.parts, parts)
@@ -305,6 +373,16 @@ class SearchIndex:
         Raises:
             SearchError: if an option is wrong, or the index is empty.
         """
+        vector = np.asarray(vector, np.float32)
+        if vector.shape != (self.dimensions,):
+            raise SearchError(f"The query has {vector.shape} numbers, but the index has {self.dimensions} dimensions.")
+        ranking = self.rank(vector[None], k, kinds, variant)
+        return ranking.hits(0)
+
+    def rank(
+        self, vectors: np.ndarray, k: int = 10, kinds: Sequence[str] = KINDS, variant: tuple[int, str] | None = None
+    ) -> Rankings:
+        """Search for several queries (queries, dimensions) at once; see `search`."""
         kinds = check_kinds(kinds)
         if k < 1:
             raise SearchError(f"The number of hits must be at least 1, not {k}.")
@@ -312,24 +390,22 @@ class SearchIndex:
         if not len(snapshot.keys):
             raise SearchError(f"The index '{self.folder}' is empty. Add something with bifocal index.")
         dim, precision = variant or max(self.variants, key=lambda choice: (choice[0], choice[1] == "float32"))
+        self.require_variant(dim, precision)
+        is_exact = dim == self.dimensions and precision == "float32"
+        candidates = k if is_exact else _CANDIDATES * k
+        return snapshot.rank(normalize(np.asarray(vectors, np.float32)), k, kinds, (dim, precision), candidates)
+
+    def require_variant(self, dim: int, precision: str) -> None:
+        """Check that the index has a variant.
+
+        Raises:
+            SearchError: if it has not.
+        """
         if (dim, precision) not in self.variants:
             known = ", ".join(f"{dim} {precision}" for dim, precision in self.variants)
             raise SearchError(
                 f"'{self.folder}' cannot be searched by {dim} dimensions in {precision}, only by {known}."
             )
-        query = normalize(np.asarray(vector, np.float32))
-        if query.shape != (self.dimensions,):
-            raise SearchError(f"The query has {query.shape} numbers, but the index has {self.dimensions} dimensions.")
-        is_exact = dim == self.dimensions and precision == "float32"
-        ranked: list[tuple[float, float, int]] = []
-        for kind in kinds:
-            rows = snapshot.nearest_rows(query, k if is_exact else _CANDIDATES * k, kind, (dim, precision))
-            scores = snapshot.vectors(rows) @ query
-            several = len(kinds) > 1
-            ranking_scores = snapshot.calibration.ranking_scores(scores, kind, query) if several else scores
-            ranked += zip(ranking_scores.tolist(), scores.tolist(), rows.tolist(), strict=True)
-        ranked = sorted(ranked, key=lambda hit: (-hit[0], hit[2]))[:k]
-        return [snapshot.hit(row, score, ranking_score) for ranking_score, score, row in ranked]
 
     def _open(self) -> SearchSnapshot:
         stamp = self.table.stamp()

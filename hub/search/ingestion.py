@@ -1,17 +1,24 @@
 """One run that embeds items and writes them to the table, part by part."""
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bifocal.hub.search.items import Item, SearchError, normalize, read_image, thumbnail
+from bifocal.hub.search.items import Item, SearchError, decode_item, normalize, thumbnail
 from bifocal.hub.search.sync import AddResult, SourceScan
 from bifocal.hub.search.table import ROWS, Table
 
-_MAX_PIXELS_IN_MEMORY = 2**28  # of decoded images, 0.8 GB; a whole part of photos would take dozens
+if TYPE_CHECKING:  # it imports torch
+    from bifocal.modeling.image_batches_bifocal import ImagePreparer
+
+# From sources and what reads one with a preparer to a note and a vector for each source; see `embed_ahead`.
+EmbedImages = Callable[
+    [Iterable[Any], Callable[["ImagePreparer", Any], tuple[Any, Any]]], Generator[tuple[Any, Any], None, None]
+]
 
 
 class Ingestion:
@@ -21,16 +28,17 @@ class Ingestion:
         table: table to add to; the caller holds its index's lock.
         known_keys: keys in the table before the run.
         scan: is shown every item that is in the table or is written to it.
-        encode_text, encode_image: from texts or images to vectors (items, dimensions).
+        encode_text: from texts to vectors (items, dimensions).
+        embed_images: yields notes and vectors for images that it reads, see `EmbeddingModel.embed_ahead`.
         on_part_written: called with the number of parts after each new part.
     """
 
     def __init__(
         self, table: Table, known_keys: set[str], scan: SourceScan, encode_text: Callable[[list[str]], np.ndarray],
-        encode_image: Callable[[list[Any]], np.ndarray], on_part_written: Callable[[int], None],
+        embed_images: EmbedImages, on_part_written: Callable[[int], None],
     ) -> None:  # fmt: skip
         self.table, self.known_keys, self.scan, self.on_part_written = table, known_keys, scan, on_part_written
-        self.encode_text, self.encode_image = encode_text, encode_image
+        self.encode_text, self.embed_images = encode_text, embed_images
         self.result = AddResult()
         self.unread: set[str] = set()  # names that exist, but could not be read
 
@@ -76,30 +84,22 @@ class Ingestion:
         Args:
             waiting: items by key.
         """
+        sources = {key: items[0].image for key, items in waiting.items() if items[0].image is not None}
+        with closing(self.embed_images(sources.values(), _read)) as embedded_images:
+            images = dict(zip(sources, embedded_images, strict=True))
         rows: list[dict[str, Any]] = []
-        images: list[Any] = []
-        image_vectors: list[np.ndarray] = []
         for key, items in waiting.items():
-            first = items[0]
-            row: dict[str, Any] = {"key": key, "kind": first.kind, "text": first.text, "image": None}
-            if first.image is not None:
-                try:
-                    image = read_image(first.image)
-                except SearchError as error:
-                    self._skip(items, str(error))
-                    continue
-                row["image"] = thumbnail(image)
-                images.append(image)
-                if sum(image.width * image.height for image in images) > _MAX_PIXELS_IN_MEMORY:
-                    image_vectors += list(self.encode_image(images))
-                    images = []
-            rows.append(row)
+            note, _ = images.get(key, (None, None))
+            if isinstance(note, SearchError):
+                self._skip(items, str(note))
+            else:
+                rows.append({"key": key, "kind": items[0].kind, "text": items[0].text, "image": note})
         texts = [row["text"] for row in rows if row["kind"] == "text"]
-        image_vectors += list(self.encode_image(images)) if images else []
-        vectors = {"text": iter(self.encode_text(texts) if texts else ()), "image": iter(image_vectors)}
+        text_vectors = iter(self.encode_text(texts) if texts else ())
         embedded = []
         for row in rows:
-            row["embedding"] = normalize(np.asarray(next(vectors[row["kind"]]), np.float32))
+            vector = next(text_vectors) if row["kind"] == "text" else images[row["key"]][1]
+            row["embedding"] = normalize(np.asarray(vector, np.float32))
             items = waiting[row["key"]]
             if not np.isfinite(row["embedding"]).all():
                 self._skip(items, "its embedding is not finite")
@@ -113,3 +113,12 @@ class Ingestion:
         if embedded:
             self.on_part_written(self.table.append(embedded))
             self.result.new += len(embedded)
+
+
+def _read(preparer: "ImagePreparer", source: Any) -> tuple[bytes | SearchError, Any]:
+    """Return an image's thumbnail and what is embedded of it; an error and None if it cannot be read."""
+    try:
+        decoded = decode_item(source, preparer)
+    except SearchError as error:
+        return error, None
+    return thumbnail(decoded.image), preparer.prepare(decoded)

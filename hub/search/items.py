@@ -6,13 +6,16 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
 from bifocal.errors import BifocalError
-from bifocal.modeling import load_image
+
+if TYPE_CHECKING:  # they import torch
+    from bifocal.modeling.image_batches_bifocal import ImagePreparer
+    from bifocal.modeling.image_bifocal import DecodedImage
 
 KINDS = ("image", "text")
 MAX_PIXELS = 64_000_000  # of an image; decoding a larger one takes gigabytes
@@ -22,6 +25,10 @@ _LOSSLESS_SIZE = 64  # thumbnails up to this size are PNG
 
 class SearchError(BifocalError):
     """What is wrong with an index or a search."""
+
+
+class QueryError(SearchError):
+    """What is wrong with a query. Unlike other errors, it may be shown to a visitor."""
 
 
 @dataclass
@@ -100,11 +107,11 @@ class Hit:
         }  # fmt: skip
 
 
-def read_image(source: Any) -> Image.Image:
-    """Return an image as upright RGB.
+def require_image(source: Any) -> None:
+    """Check the header of an image.
 
     Raises:
-        SearchError: if it is too large or cannot be read. The message does not name the image.
+        SearchError: if it is not an image, or too large. The message does not name the image.
     """
     try:
         if isinstance(source, Image.Image):
@@ -122,8 +129,21 @@ def read_image(source: Any) -> Image.Image:
         raise SearchError("it cannot be read as an image") from error
     if size[0] * size[1] > MAX_PIXELS:
         raise SearchError(f"it has {size[0]} x {size[1]} pixels, more than {MAX_PIXELS:,}")
+
+
+def decode_item(source: Any, preparer: "ImagePreparer") -> "DecodedImage":
+    """Return an image as upright RGB, at reduced scale if the preparer does that and a thumbnail needs no more.
+
+    Args:
+        source: a Pillow image, a path or the bytes of a file.
+        preparer: decodes the image if it is not too large.
+
+    Raises:
+        SearchError: if it is too large or cannot be read. The message does not name the image.
+    """
+    require_image(source)
     try:
-        return load_image(source)
+        return preparer.decode(source, smallest_side=_THUMBNAIL_SIZE)
     except (ValueError, FileNotFoundError) as error:
         raise SearchError("it is broken") from error
 

@@ -2,16 +2,19 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from bifocal.errors import first_line
+from bifocal.hub.search.arguments import require_model_path
 from bifocal.hub.search.items import SearchError
 from bifocal.modeling import BifocalConfig, BifocalModel
+from bifocal.modeling.dtype_bifocal import default_device, loading_options, pool_in_float32, resolve_dtype
+from bifocal.modeling.image_batches_bifocal import EmbeddedImages, ImagePreparer, embed_ahead
 from bifocal.modeling.loading_bifocal import model_kind, read_config, require_vocabulary
 from bifocal.modeling.towers_bifocal import pooling_settings, search_prompts
 
@@ -25,10 +28,11 @@ class EmbeddingModel:
     Args:
         name: folder or Hub id, for messages.
         model: a `BifocalModel` with its processor, or a `SentenceTransformer`.
+        dtype: "model" if its weights have the dtype that they are stored in, else the name of their dtype.
     """
 
-    def __init__(self, name: str, model: Any) -> None:
-        self.name, self.model = name, model
+    def __init__(self, name: str, model: Any, dtype: str = "model") -> None:
+        self.name, self.model, self.dtype = name, model, dtype
         self.is_joint = isinstance(model, BifocalModel)
         self.embeds_images: bool = self.is_joint or "image" in model.modalities
         prompts = model.config.prompts if self.is_joint else model.prompts
@@ -52,7 +56,7 @@ class EmbeddingModel:
         return encode(list(texts), prompt=prompt, batch_size=batch_size, show_progress_bar=False)
 
     def encode_image(self, images: Sequence[Any], batch_size: int = 32) -> np.ndarray:
-        """Return the vectors (images, dimensions) of decoded images.
+        """Return the vectors (images, dimensions) of images that are decoded, or prepared by `image_preparer`.
 
         Raises:
             SearchError: if the model embeds no images.
@@ -60,6 +64,34 @@ class EmbeddingModel:
         self.require_images()
         encode = self.model.encode_image if self.is_joint else self.model.encode
         return encode(list(images), batch_size=batch_size, show_progress_bar=False)
+
+    def image_preparer(self, fast_decoding: bool = False) -> ImagePreparer:
+        """Return what decodes images and, for a dual encoder, resizes them.
+
+        Args:
+            fast_decoding: decode large JPEGs at reduced scale; see `encode_image` of a model.
+        """
+        return self.model.image_preparer(fast_decoding) if self.is_joint else ImagePreparer()
+
+    def embed_ahead(
+        self, sources: Iterable[Any], read: Callable[[ImagePreparer, Any], tuple[Any, Any]], batch_size: int = 32,
+        num_workers: int | None = None, fast_decoding: bool = False,
+    ) -> EmbeddedImages:  # fmt: skip
+        """Read images in threads ahead of the model, and yield a note and a vector for each, in order.
+
+        Args:
+            sources: what is read.
+            read: returns a note and the prepared image of a source, or None instead of one that is not embedded.
+            batch_size: images per forward pass.
+            num_workers: threads that read images; see `encode_image` of a model.
+            fast_decoding: see `image_preparer`.
+
+        Raises:
+            SearchError: if the model embeds no images.
+        """
+        preparer = self.image_preparer(fast_decoding)
+        embed = partial(self.encode_image, batch_size=batch_size)
+        return embed_ahead(sources, partial(read, preparer), embed, preparer, batch_size, num_workers)
 
     def require_images(self) -> None:
         """Check that the model embeds images.
@@ -71,32 +103,36 @@ class EmbeddingModel:
             raise SearchError(f"'{self.name}' embeds no images; use texts only, or a model that embeds both.")
 
 
-def load_model(model: str) -> EmbeddingModel:
+def load_model(model: str, dtype: str | None = None) -> EmbeddingModel:
     """Return a model with its processor. No code of its repository is run.
 
     Args:
         model: folder or Hub id of a dual encoder (Bifocal, CLIP, SigLIP, ...) or a sentence-transformers model.
+        dtype: one of `DTYPE_CHOICES`; "model", the dtype of its weights, when None.
 
     Raises:
         SearchError: if there is no such model, or it cannot be loaded.
     """
+    require_model_path(model)
     path = Path(model).expanduser()
-    if not path.exists() and (path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1):
-        raise SearchError(f"There is no model at '{model}' (no such folder). Pass --model with its local path.")
-    source, device = str(path) if path.exists() else model, "cuda" if torch.cuda.is_available() else "cpu"
+    source, device = str(path) if path.exists() else model, default_device()
+    dtype = resolve_dtype(dtype, device)
+    options = loading_options(dtype, device)
     try:
         if model_kind(source) == "joint":
-            joint = BifocalModel.from_pretrained(source).to(device).eval()
+            joint = BifocalModel.from_pretrained(source, **options).to(device).eval()
             _ = joint.processor
-            return EmbeddingModel(model, joint)
+            return EmbeddingModel(model, joint, dtype)
         from sentence_transformers import SentenceTransformer
 
-        sentences = SentenceTransformer(source, device=device)
+        sentences = SentenceTransformer(source, device=device, model_kwargs=options)
+        if options:
+            pool_in_float32(sentences)
         if "text" not in sentences.modalities:
             raise ValueError("it embeds no texts")
         if hasattr(getattr(sentences, "tokenizer", None), "all_special_ids"):
             require_vocabulary(sentences.tokenizer, source)
-        return EmbeddingModel(model, sentences)
+        return EmbeddingModel(model, sentences, dtype)
     except ImportError as error:
         raise SearchError(f"'{model}' needs a package that is not installed ({first_line(error)}).") from error
     except Exception as error:  # transformers, safetensors and tokenizers raise many kinds

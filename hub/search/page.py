@@ -12,35 +12,49 @@ from typing import Any
 
 # Before gradio is imported: no usage reports, no lookups of newer versions.
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+# No statistics for gradio's monitoring page, which is off: a table of the last 10,000 searches after each search.
+os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "1")
+os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", "1000000000")
 
 import gradio
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
-from bifocal.hub.search.items import KINDS, Hit, SearchError
+from bifocal.hub.search.items import KINDS, Hit, QueryError, SearchError
 from bifocal.hub.search.searcher import MAX_QUERY_LENGTH, Searcher
 
 logger = logging.getLogger(__name__)
 
 MAX_UPLOAD_SIZE = 10 * 2**20  # bytes
-_MAX_PARALLEL_SEARCHES = 4  # others wait in the queue
+MAX_PARALLEL_SEARCHES = 64  # they are embedded together; others wait in the queue
+_OTHER_THREADS = 16  # for uploads and what else the page does while as many searches run
 _MAX_QUEUE_SIZE = 500  # a visitor beyond is asked to come back later
 _MAX_HITS = 60
 _UPLOAD_LIFETIME = 3600  # seconds until an upload is deleted
 _MAX_TEXT_LENGTH = 600  # characters that a hit shows
 
-# Choices of the page: one ranking of both kinds, one ranking of each, or one kind.
-VIEWS = {"One ranking": "one", "Two rankings": "two", "Images only": "image", "Texts only": "text"}
+# Choices of the page: the kinds of each ranking by its heading.
+VIEWS: dict[str, dict[str, tuple[str, ...]]] = {
+    "One ranking": {"": KINDS}, "Two rankings": {kind: (kind,) for kind in KINDS}, "Images only": {"": ("image",)},
+    "Texts only": {"": ("text",)},
+}  # fmt: skip
 _HEADINGS = {"image": "Images", "text": "Texts"}
 
 STYLE = Path(__file__).with_name("page.css")
 
 
-def build_page(searcher: Searcher, title: str = "Search images and texts") -> gradio.Blocks:
+def build_page(
+    searcher: Searcher, title: str = "Search images and texts", parallel_searches: int = MAX_PARALLEL_SEARCHES
+) -> gradio.Blocks:
     """Return the page over an index.
 
     A search by text and image together looks for what is between the two. Errors that a visitor can correct are shown
     instead of the results.
+
+    Args:
+        searcher: the index and its model.
+        title: title of the page.
+        parallel_searches: most searches that are in work at once.
     """
     counts = searcher.index.counts()
     contents = f"{counts['image']:,} images and {counts['text']:,} texts"
@@ -82,16 +96,22 @@ def build_page(searcher: Searcher, title: str = "Search images and texts") -> gr
                     label="Image", type="filepath", sources=["upload", "clipboard"], image_mode=None, height=260,
                     elem_id="bf-query-image", visible=by_image,
                 )  # fmt: skip
-        # Pass the file on: gradio would decode it, however large it is.
-        image.preprocess = lambda payload: _uploaded_file(page, payload)  # type: ignore[method-assign]
         # If a visitor sends an address, gradio would fetch it.
         image.async_move_resource_to_block_cache = _refuse_addresses  # type: ignore[method-assign, assignment]
         results = gradio.HTML(empty, elem_id="bf-results")
+        find = search_function(searcher)
+
+        def search(text: Any, image: Any, view: Any, count: Any, weight: Any) -> str:
+            return find(text, _uploaded_file(page, image), view, count, weight)
+
+        # No preprocessing: gradio would decode an image, however large it is, and change threads for each input.
         options: dict[str, Any] = dict(
-            fn=search_function(searcher),
+            fn=search,
+            preprocess=False,
+            postprocess=False,
             inputs=[text, image, view, count, weight],
             outputs=results,
-            concurrency_limit=_MAX_PARALLEL_SEARCHES,
+            concurrency_limit=parallel_searches,
             show_progress="full",
             trigger_mode="always_last",
         )
@@ -113,15 +133,20 @@ _REFUSED = "This is not an image that was uploaded here. Upload one."
 def _uploaded_file(page: gradio.Blocks, payload: Any) -> str | None:
     """Return the file of a visitor's image.
 
-    A visitor who calls the page's route may send any path: only files that were uploaded to this page are accepted.
+    A visitor who calls the page's route may send anything: only files that were uploaded to this page are accepted.
+
+    Args:
+        page: the page.
+        payload: what was sent: None, or a dict with the path of an upload.
 
     Raises:
-        gradio.Error: if the path is another one.
+        gradio.Error: if it is anything else.
     """
     if payload is None:
         return None
-    path = os.path.realpath(payload.path)
-    if path not in {os.path.realpath(file) for file in page.upload_file_set}:
+    path = payload.get("path") if isinstance(payload, dict) else None
+    path = os.path.realpath(path) if isinstance(path, str) else None
+    if path not in {os.path.realpath(file) for file in list(page.upload_file_set)}:  # others upload meanwhile
         raise gradio.Error(_REFUSED, print_exception=False)
     return path
 
@@ -160,33 +185,39 @@ def search_function(searcher: Searcher) -> Callable[..., str]:
     def search(text: str | None, image: str | None, view: str, count: float, weight: float) -> str:
         try:
             if not isinstance(text, str | None) or not (_is_number(count) and _is_number(weight)):
-                raise SearchError(
+                raise QueryError(
                     "This search cannot be read. It takes a text, an image, a number of hits and a weight."
                 )
             if not isinstance(view, str) or view not in VIEWS:
-                raise SearchError(f"'{view}' cannot be shown. Choose one of {', '.join(VIEWS)}.")
-            if image is not None and Path(image).stat().st_size > MAX_UPLOAD_SIZE:
-                raise SearchError(f"The image is larger than {MAX_UPLOAD_SIZE // 2**20} MiB. Choose a smaller one.")
-            is_long = len(text or "") > MAX_QUERY_LENGTH
+                raise QueryError(f"'{view}' cannot be shown. Choose one of {', '.join(VIEWS)}.")
+            if image is not None and _size(image) > MAX_UPLOAD_SIZE:
+                raise QueryError(f"The image is larger than {MAX_UPLOAD_SIZE // 2**20} MiB. Choose a smaller one.")
             k = max(1, min(int(count), _MAX_HITS))
-            vector = searcher.vector(text, image, min(max(float(weight), 0.0), 1.0))
-        except FileNotFoundError:  # deleted after an hour
-            return note("The image was deleted. Upload it again.", alert=True)
-        except SearchError as error:
+            rankings = searcher.search_rankings(
+                [*VIEWS[view].values()], text, image, k, min(max(float(weight), 0.0), 1.0)
+            )
+        except QueryError as error:
             return note(str(error), alert=True)
-        try:
-            kinds = VIEWS[view]
-            if kinds == "two":
-                rankings = {kind: searcher.index.search(vector, k, [kind]) for kind in KINDS}
-            else:
-                rankings = {"": searcher.index.search(vector, k, KINDS if kinds == "one" else [kinds])}
         except SearchError as error:  # it names the server's files, which visitors should not see
             logger.error(str(error))
             return note("The index cannot be searched now. The server's log says why.", alert=True)
+        is_long = len(text or "") > MAX_QUERY_LENGTH
         warning = f"The text is long: only its first {MAX_QUERY_LENGTH:,} characters were used." if is_long else ""
-        return results_html(rankings, warning)
+        return results_html(dict(zip(VIEWS[view], rankings, strict=True)), warning)
 
     return search
+
+
+def _size(image: str) -> int:
+    """Return the bytes of an uploaded file.
+
+    Raises:
+        QueryError: if it was deleted, as uploads are after an hour.
+    """
+    try:
+        return Path(image).stat().st_size
+    except FileNotFoundError as error:
+        raise QueryError("The image was deleted. Upload it again.") from error
 
 
 def _is_number(value: Any) -> bool:
@@ -256,7 +287,7 @@ def launch(page: gradio.Blocks, host: str | None = None, port: int | None = None
         _, address, _ = page.launch(
             server_name=host, server_port=port, prevent_thread_lock=not wait, quiet=True, show_error=False, share=False,
             max_file_size=MAX_UPLOAD_SIZE, footer_links=[], theme=theme, css_paths=STYLE, ssr_mode=False,
-            enable_monitoring=False, pwa=False, mcp_server=False,
+            max_threads=MAX_PARALLEL_SEARCHES + _OTHER_THREADS, enable_monitoring=False, pwa=False, mcp_server=False,
             app_kwargs={"middleware": [Middleware(OwnFilesOnly, page=page)]},
         )  # fmt: skip
     except OSError as error:

@@ -10,6 +10,7 @@ from bifocal.hub.search.items import SearchError
 FORMAT = 3
 SETTINGS = "index.json"
 PRECISIONS = ("float32", "int8")
+DTYPES = ("model", "float32", "bfloat16", "float16")  # that vectors are computed in; "model" is that of the weights
 _TYPES = {"model": str, "weights": str, "dimensions": int, "parts": int, "sources": list, "variants": list}
 
 
@@ -40,6 +41,12 @@ def read_settings(folder: Path) -> dict[str, Any]:
     settings.setdefault("prompts", {})  # of an index that was made before models had some
     if not wrong and not _are_prompts(settings["prompts"]):
         wrong = ["prompts"]
+    settings.setdefault("dtype", "model")  # of an index that was made before there was a choice
+    if not wrong and settings["dtype"] not in DTYPES:
+        wrong = ["dtype"]
+    settings.setdefault("fast_decoding", False)  # of an index that was made before there was another decoding
+    if not wrong and not isinstance(settings["fast_decoding"], bool):
+        wrong = ["fast_decoding"]
     if wrong:
         raise SearchError(f"'{path}' is damaged ({wrong[0]}). Index the sources again into another folder.")
     return settings

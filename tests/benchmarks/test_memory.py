@@ -20,6 +20,16 @@ def test_8192_tokens_stay_below_two_gib():
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from /proc, which is Linux's")
+@pytest.mark.parametrize("way", ["blocks", "none"])
+def test_a_training_step_is_measured_with_and_without_a_bias(way):
+    done = run(SCRIPT, "--train", "--one", way, "--layers", "1", "--tokens", "128", "--batch", "2")
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(done.stdout.splitlines()[-1])
+    assert measured["bytes"] > 4 * 2 * 128 * 6144  # the feed-forward's activations alone
+    assert measured["cpu_seconds"] > 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from /proc, which is Linux's")
 def test_the_tiled_loss_holds_no_matrix():
     """At 4,096 rows the matrix alone is 64 MiB; the plain form holds several."""
     script = SCRIPT.with_name("contrastive_loss.py")

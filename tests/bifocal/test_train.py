@@ -61,7 +61,7 @@ def tuned(reader) -> Path:
     assert done.returncode == 0, done.stderr[-3000:]
     assert "The model is in runs/finetune/model." in done.stdout
     assert done.stderr.count("auto_find_chunk_size embeds") == 1
-    assert done.stderr.count("Half precision is off") == 1
+    assert done.stdout.count("'finetune' trains in ") == 1
     assert not re.search("(Writing|Loading).*?%", done.stderr), "no bars for files of a moment"
     return reader / "runs" / "finetune"
 
@@ -288,6 +288,7 @@ def test_two_processes_by_torchrun(reader):
         "training.max_steps=3",
         "training.logging_steps=1",
         "training.auto_find_chunk_size=false",
+        "training.bf16=false",
     ]
 
     def losses(output: str) -> list[float]:
@@ -304,6 +305,6 @@ def test_two_processes_by_torchrun(reader):
     assert one.returncode == two.returncode == 0, two.stderr[-3000:]
     assert len(losses(one.stdout)) == 3
     assert two.stdout.count("The model is in runs/two/model.") == 1
-    assert two.stderr.count("Half precision is off") == 1
+    assert two.stdout.count("'finetune' trains in float32.") == 1
     assert losses(two.stdout) == pytest.approx(losses(one.stdout), abs=0.011), "as printed, to two places"
     assert BifocalModel.from_pretrained(reader / "runs" / "two" / "model").encode_text("star").shape == (40,)

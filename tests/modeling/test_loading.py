@@ -161,7 +161,8 @@ def test_shipped_files_are_those_of_this_project(saved):
 
     source = Path(package.__file__).parent
     shipped = sorted(path.name for path in saved.glob("*.py"))
-    assert shipped == sorted(path.name for path in source.glob("*.py") if path.name != "__init__.py")
+    ours = {"__init__.py", "dtype_bifocal.py"}  # the latter chooses what models are loaded with
+    assert shipped == sorted(path.name for path in source.glob("*.py") if path.name not in ours)
     for name in shipped:
         assert (saved / name).read_bytes() == (source / name).read_bytes(), name
     assert not list(saved.glob("*.bin"))

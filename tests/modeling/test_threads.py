@@ -247,10 +247,10 @@ def test_a_model_that_was_used_is_freed_at_once(processor):
 def test_a_forked_child_waits_for_no_lock():
     """A data worker is forked while another thread reads an image or loads a processor."""
     with ExitStack() as held:
-        for lock in (*image_bifocal._READING, encoding_bifocal._LOADING):
+        for lock in (*image_bifocal._READING, *image_bifocal._STREAMS, encoding_bifocal._LOADING):
             held.enter_context(lock)
         child = os.fork()
         if child == 0:
-            locks = (*image_bifocal._READING, encoding_bifocal._LOADING)
-            os._exit(1 if len(locks) != 17 or any(lock.locked() for lock in locks) else 0)
+            locks = (*image_bifocal._READING, *image_bifocal._STREAMS, encoding_bifocal._LOADING)
+            os._exit(1 if len(locks) != 33 or any(lock.locked() for lock in locks) else 0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

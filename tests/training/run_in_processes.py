@@ -54,6 +54,7 @@ CASES = {
     "sigmoid, cached, accumulated": (
         {"text_chunk_size": 4, "image_loss": "sigmoid", "gradient_accumulation_steps": 2}, "text-pair",
     ),
+    "triplets, cached, nothing kept": ({"text_chunk_size": 3, "graph_memory": 0}, "text-triplet"),
 }  # fmt: skip
 
 

@@ -5,7 +5,10 @@ import torch
 
 from bifocal.modeling import BifocalModel
 from bifocal.training.collator import MultiTaskCollator
+from bifocal.training.engine import activation_memory
+from bifocal.training.engine.activation_memory import free_memory, kept_for_backward
 from bifocal.training.engine.gradient_cache import cached_step, into_chunks
+from bifocal.training.engine.graph_memory import GIB, GraphMemory
 from bifocal.training.engine.joint_forward import embed
 from bifocal.training.joint_batches import JointBatchDataset
 from bifocal.training.losses.multi_task_loss import MultiTaskLoss
@@ -35,9 +38,10 @@ class _Nothing:
         return None
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(("text_rows", "image_rows"), [(3, 2), (5, None), (None, 3), (100, 100)])
-def test_same_gradients_as_a_direct_step(processor, text_rows, image_rows, checkpointing):
+def test_same_gradients_as_a_direct_step(processor, text_rows, image_rows, checkpointing, share):
     """The direct step embeds the same chunks, since a draw of dropout depends on the shape it is drawn for."""
     named, inputs = inputs_of(processor)
     objective = MultiTaskLoss(named)
@@ -54,13 +58,23 @@ def test_same_gradients_as_a_direct_step(processor, text_rows, image_rows, check
     drawn_after = torch.rand(1)
 
     torch.manual_seed(7)
+    passes = []
+
+    def forward(texts, images):
+        passes.append(torch.is_grad_enabled())
+        return embed(cached, texts, images)
+
+    num_kept = int(share * len(chunks))
     loss = cached_step(
         chunks,
-        lambda texts, images: embed(cached, texts, images),
+        forward,
         lambda embedded: objective(embedded, inputs)[0],
         lambda scalar: scalar.backward(),
         _Nothing,
+        num_kept,
     )
+    assert passes.count(True) == len(chunks)
+    assert passes.count(False) == len(chunks) - num_kept, "only chunks without a graph are embedded twice"
     torch.testing.assert_close(loss, expected.detach())
     assert torch.equal(torch.rand(1), drawn_after), "the random state continues as after the direct step"
     for (name, left), right in zip(direct.named_parameters(), cached.parameters(), strict=True):
@@ -118,6 +132,153 @@ def test_the_trainer_uses_it(tmp_path, processor):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+def losses_and_passes(it) -> tuple[list[float], list[int]]:
+    """Train, and return the losses and the number of forward passes of each step."""
+    passes = []
+    it.model.register_forward_pre_hook(lambda *_: passes.append(it.state.global_step))
+    it.train()
+    losses = [entry["loss"] for entry in it.state.log_history if "loss" in entry]
+    return losses, [passes.count(step) for step in range(it.state.max_steps)]
+
+
+@pytest.mark.parametrize("options", [{}, {"bf16": True}, {"gradient_accumulation_steps": 2, "ema_decay": 0.5}])
+def test_the_trainer_keeps_what_fits(tmp_path, processor, monkeypatch, options):
+    """The results do not depend on how many chunks keep their graph, nor do the random draws."""
+    found = {}
+    some = 2**20 / GIB
+    for memory in (0, some, "auto", "nothing free"):
+        if memory == "nothing free":
+            monkeypatch.setattr("bifocal.training.engine.graph_memory.free_memory", lambda device: 0)
+        it = trainer(
+            tmp_path / str(memory), processor, model=dropping_model(), text_chunk_size=3, image_chunk_size=2,
+            graph_memory="auto" if memory == "nothing free" else memory, logging_steps=1, **options,
+        )  # fmt: skip
+        found[memory] = losses_and_passes(it)
+    losses, twice = found[0]
+    for others, _ in found.values():
+        assert others == pytest.approx(losses, abs=1e-5)
+    assert found["nothing free"][1] == twice
+    once = found["auto"][1]
+    assert [2 * passes for passes in once] == twice
+    assert sum(once) < sum(found[some][1]) < sum(twice)
+
+
+def chunks_and_memory(processor, tmp_path, **options):
+    """Return chunks of different lengths, most of them padded, and what counts their memory."""
+    rows = [[7] * length for length in (30, 30, 29, 28, 27, 14, 13, 12, 12, 5, 4)]
+    parts = []
+    for bucket in (rows[:5], rows[5:9], rows[9:]):
+        ids = torch.zeros(len(bucket), len(bucket[0]), dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, tokens in enumerate(bucket):
+            ids[row, : len(tokens)], mask[row, : len(tokens)] = torch.tensor(tokens), 1
+        parts.append({"input_ids": ids, "attention_mask": mask})
+    chunks = into_chunks(parts, [{"pixel_values": torch.randn(5, 3, 32, 32)}], 4, 2)
+    args = trainer(tmp_path, processor, **options).args
+    return chunks, GraphMemory(dropping_model(), args)
+
+
+def bytes_kept(graphs: GraphMemory, chunks) -> int:
+    """Return what autograd keeps of several chunks at once, counted by distinct memory."""
+    inputs = [value for part in chunks for kind in part for entry in kind for value in entry.values()]
+    own = {t.untyped_storage().data_ptr() for t in (*graphs.model.parameters(), *inputs)}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    outputs = []
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=graphs.args.bf16),
+    ):
+        for texts, images in chunks:
+            outputs.append(embed(graphs.model, texts, images))
+    if outputs:
+        sum(value.sum() for output in outputs for value in output.values()).backward()
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("options", [{}, {"bf16": True}, {"checkpointing": True}, {"attention": "eager"}])
+def test_the_bound_is_kept(processor, tmp_path, options):
+    settings = {key: value for key, value in options.items() if key == "bf16"}
+    chunks, graphs = chunks_and_memory(processor, tmp_path, **settings)
+    if "checkpointing" in options:
+        graphs.model.activation_checkpointing_enable()
+    if "attention" in options:
+        graphs.model.set_attn_implementation(options["attention"])
+    assert len(chunks) == 2 + 1 + 1 + 3
+    drawn = torch.get_rng_state()
+    graphs.args.graph_memory = 1.0
+    assert graphs.num_kept(chunks) == len(chunks)
+    assert torch.equal(torch.get_rng_state(), drawn), "measuring draws nothing"
+    assert all(parameter.grad is None for parameter in graphs.model.parameters())
+    total = bytes_kept(graphs, chunks)
+    counts = set()
+    for share in (0.1, 0.3, 0.5, 0.7, 0.9):
+        graphs.args.graph_memory = share * total / GIB
+        count = graphs.num_kept(chunks)
+        counts.add(count)
+        assert bytes_kept(graphs, chunks[:count]) <= share * total
+        if count < len(chunks) - 1:
+            assert bytes_kept(graphs, chunks[: count + 2]) > share * total, "as many as fit, but for one at most"
+    assert len(counts) >= 4
+    graphs.args.graph_memory = 0.0
+    assert graphs.num_kept(chunks) == 0
+
+
+def test_what_is_free_counts_gradients_and_optimiser_states_to_come(processor, tmp_path, monkeypatch):
+    _, graphs = chunks_and_memory(processor, tmp_path)
+    monkeypatch.setattr("bifocal.training.engine.graph_memory.free_memory", lambda device: 10 * 2**20)
+    weights = sum(p.numel() * p.element_size() for p in graphs.model.parameters())
+    optimizer = torch.optim.AdamW(graphs.model.parameters())
+    assert graphs.limit(optimizer) == pytest.approx(0.6 * (10 * 2**20 - 3 * weights))
+    for parameter in graphs.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert graphs.limit(optimizer) == pytest.approx(0.6 * 10 * 2**20)
+
+
+def test_measuring_leaves_batch_normalisation_alone(processor, tmp_path):
+    class Towers(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = torch.nn.BatchNorm1d(4)
+
+        def get_image_features(self, pixel_values):
+            return self.norm(pixel_values)
+
+    model = Towers()
+    args = trainer(tmp_path, processor).args
+    assert kept_for_backward(model, [], [{"pixel_values": torch.randn(6, 4)}], args) > 0
+    assert model.norm.num_batches_tracked == 0
+    assert torch.equal(model.norm.running_mean, torch.zeros(4))
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_free_memory_knows_the_limit_of_a_container(tmp_path, monkeypatch, version):
+    monkeypatch.setattr(activation_memory, "_CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(activation_memory, "_OWN_CGROUPS", tmp_path / "own")
+    (tmp_path / "own").write_text("0::/pod/job\n" if version == 2 else "9:name=systemd:/\n4:memory:/pod/job\n0::/\n")
+    folder = tmp_path / "cgroup" / ("pod" if version == 2 else "memory/pod")
+    (folder / "job").mkdir(parents=True)  # the limit is that of the group around
+    names = ("memory.max", "memory.current", "inactive_file")
+    if version == 1:
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    (folder / names[0]).write_text(f"{64 * 2**20}\n")
+    (folder / names[1]).write_text(f"{40 * 2**20}\n")
+    (folder / "memory.stat").write_text(f"anon 5\n{names[2]} {8 * 2**20}\n")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert free_memory(torch.device("cpu")) == 32 * 2**20
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert free_memory(torch.device("cpu")) == 8 * 2**20, "processes of one machine share its memory"
+    (folder / names[1]).write_text(f"{80 * 2**20}\n")
+    assert free_memory(torch.device("cpu")) == 0
+
+
 def _new() -> BifocalModel:
     torch.manual_seed(0)
     return BifocalModel(small_config())
@@ -145,7 +306,7 @@ def test_auto_chunk_says_what_it_chose(tmp_path, processor, caplog, monkeypatch)
     assert "auto_find_chunk_size embeds 12 texts and 4 images at once" in caplog.text
 
     def sizes(free: int) -> tuple[int, int]:
-        monkeypatch.setattr(chunk_size, "_free_memory", lambda device: free)
+        monkeypatch.setattr(chunk_size, "free_memory", lambda device: free)
         parts = tasks(8, "text-triplet")
         return chunk_size.find_chunk_sizes(BifocalModel(small_config()), parts, 64, processor, it.args)
 

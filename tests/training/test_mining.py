@@ -17,13 +17,21 @@ from bifocal.errors import ModelError
 from bifocal.files import NotOursError
 from bifocal.modeling import BifocalModel
 from bifocal.training.mine_source import mine_source
-from bifocal.training.mining import MiningError, MiningSettings, mine_across, mine_texts, write_parquet
+from bifocal.training.mining import (
+    MiningError,
+    MiningSettings,
+    _weights_key,
+    mine_across,
+    mine_texts,
+    write_parquet,
+)
 from bifocal.training.tasks import Task
 from tests import families
 from tests.conftest import SHARED, TEXTS
 from tests.data.files import lines
 from tests.evaluation.test_encoders import sentence_model
-from tests.modeling.test_images import photo
+from tests.modeling.test_image_batches import spots
+from tests.modeling.test_images import jpeg, photo
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +190,21 @@ def test_kept_embeddings_are_of_the_same_model_and_data(model, tmp_path):
         shutil.rmtree(tmp_path / "fresh")
 
 
+def test_kept_embeddings_are_of_the_same_decoding(model, tmp_path):
+    content = [jpeg(spots(400 + 60 * n, 500)) for n in range(6)]
+    data = Dataset.from_dict({"image": [{"bytes": one, "path": None} for one in content], "caption": list("abcdef")})
+    expected = {fast: model.encode_image(content, fast_decoding=fast) for fast in (False, True)}
+    assert not np.allclose(*expected.values(), atol=1e-6)
+    texts = model.encode_text(data["caption"])
+    for fast in (False, True, False):
+        settings = MiningSettings(num_negatives=1, range_max=5, fast_decoding=fast, num_workers=2)
+        mined = mine_across(data, model, "text-to-image", tmp_path, settings)
+        wanted = np.einsum("nd,nd->n", texts, expected[fast])
+        np.testing.assert_allclose(mined["positive_score"], wanted, atol=1e-6)
+    assert len(list(tmp_path.glob("images-*.npy"))) == 2
+    assert len(list(tmp_path.glob("captions-*.npy"))) == 1
+
+
 def test_texts_kept_for_another_model_are_not_used(minilm, tmp_path):
     pairs = Dataset.from_dict({"query": [f"{n} apples" for n in range(12)], "positive": [f"{n}" for n in range(12)]})
     settings = MiningSettings(num_negatives=2, range_max=8)
@@ -311,3 +334,9 @@ def test_the_consistency_filter_by_a_dual_encoder(dual_encoder):
     settings = Consistency(model=str(dual_encoder.parent / "prompted"), top_k=top_k, pool_size=8)
     kept = filter_consistent(Dataset.from_dict(rows), settings, SkipLog(), "t")
     assert kept["query"][:] == [query for query, rank in zip(rows["query"], ranks, strict=True) if rank < top_k]
+
+
+def test_cached_embeddings_are_those_of_a_dtype(model):
+    """In bfloat16, and not after: both hold the same numbers then."""
+    half = deepcopy(model).to(torch.bfloat16)
+    assert _weights_key(half) != _weights_key(half.float())

@@ -80,6 +80,10 @@ def test_names_of_other_dual_encoders(tmp_path):
 def test_wrong_arguments(tmp_path):
     with pytest.raises(ValueError, match="text_chunk_size must be at least 1, but it is 0"):
         arguments(tmp_path, text_chunk_size=0)
+    for value in ("all", -1, True, float("nan")):
+        with pytest.raises(ValueError, match=f"graph_memory must be 'auto' or a number of GiB .*, but it is {value!r}"):
+            arguments(tmp_path, graph_memory=value)
+    assert arguments(tmp_path, graph_memory="2.5").graph_memory == 2.5
     with pytest.raises(ValueError, match="layer_lr_decay must be above 0 and at most 1"):
         arguments(tmp_path, layer_lr_decay=1.5)
     with pytest.raises(ValueError, match="ema_decay must be between 0 and 1"):

@@ -9,10 +9,8 @@ from torch import nn
 
 from bifocal.modeling import BifocalProcessor
 from bifocal.modeling.towers_bifocal import padded_length
-from bifocal.training.engine.joint_forward import embed
+from bifocal.training.engine.activation_memory import SHARE, free_memory, kept_for_backward
 from bifocal.training.tasks import Task
-
-_SHARE = 0.6  # of the free memory; the rest is for gradients, optimiser states and what libraries need
 
 
 def find_chunk_sizes(
@@ -33,11 +31,11 @@ def find_chunk_sizes(
         if task.modality == "image":
             largest["image"] = max(largest["image"], task.batch_size)
     device = next(model.parameters()).device
-    free = _free_memory(device) - 3 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    free = free_memory(device) - 3 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     per_row = dict(zip(largest, kept_per_row(model, max_length, processor, args), strict=True))
     sizes = {}
     for modality, most in largest.items():
-        affordable = max(1, int(_SHARE * free / 2 / max(1, per_row[modality])))
+        affordable = max(1, int(SHARE * free / 2 / max(1, per_row[modality])))
         # A power of two, or the whole batch.
         sizes[modality] = most if affordable >= most else 2 ** (affordable.bit_length() - 1)
     return sizes["text"], sizes["image"]
@@ -52,42 +50,10 @@ def kept_per_row(model: nn.Module, max_length: int, processor: BifocalProcessor,
     def text(rows: int) -> int:
         ids = torch.ones(rows, pad_to or max_length, dtype=torch.long, device=device)
         mask = {} if pad_to else {"attention_mask": ids}
-        return _kept_for_backward(model, [{"input_ids": ids, **mask}], [], args)
+        return kept_for_backward(model, [{"input_ids": ids, **mask}], [], args)
 
     def image(rows: int) -> int:
         blank = processor.image_processor([Image.new("RGB", (64, 64))] * rows, return_tensors="pt")
-        return _kept_for_backward(model, [], [{name: value.to(device) for name, value in blank.items()}], args)
+        return kept_for_backward(model, [], [{name: value.to(device) for name, value in blank.items()}], args)
 
     return text(2) - text(1), image(2) - image(1)
-
-
-def _free_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    import psutil
-
-    return psutil.virtual_memory().available
-
-
-def _kept_for_backward(model: nn.Module, texts: list[Any], images: list[Any], args: Any) -> int:
-    """Return the bytes of distinct tensors, parameters aside, that autograd keeps from one forward pass."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    half = torch.bfloat16 if args.bf16 else torch.float16
-    device = next(model.parameters()).device
-    with (
-        # Of this device only: by default, each process of a run would open every GPU of the machine, and warn.
-        torch.random.fork_rng([device] if device.type == "cuda" else []),
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-        torch.autocast(device.type, dtype=half, enabled=args.bf16 or args.fp16),
-    ):
-        outputs = embed(model, texts, images)
-    del outputs
-    return sum(kept.values())

@@ -1,9 +1,12 @@
 """Batches larger than memory (GradCache, arXiv 2101.06983), for both towers and any number of processes.
 
-Three phases: `forward_no_grad` embeds all chunks without a graph; `build_cache` computes the loss and its gradients
-with respect to the embeddings; `forward_backward` embeds each chunk again with a graph and passes on its part of the
-gradients. The result is that of the direct step, with the activations of one chunk in memory. Random states are
-restored, so that dropout and patch dropout draw the same in both passes.
+Three phases: `embed_chunks` embeds all chunks, the first ones with a graph as far as memory allows
+(`graph_memory`); `build_cache` computes the loss and its gradients with respect to the embeddings; `forward_backward`
+passes its part of the gradients on to each chunk, which is embedded again if it kept no graph. The result is that of
+the direct step. Random states are restored, so that dropout and patch dropout draw the same in both passes.
+
+Chunks that keep their graph come first in all phases: their memory is free again before the first chunk is embedded
+again. The order of draws and sums is the same however many there are, and so is the result.
 """
 
 from collections.abc import Callable, Sequence
@@ -55,6 +58,7 @@ def cached_step(
     loss_of: Callable[[Embeddings], torch.Tensor],
     backward: Callable[[torch.Tensor], Any],
     no_sync: Callable[[], AbstractContextManager],
+    num_kept: int = 0,
 ) -> torch.Tensor:
     """Add the gradients of one step to the parameters.
 
@@ -64,23 +68,31 @@ def cached_step(
         loss_of: the loss of all embeddings.
         backward: starts a backward pass from a scalar.
         no_sync: a context in which processes keep their gradients to themselves; all passes but the last run in it.
+        num_kept: number of first chunks that keep their graph instead of being embedded twice. With several processes
+            the last chunk must not: DDP prepares to send gradients in the forward pass of the chunk that sends them,
+            and would take the backward passes of other chunks after it for that one.
 
     Returns:
         The loss, without a graph.
     """
-    outputs, random_states = forward_no_grad(chunks, forward)
+    outputs, random_states = embed_chunks(chunks, forward, no_sync, num_kept)
     loss, cache = build_cache(outputs, loss_of)
-    forward_backward(chunks, forward, cache, random_states, backward, no_sync)
+    forward_backward(chunks, forward, outputs[:num_kept], cache, random_states, backward, no_sync)
     return loss
 
 
-@torch.no_grad()
-def forward_no_grad(chunks: Sequence[Chunk], forward: Forward) -> tuple[list[Embeddings], list["RandomState"]]:
-    """Return the outputs of each chunk, without a graph, and the random state before each."""
+def embed_chunks(
+    chunks: Sequence[Chunk], forward: Forward, no_sync: Callable[[], AbstractContextManager], num_kept: int
+) -> tuple[list[Embeddings], list["RandomState"]]:
+    """Return the outputs of each chunk, the first `num_kept` with a graph, and the random state before each other."""
     outputs, random_states = [], []
-    for texts, images in chunks:
-        random_states.append(RandomState())
-        outputs.append(forward(texts, images))
+    for texts, images in chunks[:num_kept]:
+        with no_sync():
+            outputs.append(forward(texts, images))
+    with torch.no_grad():
+        for texts, images in chunks[num_kept:]:
+            random_states.append(RandomState())
+            outputs.append(forward(texts, images))
     return outputs, random_states
 
 
@@ -101,18 +113,27 @@ def build_cache(
 def forward_backward(
     chunks: Sequence[Chunk],
     forward: Forward,
+    kept: Sequence[Embeddings],
     cache: dict[str, torch.Tensor | None],
     random_states: Sequence["RandomState"],
     backward: Callable[[torch.Tensor], Any],
     no_sync: Callable[[], AbstractContextManager],
 ) -> None:
-    """Embed each chunk again, with a graph, and pass its part of the cached gradients on to the parameters."""
+    """Pass its part of the cached gradients on to the graph of each chunk, and by it to the parameters.
+
+    Args:
+        kept: outputs of the first chunks, with a graph; the others are embedded again.
+        random_states: random states in which these others are embedded.
+    """
     starts = dict.fromkeys(_BY_ROW, 0)
-    for number, ((texts, images), random_state) in enumerate(zip(chunks, random_states, strict=True)):
+    for number, (texts, images) in enumerate(chunks):
         is_last = number == len(chunks) - 1
         with nullcontext() if is_last else no_sync():
-            random_state.restore()
-            outputs = forward(texts, images)
+            if number < len(kept):
+                outputs = kept[number]
+            else:
+                random_states[number - len(kept)].restore()
+                outputs = forward(texts, images)
             # A scalar whose gradient with respect to the embeddings is the cached one.
             surrogate = next(iter(outputs.values())).new_zeros(())
             for name, value in outputs.items():

@@ -11,12 +11,13 @@ from PIL import Image
 
 from bifocal.hub.search import index as index_module
 from bifocal.hub.search.index import SearchIndex
-from bifocal.hub.search.items import Item, SearchError, read_image
+from bifocal.hub.search.items import Item, SearchError, decode_item
 from bifocal.hub.search.models import weights_hash
 from bifocal.hub.search.searcher import Searcher
 from bifocal.hub.search.sync import ItemSource
 from bifocal.hub.search.table import Table
 from bifocal.modeling import BifocalModel
+from bifocal.modeling.image_batches_bifocal import ImagePreparer
 from tests.conftest import small_config
 from tests.hub.search.conftest import sample_items
 from tests.modeling.test_images import photo
@@ -114,7 +115,7 @@ def test_broken_images_are_named_and_the_rest_is_kept(new, tmp_path):
         "gone.png": "it cannot be read (No such file or directory)",
     }  # fmt: skip
     with pytest.raises(SearchError, match="it does not exist"):
-        read_image(str(tmp_path / "gone.png"))
+        decode_item(str(tmp_path / "gone.png"), ImagePreparer())
 
 
 def test_the_table_is_a_data_set(searcher):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bifocal.hub.search.index import SearchIndex
-from bifocal.hub.search.items import SearchError
+from bifocal.hub.search.items import SearchError, normalize
 from bifocal.hub.search.models import load_model, weights_hash
 from bifocal.hub.search.searcher import Searcher
 from bifocal.hub.space import write_space
@@ -173,3 +173,63 @@ def test_weights_in_pickle_only(desk):
 def test_an_id_that_does_not_exist():
     with pytest.raises(SearchError, match=r"The model 'nobody/nothing' cannot be loaded \(.*"):
         load_model("nobody/nothing")
+
+
+def vectors_of(desk, name: str = "index") -> dict[str, np.ndarray]:
+    rows = SearchIndex(desk / name).snapshot().rows.to_pylist()
+    return {row["text"]: np.array(row["embedding"], np.float32) for row in rows if row["kind"] == "text"}
+
+
+@pytest.mark.parametrize("name", ["joint", "sentences"])
+def test_an_index_is_made_in_one_dtype(desk, cpu_with, name):
+    """Its own when none is named; what is searched with may differ, since cosines hardly do."""
+    cpu_with("avx512_bf16")
+    texts = (desk / "texts.jsonl").read_text().splitlines(True)
+    (desk / "texts.jsonl").write_text("".join(texts[:3]))
+    command = ("index", "texts.jsonl", "index", "--model", name)
+    assert invoke(desk, *command, "--dtype", "auto").exit_code == 0
+    assert json.loads((desk / "index" / "index.json").read_text())["dtype"] == "bfloat16"
+    cpu_with()  # another machine
+    for wrong in ("float32", "model"):
+        error = error_of(desk, *command, "--dtype", wrong)
+        assert "The index 'index' was made in bfloat16, not in " in error
+        assert error.endswith("Use dtype bfloat16, or index into another folder.")
+    (desk / "texts.jsonl").write_text("".join(texts))
+    added = invoke(desk, *command)
+    assert "2 new, 3 known before" in added.stdout, added.stderr
+    half, full = load_model(str(desk / name), "bfloat16"), load_model(str(desk / name))
+    prompt = SearchIndex(desk / "index").prompts.get("document", "")
+    found = vectors_of(desk)
+    for batch in (families.TEXTS[:3], families.TEXTS[3:]):  # in 16 bits, padding changes the last digits
+        same, other = (normalize(one.encode_text(batch, "document", prompt)) for one in (half, full))
+        for text, of_half, of_full in zip(batch, same, other, strict=True):
+            np.testing.assert_allclose(found[text], of_half, atol=1e-6)
+            assert found[text] @ of_full > 0.9995
+            assert abs(found[text] - of_full).max() > 1e-5
+
+    for options, dtype in (((), "float32"), (("--dtype", "bfloat16"), "bfloat16")):
+        index = SearchIndex(desk / "index")
+        searcher = Searcher(index, str(desk / name), dtype=options[1] if options else None)
+        assert searcher.model.dtype == dtype
+        found = scores(desk, "index", "rain", "--model", name, *options)
+        expected = {hit.text: hit.score for hit in searcher.search("rain")}
+        assert found == pytest.approx(expected, abs=1e-6)
+    with pytest.raises(SearchError, match="was made in bfloat16, not in float32"):
+        Searcher(SearchIndex(desk / "index"), str(desk / name)).add([])
+    cpu_with("amx_bf16")
+    assert Searcher(SearchIndex(desk / "index"), str(desk / name)).model.dtype == "bfloat16"
+
+
+def test_an_index_from_before_there_were_dtypes(desk, cpu_with):
+    cpu_with("avx512_bf16")
+    command = ("index", "texts.jsonl", "index", "--model", "joint")
+    assert invoke(desk, *command).exit_code == 0
+    path = desk / "index" / "index.json"
+    settings = json.loads(path.read_text())
+    assert settings.pop("dtype") == "model"
+    path.write_text(json.dumps(settings))
+    assert "0 new, 5 known before" in invoke(desk, *command, "--dtype", "auto").stdout
+    assert "was made in the model's dtype, not in bfloat16" in error_of(desk, *command, "--dtype", "bfloat16")
+    assert invoke(desk, "search", "index", "rain", "--dtype", "float16").exit_code == 0
+    path.write_text(json.dumps({**settings, "dtype": "int3"}))
+    assert "is damaged (dtype)" in error_of(desk, "search", "index", "rain")

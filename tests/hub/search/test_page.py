@@ -126,6 +126,7 @@ def test_no_image_leaves_its_card(page):
         for number, size in enumerate(sizes)
     ]
     script = "html => document.querySelector('#bf-results .bf-note').parentElement.innerHTML = html"
+    page.wait_for_selector("#bf-results .bf-note")  # drawn after the button
     page.evaluate(script, results_html({"": hits}))
     for width in (390, 800, 1400):
         page.set_viewport_size({"width": width, "height": 900})

@@ -1,0 +1,185 @@
+"""What a command imports until it has said its help, its version or what is wrong with its arguments, in new processes.
+
+Here `sys.executable` is run, since `tests.processes` has the heavy packages imported before anything else.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from bifocal.training.argument_names import argument_names
+from tests.bifocal.commands import invoke
+
+HEAVY = {
+    "accelerate", "datasets", "faiss", "gradio", "lancedb", "matplotlib", "mteb", "onnx", "onnxruntime", "pandas",
+    "peft", "pyarrow", "scipy", "sentence_transformers", "sklearn", "tokenizers", "torch", "transformers",
+}  # fmt: skip
+COMMAND = """
+import atexit, json, runpy, sys
+atexit.register(lambda: print("\\n" + json.dumps(sorted({name.partition(".")[0] for name in sys.modules}))))
+runpy.run_module("bifocal", run_name="__main__", alter_sys=True)
+"""
+RECIPE = """
+name: mine
+tasks:
+- {name: pairs, kind: text-pair, batch_size: 2, data: {path: pairs.jsonl}}
+training: {max_steps: 1}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(saved, tmp_path_factory):
+    """A folder with a model, an index, data and recipes."""
+    root = tmp_path_factory.mktemp("startup")
+    (root / "empty").mkdir()
+    (root / "notes").mkdir()
+    (root / "notes" / "a.txt").write_text("words\n")
+    (root / "file.txt").write_text("hello\n")
+    rows = [{"query": f"black star {number}", "positive": f"greek omega {number}"} for number in range(20)]
+    (root / "pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (root / "good.yaml").write_text(RECIPE)
+    (root / "bad.yaml").write_text(f"{RECIPE}nme: 1\n")
+    (root / "start.yaml").write_text(f"{RECIPE}start_from: ./nope\n")
+    (root / "stage.yaml").write_text(f"{RECIPE}start_from: {{stage: nope}}\n")
+    shutil.copytree(saved, root / "model")
+    assert invoke(root, "index", "pairs.jsonl", "index", "--model", "model").exit_code == 0
+    return root
+
+
+def run(folder, command: str, code: str = COMMAND) -> tuple[subprocess.CompletedProcess, set[str]]:
+    """Run a command; return what it did, and the packages that it imported."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *shlex.split(command)], cwd=folder, capture_output=True, text=True, check=False,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"}, timeout=300,
+    )  # fmt: skip
+    return done, set(json.loads(done.stdout.splitlines()[-1]))
+
+
+LIGHT = ["", "--help", "--version", "version", "recipes list", "recipes show stage1"]
+COMMANDS = [
+    "demo", "train", "mine", "evaluate", "convert", "export", "push", "index", "search", "remove", "export-lancedb",
+    "serve", "data", "recipes",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", [*LIGHT, *(f"{name} --help" for name in COMMANDS)])
+def test_help_and_version_import_nothing_heavy(command, folder):
+    done, packages = run(folder, command)
+    assert done.returncode == (0 if command else 2)
+    assert not packages & (HEAVY | {"numpy", "yaml"})
+
+
+WRONG = r"""
+train nope                                               | There is no recipe 'nope'
+train bad.yaml                                           | unknown key 'nme'
+train good.yaml training.learning_rat=1                  | did you mean 'learning_rate'?
+train good.yaml tasks.pairs.data.path=./nope.jsonl       | there is nothing at './nope.jsonl'
+train good.yaml output_dir=file.txt                      | 'file.txt' is a file
+train good.yaml output_dir=notes                         | 'notes' holds other files
+train start.yaml                                         | start_from: The folder './nope' does not exist
+train stage.yaml --dry-run                               | Run `bifocal train nope` first
+mine pairs.jsonl out.parquet --model ./nope              | './nope' does not exist
+mine pairs.jsonl out.parquet --model empty               | 'empty' holds no model
+mine pairs.jsonl out.parquet --model file.txt            | 'file.txt' is a file
+mine ./nope out.parquet --model model                    | There is nothing at './nope'
+mine pairs.jsonl notes/a.txt --model model               | notes/a.txt
+mine pairs.jsonl out.parquet --model model --direction x | direction must be one of
+mine pairs.jsonl o.parquet --model model --range-max 3   | range_max
+evaluate ./nope                                          | There is no model at './nope'
+evaluate empty                                           | 'empty' holds no model
+evaluate model --suite nope                              | There is no evaluation suite 'nope'
+evaluate model --only nope                               | There is no task 'nope'
+evaluate model --out file.txt                            | 'file.txt' is a file
+convert                                                  | OUT is missing
+convert ./nope out                                       | './nope' does not exist
+convert empty out                                        | 'empty' holds no weights
+convert model notes                                      | 'notes' holds
+convert --text model --image ./nope out                  | './nope' does not exist
+convert model out --image x                              | --text is missing
+export nope out                                          | 'nope' holds no model
+export model notes                                       | 'notes' holds
+export model out --max-shard-size banana                 | 'banana' is not a file size
+export model out --repo-id "no such name!"               | is not the name of a repository
+export model out --results nope                          | 'nope' is not a results.json
+export model out --onnx-eval-data ./nope                 | There is nothing at './nope'
+export empty --check                                     | 'empty' is not an exported model
+push nope organisation/name                              | The folder 'nope' does not exist
+index ./nope new --model model                           | './nope' does not exist
+index pairs.jsonl new --model ./nope                     | There is no model at './nope'
+index pairs.jsonl new --model empty                      | 'empty' holds no model
+index pairs.jsonl new                                    | Pass --model
+index pairs.jsonl notes --model model                    | 'notes' holds other files
+index pairs.jsonl new --model model --precision x        | 'x' is not a precision
+index pairs.jsonl new --model model --kind x             | 'x' cannot be indexed
+index pairs.jsonl index --dim 0                          | choose --dim from 1 to 40
+search nope cat                                          | 'nope' is not an index
+search index                                             | Enter a text, an image or both
+search index --image nope.png                            | The image cannot be used: it does not exist
+search index cat --only x                                | 'x' cannot be searched for
+search index cat --dim 5                                 | cannot be searched by 5 dimensions
+search index cat --lancedb x --dim 5                     | Omit them with --lancedb
+search index cat --model ./nope                          | There is no model at './nope'
+remove index                                             | Nothing to delete
+remove nope name                                         | 'nope' is not an index
+export-lancedb nope out                                  | 'nope' is not an index
+serve nope                                               | 'nope' is not an index
+serve index --model ./nope                               | There is no model at './nope'
+serve index --space notes                                | 'notes' holds
+serve index --space index/x                              | lies in 'index'
+data show nope                                           | There is no corpus 'nope'
+data inspect ./nope                                      | There is nothing at './nope'
+data inspect pairs.jsonl nope=1                          | unknown key 'nope'
+data inspect pairs.jsonl --kind x                        | 'x' is not a kind of rows
+data inspect pairs.jsonl --out empty                     | 'empty' is a folder
+data clean pairs.jsonl notes                             | 'notes' is not empty
+data caption ./nope out --model model                    | There is nothing at './nope'
+data caption notes out --model ./nope                    | it does not exist
+data caption notes out --model empty                     | it has no config.json
+data caption notes out --model model --recipe nope.yaml  | nope.yaml
+recipes show nope                                        | There is no recipe 'nope'
+demo --out notes                                         | 'notes' holds other files
+"""
+
+
+@pytest.mark.parametrize("line", WRONG.strip().splitlines(), ids=lambda line: line.partition("|")[0].strip())
+def test_wrong_arguments_import_nothing_heavy(line, folder):
+    before = sorted(folder.rglob("*"))
+    command, _, message = (part.strip() for part in line.partition("|"))
+    done, packages = run(folder, command)
+    last = done.stderr.strip().splitlines()[-1]
+    assert (done.returncode, last[:7]) == (1, "Error: "), done.stderr
+    assert message in last
+    assert not packages & HEAVY
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("command", ["nonsense", "train", "search index --hits 0", "index --nope", "data nonsense"])
+def test_wrong_use_imports_nothing_heavy(command, folder):
+    done, packages = run(folder, command)
+    assert done.returncode == 2
+    assert not packages & HEAVY
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["train good.yaml", "evaluate model", "index pairs.jsonl index", "serve index", "data inspect pairs.jsonl"],
+)
+def test_a_missing_extra_imports_nothing_heavy(command, folder):
+    missing = "import bifocal.cli.console\nbifocal.cli.console.find_spec = lambda name: None\n"
+    done, packages = run(folder, command, missing + COMMAND)
+    assert done.returncode == 1
+    assert "Run pip install 'bifocal[all]'." in done.stderr
+    assert not packages & HEAVY
+
+
+def test_the_names_of_training_arguments_are_those_of_the_class():
+    from dataclasses import fields
+
+    from bifocal.training.arguments import BifocalTrainingArguments
+
+    assert argument_names() == [field.name for field in fields(BifocalTrainingArguments) if field.init]
