@@ -192,17 +192,14 @@ class BifocalTextModel(BifocalTextPreTrainedModel):
             )
         requested = self._requested(output_attentions, output_hidden_states)
         inputs = (input_ids, attention_mask, token_type_ids, inputs_embeds)
+        if not self._can_split(batch, texts.device, requested):
+            return self._run(requested, *inputs, **kwargs)
         fits = batch * length <= CPU_TOKENS
-        if (fits and attention_mask is None) or not self._can_split(batch, texts.device, requested):
-            return self._run(requested, *inputs, **kwargs)
-
         spans = [(0, length)] * batch if attention_mask is None else key_spans(attention_mask == 0)
-        if spans is not None and all(start < stop for start, stop in spans):
-            if fits and all(stop - start == length for start, stop in spans):
-                return self._run(requested, *inputs, **kwargs)
-            return self._run_packed(spans, length, input_ids, token_type_ids, inputs_embeds, **kwargs)
-        if fits:
+        if fits and (spans is None or all(span == (0, length) for span in spans)):
             return self._run(requested, *inputs, **kwargs)
+        if spans is not None and all(start < stop for start, stop in spans):
+            return self._run_packed(spans, length, input_ids, token_type_ids, inputs_embeds, **kwargs)
         # A text with padding between its tokens, or without any token, keeps its padding.
         assert attention_mask is not None
         numbers = torch.arange(1, length + 1, device=attention_mask.device)

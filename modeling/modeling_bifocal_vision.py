@@ -286,7 +286,7 @@ class BifocalVisionModel(BifocalPreTrainedModel):
         shape = pixel_values.shape
         if len(shape) == 4:  # the embeddings raise an error for other shapes
             count, tokens = shape[0], 1 + (shape[2] // self.config.patch_size) * (shape[3] // self.config.patch_size)
-            if count * tokens > CPU_TOKENS and self._can_split(count, pixel_values.device, requested):
+            if self._can_split(count, pixel_values.device, requested) and count * tokens > CPU_TOKENS:
                 pixels = pixel_values
                 return self._run_micro_batches(
                     [tokens] * count, tokens, lambda rows, _: self._run(pixels[rows], requested, pooled_only, **kwargs)
