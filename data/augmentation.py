@@ -116,29 +116,6 @@ class ImageAugmentation:
         return image
 
 
-def random_affine(image: Image.Image, generator: random.Random) -> Image.Image:
-    """Turn, scale, stretch, slant and move an image a little; white comes in at the edge.
-
-    For symbols and letters, which a mirror image or a crop would turn into others: up to 6 degrees, 12 % larger or
-    smaller, 8 % wider or narrower, a slant of 10 %, and a sixteenth of the width in each direction.
-
-    Args:
-        image: the image.
-        generator: source of all draws.
-    """
-    angle = math.radians(generator.uniform(-6, 6))
-    scale, stretch = math.exp(generator.uniform(-0.12, 0.12)), math.exp(generator.uniform(-0.08, 0.08))
-    slant = generator.uniform(-0.1, 0.1)
-    reach = image.width / 16
-    right, down = generator.uniform(-reach, reach), generator.uniform(-reach, reach)
-    cos, sin = math.cos(angle) * scale, math.sin(angle) * scale
-    # Pillow asks where each pixel of the result comes from: x' = a x + b y + c, y' = d x + e y + f.
-    a, b, d, e = cos * stretch, sin + slant, -sin * stretch, cos
-    x, y = image.width / 2, image.height / 2  # the centre stays, but for the move
-    matrix = (a, b, x + right - (a * x + b * y), d, e, y + down - (d * x + e * y))
-    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor="white")
-
-
 def _with_hue(image: Image.Image, shift: float) -> Image.Image:
     """Return an image whose hue is shifted by a share of the colour circle."""
     hue, saturation, value = image.convert("HSV").split()

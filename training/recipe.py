@@ -119,8 +119,7 @@ class Recipe(Strict):
             for any language).
         image_size: width and height of the images in pixels.
         max_length: longest text in tokens; longer ones are cut.
-        augment: random changes of training images; "shift" moves them by up to two pixels, "affine" also turns,
-            scales and slants them a little (see `random_affine`).
+        augment: random changes of training images; "shift" moves them by up to two pixels.
         tasks, eval_tasks: data sets to train and to evaluate on.
         mlm: masked language modeling instead of tasks.
         lora: adapters instead of full training.
@@ -139,7 +138,7 @@ class Recipe(Strict):
     tokenizer_type: Literal["wordpiece", "unigram"] = "wordpiece"
     image_size: Annotated[int, Field(ge=1)] | None = None
     max_length: Annotated[int, Field(ge=3)] = 512
-    augment: Augmentation | Literal["shift", "affine"] | None = None
+    augment: Augmentation | Literal["shift"] | None = None
     tasks: list[TaskRecipe] = []
     eval_tasks: list[TaskRecipe] = []
     mlm: MaskedLanguageModeling | None = None

@@ -12,7 +12,7 @@ import yaml
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import ProgressCallback
 
-from bifocal.data.augmentation import ImageAugmentation, random_affine
+from bifocal.data.augmentation import ImageAugmentation
 from bifocal.data.loading import load_source
 from bifocal.data.skips import SkipLog
 from bifocal.data.symbols import random_shift
@@ -113,7 +113,7 @@ def prepare(
 
 def _augmentation(recipe: Recipe) -> Any:
     if recipe.augment is None or isinstance(recipe.augment, str):
-        return {None: None, "shift": random_shift, "affine": random_affine}[recipe.augment]
+        return None if recipe.augment is None else random_shift
     return ImageAugmentation(**recipe.augment.model_dump())
 
 
