@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers.image_processing_backends import PilBackend
+from transformers.image_utils import SizeDict
 
 from .encoding_options_bifocal import whole_number
 from .image_bifocal import DecodedImage, decode_image, image_name
@@ -68,7 +69,8 @@ class ImagePreparer:
         self.steps = _steps(processor)
         self.smallest_side: int | None = None
         if self.steps is not None:
-            self.crop_size = processor.crop_size
+            # Where another size was set it may be a plain dict, which `center_crop` does not take.
+            self.crop_size = None if self.steps.crop is None else SizeDict(**dict(processor.crop_size))
             self.mean, self.std = (
                 torch.from_numpy(np.broadcast_to(np.asarray(values, np.float32), 3).copy()).view(3, 1, 1)
                 for values in (processor.image_mean, processor.image_std)

@@ -36,12 +36,19 @@ def sources() -> list:
     ]  # fmt: skip
 
 
+def resized_later() -> CLIPImageProcessorPil:
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24})
+    processor.crop_size = {"height": 20, "width": 18}  # a plain dict, as a recipe's `image_size` sets
+    return processor
+
+
 def image_processors() -> dict:
     found = {name: lambda build=build: build()[1].image_processor for name, build in families.DUAL_ENCODERS.items()}
     found |= {name: lambda build=build: build()[1] for name, build in families.IMAGE_TOWERS.items()}
     crop = {"height": 40, "width": 36}
     return found | {
         "CLIP that pads": lambda: CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size=crop),
+        "CLIP with a crop set later": resized_later,
         "CLIP without resizing": lambda: CLIPImageProcessorPil(do_resize=False, crop_size=crop),
         "SigLIP that is not square": lambda: SiglipImageProcessorPil(size={"height": 30, "width": 50}),
         "one mean": lambda: SiglipImageProcessorPil(size={"height": 30, "width": 50}, image_mean=0.4, image_std=0.3),
