@@ -12,6 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 
-from common import model_of
+from common import model_of, photos, processor_of, texts
 
 from bifocal.errors import first_line
 
@@ -46,6 +47,11 @@ def main() -> None:
         ("encode images", torch.bfloat16, "sdpa", True),
         ("train, plain", torch.bfloat16, "sdpa", False),
         ("train, gradient cache", torch.bfloat16, "sdpa", False),
+        ("train, gradient cache that keeps graphs", torch.bfloat16, "sdpa", False),
+        ("texts to vectors", torch.bfloat16, "sdpa", False),
+        ("JPEGs to vectors, no workers", torch.bfloat16, "sdpa", False),
+        ("JPEGs to vectors", torch.bfloat16, "sdpa", False),
+        ("JPEGs to vectors, decoded at reduced scale", torch.bfloat16, "sdpa", False),
         ("train, 8 long texts", torch.bfloat16, "sdpa", False),
         ("train, 8 long texts", torch.bfloat16, "flex_attention", False),
     ):
@@ -72,13 +78,15 @@ def _measure(
 ) -> dict[str, float]:  # fmt: skip
     model = model_of(*size).to(device)
     model.set_attn_implementation(implementation)
+    if "to vectors" in what:
+        return _end_to_end(what, model.to(dtype).eval(), batch, size[2])
     tokens = (2048 if size[0] > 64 else 128) if "long texts" in what else 64 if what.startswith("train") else 512
     ids = torch.randint(5, 1000, (batch, tokens), device=device)
     pixels = torch.randn(batch, 3, size[2], size[2], device=device)
     if "long texts" in what:
         call = _long_text_step(model.text_model.train(), ids, dtype)
     elif what.startswith("train"):
-        call = _step(model, ids, pixels, dtype, 32 if "cache" in what else None)
+        call = _step(model, ids, pixels, dtype, 32 if "cache" in what else None, keep="keeps" in what)
     else:
         model = model.to(dtype).eval()
         encode: Callable[..., Any] = model.get_text_features if "text" in what else model.get_image_features
@@ -101,8 +109,33 @@ def _measure(
     return {"per_second": round(batch / seconds, 1), "peak_mib": _peak(device)}
 
 
+def _end_to_end(what: str, model: Any, batch: int, side: int) -> dict[str, float]:
+    """Measure `encode_text` or `encode_image` from texts of mixed lengths or from files of photos, four batches."""
+    model.processor = processor_of(side)
+    if "texts" in what:
+        items: list[Any] = texts(4 * batch, 40, 400)
+        encode = model.encode_text
+        options: dict[str, Any] = {}
+    else:
+        items = [file for file in photos(64, 500, 375) for _ in range(4 * batch // 64 or 1)]
+        encode = model.encode_image
+        options = {
+            "num_workers": 0 if "no workers" in what else None, "fast_decoding": "reduced" in what,
+        }  # fmt: skip
+
+    def call() -> None:
+        encode(items, batch_size=batch, show_progress=False, **options)
+
+    call()
+    _empty_cache(model.device, peak=True)
+    started = time.perf_counter()
+    call()
+    _wait(model.device)
+    return {"per_second": round(len(items) / (time.perf_counter() - started), 1), "peak_mib": _peak(model.device)}
+
+
 def _step(
-    model: Any, ids: torch.Tensor, pixels: torch.Tensor, dtype: torch.dtype, chunk: int | None
+    model: Any, ids: torch.Tensor, pixels: torch.Tensor, dtype: torch.dtype, chunk: int | None, keep: bool = False
 ) -> Callable[[], None]:
     from bifocal.training.engine.gradient_cache import cached_step, into_chunks
     from bifocal.training.engine.joint_forward import embed
@@ -110,7 +143,8 @@ def _step(
 
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    texts, images = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}], [{"pixel_values": pixels}]
+    text_inputs = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
+    image_inputs = [{"pixel_values": pixels}]
 
     def precision() -> Any:
         return torch.autocast(ids.device.type, dtype)
@@ -121,12 +155,18 @@ def _step(
     def call() -> None:
         if chunk is None:
             with precision():
-                loss = objective(embed(model, texts, images))
+                loss = objective(embed(model, text_inputs, image_inputs))
             loss.backward()
         else:
+            chunks = into_chunks(text_inputs, image_inputs, chunk, chunk)
+
+            def forward(part_of_texts: Any, part_of_images: Any) -> Any:
+                with precision():
+                    return embed(model, part_of_texts, part_of_images)
+
             cached_step(
-                into_chunks(texts, images, chunk, chunk), lambda t, i: embed(model, t, i), objective,
-                lambda scalar: scalar.backward(), precision,
+                chunks, forward, objective, lambda scalar: scalar.backward(), nullcontext,
+                num_kept=len(chunks) if keep else 0,
             )  # fmt: skip
         optimizer.step()
         optimizer.zero_grad()
@@ -199,7 +239,7 @@ def _name(device: torch.device) -> str:
 
 def _print(rows: list[dict[str, Any]], device: torch.device) -> None:
     print(f"{_name(device)}, torch {torch.__version__}\n")
-    print(f"{'':<32}{'dtype':<10}{'attention':<16}{'compiled':<10}{'batch':>7}{'per second':>12}{'peak MiB':>10}")
+    print(f"{'':<44}{'dtype':<10}{'attention':<16}{'compiled':<10}{'batch':>7}{'per second':>12}{'peak MiB':>10}")
     for row in rows:
         shown = (
             f"  failed: {row['failed']}"
@@ -207,7 +247,7 @@ def _print(rows: list[dict[str, Any]], device: torch.device) -> None:
             else f"{row['per_second']:>12,}{row['peak_mib'] if row['peak_mib'] is not None else '-':>10}"
         )
         print(
-            f"{row['what']:<32}{row['dtype']:<10}{row['attention']:<16}{row['compiled']!s:<10}{row['batch']:>7,}{shown}"
+            f"{row['what']:<44}{row['dtype']:<10}{row['attention']:<16}{row['compiled']!s:<10}{row['batch']:>7,}{shown}"
         )
 
 

@@ -167,7 +167,8 @@ def test_activation_checkpointing_changes_no_gradient(inputs, reentrant):
         model(**inputs, return_loss=True).loss.backward()
         gradients[checkpointing] = {name: parameter.grad for name, parameter in model.named_parameters()}
     for name, gradient in gradients[False].items():
-        torch.testing.assert_close(gradients[True][name], gradient, atol=1e-6, rtol=1e-5, msg=name)
+        tolerance = 1e-6 * max(1.0, gradient.abs().max().item())  # sums over all tokens
+        torch.testing.assert_close(gradients[True][name], gradient, atol=tolerance, rtol=1e-5, msg=name)
 
 
 def test_initialisation(inputs):
