@@ -98,6 +98,8 @@ def index_source(
                 dtype = existing.dtype
             elif len(existing):
                 existing.require_same_dtype(dtype)
+            if len(existing):
+                existing.require_decoding(fast_decoding)
 
     # Not before all of this is checked: it imports torch.
     from bifocal.hub.search.models import load_model, weights_hash

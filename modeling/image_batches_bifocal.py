@@ -134,7 +134,8 @@ class ImagePreparer:
         rows[0] = first
         for row, image in enumerate(images, 1):
             rows[row] = image.pixels
-        values = batch.to(device, non_blocking=True).float()
+        # Only from pinned memory: any other could be reused before it is read.
+        values = batch.to(device, non_blocking=device.type == "cuda").float()
         # In this order and by division, each value equals the processor's to the bit.
         return values.div_(255.0).sub_(self.mean.to(device)).div_(self.std.to(device))
 
@@ -239,7 +240,7 @@ def _available_cores() -> int:
 
 def _on_cpu(item: Any) -> Any:
     """Return an item, a tensor in it copied from its device: other threads do not wait for what computes it."""
-    if isinstance(item, tuple):
+    if type(item) is tuple:
         return tuple(map(_on_cpu, item))
     return item.detach().cpu() if isinstance(item, torch.Tensor) and item.device.type != "cpu" else item
 

@@ -97,8 +97,6 @@ class BifocalTextMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
-        if not torch.is_grad_enabled():
-            gate = gate.contiguous()  # on a CPU, torch computes gelu twice as fast on it; autograd would keep the copy
         return self.down_proj(self.dropout(self.activation(gate) * up))
 
 
@@ -192,7 +190,7 @@ class BifocalTextModel(BifocalTextPreTrainedModel):
             )
         requested = self._requested(output_attentions, output_hidden_states)
         inputs = (input_ids, attention_mask, token_type_ids, inputs_embeds)
-        if not self._can_split(batch, texts.device, requested):
+        if not self._can_split(batch, self.device, requested):
             return self._run(requested, *inputs, **kwargs)
         fits = batch * length <= CPU_TOKENS
         spans = [(0, length)] * batch if attention_mask is None else key_spans(attention_mask == 0)
@@ -260,7 +258,7 @@ class BifocalTextModel(BifocalTextPreTrainedModel):
         hidden_states, all_states, all_weights = run_layers(self.layers, hidden_states, bias, *requested, **kwargs)
 
         # In float32: bfloat16 is too coarse for a sum over 8,192 tokens.
-        mask = attention_mask.unsqueeze(-1).float()
+        mask = (attention_mask != 0).unsqueeze(-1).float()
         pooled = (hidden_states.float() * mask).sum(1) / mask.sum(1).clamp(min=1.0)
         return BaseModelOutputWithPooling(
             last_hidden_state=hidden_states,

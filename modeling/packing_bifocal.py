@@ -45,7 +45,7 @@ class PackedAlibi:
 
     Args:
         lengths: tokens of each text; texts of the same length should be neighbours, since they share a call.
-        bias: bias of the longest text, without padding. A shorter one's is its corner.
+        bias: bias of the longest text, without padding. That of a shorter text is its corner.
     """
 
     def __init__(self, lengths: Sequence[int], bias: AlibiBias) -> None:

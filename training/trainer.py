@@ -284,8 +284,9 @@ class MultiTaskTrainer(ResumableTrainer):
             text_rows, image_rows = self.args.text_chunk_size, self.args.image_chunk_size
             both_last = self.world.size > 1
             chunks = into_chunks(batch["texts"], batch["images"], text_rows, image_rows, both_last)
-            # FSDP does not support several forward passes before a backward pass.
-            num_kept = 0 if self.is_fsdp_enabled else self.graphs.num_kept(chunks, self.optimizer)
+            # Sharding does not support several forward passes before a backward pass.
+            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+            num_kept = 0 if sharded else self.graphs.num_kept(chunks, self.optimizer)
             num_kept = min(num_kept, len(chunks) - both_last)
             no_sync = partial(self.accelerator.no_sync, model)
             loss = cached_step(chunks, forward, loss_of, self.accelerator.backward, no_sync, num_kept)

@@ -23,7 +23,7 @@ def earlier_settings(out: Path) -> Any:
     path = out / "settings.json"
     if path.exists():
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            return json.loads(path.read_text(encoding="utf-8")) or {}
         except ValueError:  # not ours
             return {}
     if out.exists() and any(path.name != MARKER for path in out.iterdir()):

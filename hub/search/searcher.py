@@ -1,6 +1,7 @@
 """A model and an index together: search by text, by image, or by both, for any number of threads at once."""
 
 import os
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from bifocal.modeling.dtype_bifocal import default_device, is_fast
 from bifocal.modeling.image_batches_bifocal import PreparedImage
 
 MAX_QUERY_LENGTH = 20_000  # characters; tokenizing a book takes minutes
+_DECODED_AT_ONCE = 4  # images of queries: a large one takes hundreds of megabytes until it is resized
 _BATCH_SIZE = 64
 _BATCH_TOKENS = 2048  # per batch of several queries: those who wait for it should not wait long
 _LONG_TEXT = 128  # tokens; queries with longer texts wait for each other, and no others for them
@@ -73,7 +75,7 @@ class Searcher:
         model: a folder or Hub id, or the loaded model; the one that the index was made with if None.
         batch_size: most queries that are embedded together; with 1, each thread embeds its own.
         dtype: dtype that queries are embedded in, one of `DTYPE_CHOICES`. When None or "auto", that of the index; but
-            float32 where the device does not multiply in it: cosines differ by less than 0.0005, and it is faster.
+            float32 where the device does not multiply in it, which is faster and nearly the same.
 
     Raises:
         SearchError: if the model cannot be loaded, or has other weights than the index.
@@ -94,6 +96,7 @@ class Searcher:
         self.model = model
         index.require_same_weights(weights_hash(model.name), model.name)
         batching = _Batching(index, model)
+        self._decoding = threading.Semaphore(_DECODED_AT_ONCE)
         self._short, self._long = (
             Batcher(batching.answer, lambda query: query.tokens, batch_size, _BATCH_TOKENS) for _ in range(2)
         )
@@ -124,7 +127,9 @@ class Searcher:
     ) -> list[list[Hit]]:  # fmt: skip
         """Return several rankings of one query, each of some kinds; see `search`."""
         query = self._query(text, image, weight)
-        query.rankings = tuple(_Ranking(k, tuple(kinds), variant) for kinds in rankings)
+        query.rankings = tuple(
+            _Ranking(k, tuple(kinds), None if variant is None else (variant[0], variant[1])) for kinds in rankings
+        )
         # Texts and thumbnails of hits are read by the thread of the query.
         return [found.hits(number) for found, number in self._answer(query).rankings]
 
@@ -142,7 +147,8 @@ class Searcher:
                 raise QueryError(f"'{self.model.name}' embeds no images; use texts only, or a model that embeds both.")
             try:
                 preparer = self.model.image_preparer(self.index.fast_decoding)
-                prepared = preparer.prepare(decode_item(image, preparer))
+                with self._decoding:
+                    prepared = preparer.prepare(decode_item(image, preparer))
             except SearchError as error:
                 raise QueryError(f"The image cannot be used: {error}. Choose another one.") from error
         return _Query(text, prepared, weight)

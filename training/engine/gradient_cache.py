@@ -84,7 +84,10 @@ def cached_step(
 def embed_chunks(
     chunks: Sequence[Chunk], forward: Forward, no_sync: Callable[[], AbstractContextManager], num_kept: int
 ) -> tuple[list[Embeddings], list["RandomState"]]:
-    """Return the outputs of each chunk, the first `num_kept` with a graph, and the random state before each other."""
+    """Return the outputs of each chunk, and the random state before each that kept no graph.
+
+    The first `num_kept` chunks keep theirs.
+    """
     outputs, random_states = [], []
     for texts, images in chunks[:num_kept]:
         with no_sync():

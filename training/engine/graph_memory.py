@@ -101,6 +101,7 @@ class GraphMemory:
             inputs = [{name: value[:rows] for name, value in three.items()}]
             return kept_for_backward(self.model, *((inputs, []) if modality == "text" else ([], inputs)), self.args)
 
-        two = kept(2)
-        per_row = kept(3) - two
-        return max(0, two - 2 * per_row), per_row
+        # Where a row more makes attention compute its bias in another way, a difference may be far too small.
+        one, two, three_rows = kept(1), kept(2), kept(3)
+        per_row = max(two - one, three_rows - two)
+        return max(0, two - 2 * per_row, one - per_row), per_row
