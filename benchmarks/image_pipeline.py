@@ -179,7 +179,7 @@ def main() -> None:
     options = parser.parse_args()
     free = joint_model(1, 32)
 
-    def stand_in(pixels: torch.Tensor) -> Any:
+    def stand_in(pixels: torch.Tensor, **options: Any) -> Any:
         return SimpleNamespace(pooler_output=torch.ones(len(pixels), 1))
 
     with replaced(free, "get_image_features", stand_in):

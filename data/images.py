@@ -2,6 +2,7 @@
 
 import io
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,10 +55,14 @@ class ImageReader:
         self.crop = crop and not self.exact
         self._table: Any = None if self.exact else _table(processor)
 
-    def decode(self, value: Any) -> Any:
-        """Return an upright RGB image of whatever `load_image` reads or an undecoded `datasets.Image`, one by one.
+    def decode(self, value: Any, choose: Callable[[Sequence[Any]], Any] | None = None) -> Any:
+        """Return an upright RGB image of whatever `load_image` reads or an undecoded `datasets.Image`.
 
         A decoded image is returned unchanged.
+
+        Args:
+            value: an image or a list of them.
+            choose: picks the only image of a list that is decoded; when None, all are.
 
         Raises:
             RowError: if there is no image, or it cannot be read.
@@ -69,7 +74,7 @@ class ImageReader:
         if isinstance(value, list | tuple):
             if not value:
                 raise RowError("no image", "an empty list")
-            return [self.decode(item) for item in value]
+            return [self.decode(item) for item in value] if choose is None else self.decode(choose(value))
         if isinstance(value, Cropped):
             return value
         if isinstance(value, dict) and {"bytes", "path"} & set(value):

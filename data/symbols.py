@@ -234,4 +234,6 @@ def _as_dataset(rows: list[dict[str, Any]]) -> Any:
 def random_shift(image: Image.Image, generator: random.Random, pixels: int = 2) -> Image.Image:
     """Move an image by up to `pixels` in each direction; white comes in at the edge."""
     offset = generator.randint(-pixels, pixels), generator.randint(-pixels, pixels)
-    return image.rotate(0, translate=offset, fillcolor="white")
+    shifted = Image.new(image.mode, image.size, "white")
+    shifted.paste(image, offset)
+    return shifted

@@ -240,7 +240,7 @@ class EncodingMixin:
                 for start in range(0, len(items), batch_size):
                     rows = range(start, min(start + batch_size, len(items)))
                     pixels = preparer.pixel_values(itertools.islice(prepared, len(rows)), len(rows), self.device)
-                    yield rows, model.get_image_features(pixels).pooler_output
+                    yield rows, model.get_image_features(pixels, pooled_only=True).pooler_output
 
             return self._encode(len(items), embedded, batch_size, single, "images", *options)
 

@@ -212,11 +212,22 @@ class BifocalModel(EncodingMixin, BifocalPreTrainedModel):
         return input_ids, torch.cat([attention_mask, torch.zeros_like(rest)], dim=1)[:, :length]
 
     @can_return_tuple
-    def get_image_features(self, pixel_values: torch.Tensor | None = None, **kwargs: Any) -> BaseModelOutputWithPooling:
+    def get_image_features(
+        self, pixel_values: torch.Tensor | None = None, pooled_only: bool = False, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
         """Return the image tower's output with `pooler_output` (batch, projection_dim) in the shared space.
 
-        `pooler_output` is not normalised. The arguments are those of the image tower, [`BifocalVisionModel`] for one.
+        `pooler_output` is not normalised.
+
+        Args:
+            pixel_values: as the image tower takes them.
+            pooled_only: whether only `pooler_output` is needed; see [`BifocalVisionModel`]. Other towers, and other
+                poolings than its own, ignore it.
+            kwargs: other arguments of the image tower.
         """
+        by_class_token = self.config.vision_pooling in ("pooler", "class_token")
+        if pooled_only and by_class_token and isinstance(self.vision_model, BifocalVisionModel):
+            kwargs["pooled_only"] = True
         outputs = self.vision_model(pixel_values=pixel_values, **kwargs, return_dict=True)
         return _projected(outputs, pooled(outputs, None, self.config.vision_pooling), self.vision_projection)
 

@@ -103,7 +103,7 @@ def run_layers(
     return hidden_states, all_states if output_hidden_states else None, all_weights or None
 
 
-def _has_hooks(model: nn.Module) -> bool:
+def has_hooks(model: nn.Module) -> bool:
     """Return whether any module within a model has a forward hook that could see its inputs or outputs."""
     if global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks:
         return True
@@ -203,7 +203,7 @@ class BifocalPreTrainedModel(PreTrainedModel):
             return False
         if self.training or torch.is_grad_enabled() or device.type != "cpu" or any(requested):
             return False
-        return rows > 1 and not _has_hooks(self)
+        return rows > 1 and not has_hooks(self)
 
     def _run_micro_batches(
         self, lengths: Sequence[int], padded: int, run: Callable[[list[int], int], BaseModelOutputWithPooling]

@@ -21,6 +21,7 @@ from .configuration_bifocal import BifocalVisionConfig
 from .modeling_bifocal_base import (
     BifocalPreTrainedModel,
     eager_attention_forward,
+    has_hooks,
     run_layers,
     split_heads,
     usable_implementation,
@@ -151,10 +152,11 @@ class BifocalVisionAttention(nn.Module):
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(
-        self, hidden_states: torch.Tensor, rotary: torch.Tensor, **kwargs: Any
+        self, hidden_states: torch.Tensor, rotary: torch.Tensor, num_queries: int | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         heads = self.config.num_attention_heads
-        query = apply_rotary_pos_emb(split_heads(self.q_proj(hidden_states), heads), rotary)
+        queries = hidden_states[:, :num_queries]
+        query = apply_rotary_pos_emb(split_heads(self.q_proj(queries), heads), rotary[..., :num_queries, :, :])
         key = apply_rotary_pos_emb(split_heads(self.k_proj(hidden_states), heads), rotary)
         value = split_heads(self.v_proj(hidden_states), heads)
 
@@ -190,7 +192,10 @@ class BifocalVisionMLP(nn.Module):
 
 
 class BifocalVisionLayer(GradientCheckpointingLayer):
-    """LayerNorm before attention and before the feed-forward, residuals around both (pre-norm)."""
+    """LayerNorm before attention and before the feed-forward, residuals around both (pre-norm).
+
+    With `num_queries`, only the states of the first tokens are computed and returned; they attend to all tokens.
+    """
 
     def __init__(self, config: BifocalVisionConfig, depth: int) -> None:
         super().__init__()
@@ -204,10 +209,10 @@ class BifocalVisionLayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(
-        self, hidden_states: torch.Tensor, rotary: torch.Tensor, **kwargs: Any
+        self, hidden_states: torch.Tensor, rotary: torch.Tensor, num_queries: int | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        attended, weights = self.attention(self.attention_norm(hidden_states), rotary, **kwargs)
-        hidden_states = hidden_states + self.dropout(attended)
+        attended, weights = self.attention(self.attention_norm(hidden_states), rotary, num_queries, **kwargs)
+        hidden_states = hidden_states[:, :num_queries] + self.dropout(attended)
         return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states))), weights
 
 
@@ -254,6 +259,7 @@ class BifocalVisionModel(BifocalPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        pooled_only: bool = False,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Embed images.
@@ -262,6 +268,8 @@ class BifocalVisionModel(BifocalPreTrainedModel):
             pixel_values: (batch, channels, height, width), normalised; height and width may differ from the trained
                 size. Rows at the bottom and columns on the right that do not fill a patch are ignored.
             output_attentions, output_hidden_states: whether to return these; as in the configuration when None.
+            pooled_only: whether the last layer computes the class token's state only. That saves five sixths of its
+                multiplications; the class token's state is the same, and `last_hidden_state` holds nothing else.
 
         Returns:
             `last_hidden_state` (batch, 1 + patches, width) after the final LayerNorm and `pooler_output` (batch,
@@ -273,21 +281,26 @@ class BifocalVisionModel(BifocalPreTrainedModel):
         if pixel_values is None:
             raise ValueError("The image tower needs pixel_values.")
         requested = self._requested(output_attentions, output_hidden_states)
+        # Whoever asks for states or has a hook on them gets all tokens.
+        pooled_only = pooled_only and not (any(requested) or self._forward_hooks or has_hooks(self))
         shape = pixel_values.shape
         if len(shape) == 4:  # the embeddings raise an error for other shapes
             count, tokens = shape[0], 1 + (shape[2] // self.config.patch_size) * (shape[3] // self.config.patch_size)
             if self._can_split(count, pixel_values.device, requested) and count * tokens > CPU_TOKENS:
                 pixels = pixel_values
                 return self._run_micro_batches(
-                    [tokens] * count, tokens, lambda rows, _: self._run(pixels[rows], requested, **kwargs)
+                    [tokens] * count, tokens, lambda rows, _: self._run(pixels[rows], requested, pooled_only, **kwargs)
                 )
-        return self._run(pixel_values, requested, **kwargs)
+        return self._run(pixel_values, requested, pooled_only, **kwargs)
 
     def _run(
-        self, pixel_values: torch.Tensor, requested: tuple[bool, bool], **kwargs: Any
+        self, pixel_values: torch.Tensor, requested: tuple[bool, bool], pooled_only: bool, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
         hidden_states, rotary = self.embeddings(pixel_values)
-        hidden_states, all_states, all_weights = run_layers(self.layers, hidden_states, rotary, *requested, **kwargs)
+        layers = self.layers[:-1] if pooled_only else self.layers
+        hidden_states, all_states, all_weights = run_layers(layers, hidden_states, rotary, *requested, **kwargs)
+        if pooled_only:
+            hidden_states, _ = self.layers[-1](hidden_states, rotary, num_queries=1, **kwargs)
 
         hidden_states = self.norm(hidden_states)
         return BaseModelOutputWithPooling(

@@ -170,16 +170,16 @@ class MultiTaskCollator:
         num_images = 0
         skips: dict[str, tuple[int, list[SkippedRow], int]] = dict(item.get("skips", {}))
         for task, names, columns in item["tasks"]:
-            names, rows, skipped = self._whole(task, names, columns, item["step"])
-            skips.setdefault(task.name, (len(rows), skipped, 0))
             generator = random.Random(f"{self.seed}/{item['step']}/{task.name}/{self.rank}")
+            names, rows, skipped = self._whole(task, names, columns, item["step"], generator)
+            skips.setdefault(task.name, (len(rows), skipped, 0))
             task_batch = tasks[task.name] = TaskBatch(names)
             prompts = self.prompts if task.prompts is None else task.prompts
             for column in COLUMNS[task.kind]:
                 values = [row[column] for row in rows]
                 prompt = prompts.get(column, "")  # equal texts are recognised without it
                 if column == "image":
-                    images.append(self._pixels(values, generator))
+                    images.append(self.image_reader.inputs(values))
                     task_batch.spans[column] = (num_images, num_images + len(values))
                     num_images += len(values)
                     known = [_image_key(name, row.get("image_id")) for name, row in zip(names, rows, strict=True)]
@@ -215,26 +215,39 @@ class MultiTaskCollator:
         return text
 
     def usable(
-        self, task: Task, names: Sequence[Any], columns: dict[str, Any]
+        self, task: Task, names: Sequence[Any], columns: dict[str, Any], decode: Callable[[Any], Any] | None = None
     ) -> tuple[list[dict[str, Any] | None], list[SkippedRow]]:
-        """Return each row as the collator takes it, None for those that cannot be used, and why not."""
+        """Return each row as the collator takes it, None for those that cannot be used, and why not.
+
+        Args:
+            decode: reads the image of a row; all images of a row when None.
+        """
+        decode = self.image_reader.decode if decode is None else decode
         rows: list[dict[str, Any] | None] = []
         skipped = []
         for number, name in enumerate(names):
             values = {column: values_of_column[number] for column, values_of_column in columns.items()}
             try:
-                rows.append(usable_row(task, values, self.image_reader.decode))
+                rows.append(usable_row(task, values, decode))
             except RowError as error:
                 rows.append(None)
                 skipped.append(SkippedRow.of(row_name(task.dataset, name), error))
         return rows, skipped
 
     def _whole(
-        self, task: Task, names: Sequence[Any], columns: dict[str, Any], step: int
+        self, task: Task, names: Sequence[Any], columns: dict[str, Any], step: int, generator: random.Random
     ) -> tuple[list[Any], list[dict[str, Any]], list[SkippedRow]]:
-        """Return the names and rows of a batch; with `skip`, other rows replace those that cannot be used."""
+        """Return the names and rows of a batch; with `skip`, other rows replace those that cannot be used.
+
+        Of several images of a row one is drawn, and only that one is decoded and augmented.
+        """
+
+        def decode(value: Any) -> Any:
+            image = self.image_reader.decode(value, generator.choice)
+            return self.augment(image, generator) if self.augment else image
+
         names = list(names)
-        rows, skipped = self.usable(task, names, columns)
+        rows, skipped = self.usable(task, names, columns, decode)
         for number, row in enumerate(rows):
             if row is not None:
                 continue
@@ -248,7 +261,8 @@ class MultiTaskCollator:
                 other = draws.randrange(len(task.dataset))
                 if other in names:
                     continue
-                (rows[number],), problems = self.usable(task, [other], read_rows(task.dataset, [other]))
+                values = read_rows(task.dataset, [other])
+                (rows[number],), problems = self.usable(task, [other], values, decode)
                 skipped += problems
                 if rows[number] is not None:
                     names[number] = other
@@ -260,13 +274,6 @@ class MultiTaskCollator:
                 )
         return names, cast(list[dict[str, Any]], rows), skipped
 
-    def _pixels(self, values: list[Any], generator: random.Random) -> Inputs:
-        chosen = []
-        for value in values:
-            image = generator.choice(value) if isinstance(value, list) else value
-            chosen.append(self.augment(image, generator) if self.augment else image)
-        return self.image_reader.inputs(chosen)
-
     def _buckets(self, texts: list[str]) -> tuple[list[Inputs], torch.Tensor]:
         """Return token ids and attention masks of the texts, longest first, in buckets of similar length."""
         if not texts:
@@ -275,9 +282,7 @@ class MultiTaskCollator:
         # Other threads may use the same tokenizer with other options.
         encoded, _ = token_ids(private_tokenizer(tokenizer), texts, self.max_length)
         if self.pad_to is not None:
-            ids = torch.full((len(texts), self.pad_to), tokenizer.pad_token_id or 0)
-            for row, tokens in enumerate(encoded):
-                ids[row, : len(tokens)] = torch.tensor(tokens)
+            ids = _padded(encoded, self.pad_to, tokenizer.pad_token_id or 0)
             return [{"input_ids": ids}], torch.arange(len(texts))
         longest_first = sorted(range(len(texts)), key=lambda text: (-len(encoded[text]), text))
         order = torch.empty(len(texts), dtype=torch.long)
@@ -292,10 +297,13 @@ class MultiTaskCollator:
             buckets[-2].extend(buckets.pop())
         padded = []
         for bucket in buckets:
-            ids = torch.full((len(bucket), len(encoded[bucket[0]])), tokenizer.pad_token_id or 0)
-            mask = torch.zeros_like(ids)
-            for row, text in enumerate(bucket):
-                ids[row, : len(encoded[text])] = torch.tensor(encoded[text])
-                mask[row, : len(encoded[text])] = 1
+            longest = len(encoded[bucket[0]])
+            ids = _padded([encoded[text] for text in bucket], longest, tokenizer.pad_token_id or 0)
+            lengths = torch.tensor([len(encoded[text]) for text in bucket])
+            mask = (torch.arange(longest) < lengths[:, None]).long()
             padded.append({"input_ids": ids, "attention_mask": mask})
         return padded, order
+
+
+def _padded(rows: Sequence[list[int]], length: int, padding: int) -> torch.Tensor:
+    return torch.tensor([tokens + [padding] * (length - len(tokens)) for tokens in rows])

@@ -142,7 +142,7 @@ def test_the_first_broken_image_is_named(model, tmp_path, num_workers):
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_threads_end_when_the_model_fails(model, monkeypatch, error):
-    def fail(*_):
+    def fail(*_, **options):
         assert workers_alive()
         raise error
 

@@ -45,6 +45,34 @@ def test_rotation_against_matrices(dtype):
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize(("layers", "patch_dropout"), [(2, 0.0), (1, 0.0), (3, 0.5)])
+def test_the_pooled_state_alone_is_the_same_and_has_the_same_gradients(layers, patch_dropout):
+    tower = small_tower(num_hidden_layers=layers, patch_dropout=patch_dropout).train()
+    outputs, gradients = [], []
+    for pooled_only in (False, True):
+        torch.manual_seed(1)  # of the dropped patches
+        output = tower(images(3, 32, 48), pooled_only=pooled_only)
+        loss = (output.pooler_output * torch.linspace(-1.0, 1.0, 48)).sum()
+        gradients.append(dict(zip(dict(tower.named_parameters()), torch.autograd.grad(loss, tower.parameters()))))
+        outputs.append(output)
+    torch.testing.assert_close(outputs[1].pooler_output, outputs[0].pooler_output, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(outputs[1].last_hidden_state, outputs[0].last_hidden_state[:, :1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_all_states_are_computed_where_they_are_seen():
+    tower, pixels = small_tower(), images(2, 32, 32)
+    assert tower(pixels, pooled_only=True, output_hidden_states=True).last_hidden_state.shape[1] == 17
+    shapes: list[torch.Size] = []
+    for module in (tower, tower.layers[1].mlp):
+        hook = module.register_forward_hook(lambda *_: shapes.append(torch.Size()))
+        assert tower(pixels, pooled_only=True).last_hidden_state.shape[1] == 17
+        hook.remove()
+    assert len(shapes) == 2
+    assert tower(pixels, pooled_only=True).last_hidden_state.shape[1] == 1
+
+
 @torch.no_grad()
 def test_a_large_batch_taken_in_pieces_gives_the_same():
     tower = small_tower(image_size=64)

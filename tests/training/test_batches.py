@@ -10,7 +10,9 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
+from PIL import Image
 
+from bifocal.modeling import load_image
 from bifocal.training.collator import MultiTaskCollator
 from bifocal.training.engine.distributed import ProcessGroupInfo
 from bifocal.training.joint_batches import JointBatchDataset
@@ -137,6 +139,26 @@ def test_one_of_several_wordings_is_drawn_again_at_each_use(processor):
     assert len({tuple(ids) for ids in drawn}) > 3
     assert drawn[2] == collate(processor, task, 2)["tasks"]["t"].ids["positive"].tolist(), "a function of the step"
     assert drawn[2] != collate(processor, task, 2, seed=9)["tasks"]["t"].ids["positive"].tolist()
+
+
+def test_one_of_several_images_is_drawn_and_no_other_is_decoded(processor, monkeypatch):
+    images = [[png(Image.new("RGB", (32, 32), (60 * row, 60 * n, 7))) for n in range(4)] for row in range(4)]
+    task = Task("t", "image-text", [{"image": row, "caption": "a"} for row in images], 4)
+    whole = MultiTaskCollator(processor, max_length=16, seed=0).image_reader
+    every = whole.inputs([image for row in images for image in whole.decode(row)])["pixel_values"]
+    decoded: list[bytes] = []
+    monkeypatch.setattr("bifocal.data.images.load_image", lambda value: (decoded.append(value), load_image(value))[1])
+    drawn = set()
+    for step in range(6):
+        batch = collate(processor, task, step)
+        rows = batch["tasks"]["t"].rows
+        equal = (batch["images"][0]["pixel_values"][:, None] == every[None]).flatten(2).all(-1)
+        assert equal.sum(1).tolist() == [1] * 4
+        numbers = equal.long().argmax(1).tolist()
+        assert [number // 4 for number in numbers] == rows, "an image of its own row"
+        drawn.add(tuple(number % 4 for number in numbers))
+    assert len(drawn) > 3
+    assert len(decoded) == 6 * 4
 
 
 def test_a_long_caption_may_stand_for_a_short_one(processor):

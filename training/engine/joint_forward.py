@@ -10,16 +10,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from bifocal.errors import TrainingError
+from bifocal.modeling import BifocalModel
 from bifocal.training.tasks import Task
 
 Inputs = dict[str, torch.Tensor]
 
 
-def embed(model: nn.Module, texts: Sequence[Inputs], images: Sequence[Inputs]) -> dict[str, torch.Tensor]:
+def embed(model: Any, texts: Sequence[Inputs], images: Sequence[Inputs]) -> dict[str, torch.Tensor]:
     """Return unit vectors of texts and images, and the temperature and bias of the image-text loss.
 
     Args:
@@ -30,12 +30,13 @@ def embed(model: nn.Module, texts: Sequence[Inputs], images: Sequence[Inputs]) -
         `texts` (all texts, D) and `images` (all images, D), each only if given; `scale`, 1 / tau; `bias`, if learned.
     """
     outputs = {}
-    for name, parts, encode in (("texts", texts, "get_text_features"), ("images", images, "get_image_features")):
-        if parts:
-            features = [_pooled(getattr(model, encode)(**part)) for part in parts]
-            outputs[name] = F.normalize(torch.cat(features).float(), dim=-1)
-    outputs |= temperature_of(model)
-    return outputs
+    if texts:
+        outputs["texts"] = _unit_vectors([model.get_text_features(**part) for part in texts])
+    if images:
+        base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        options = {"pooled_only": True} if isinstance(base, BifocalModel) else {}
+        outputs["images"] = _unit_vectors([model.get_image_features(**part, **options) for part in images])
+    return outputs | temperature_of(model)
 
 
 def logit_scale_bounds(model: Any) -> tuple[float, float] | None:
@@ -74,8 +75,9 @@ def temperature_of(model: Any) -> dict[str, torch.Tensor]:
     return scalars
 
 
-def _pooled(output: Any) -> torch.Tensor:
-    return output if isinstance(output, torch.Tensor) else output.pooler_output
+def _unit_vectors(outputs: Sequence[Any]) -> torch.Tensor:
+    pooled = [output if isinstance(output, torch.Tensor) else output.pooler_output for output in outputs]
+    return F.normalize(torch.cat(pooled).float(), dim=-1)
 
 
 def require_dual_encoder(model: Any, processor: Any, tasks: Sequence[Task]) -> None:

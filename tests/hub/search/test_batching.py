@@ -192,11 +192,11 @@ class Counted:
         def count(name: str, rows: list[int]) -> None:
             original = getattr(model, name)
 
-            def counted(*inputs: Any) -> Any:
+            def counted(*inputs: Any, **options: Any) -> Any:
                 if not self.texts + self.images:
                     wait_until(lambda: sum(len(batcher._waiting) for batcher in batchers) >= waiting)
                 rows.append(len(inputs[0]))
-                return original(*inputs)
+                return original(*inputs, **options)
 
             monkeypatch.setattr(model, name, counted)
 
