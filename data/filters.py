@@ -4,13 +4,14 @@ import hashlib
 import io
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from bifocal.data.image_errors import image_row_error
 from bifocal.data.skips import RowError
+from bifocal.dtypes import DtypeChoice
 from bifocal.errors import DataError
 
 _SPACE = re.compile(r"\s+")
@@ -32,7 +33,7 @@ class Consistency(BaseModel):
     model: str
     top_k: Annotated[int, Field(ge=1)] = 2
     pool_size: Annotated[int, Field(ge=2)] = 100_000
-    dtype: Literal["model", "auto", "float32", "bfloat16", "float16"] = "model"
+    dtype: DtypeChoice = "model"
 
 
 class Cleaning(BaseModel):

@@ -91,6 +91,11 @@ class Encoder:
         """
         return self._embed("images", self.image, images)
 
+    @property
+    def decodes_fast(self) -> bool:
+        """Whether large JPEGs are decoded at reduced scale: it was chosen, and the image processor allows it."""
+        return self.fast_decoding and self.preparer is not None and self.preparer(True).smallest_side is not None
+
     def images_ahead(
         self, sources: Iterable[Any], read: Callable[[ImagePreparer, Any], tuple[Any, Any]]
     ) -> EmbeddedImages:

@@ -38,6 +38,7 @@ class Result:
         rows: hash of the rows, equal if two models were measured on the same ones.
         prompts: prompts of queries and documents, if the model has them and the protocol is a search.
         dtype: dtype of the model's weights, such as "float32"; empty if an earlier version measured it.
+        fast_decoding: whether large JPEGs were decoded at reduced scale.
     """
 
     task: str
@@ -54,6 +55,7 @@ class Result:
     rows: str = ""
     prompts: dict[str, str] = field(default_factory=dict)
     dtype: str = ""
+    fast_decoding: bool = False
 
     @property
     def skipped(self) -> dict[str, int]:

@@ -70,6 +70,7 @@ def results_as_numbers(results: Mapping[str, Sequence[Result]]) -> dict[str, Any
             entry: dict[str, Any] = {
                 "kind": result.kind, "main": result.main, "metrics": result.metrics, "sizes": result.sizes,
                 "skipped": result.skipped, "prompts": result.prompts, "dtype": result.dtype,
+                "fast_decoding": result.fast_decoding,
                 "seconds": result.seconds, "parameters": result.parameters, "speed": result.speed,
             }  # fmt: skip
             if "owner" in result.arrays:
@@ -156,12 +157,17 @@ def _speed(results: Mapping[str, Sequence[Result]]) -> list[dict[str, Any]]:
                 rates.setdefault(name, []).append(rate)
         rows.append({
             "model": model, "parameters": f"{max(result.parameters for result in of_model) / 1e6:,.1f} M",
-            "dtype": ", ".join(dict.fromkeys(result.dtype for result in of_model if result.dtype)),
+            "dtype": ", ".join(dict.fromkeys(_precision(result) for result in of_model if result.dtype)),
             "dimensions": dimensions, "bytes": None if dimensions is None else 4 * dimensions,
             "texts": _highest(rates.get("texts_per_second")), "images": _highest(rates.get("images_per_second")),
             "seconds": f"{sum(result.seconds for result in of_model):,.0f}",
         })  # fmt: skip
     return rows
+
+
+def _precision(result: Result) -> str:
+    """Return what a result was computed in, for the table."""
+    return f"{result.dtype}, fast decoding" if result.fast_decoding else result.dtype
 
 
 def _highest(rates: list[float] | None) -> str | None:

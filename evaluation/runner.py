@@ -171,6 +171,7 @@ class _TaskRun:
         result = self.data.measure(encoder)
         result.seconds, result.parameters = round(time.monotonic() - started, 2), encoder.parameters
         result.speed, result.dtype = encoder.speed(), encoder.dtype
+        result.fast_decoding = encoder.decodes_fast and PROTOCOLS[self.task.kind].needs_images
         self._log_skips(result)
         _save_cached(result, self.paths[model])
         self.results[model] = result

@@ -96,9 +96,9 @@ def index_source(
         if existing.parts:
             if dtype in (None, "auto"):
                 dtype = existing.dtype
-            elif len(existing):
+            elif existing.has_rows():
                 existing.require_same_dtype(dtype)
-            if len(existing):
+            if existing.has_rows():
                 existing.require_decoding(fast_decoding)
 
     # Not before all of this is checked: it imports torch.
@@ -108,6 +108,8 @@ def index_source(
     loaded = load_model(model, dtype)
     if kind in _IMAGE_KINDS:
         loaded.require_images()
+    if fast_decoding and loaded.image_preparer(True).smallest_side is None:
+        raise SearchError(f"Images for '{model}' can only be decoded at full size. Omit --fast-decoding.")
     index = SearchIndex.create(
         folder, model, weights_hash(model), loaded.dimensions, dims, precisions, loaded.prompts, loaded.dtype,
         fast_decoding,

@@ -2,7 +2,7 @@
 """Attention with ALiBi: whole, or for long texts without ever holding the bias of all queries and keys."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from transformers.integrations.flex_attention import compile_friendly_flex_atten
 from .alibi_bifocal import AlibiBias, padding_block_mask
 from .packing_bifocal import PackedAlibi
 
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], Any]  # query, key, value, mask
 _FLEX_MIN_WIDTH = 16  # the narrowest matrices that GPU kernels multiply
 
 
@@ -51,32 +52,28 @@ def alibi_attention(
     if implementation == "flex_attention":
         return _flex_attention(query, key, value, bias, scaling, dropout, module.training, kwargs), None
 
-    kwargs |= {"scaling": scaling, "dropout": dropout}
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> Any:
+        return function(module, query, key, value, attention_mask=mask, scaling=scaling, dropout=dropout, **kwargs)
+
     if bias.spans is not None and dropout == 0 and implementation == "sdpa" and query.device.type == "cpu":
-        return _attention_by_spans(function, module, query, key, value, bias, kwargs), None
+        return _attention_by_spans(attend, query, key, value, bias, bias.spans), None
     if bias.rows >= bias.length:
-        block = bias.block(0, bias.length) if bias.whole is None else bias.whole
-        return function(module, query, key, value, attention_mask=block, **kwargs)
-    return _attention_by_blocks(function, module, query, key, value, bias, kwargs)
+        return attend(query, key, value, bias.block(0, bias.length) if bias.whole is None else bias.whole)
+    with_weights = bool(kwargs.get("output_attentions"))  # those of all blocks are too large to return them unasked
+    return _attention_by_blocks(attend, query, key, value, bias, dropout > 0, with_weights)
 
 
 def _attention_by_spans(
-    function: Callable,
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    bias: AlibiBias,
-    kwargs: dict[str, Any],
-) -> torch.Tensor:
+    attend: Attend, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: AlibiBias,
+    spans: Sequence[tuple[int, int]],
+) -> torch.Tensor:  # fmt: skip
     """Return the output of fused attention on a CPU, where each row attends to its own keys only.
 
     Neighbouring rows with the same keys are computed together. A CPU kernel reads the view of `AlibiBias.toeplitz` as
     it is; those of GPUs ask for aligned rows.
     """
-    assert bias.spans is not None
     length = bias.length
-    groups = [(span, len(list(rows))) for span, rows in itertools.groupby(bias.spans)]
+    groups = [(span, len(list(rows))) for span, rows in itertools.groupby(spans)]
     sizes = [rows for _, rows in groups]
     toeplitz = bias.toeplitz()
     lowest = toeplitz.new_full((), torch.finfo(toeplitz.dtype).min).expand(1, 1, length, length)
@@ -86,42 +83,38 @@ def _attention_by_spans(
     ):
         keys = slice(length - stop, length - start) if stop else slice(None)
         mask = toeplitz[..., keys] if stop else lowest
-        outputs.append(function(module, q, k[:, :, keys], v[:, :, keys], attention_mask=mask, **kwargs)[0])
+        outputs.append(attend(q, k[:, :, keys], v[:, :, keys], mask)[0])
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 def _attention_by_blocks(
-    function: Callable,
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    bias: AlibiBias,
-    kwargs: dict[str, Any],
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    attend: Attend, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: AlibiBias, draws: bool,
+    with_weights: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """Return output and weights, computed block by block of queries; with gradients, backward computes it again.
 
     Otherwise autograd would keep every block of the bias, and without a fused kernel all attention weights.
-    """
-    recompute = torch.is_grad_enabled()
-    with_weights = kwargs.get("output_attentions")  # those of all blocks are too large to return them unasked
 
-    def attend(
+    Args:
+        draws: whether attention draws random numbers, which backward must draw again.
+        with_weights: whether to return the weights.
+    """
+
+    def attend_block(
         start: int, block: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        mask = bias.block(start, start + block.shape[2])
-        output, weights = function(module, block, key, value, attention_mask=mask, **kwargs)
+        output, weights = attend(block, key, value, bias.block(start, start + block.shape[2]))
         return output, weights if with_weights else None
 
     outputs, weights = [], []
     starts = range(0, bias.length, bias.rows)
     for start, block in zip(starts, query.split(bias.rows, dim=2), strict=True):
-        if recompute:
+        if torch.is_grad_enabled():
             output, weight = checkpoint(
-                attend, start, block, key, value, use_reentrant=False, preserve_rng_state=kwargs["dropout"] > 0
+                attend_block, start, block, key, value, use_reentrant=False, preserve_rng_state=draws
             )
         else:
-            output, weight = attend(start, block, key, value)
+            output, weight = attend_block(start, block, key, value)
         outputs.append(output)
         weights.append(weight)
     return torch.cat(outputs, dim=1), None if weights[0] is None else torch.cat(weights, dim=2)

@@ -76,7 +76,7 @@ def resolve_dtype(choice: str | None, device: torch.device | str) -> str:
         device: that the model will run on.
 
     Raises:
-        ValueError: if it is none of them.
+        ValueError: if the choice is unknown.
     """
     if choice is None:
         return "model"

@@ -172,7 +172,7 @@ class EncodingMixin:
                 chosen.sort(key=lambda position: -len(ids[position]))
                 for first in range(0, len(chosen), batch_size):
                     batch = chosen[first : first + batch_size]
-                    parts = self._parts([len(ids[position]) for position in batch])
+                    parts = self._parts(model, [len(ids[position]) for position in batch])
                     inputs = (_padded([ids[batch[n]] for n in part], padding, self.device) for part in parts)
                     vectors = [model.get_text_features(*part).pooler_output for part in inputs]
                     yield [batch[n] for part in parts for n in part], torch.cat(vectors)
@@ -252,18 +252,20 @@ class EncodingMixin:
         """
         return ImagePreparer(self.processor.image_processor, fast_decoding)
 
-    def _parts(self, lengths: list[int]) -> list[list[int]]:
+    def _parts(self, model: Any, lengths: list[int]) -> list[list[int]]:
         """Return the texts of a batch in groups that are embedded one after the other; on a CPU, they fit its caches.
 
         Args:
+            model: this model as it is used.
             lengths: tokens of each text.
         """
         if self.device.type != "cpu":
             return [list(range(len(lengths)))]
         if self.config.text_padding == "max_length":
             lengths = [self.config.max_text_length] * len(lengths)
-        # Bifocal's text tower computes no padding; the other ones pad each group to its longest text.
-        return packs(lengths) if self.config.text_config.model_type == "bifocal_text" else micro_batches(lengths)
+        # Bifocal's text tower computes no padding, unless a hook watches; others pad each group to its longest text.
+        computes_padding = getattr(model.text_model, "computes_padding", None)
+        return micro_batches(lengths) if computes_padding is None or computes_padding() else packs(lengths)
 
     def _prompt(self, aliases: dict[str, Any]) -> str | None:
         """Return the text that goes before each text, by `prompt`, `prompt_name` or `task`."""

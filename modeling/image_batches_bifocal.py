@@ -2,6 +2,7 @@
 """Images on their way to the model: decoded and resized in threads ahead of it, normalised on its device."""
 
 import inspect
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -20,6 +21,7 @@ from .image_bifocal import DecodedImage, decode_image, image_name
 
 EmbeddedImages = Generator[tuple[Any, Any], None, None]  # a note and a vector for each image
 _MAX_DEFAULT_WORKERS = 16
+_LARGEST_RESIZED = 2**25  # pixels of an image before it is cropped: 100 MB; 1 x 3,000 pixels would become 450 MB
 _MAX_PIXELS_IN_MEMORY = 2**28  # of images that stay at full size, 0.8 GB
 # A JPEG is decoded at reduced scale as long as its shorter side stays at least this many times that of the model.
 MARGIN = 1.5
@@ -50,6 +52,10 @@ class PreparedImage:
 
     pixels: np.ndarray
     steps: Steps
+
+
+class NarrowImageError(ValueError):
+    """An image whose shorter side is so short that resizing it would fill the memory."""
 
 
 class ImagePreparer:
@@ -88,8 +94,16 @@ class ImagePreparer:
 
         Raises:
             FileNotFoundError, ValueError: as for `load_image`.
+            NarrowImageError: if it would need too much memory before it is cropped.
         """
-        return decode_image(source, name, self.smallest_side and max(self.smallest_side, smallest_side))
+        decoded = decode_image(source, name, self.smallest_side and max(self.smallest_side, smallest_side))
+        if self.steps is not None and self.steps.size is not None:
+            width, height = decoded.image.size
+            if math.prod(_new_size(width, height, self.steps.size)) > _LARGEST_RESIZED:
+                raise NarrowImageError(
+                    f"{name or 'The image'} is too narrow to embed ({width} x {height} pixels); crop it."
+                )
+        return decoded
 
     def prepare(self, decoded: DecodedImage) -> PreparedImage | Image.Image:
         """Resize and crop an image; return it whole if the processor has to do that."""

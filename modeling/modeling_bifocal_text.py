@@ -209,6 +209,10 @@ class BifocalTextModel(BifocalTextPreTrainedModel):
             ),
         )
 
+    def computes_padding(self) -> bool:
+        """Return whether a batch without gradients is computed with its padding, as on a GPU or with hooks."""
+        return not self._can_split(2, self.device, self._requested(None, None))
+
     def _run_packed(
         self, spans: list[tuple[int, int]], length: int, *inputs: torch.Tensor | None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:

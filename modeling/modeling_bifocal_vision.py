@@ -70,7 +70,7 @@ def apply_rotary_pos_emb(states: torch.Tensor, rotary: torch.Tensor) -> torch.Te
     supported = states.dtype != torch.float64 and states.device.type in ("cpu", "cuda")
     if supported and not torch.compiler.is_compiling():
         # A product of complex numbers, one kernel, takes a tenth of the time, but compilers and ONNX do not support it.
-        # There is none of bfloat16, but to convert the states takes much less time than the products below.
+        # torch has no complex bfloat16. Converting the states costs little next to the matrix products below.
         pairs = states.float().unflatten(-1, (-1, 2))
         rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotary.float())).flatten(-2)
         return rotated.to(states.dtype)

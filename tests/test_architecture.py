@@ -11,18 +11,31 @@ ROOMS = ("bifocal", "modeling", "data", "training", "evaluation", "hub")
 # What each room may import; modules of `bifocal/` itself count as rooms of their own.
 ALLOWED = {
     "errors": set(),
+    "dtypes": set(),
     "progress": set(),
     "pages": set(),
     "files": {"errors"},
     "registration": {"modeling"},
     "modeling": set(),
-    "data": {"errors", "files", "pages", "modeling"},
+    "data": {"errors", "dtypes", "files", "pages", "modeling"},
     "training": {"errors", "files", "progress", "modeling", "data"},
     "evaluation": {"errors", "files", "progress", "pages", "modeling", "data"},
     "hub": {"errors", "files", "progress", "pages", "modeling", "data", "hub.search"},
     "hub.search": {"errors", "modeling"},  # a Space ships these
     "demo": {"errors", "files", "progress", "pages", "modeling", "data", "training", "evaluation", "hub"},
-    "cli": {"errors", "files", "progress", "modeling", "data", "training", "evaluation", "hub", "hub.search", "demo"},
+    "cli": {
+        "errors",
+        "dtypes",
+        "files",
+        "progress",
+        "modeling",
+        "data",
+        "training",
+        "evaluation",
+        "hub",
+        "hub.search",
+        "demo",
+    },
     "__main__": {"cli"},
     "": {
         "errors",

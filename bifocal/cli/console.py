@@ -6,7 +6,6 @@ A command raises a `BifocalError` for such an error, and calls `writes_into` wit
 import errno
 import shutil
 from contextvars import ContextVar
-from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from bifocal.dtypes import DtypeChoice
 from bifocal.errors import BifocalError
 
 # The disk is full or read-only, the folder not ours, or a file stands where a folder should be.
@@ -29,28 +29,17 @@ FastDecoding = Annotated[bool, typer.Option("--fast-decoding", help=FAST_DECODIN
 _OUTPUT: ContextVar[tuple[Path, str] | None] = ContextVar("folder that the command writes into, and remedy")
 
 
-class DtypeChoice(str, Enum):
-    """`bifocal.modeling.dtype_bifocal.DTYPE_CHOICES`, without an import of torch."""
-
-    model = "model"
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
 _AUTO = "auto: bfloat16 where the device multiplies in it."
 Dtype = Annotated[
     DtypeChoice, typer.Option(help=f"Dtype to embed in. model: that of the model's weights. {_AUTO}")
 ]  # fmt: skip
 IndexDtype = Annotated[
     DtypeChoice | None,
-    typer.Option(help=f"Dtype to embed in; that of the index if omitted. model: that of the model's weights. {_AUTO}"),
+    typer.Option(
+        help="Dtype to embed in; that of the index if omitted. model: that of the model's weights. auto: in a new "
+        "index, bfloat16 where the device multiplies in it."
+    ),
 ]
-
-
-def dtype_name(choice: DtypeChoice | None) -> str | None:
-    return None if choice is None else choice.value
 
 
 def require(*modules: str) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from bifocal.cli.console import Dtype, DtypeChoice, FastDecoding, NumWorkers, require, writes_into
+from bifocal.cli.console import Dtype, FastDecoding, NumWorkers, require, writes_into
 
 
 def evaluate(
@@ -27,7 +27,7 @@ def evaluate(
     ] = Path("runs/evaluation"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
     card: Annotated[bool, typer.Option("--card", help="Write the results into each model's card.")] = False,
-    dtype: Dtype = DtypeChoice.model,
+    dtype: Dtype = "model",
     num_workers: NumWorkers = None,
     fast_decoding: FastDecoding = False,
 ) -> None:
@@ -42,7 +42,7 @@ def evaluate(
     from bifocal.evaluation.runner import run_evaluation
     from bifocal.hub.card_results import add_results
 
-    evaluation = run_evaluation(models, out, suite, mteb or (), only or (), dtype.value, num_workers, fast_decoding)
+    evaluation = run_evaluation(models, out, suite, mteb or (), only or (), dtype, num_workers, fast_decoding)
     if card:
         for model in evaluation.results:
             add_results(Path(model), evaluation.card_rows(model), evaluation.hub_datasets)

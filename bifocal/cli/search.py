@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bifocal.cli.console import FAST_DECODING, IndexDtype, NumWorkers, dtype_name, require, writes_into
+from bifocal.cli.console import FAST_DECODING, IndexDtype, NumWorkers, require, writes_into
 from bifocal.cli.data import Overrides
 from bifocal.data.kinds import INDEXED
 from bifocal.errors import BifocalError
@@ -69,7 +69,7 @@ def index(
     with tqdm(desc="Reading items", unit="", leave=False) as bar:
         summary = index_source(
             parse_source(source, overrides), out, model, kind, captions, prune, dim or [], precision or ["float32"],
-            batch_size, progress=lambda count: bar.update(count - bar.n), dtype=dtype_name(dtype),
+            batch_size, progress=lambda count: bar.update(count - bar.n), dtype=dtype,
             num_workers=num_workers, fast_decoding=fast_decoding,
         )  # fmt: skip
     _print_summary(summary, printable(source), printable(str(out)), prune)
@@ -145,15 +145,19 @@ def search(
     check_kinds(kinds)
     opened = SearchIndex(index)
     is_default = dim is None and precision is None
-    variant = None if is_default else (dim or opened.dimensions, precision or "float32")
+    variant = None if is_default else (opened.dimensions if dim is None else dim, precision or "float32")
     if variant is not None:
         opened.require_variant(*variant)
     require_query(text, image)
     require_model_path(model or opened.model)
+    if lancedb is not None:
+        from bifocal.hub.search.lance import open_lancedb
+
+        open_lancedb(lancedb, opened.weights)
 
     from bifocal.hub.search.searcher import Searcher
 
-    searcher = Searcher(opened, model, dtype=dtype_name(dtype))
+    searcher = Searcher(opened, model, dtype=dtype)
     vector = searcher.vector(text, image, weight)
     if lancedb is not None:
         from bifocal.hub.search.lance import search_lancedb
@@ -243,6 +247,6 @@ def serve(
     from bifocal.hub.search.page import build_page, launch
     from bifocal.hub.search.searcher import Searcher
 
-    page = build_page(Searcher(opened, model, dtype=dtype_name(dtype)), title)
+    page = build_page(Searcher(opened, model, dtype=dtype), title)
     typer.echo(f"Serving {index} at http://{host}:{port} (Ctrl+C stops it).")
     launch(page, host, port)

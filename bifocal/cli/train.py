@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bifocal.cli.console import Dtype, DtypeChoice, FastDecoding, NumWorkers, require, writes_into
+from bifocal.cli.console import Dtype, FastDecoding, NumWorkers, require, writes_into
 
 if TYPE_CHECKING:
     from bifocal.training.recipe import Recipe
@@ -98,7 +98,7 @@ def mine(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts or images per forward pass.")] = 64,
     cache: Annotated[Path | None, typer.Option(help="Folder for embeddings, with which a killed run resumes.")] = None,
-    dtype: Dtype = DtypeChoice.model,
+    dtype: Dtype = "model",
     num_workers: NumWorkers = None,
     fast_decoding: FastDecoding = False,
 ) -> None:
@@ -111,4 +111,4 @@ def mine(
         batch_size=batch_size, num_workers=num_workers, fast_decoding=fast_decoding,
     )  # fmt: skip
     writes_into(out.parent)
-    typer.echo(mine_source(source, out, model, direction, column_mapping or [], cache, settings, dtype.value))
+    typer.echo(mine_source(source, out, model, direction, column_mapping or [], cache, settings, dtype))

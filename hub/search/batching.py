@@ -91,20 +91,22 @@ class Batcher(Generic[Item, Result]):
 
     def _run_batch(self) -> None:
         """Run the calls at the head of the queue, that of this thread first among them."""
-        with self._lock:
-            batch = self._waiting[:1]
-            cost = self.cost(batch[0].item)
-            for call in self._waiting[1 : self.max_items]:
-                cost += self.cost(call.item)
-                if cost > self.max_cost:
-                    break
-                batch.append(call)
-            del self._waiting[: len(batch)]
+        batch: list[_Call[Item, Result]] = []
         try:
+            with self._lock:
+                batch += self._waiting[:1]
+                cost = self.cost(batch[0].item)
+                for call in self._waiting[1 : self.max_items]:
+                    cost += self.cost(call.item)
+                    if cost > self.max_cost:
+                        break
+                    batch.append(call)
+                del self._waiting[: len(batch)]
             self._run(batch)
         finally:
             with self._lock:  # an interrupt, such as Ctrl+C, ends this thread's call only
-                self._waiting[:0] = [call for call in batch if not (call.is_done or call.was_left)]
+                unfinished = [call for call in batch if not (call.is_done or call.was_left)]
+                self._waiting[:0] = [call for call in unfinished if call not in self._waiting]
                 for call in batch:
                     if call.is_done:
                         call.awake.set()
@@ -114,11 +116,14 @@ class Batcher(Generic[Item, Result]):
             results = self.run([call.item for call in batch])
             for call, result in zip(batch, results, strict=True):
                 call.result, call.is_done = result, True
+            return
         except Exception as error:
             if len(batch) == 1:
                 batch[0].error, batch[0].is_done = error, True
                 return
-            for call in batch:
+        # After the handler, whose traceback would keep the failed batch's memory.
+        for call in batch:
+            if not call.is_done:
                 self._run([call])
 
 

@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -12,7 +11,7 @@ from bifocal.hub.search.atomic import temporary_files
 from bifocal.hub.search.ingestion import EmbedImages, Ingestion
 from bifocal.hub.search.items import KINDS, Hit, Item, SearchError, check_kinds, normalize
 from bifocal.hub.search.lock import LOCK, index_lock
-from bifocal.hub.search.settings import FORMAT, PRECISIONS, SETTINGS, read_settings, write_settings
+from bifocal.hub.search.settings import FORMAT, SETTINGS, IndexSettings, read_settings, write_settings
 from bifocal.hub.search.snapshot import Rankings, SearchSnapshot
 from bifocal.hub.search.sync import NO_SOURCE, AddResult, ItemSource, SourceScan
 from bifocal.hub.search.table import Occurrence, Table, TableSnapshot, all_occurrences
@@ -20,7 +19,7 @@ from bifocal.hub.search.table import Occurrence, Table, TableSnapshot, all_occur
 _CANDIDATES = 4  # per hit, from an index that is not exact; they are scored again with their whole vectors
 
 
-class SearchIndex:
+class SearchIndex(IndexSettings):
     """A folder of `index.json`, `table/` and `faiss/`.
 
     FAISS indexes are built from the table: one for each variant, a number of dimensions with a precision. All
@@ -36,18 +35,8 @@ class SearchIndex:
     """
 
     def __init__(self, folder: str | Path, faiss_folder: str | Path | None = None) -> None:
-        self.folder = Path(folder)
+        super().__init__(Path(folder))
         self.faiss_folder = self.folder / "faiss" if faiss_folder is None else Path(faiss_folder)
-        settings = read_settings(self.folder)
-        self.model: str = settings["model"]
-        self.weights: str = settings["weights"]
-        self.dimensions: int = settings["dimensions"]
-        self.variants: list[tuple[int, str]] = [(dim, precision) for dim, precision in settings["variants"]]
-        self.sources: list[dict[str, Any]] = settings["sources"]
-        self.parts: int = settings["parts"]
-        self.prompts: dict[str, str] = settings["prompts"]
-        self.dtype: str = settings["dtype"]
-        self.fast_decoding: bool = settings["fast_decoding"]
         self.table = Table(self.folder / "table", self.dimensions)
         self._snapshot: SearchSnapshot | None = None
 
@@ -88,17 +77,17 @@ class SearchIndex:
         )  # fmt: skip
         if (folder / SETTINGS).exists():
             index = cls(folder)
-            if len(index):  # refuse at once, without waiting for another command
+            if index.has_rows():  # refuse at once, without waiting for another command
                 index.require_same_weights(weights, model)
                 index.require_same_dtype(dtype)
                 index.require_decoding(fast_decoding)
             with index_lock(folder):
                 if (folder / SETTINGS).exists():  # otherwise another command found nothing to index, and deleted it
                     index = cls(folder)
-                    if (index.weights == weights and index.dtype == dtype) or len(index):
+                    if (index.weights == weights and index.dtype == dtype) or index.has_rows():
                         index.require_same_weights(weights, model)
                         index.require_same_dtype(dtype)
-                        if len(index):
+                        if index.has_rows():
                             index.require_decoding(fast_decoding)
                         elif fast_decoding is not None:
                             index.fast_decoding = fast_decoding
@@ -117,58 +106,10 @@ class SearchIndex:
         write_settings(folder, {**settings, "variants": variants})
         return cls(folder)
 
-    @staticmethod
-    def check_dims(dims: Sequence[int], dimensions: int) -> None:
-        """Check numbers of leading dimensions.
-
-        Args:
-            dimensions: length of the model's vectors.
-
-        Raises:
-            SearchError: if one is out of range.
-        """
-        for dim in dims:
-            if not 1 <= dim <= dimensions:
-                raise SearchError(
-                    f"The model has {dimensions} dimensions; choose --dim from 1 to {dimensions}, not {dim}."
-                )
-
-    @staticmethod
-    def check(folder: Path, precisions: Sequence[str]) -> None:
-        """Check what `create` can know without a model.
-
-        Raises:
-            SearchError: if the folder holds something else than an index, or a precision is unknown.
-        """
-        for precision in precisions:
-            if precision not in PRECISIONS:
-                raise SearchError(f"'{precision}' is not a precision. Choose one of {', '.join(PRECISIONS)}.")
-        if (folder / SETTINGS).exists() or not folder.exists():
-            return
-        if not folder.is_dir() or any(folder.iterdir()):
-            raise SearchError(f"'{folder}' holds other files and no index. Choose another folder.")
-
-    def _save(self) -> None:
-        """Write the settings, together with what other processes have added to them. The caller holds the lock."""
-        saved = read_settings(self.folder)
-        self.sources = saved["sources"] + self.sources[len(saved["sources"]) :]
-        self.parts = max(self.parts, saved["parts"])
-        variants = [(dim, precision) for dim, precision in saved["variants"]]
-        self.variants = variants + [variant for variant in self.variants if variant not in variants]
-        self._write_settings()
-
-    def _write_settings(self) -> None:
-        settings = dict(
-            format=FORMAT, model=self.model, weights=self.weights, dimensions=self.dimensions, prompts=self.prompts,
-            dtype=self.dtype, variants=self.variants, parts=self.parts, sources=self.sources,
-            fast_decoding=self.fast_decoding,
-        )  # fmt: skip
-        write_settings(self.folder, settings)
-
     def discard_if_empty(self) -> None:
         """Delete the files of an index without rows, so that its folder belongs to no model."""
         with index_lock(self.folder):
-            if len(self):
+            if self.has_rows():
                 return
             for part in self.table.parts:
                 part.unlink()
@@ -180,43 +121,9 @@ class SearchIndex:
                 if folder.is_dir() and not any(folder.iterdir()):
                     folder.rmdir()
 
-    def require_same_weights(self, weights: str, model: str) -> None:
-        """Check that the index was made with these weights.
-
-        Raises:
-            SearchError: if the index was made with other weights.
-        """
-        if weights != self.weights:
-            raise SearchError(
-                f"The index '{self.folder}' was made with '{self.model}' ({self.weights}), but '{model}' has other "
-                f"weights ({weights}), whose vectors cannot be compared. Index again into another folder."
-            )
-
-    def require_decoding(self, fast: bool | None) -> None:
-        """Check that the images of the index were decoded in this way; None stands for any.
-
-        Raises:
-            SearchError: if they were decoded in the other way.
-        """
-        if fast not in (None, self.fast_decoding):
-            made, option = ("fast", "--no-fast-decoding") if self.fast_decoding else ("exact", "--fast-decoding")
-            raise SearchError(
-                f"The index '{self.folder}' was made with {made} decoding of images, and vectors of both kinds are not "
-                f"comparable. Omit {option}, or index into another folder."
-            )
-
-    def require_same_dtype(self, dtype: str) -> None:
-        """Check that the index was made in this dtype.
-
-        Raises:
-            SearchError: if the index was made in another dtype.
-        """
-        if dtype != self.dtype:
-            own, other = ("the model's dtype" if name == "model" else name for name in (self.dtype, dtype))
-            raise SearchError(
-                f"The index '{self.folder}' was made in {own}, not in {other}. Use dtype {self.dtype}, or index into "
-                "another folder."
-            )
+    def has_rows(self) -> bool:
+        """Return whether the index holds anything; a missing part counts, since its items can be embedded again."""
+        return bool(self.table.missing(self.parts)) or any(map(len, self.table.open().tables))
 
     def __len__(self) -> int:
         return len(self._open().keys)
@@ -233,10 +140,6 @@ class SearchIndex:
     def counts(self) -> dict[str, int]:
         """Return the number of rows of each kind."""
         return dict(self._open().counts)
-
-    def options(self, identity: dict[str, Any]) -> dict[str, Any]:
-        """Return the options of the last run over a source; none if the source is new."""
-        return next((source["options"] for source in self.sources if source["identity"] == identity), {})
 
     def add(
         self, items: Iterable[Item], encode_text: Callable[[list[str]], np.ndarray],
@@ -354,12 +257,6 @@ class SearchIndex:
             self._open()
         return count
 
-    def missing_sources(self) -> list[str]:
-        """Return the local paths that were indexed and do not exist any more."""
-        paths = [str(path) for source in self.sources for path in source["identity"].get("paths", ())]
-        local = [path for path in paths if os.path.isabs(path) and not any(sign in path for sign in "*?[{")]
-        return [path for path in dict.fromkeys(local) if not os.path.exists(path)]
-
     def search(
         self, vector: np.ndarray, k: int = 10, kinds: Sequence[str] = KINDS, variant: tuple[int, str] | None = None
     ) -> list[Hit]:
@@ -395,24 +292,12 @@ class SearchIndex:
         candidates = k if is_exact else _CANDIDATES * k
         return snapshot.rank(normalize(np.asarray(vectors, np.float32)), k, kinds, (dim, precision), candidates)
 
-    def require_variant(self, dim: int, precision: str) -> None:
-        """Check that the index has a variant.
-
-        Raises:
-            SearchError: if it has not.
-        """
-        if (dim, precision) not in self.variants:
-            known = ", ".join(f"{dim} {precision}" for dim, precision in self.variants)
-            raise SearchError(
-                f"'{self.folder}' cannot be searched by {dim} dimensions in {precision}, only by {known}."
-            )
-
     def _open(self) -> SearchSnapshot:
-        stamp = self.table.stamp()
-        if self._snapshot is None or self._snapshot.stamp != stamp:
+        stamp, snapshot = self.table.stamp(), self._snapshot  # other threads may replace it
+        if snapshot is None or snapshot.stamp != stamp:
             self._require_parts()
-            self._snapshot = SearchSnapshot(self.table, self.faiss_folder, self.variants)
-        return self._snapshot
+            snapshot = self._snapshot = SearchSnapshot(self.table, self.faiss_folder, self.variants)
+        return snapshot
 
     def _delete_temporary_files(self) -> None:
         """Delete the unfinished files of killed runs. The caller holds the lock."""

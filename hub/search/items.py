@@ -141,9 +141,13 @@ def decode_item(source: Any, preparer: "ImagePreparer") -> "DecodedImage":
     Raises:
         SearchError: if it is too large or cannot be read. The message does not name the image.
     """
+    from bifocal.modeling.image_batches_bifocal import NarrowImageError  # with torch
+
     require_image(source)
     try:
         return preparer.decode(source, smallest_side=_THUMBNAIL_SIZE)
+    except NarrowImageError as error:
+        raise SearchError("it is too narrow to embed") from error
     except (ValueError, FileNotFoundError) as error:
         raise SearchError("it is broken") from error
 

@@ -88,6 +88,21 @@ def export_to_lancedb(index: SearchIndex, uri: str) -> int:
         return int(table.count_rows())
 
 
+def open_lancedb(uri: str, weights: str) -> Any:
+    """Return a database that was exported from an index of these weights.
+
+    Raises:
+        SearchError: if there is no such table, or it is of another model.
+    """
+    with _errors_as_search_errors(uri):
+        database = _connect(uri)
+        for name in (_ITEMS, _CALIBRATION):
+            if name not in database.list_tables().tables:
+                raise SearchError(f"There is no table '{name}' at '{uri}'; run bifocal export-lancedb first.")
+        _require_same_weights(database.open_table(_ITEMS), weights, uri)
+    return database
+
+
 def search_lancedb(uri: str, vector: np.ndarray, weights: str, k: int = 10, kinds: Sequence[str] = KINDS) -> list[Hit]:
     """Return the k items nearest to a query, ranked as `SearchIndex.search` ranks them.
 
@@ -105,12 +120,8 @@ def search_lancedb(uri: str, vector: np.ndarray, weights: str, k: int = 10, kind
     query = normalize(np.asarray(vector, np.float32))
     hits: list[Hit] = []
     with _errors_as_search_errors(uri):
-        database = _connect(uri)
-        for name in (_ITEMS, _CALIBRATION):
-            if name not in database.list_tables().tables:
-                raise SearchError(f"There is no table '{name}' at '{uri}'; run bifocal export-lancedb first.")
+        database = open_lancedb(uri, weights)
         table = database.open_table(_ITEMS)
-        _require_same_weights(table, weights, uri)
         calibration = _calibration(database.open_table(_CALIBRATION)) if len(kinds) > 1 else Calibration({})
         for kind in kinds:
             search = table.search(query, vector_column_name="vector").distance_type("dot")

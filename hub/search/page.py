@@ -3,7 +3,6 @@
 import base64
 import html
 import logging
-import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +29,7 @@ MAX_PARALLEL_SEARCHES = 64  # they are embedded together; others wait in the que
 _OTHER_THREADS = 16  # for uploads and what else the page does while as many searches run
 _MAX_QUEUE_SIZE = 500  # a visitor beyond is asked to come back later
 _MAX_HITS = 60
+_LARGEST_NUMBER = 1e9
 _UPLOAD_LIFETIME = 3600  # seconds until an upload is deleted
 _MAX_TEXT_LENGTH = 600  # characters that a hit shows
 
@@ -145,7 +145,10 @@ def _uploaded_file(page: gradio.Blocks, payload: Any) -> str | None:
     if payload is None:
         return None
     path = payload.get("path") if isinstance(payload, dict) else None
-    path = os.path.realpath(path) if isinstance(path, str) else None
+    try:
+        path = os.path.realpath(path) if isinstance(path, str) else None
+    except ValueError:  # a null character, or half of one
+        path = None
     if path not in {os.path.realpath(file) for file in list(page.upload_file_set)}:  # others upload meanwhile
         raise gradio.Error(_REFUSED, print_exception=False)
     return path
@@ -189,7 +192,7 @@ def search_function(searcher: Searcher) -> Callable[..., str]:
                     "This search cannot be read. It takes a text, an image, a number of hits and a weight."
                 )
             if not isinstance(view, str) or view not in VIEWS:
-                raise QueryError(f"'{view}' cannot be shown. Choose one of {', '.join(VIEWS)}.")
+                raise QueryError(f"This choice cannot be shown. Choose one of {', '.join(VIEWS)}.")
             if image is not None and _size(image) > MAX_UPLOAD_SIZE:
                 raise QueryError(f"The image is larger than {MAX_UPLOAD_SIZE // 2**20} MiB. Choose a smaller one.")
             k = max(1, min(int(count), _MAX_HITS))
@@ -221,7 +224,7 @@ def _size(image: str) -> int:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float) and abs(value) < _LARGEST_NUMBER  # false for NaN, too
 
 
 def note(text: str, alert: bool = False) -> str:

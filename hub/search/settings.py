@@ -1,6 +1,8 @@
 """`index.json`: the settings of an index besides its table."""
 
 import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,138 @@ SETTINGS = "index.json"
 PRECISIONS = ("float32", "int8")
 DTYPES = ("model", "float32", "bfloat16", "float16")  # that vectors are computed in; "model" is that of the weights
 _TYPES = {"model": str, "weights": str, "dimensions": int, "parts": int, "sources": list, "variants": list}
+
+
+class IndexSettings:
+    """The settings of an index, and what they ask of a model, an option or a query.
+
+    Args:
+        folder: folder of the index.
+
+    Raises:
+        SearchError: see `read_settings`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        settings = read_settings(self.folder)
+        self.model: str = settings["model"]
+        self.weights: str = settings["weights"]
+        self.dimensions: int = settings["dimensions"]
+        self.variants: list[tuple[int, str]] = [(dim, precision) for dim, precision in settings["variants"]]
+        self.sources: list[dict[str, Any]] = settings["sources"]
+        self.parts: int = settings["parts"]
+        self.prompts: dict[str, str] = settings["prompts"]
+        self.dtype: str = settings["dtype"]
+        self.fast_decoding: bool = settings["fast_decoding"]
+
+    @staticmethod
+    def check_dims(dims: Sequence[int], dimensions: int) -> None:
+        """Check numbers of leading dimensions.
+
+        Args:
+            dimensions: length of the model's vectors.
+
+        Raises:
+            SearchError: if one is out of range.
+        """
+        for dim in dims:
+            if not 1 <= dim <= dimensions:
+                raise SearchError(
+                    f"The model has {dimensions} dimensions; choose --dim from 1 to {dimensions}, not {dim}."
+                )
+
+    @staticmethod
+    def check(folder: Path, precisions: Sequence[str]) -> None:
+        """Check what `create` can know without a model.
+
+        Raises:
+            SearchError: if the folder holds something else than an index, or a precision is unknown.
+        """
+        for precision in precisions:
+            if precision not in PRECISIONS:
+                raise SearchError(f"'{precision}' is not a precision. Choose one of {', '.join(PRECISIONS)}.")
+        if (folder / SETTINGS).exists() or not folder.exists():
+            return
+        if not folder.is_dir() or any(folder.iterdir()):
+            raise SearchError(f"'{folder}' holds other files and no index. Choose another folder.")
+
+    def require_same_weights(self, weights: str, model: str) -> None:
+        """Check that the index was made with these weights.
+
+        Raises:
+            SearchError: if the index was made with other weights.
+        """
+        if weights != self.weights:
+            raise SearchError(
+                f"The index '{self.folder}' was made with '{self.model}' ({self.weights}), but '{model}' has other "
+                f"weights ({weights}), whose vectors cannot be compared. Index again into another folder."
+            )
+
+    def require_decoding(self, fast: bool | None) -> None:
+        """Check that the images of the index were decoded in this way; None stands for any.
+
+        Raises:
+            SearchError: if they were decoded in the other way.
+        """
+        if fast not in (None, self.fast_decoding):
+            made, option = ("fast", "--no-fast-decoding") if self.fast_decoding else ("exact", "--fast-decoding")
+            raise SearchError(
+                f"The index '{self.folder}' was made with {made} decoding of images, and vectors of both kinds are not "
+                f"comparable. Omit {option}, or index into another folder."
+            )
+
+    def require_same_dtype(self, dtype: str) -> None:
+        """Check that the index was made in this dtype.
+
+        Raises:
+            SearchError: if the index was made in another dtype.
+        """
+        if dtype != self.dtype:
+            own, other = ("the model's dtype" if name == "model" else name for name in (self.dtype, dtype))
+            raise SearchError(
+                f"The index '{self.folder}' was made in {own}, not in {other}. Use dtype {self.dtype}, or index into "
+                "another folder."
+            )
+
+    def require_variant(self, dim: int, precision: str) -> None:
+        """Check that the index has a variant.
+
+        Raises:
+            SearchError: if the index lacks it.
+        """
+        if (dim, precision) not in self.variants:
+            known = ", ".join(f"{dim} {precision}" for dim, precision in self.variants)
+            raise SearchError(
+                f"'{self.folder}' cannot be searched by {dim} dimensions in {precision}, only by {known}."
+            )
+
+    def options(self, identity: dict[str, Any]) -> dict[str, Any]:
+        """Return the options of the last run over a source; none if the source is new."""
+        return next((source["options"] for source in self.sources if source["identity"] == identity), {})
+
+    def missing_sources(self) -> list[str]:
+        """Return the local paths that were indexed and do not exist any more."""
+        paths = [str(path) for source in self.sources for path in source["identity"].get("paths", ())]
+        local = [path for path in paths if os.path.isabs(path) and not any(sign in path for sign in "*?[{")]
+        return [path for path in dict.fromkeys(local) if not os.path.exists(path)]
+
+    def _save(self) -> None:
+        """Write the settings, together with what other processes have added to them. The caller holds the lock."""
+        saved = read_settings(self.folder)
+        self.sources = saved["sources"] + self.sources[len(saved["sources"]) :]
+        self.parts = max(self.parts, saved["parts"])
+        variants = [(dim, precision) for dim, precision in saved["variants"]]
+        self.variants = variants + [variant for variant in self.variants if variant not in variants]
+        self._write_settings()
+
+    def _write_settings(self) -> None:
+        settings = dict(
+            format=FORMAT, model=self.model, weights=self.weights, dimensions=self.dimensions, prompts=self.prompts,
+            dtype=self.dtype, variants=self.variants, parts=self.parts, sources=self.sources,
+            fast_decoding=self.fast_decoding,
+        )  # fmt: skip
+        write_settings(self.folder, settings)
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The `bifocal` command in this process: seconds faster than a new one, for what needs no process of its own."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -29,3 +30,16 @@ def error_of(folder: Path, *command: str | Path, app: Any = app) -> str:
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("Error: "), done.stderr[-2000:]
     return last
+
+
+ROWS = [{"query": f"black star {number}", "positive": f"greek omega {number}"} for number in range(20)]
+
+
+def write_files(folder: Path) -> Path:
+    """Write what people have lying about: an empty folder, notes, a text file and rows."""
+    (folder / "empty").mkdir()
+    (folder / "notes").mkdir()
+    (folder / "notes" / "a.txt").write_text("words\n")
+    (folder / "file.txt").write_text("hello\n")
+    (folder / "pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
+    return folder

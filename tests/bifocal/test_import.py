@@ -3,6 +3,8 @@
 Here `sys.executable` is run, since `tests.processes` has transformers imported before anything else.
 """
 
+import copy
+import importlib.machinery
 import json
 import os
 import subprocess
@@ -11,6 +13,7 @@ import sys
 import pytest
 
 import bifocal
+from bifocal import registration
 
 LOADED = "assert type(AutoModel.from_pretrained(folder)).__name__ == 'BifocalModel'\n"
 LIGHT = "import sys, bifocal\nassert not {'torch', 'transformers', 'numpy'} & set(sys.modules)\n"
@@ -105,6 +108,7 @@ def test_transformers_knows_the_models(code, without_code):
 THREADS = """
 import threading
 import bifocal
+from bifocal import registration
 failed, begun = [], threading.Event()
 
 class Slow:  # lets the other thread begin while transformers is imported
@@ -196,3 +200,9 @@ from transformers import AutoConfig
 assert type(AutoConfig.for_model("bifocal")) is BifocalConfig
 """
     python(code, "")
+
+
+def test_the_loader_of_transformers_can_be_copied():
+    loader = registration._Loader(importlib.machinery.SourceFileLoader("name", "path"))
+    assert copy.copy(loader).get_filename("name") == "path"
+    assert copy.deepcopy(loader).get_filename("name") == "path"

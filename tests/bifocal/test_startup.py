@@ -13,7 +13,7 @@ import sys
 import pytest
 
 from bifocal.training.argument_names import argument_names
-from tests.bifocal.commands import invoke
+from tests.bifocal.commands import invoke, write_files
 
 HEAVY = {
     "accelerate", "datasets", "faiss", "gradio", "lancedb", "matplotlib", "mteb", "onnx", "onnxruntime", "pandas",
@@ -35,13 +35,7 @@ training: {max_steps: 1}
 @pytest.fixture(scope="module")
 def folder(saved, tmp_path_factory):
     """A folder with a model, an index, data and recipes."""
-    root = tmp_path_factory.mktemp("startup")
-    (root / "empty").mkdir()
-    (root / "notes").mkdir()
-    (root / "notes" / "a.txt").write_text("words\n")
-    (root / "file.txt").write_text("hello\n")
-    rows = [{"query": f"black star {number}", "positive": f"greek omega {number}"} for number in range(20)]
-    (root / "pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    root = write_files(tmp_path_factory.mktemp("startup"))
     (root / "good.yaml").write_text(RECIPE)
     (root / "bad.yaml").write_text(f"{RECIPE}nme: 1\n")
     (root / "start.yaml").write_text(f"{RECIPE}start_from: ./nope\n")

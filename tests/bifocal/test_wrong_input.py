@@ -1,28 +1,20 @@
 """Every command on wrong input: one sentence, no traceback, nothing written."""
 
-import json
 import shlex
 
 import pytest
 
-from tests.bifocal.commands import invoke
-
-ROWS = [{"query": f"black star {number}", "positive": f"greek omega {number}"} for number in range(20)]
+from tests.bifocal.commands import invoke, write_files
 
 
 @pytest.fixture(scope="module")
 def place(saved, tmp_path_factory):
     """A folder with what people have lying about."""
-    root = tmp_path_factory.mktemp("wrong")
-    (root / "empty").mkdir()
-    (root / "notes").mkdir()
-    (root / "notes" / "a.txt").write_text("words\n")
-    (root / "file.txt").write_text("hello\n")
+    root = write_files(tmp_path_factory.mktemp("wrong"))
     (root / "zero.jsonl").touch()
     (root / "bytes.jsonl").write_bytes(bytes(range(256)) * 10)
     (root / "bad.yaml").write_text("a: [1\n")
     (root / "list.yaml").write_text("- 1\n")
-    (root / "pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
     (root / "columns.jsonl").write_text("".join(f'{{"foo": "{number}", "bar": {number}}}\n' for number in range(20)))
     (root / "model").symlink_to(saved)
     return root

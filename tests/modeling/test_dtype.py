@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from bifocal import fast_dtype
-from bifocal.cli.console import DtypeChoice
 from bifocal.data.embedding_models import load_embedding_model
-from bifocal.data.filters import Consistency
+from bifocal.dtypes import DtypeChoice
 from bifocal.modeling import BifocalModel
 from bifocal.modeling.dtype_bifocal import DTYPE_CHOICES, multiplies_in_bfloat16, resolve_dtype
 from tests import families
@@ -99,8 +98,7 @@ def test_gpus(monkeypatch):
 
 
 def test_choices(cpu_with):
-    assert tuple(choice.value for choice in DtypeChoice) == DTYPE_CHOICES
-    assert get_args(Consistency.model_fields["dtype"].annotation) == DTYPE_CHOICES
+    assert get_args(DtypeChoice) == DTYPE_CHOICES
     cpu_with()
     assert [resolve_dtype(choice, "cpu") for choice in (None, "model", "auto", "float16")] == [
         "model", "model", "model", "float16",

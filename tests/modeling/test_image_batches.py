@@ -16,7 +16,7 @@ from transformers.models.clip import CLIPImageProcessorPil
 from transformers.models.siglip import SiglipImageProcessorPil
 
 from bifocal.modeling import load_image
-from bifocal.modeling.image_batches_bifocal import ImagePreparer, ImageWorkers, embed_ahead
+from bifocal.modeling.image_batches_bifocal import ImagePreparer, ImageWorkers, NarrowImageError, embed_ahead
 from tests import families
 from tests.modeling.test_images import jpeg, photo, png
 
@@ -293,3 +293,13 @@ def test_a_child_that_is_forked_meanwhile_has_workers_of_its_own():
                 os._exit(status)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         assert list(results) == list(range(1, 50))
+
+
+def test_an_image_that_would_fill_the_memory_is_refused(processor):
+    """Its shorter side becomes that of the model, and its longer one grows with it."""
+    preparer = ImagePreparer(
+        CLIPImageProcessorPil(size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224})
+    )
+    with pytest.raises(NarrowImageError, match=r"narrow.png' is too narrow to embed \(1 x 3000 pixels\); crop it"):
+        preparer.decode(Image.new("RGB", (1, 3000)), "Image 'narrow.png'")
+    assert preparer.decode(Image.new("RGB", (30, 9000))).image.size == (30, 9000)

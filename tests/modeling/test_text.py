@@ -1,5 +1,6 @@
 """The text tower: ALiBi, padding, long texts, masked language modelling."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -103,6 +104,21 @@ def test_a_small_batch_computes_no_padding():
         states = packed.last_hidden_state[row]
         torch.testing.assert_close(states[:length], alone.last_hidden_state[0], atol=1e-5, rtol=0)
         assert not states[length:].any()
+
+
+def test_texts_that_keep_their_padding_are_cut_to_what_a_cpu_caches(model):
+    """A hook sees padded texts, so a group must be small with its padding."""
+    texts = ["a red circle " * 10, *["star"] * 300]
+    expected = model.encode_text(texts, batch_size=512)
+    shapes = []
+    handle = model.text_model.layers[0].register_forward_pre_hook(lambda module, inputs: shapes.append(inputs[0].shape))
+    try:
+        watched = model.encode_text(texts, batch_size=512)
+    finally:
+        handle.remove()
+    np.testing.assert_allclose(watched, expected, atol=1e-5)
+    assert sum(shape[0] for shape in shapes) == 301
+    assert all(shape[0] * shape[1] <= 1024 for shape in shapes)
 
 
 @torch.no_grad()

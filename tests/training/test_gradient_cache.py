@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from bifocal.modeling import BifocalModel
+from bifocal.modeling import BifocalModel, alibi_bifocal
 from bifocal.training.collator import MultiTaskCollator
 from bifocal.training.engine import activation_memory
 from bifocal.training.engine.activation_memory import free_memory, kept_for_backward
+from bifocal.training.engine.chunk_size import kept_per_row
 from bifocal.training.engine.gradient_cache import cached_step, into_chunks
 from bifocal.training.engine.graph_memory import GIB, GraphMemory
 from bifocal.training.engine.joint_forward import embed
@@ -190,11 +191,22 @@ def bytes_kept(graphs: GraphMemory, chunks) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    outputs = []
+    class SharedBias(alibi_bifocal.AlibiBias):
+        """Checkpointed layers hold the bias itself, which no hook of autograd sees."""
+
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            if graphs.model.is_gradient_checkpointing and self.whole is not None:
+                keep(self.whole)
+                held.append(self)
+
+    outputs, held = [], []
     with (
+        pytest.MonkeyPatch.context() as patch,
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=graphs.args.bf16),
     ):
+        patch.setattr("bifocal.modeling.modeling_bifocal_text.AlibiBias", SharedBias)
         for texts, images in chunks:
             outputs.append(embed(graphs.model, texts, images))
     if outputs:
@@ -256,6 +268,41 @@ def test_measuring_leaves_batch_normalisation_alone(processor, tmp_path):
     assert kept_for_backward(model, [], [{"pixel_values": torch.randn(6, 4)}], args) > 0
     assert model.norm.num_batches_tracked == 0
     assert torch.equal(model.norm.running_mean, torch.zeros(4))
+
+
+def texts_of(rows: int, length: int) -> dict[str, torch.Tensor]:
+    ids = torch.randint(5, 90, (rows, length), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, -1] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("between", [1, 2, 3])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_estimates_hold_where_attention_changes_its_way(processor, tmp_path, monkeypatch, between, attention):
+    """A row more may be the first whose bias is not held whole; a difference of two counts then says nothing."""
+    model, length = dropping_model(), 32
+    model.set_attn_implementation(attention)
+    heads = model.config.text_config.num_attention_heads
+    monkeypatch.setattr(alibi_bifocal, "_LARGEST_WHOLE", int((between + 0.5) * heads * length * length))
+    monkeypatch.setattr(alibi_bifocal, "_LONG", 8)
+    args = trainer(tmp_path, processor).args
+    graphs = GraphMemory(model, args)
+    kept = {rows: kept_for_backward(model, [texts_of(rows, length)], [], args) for rows in (1, 8)}
+    assert graphs.kept_bytes("text", texts_of(8, length)) >= kept[8]
+    assert graphs.kept_bytes("text", texts_of(1, length)) >= kept[1]
+    assert kept_per_row(model, length, processor, args)[0] >= 0.999 * (kept[8] - kept[1]) / 7
+
+
+def test_a_bias_that_checkpointed_layers_share_is_counted(processor, tmp_path):
+    model, length = dropping_model(), 64
+    args = trainer(tmp_path, processor).args
+    model.activation_checkpointing_enable()
+    two, three = (kept_for_backward(model, [texts_of(rows, length)], [], args) for rows in (2, 3))
+    bias_of_a_row = 4 * model.config.text_config.num_attention_heads * length**2
+    states_of_a_row = 4 * model.config.text_config.hidden_size * length
+    assert three - two >= bias_of_a_row + states_of_a_row
+    assert not model.text_model.layers[0]._forward_pre_hooks
 
 
 @pytest.mark.parametrize("version", [1, 2])

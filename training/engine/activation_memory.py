@@ -3,14 +3,16 @@
 import ctypes
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from bifocal.modeling.alibi_bifocal import AlibiBias
 from bifocal.training.engine.joint_forward import embed
 
 SHARE = 0.6  # of the free memory; the rest is for what a pass needs besides, and what libraries need
@@ -81,9 +83,17 @@ def kept_for_backward(model: nn.Module, texts: list[Any], images: list[Any], arg
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor.detach()  # a tensor with its graph would hold that graph forever, since no backward pass follows
 
+    def keep_shared(layer: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """Count the ALiBi bias that checkpointed layers share: no hook of autograd sees it."""
+        for value in (*inputs, *options.values()):
+            if isinstance(value, AlibiBias) and value.whole is not None:
+                keep(value.whole)
+
     half = torch.bfloat16 if args.bf16 else torch.float16
     device = next(model.parameters()).device
+    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
     with (
+        _pre_hooks([layer for layer in layers if layer.gradient_checkpointing], keep_shared),
         _buffers_restored(model),
         # Of this device only: by default, each process of a run would open every GPU of the machine, and warn.
         torch.random.fork_rng([device] if device.type == "cuda" else []),
@@ -93,6 +103,17 @@ def kept_for_backward(model: nn.Module, texts: list[Any], images: list[Any], arg
         outputs = embed(model, texts, images)
     del outputs
     return sum(kept.values())
+
+
+@contextmanager
+def _pre_hooks(modules: Sequence[nn.Module], hook: Any) -> Iterator[None]:
+    """Call a hook with the inputs of each module within."""
+    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

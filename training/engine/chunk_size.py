@@ -49,7 +49,9 @@ def kept_per_row(model: nn.Module, max_length: int, processor: BifocalProcessor,
 
     def text(rows: int) -> int:
         ids = torch.ones(rows, pad_to or max_length, dtype=torch.long, device=device)
-        mask = {} if pad_to else {"attention_mask": ids}
+        padding = torch.ones_like(ids)
+        padding[0, 1:] = 0  # attention may need no mask, and so less, where nothing is padded
+        mask = {} if pad_to else {"attention_mask": padding}
         return kept_for_backward(model, [{"input_ids": ids, **mask}], [], args)
 
     def image(rows: int) -> int:

@@ -4,6 +4,7 @@ import io
 import os
 import signal
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -83,6 +84,29 @@ def test_an_error_reaches_only_its_caller():
     answers = call_in_order(Batcher(held), held, [0, 1, 2, 3, 4])
     assert [str(found) for found in answers] == ["0", "1", "2", "3 is odd", "4"]
     assert held.batches == [[0], [1, 2, 3, 4], [1], [2], [3], [4]]
+
+
+def test_a_failed_batch_is_freed_before_its_items_run_alone():
+    """Its traceback would keep what it had made, and its items could find no memory again."""
+
+    class Large:
+        pass
+
+    made: list[weakref.ref] = []
+
+    class FailingBatches(Held):
+        def __call__(self, items: Any) -> list[Any]:
+            answers = super().__call__(items)
+            if len(items) > 1:
+                large = Large()
+                made.append(weakref.ref(large))
+                raise MemoryError(f"{large} does not fit")
+            assert all(reference() is None for reference in made)
+            return answers
+
+    held = FailingBatches()
+    assert call_in_order(Batcher(held), held, [0, 1, 2, 3]) == [0, 10, 20, 30]
+    assert len(made) == 1
 
 
 def test_a_lone_caller_is_run_by_its_own_thread():

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,36 @@ def test_copied_to_a_database(reader, indexed):
     # Captions that differ in their number only have the same tokens, and so scores whose order is that of rounding.
     texts, others = ([hit["text"].rstrip("0123456789") for hit in hits] for hits in (here, there))
     assert texts == others
+
+
+def test_a_lost_part_is_made_again_as_the_message_says(reader, indexed):
+    copy = reader / "runs" / "lost"
+    shutil.copytree(indexed, copy)
+    (copy / "table" / "part-000000.arrow").unlink()
+    searched = invoke(reader, "search", "runs/lost", "black star")
+    assert "is missing. Put it back, or run bifocal index again with the index's sources" in searched.stderr
+    again = invoke(reader, *commands()[0][:2], "runs/lost")
+    assert again.exit_code == 0, again.stderr[-2000:]
+    assert "24 new, 0 known before" in again.stdout
+    assert "1 parts of the table were missing" in again.stdout
+    assert invoke(reader, "search", "runs/lost", "black star").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["index", "images", "runs/index", "--fast-decoding"], "was made with exact decoding of images"),
+        (["index", "images", "runs/index", "--dtype", "bfloat16"], "Use dtype model, or index into another folder."),
+        (["search", "runs/index", "star", "--lancedb", "runs/nowhere"], "There is no table 'items' at 'runs/nowhere'"),
+        (["search", "runs/index", "star", "--dim", "0"], "cannot be searched by 0 dimensions in float32"),
+    ],
+)
+def test_what_needs_no_model_is_said_before_it_is_loaded(reader, indexed, command, message, monkeypatch):
+    monkeypatch.setattr("bifocal.hub.search.models.load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("bifocal.hub.search.searcher.load_model", lambda *_: pytest.fail("the model was loaded"))
+    done = invoke(reader, *command)
+    assert done.exit_code == 1
+    assert message in done.stderr
 
 
 def test_written_as_a_space(reader, indexed):
