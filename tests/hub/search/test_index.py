@@ -281,15 +281,15 @@ def test_an_index_that_another_fills_meanwhile_is_not_emptied(new, model_folder,
 def test_who_waits_for_an_index_that_is_discarded_makes_its_own(new, monkeypatch):
     index, other = new(name="shared").index, new(name="shared")
     waiting = threading.Thread(target=lambda: other.add(sample_items()[:4]))
-    count = SearchIndex.__len__
+    has_rows = SearchIndex.has_rows
 
     def while_locked(index):
-        monkeypatch.setattr(SearchIndex, "__len__", count)
+        monkeypatch.setattr(SearchIndex, "has_rows", has_rows)
         waiting.start()
         time.sleep(0.2)  # by then it waits for the lock; if not, it finds the folder gone
-        return count(index)
+        return has_rows(index)
 
-    monkeypatch.setattr(SearchIndex, "__len__", while_locked)
+    monkeypatch.setattr(SearchIndex, "has_rows", while_locked)
     index.discard_if_empty()
     waiting.join()
     assert sum(SearchIndex(index.folder).counts().values()) == 4
