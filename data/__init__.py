@@ -11,6 +11,7 @@ It knows nothing of training or evaluation. `embedding_models` loads the models 
 - Many rows: `shards` (streams that resume), `tables` (cached data sets), `skips` (skipped rows), `consistency`.
 - Images: `images` (from a cell to pixel values), `image_errors` (why one cannot be read), `image_files` (in folders),
   `image_decoding` (views of data sets).
+- `parallel` runs tasks in this process, in several, or on a Ray cluster.
 - Made from sources: `inspection` and `inspection_page`, `clean_copy`, `captioning`; `symbols` and `symbol_texts` make a
   data set that needs no download.
 """
