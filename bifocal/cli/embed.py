@@ -55,7 +55,8 @@ def embed(
     require("datasets", "pydantic", "pyarrow", "tqdm", *(["lancedb"] if database else []))
     from bifocal.data.parallel import Execution
     from bifocal.data.source import parse_source
-    from bifocal.hub.embed.settings import require_precision
+    from bifocal.hub.embed.parts import ParquetParts
+    from bifocal.hub.embed.settings import Speed, require_precision
     from bifocal.hub.item_reader import infer_kind
     from bifocal.hub.search.arguments import require_model_path
 
@@ -66,21 +67,20 @@ def embed(
     kind = infer_kind(parsed, kind)
     writes_into(Path(out) if "://" not in out else Path(), "free space and run the command again; it resumes")
 
+    if database:
+        raise BifocalError("--database is not there yet.")
+    parts = ParquetParts(out)
+    parts.recorded()
+
     # Not before the arguments are checked: it imports torch.
     from tqdm import tqdm
 
-    from bifocal.hub.embed.parts import ParquetParts
     from bifocal.hub.embed.run import Choices, embed_source, expected_rows
-    from bifocal.hub.embed.settings import Speed
 
-    if database:
-        raise BifocalError("--database is not there yet.")
     choices = Choices(model, kind, captions, dim, precision, dtype, query, fast_decoding, thumbnails, rows_per_part)
     exclude = [Path(out)] if "://" not in out else []
     with tqdm(desc="Rows", unit="", total=expected_rows(parsed), smoothing=0.05, leave=False) as bar:
-        summary = embed_source(
-            parsed, ParquetParts(out), choices, Speed(batch_size, num_workers), execution, exclude, bar.update
-        )
+        summary = embed_source(parsed, parts, choices, Speed(batch_size, num_workers), execution, exclude, bar.update)
     for name, reason in summary.skipped[:_MAX_NAMED]:
         typer.echo(f"Skipped: {name}: {reason}", err=True)
     if len(summary.skipped) > _MAX_NAMED:

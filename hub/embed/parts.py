@@ -22,6 +22,13 @@ _METADATA = b"bifocal"
 class PartWriter(Protocol):
     """Where a run's parts are written. Picklable, since each process of a run writes its own parts."""
 
+    def recorded(self) -> dict[str, Any] | None:
+        """Return the settings of what is there; None if nothing is.
+
+        Raises:
+            BifocalError: if something else is there.
+        """
+
     def start(self, settings: RunSettings) -> None:
         """Record the settings of a run, or check that they are those of what is there.
 
@@ -60,24 +67,36 @@ class ParquetParts:
         except (pa.ArrowInvalid, OSError) as error:
             raise EmbedError(f"'{self.address}' cannot be used ({first_line(error)}). Check the address.") from error
 
+    def recorded(self) -> dict[str, Any] | None:
+        """Return the settings of what is there; None if nothing is.
+
+        Raises:
+            EmbedError: if there are other files, or the settings are damaged.
+        """
+        system, folder = self._open()
+        files = self._files(system, folder)
+        if _SETTINGS not in files:
+            if any(not _SCRATCH.fullmatch(name) for name in files):
+                raise EmbedError(f"'{self.address}' holds other files. Choose a new or empty folder.")
+            return None
+        try:
+            recorded = json.loads(self._read(system, f"{folder}/{_SETTINGS}"))
+            recorded["format"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise EmbedError(f"'{self.address}/{_SETTINGS}' is damaged. Choose another address.") from error
+        return recorded
+
     def start(self, settings: RunSettings) -> None:
         """Record the settings of a run, or check that they are those of what is there.
 
         Raises:
             EmbedError: if there are other files, or parts with other settings.
         """
-        system, folder = self._open()
-        files = self._files(system, folder)
-        if _SETTINGS in files:
-            try:
-                recorded = json.loads(self._read(system, f"{folder}/{_SETTINGS}"))
-                recorded["format"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise EmbedError(f"'{self.address}/{_SETTINGS}' is damaged. Choose another address.") from error
+        recorded = self.recorded()
+        if recorded is not None:
             settings.require_same(recorded, self.address)
             return
-        if any(not _SCRATCH.fullmatch(name) for name in files):
-            raise EmbedError(f"'{self.address}' holds other files. Choose a new or empty folder.")
+        system, folder = self._open()
         content = json.dumps(settings.to_dict(), indent=2).encode() + b"\n"
         if isinstance(system, fs.LocalFileSystem):
             Path(folder).mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from bifocal.data.parallel import Execution, TaskFailed, run_tasks
 from bifocal.data.paths import expand, is_remote
 from bifocal.data.source import Source
@@ -90,8 +92,6 @@ def embed_source(
     parts.start(settings)
     written = parts.written()
     splits = split_source(source, kind)
-    if source.limit is not None and len(splits) > 1:
-        splits = [source]  # how many rows of each file count is known only in order
     wanted = execution.workers if execution.ray is None else execution.concurrency or execution.workers
     strides = max(1, -(-wanted // len(splits)))
     summary = EmbedSummary()
@@ -132,8 +132,6 @@ def expected_rows(source: Source) -> int | None:
     files = [file for path in paths for file in expand(path)]
     if not files or not all(file.endswith(".parquet") and os.path.isfile(file) for file in files):
         return None
-    import pyarrow.parquet as pq
-
     with suppress(OSError, ValueError):
         count = sum(pq.read_metadata(file).num_rows for file in files)
         return count if source.limit is None else min(count, source.limit)
