@@ -1,6 +1,6 @@
 """The registry of public corpora, `data/recipes/corpora.yaml`."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -186,7 +186,7 @@ def short_licence(entry: Corpus) -> str:
     return entry.licence.partition(" (")[0]
 
 
-def aligned(rows: list[tuple[str, ...]], right: tuple[int, ...] = ()) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]], right: tuple[int, ...] = ()) -> list[str]:
     """Return rows as lines with aligned columns.
 
     Args:

@@ -168,7 +168,7 @@ def mixture_table(members: Sequence[Member], rows_drawn: float | None = None) ->
     total = [f"{len(members)} corpora", "", f"{sum(member.rows for member in members):,}", "", "100.00%", "", ""]
     if rows_drawn is not None:
         header, total = [*header, "passes"], [*total, ""]
-    lines = aligned([tuple(row) for row in (header, *table, total)], right=(2, 3, 4, 7))
+    lines = aligned([header, *table, total], right=(2, 3, 4, 7))
     return "\n".join([*lines, "", *_warnings(members)]).rstrip()
 
 

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,18 +22,32 @@ PAGE = ROOT / "docs" / "integrations.md"
 MODEL, ADDRESS = "runs/demo/model", "http://127.0.0.1:7860"  # on the page
 TEXTS = ["a red star", "two blue circles"]
 PROMPTS = {"query": "query: ", "document": "passage: "}
-# What a block imports, and the distribution that has it.
+# The distributions that a library's blocks need, through sentence-transformers and through the API.
 NEEDED = {
-    "langchain_huggingface": "langchain-huggingface",
-    "langchain_openai": "langchain-openai",
-    "llama_index.embeddings.huggingface": "llama-index-embeddings-huggingface",
-    "llama_index.embeddings.openai_like": "llama-index-embeddings-openai-like",
-    "haystack_integrations.components.embedders.sentence_transformers": "sentence-transformers-haystack",
-    "haystack": "haystack-ai",
-    "chromadb": "chromadb",
+    "LangChain": (["langchain-huggingface"], ["langchain-openai"]),
+    "LlamaIndex": (["llama-index-embeddings-huggingface"], ["llama-index-embeddings-openai-like"]),
+    "Haystack": (["haystack-ai", "sentence-transformers-haystack"], ["haystack-ai"]),
+    "Chroma": (["chromadb"], ["chromadb", "openai"]),
 }
 # Their warnings are their own; Chroma's client leaves its files to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def libraries(number: int) -> list[Any]:
+    """The libraries as parameters, skipped where one of the distributions is missing."""
+    parameters = []
+    for library, needed in NEEDED.items():
+        missing = [name for name in needed[number] if not is_installed(name)]
+        reason = f"pip install {' '.join(missing)}"
+        parameters.append(pytest.param(library, marks=pytest.mark.skipif(bool(missing), reason=reason)))
+    return parameters
+
+
+def is_installed(distribution: str) -> bool:
+    try:
+        return bool(version(distribution))
+    except PackageNotFoundError:
+        return False
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +63,9 @@ def reader(request, processor, tmp_path_factory) -> SimpleNamespace:
     """A working directory as the page takes it for granted, and the model in it."""
     folder = tmp_path_factory.mktemp("reader")
     torch.manual_seed(0)
-    model = BifocalModel(small_config(prompts=PROMPTS if request.param else {})).eval()
+    config = small_config()
+    config.prompts = PROMPTS if request.param else {}
+    model = BifocalModel(config).eval()
     export_model(model, folder / MODEL, processor)
     model.processor = processor
     (folder / "examples").mkdir()
@@ -70,11 +87,7 @@ def block_of(library: str, number: int) -> str:
     """A library's block of Python: 0 is through sentence-transformers, 1 through the API."""
     section = re.search(rf"^## {library}\n(.*?)^## ", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     assert section is not None
-    block = re.findall(r"^```python\n(.*?)^```", section[1], re.DOTALL | re.MULTILINE)[number]
-    for module, distribution in NEEDED.items():
-        if re.search(rf"^(from|import) {re.escape(module)}\b", block, re.MULTILINE):
-            pytest.importorskip(module, reason=f"{distribution} is not installed: pip install {distribution}")
-    return block
+    return re.findall(r"^```python\n(.*?)^```", section[1], re.DOTALL | re.MULTILINE)[number]
 
 
 def run(block: str, folder: Path, monkeypatch: Any) -> dict[str, Any]:
@@ -95,7 +108,7 @@ def check(names: dict[str, Any], documents: Any, query: Any) -> None:
     np.testing.assert_allclose(names["query"], query, atol=1e-5)
 
 
-@pytest.mark.parametrize("library", ["LangChain", "LlamaIndex", "Haystack", "Chroma"])
+@pytest.mark.parametrize("library", libraries(0))
 def test_through_sentence_transformers(reader, library, monkeypatch):
     block = block_of(library, 0)
     if reader.prompts and library in ("LlamaIndex", "Chroma"):
@@ -108,7 +121,7 @@ def test_through_sentence_transformers(reader, library, monkeypatch):
         np.testing.assert_allclose(names["image"], reader.model.encode_image(star), atol=1e-5)
 
 
-@pytest.mark.parametrize("library", ["LangChain", "LlamaIndex", "Haystack", "Chroma"])
+@pytest.mark.parametrize("library", libraries(1))
 def test_through_the_api(reader, library, request, monkeypatch):
     block = block_of(library, 1)
     if reader.prompts:

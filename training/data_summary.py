@@ -23,7 +23,7 @@ def data_summary(recipe: Recipe) -> str:
 def _section(task: TaskRecipe, rows_drawn: int | None) -> str:
     head = f"{task.name}: {task.kind}, {task.batch_size:,} a batch"
     if task.mixture is None:
-        return f"{head}, {_origin(task.data)}"
+        return f"{head}, {_origin(task.source)}"
     title = f"mixture {task.mixture.name}" if task.mixture.name else "a mixture"
     if rows_drawn is not None:
         title += f"; {rows_drawn:,} rows are drawn by each process"

@@ -53,6 +53,12 @@ class TaskRecipe(_TaskFields):
             self.mixture.members(self.kind)
         return self
 
+    @property
+    def source(self) -> Source:
+        """Return where the rows come from, of a task that has no mixture."""
+        assert self.data is not None
+        return self.data
+
     def expanded(self) -> list["TaskRecipe"]:
         """Return one task with `data` for each corpus of a mixture, named after it; this task alone if it has none."""
         if self.mixture is None:

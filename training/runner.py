@@ -133,8 +133,8 @@ def recipe_tasks(
     for item in (task for recipe_task in task_recipes for task in recipe_task.expanded()):
         options = item.model_dump(exclude={"data", "mixture"})
         try:
-            data = load(item.data, item.kind, recipe.seed, skipped, item.name)
-            tasks.append(Task(dataset=data, max_bad_fraction=item.data.max_bad_fraction, **options))
+            data = load(item.source, item.kind, recipe.seed, skipped, item.name)
+            tasks.append(Task(dataset=data, max_bad_fraction=item.source.max_bad_fraction, **options))
         except ValueError as error:
             raise RecipeError(f"Recipe '{recipe.name}', task '{item.name}': {error}") from error
     return tasks
