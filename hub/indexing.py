@@ -19,10 +19,12 @@ from bifocal.data.skips import RowError
 from bifocal.data.source import Source
 from bifocal.errors import DataError
 from bifocal.hub.search.arguments import require_model_path
+from bifocal.hub.search.captions import caption_name
 from bifocal.hub.search.index import SearchIndex
 from bifocal.hub.search.items import Item, SearchError
 from bifocal.hub.search.settings import SETTINGS
 from bifocal.hub.search.sync import AddResult, ItemSource
+from bifocal.hub.search.table import join_captions
 
 _IMAGE_KINDS = ("image-text", "image-only")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -37,7 +39,7 @@ class IndexSummary:
         skipped: name and reason of each row and file that could not be read.
         ignored: files that were not read as images, counted in words.
         images_without_row: images that the source's table does not name, indexed without a caption.
-        counts: rows of the index by kind.
+        counts: number of images, captions and texts in the index.
         missing_sources: local paths that were indexed and do not exist any more.
         complete: whether the whole source was read; if not, it is unknown which items are missing.
     """
@@ -346,9 +348,11 @@ class ItemReader:
         if is_file:
             image_paths.add(os.path.realpath(image))
             name = printable(self._relative(image) or name)
-        yield Item(name, " · ".join(captions), image, has_stable_name=is_file)
+        yield Item(name, join_captions(captions), image, has_stable_name=is_file)
         if self.captions:
-            yield from (Item(f"{name}#caption", caption, has_stable_name=is_file) for caption in captions)
+            yield from (
+                Item(caption_name(name), caption, has_stable_name=is_file) for caption in captions if caption.strip()
+            )
 
     def _name(self, name: str) -> str:
         """Return the name of a row without the path of what `datasets` loaded, with which it starts."""

@@ -33,7 +33,7 @@ def index(
     captions: Annotated[
         bool | None,
         typer.Option(
-            "--captions/--no-captions", help="Also index captions of images as texts; as in the last run if omitted."
+            "--captions/--no-captions", help="Find images by their captions, too; as in the last run if omitted."
         ),
     ] = None,
     prune: Annotated[
@@ -86,6 +86,8 @@ def _print_summary(
     Raises:
         BifocalError: if nothing could be indexed.
     """
+    from bifocal.hub.search.captions import count_in_words
+
     result, skipped = summary.result, summary.skipped
     for name, reason in skipped[:_MAX_NAMED]:
         typer.echo(f"Skipped: {name}: {reason}", err=True)
@@ -103,8 +105,7 @@ def _print_summary(
     ]  # fmt: skip
     parts = [f"{result.new:,} new", f"{result.known:,} known before"]
     parts += [f"{count:,} {what}" for count, what in counted if count]
-    counts = summary.counts
-    typer.echo(f"{', '.join(parts)}; {out} has {counts['image']:,} images and {counts['text']:,} texts.")
+    typer.echo(f"{', '.join(parts)}; {out} has {count_in_words(summary.counts)}.")
     if result.restored:
         typer.echo(f"{result.restored} parts of the table were missing. If they held other sources, index those again.")
     if result.missing and not prune:
@@ -167,6 +168,8 @@ def search(
         ranking = searcher.index.search(vector, hits, kinds, variant)
     if not ranking:
         what = "texts" if only == "text" else "images" if only == "image" else "items"
+        if only == "text" and lancedb is None and opened.counts()["caption"]:
+            what = "texts except captions, which belong to their images"
         raise BifocalError(f"'{lancedb or index}' has no {what}. Add some with bifocal index, or omit --only.")
     if as_json:
         typer.echo(json.dumps([hit.to_dict() for hit in ranking], indent=2, ensure_ascii=False))
@@ -178,7 +181,10 @@ def search(
 def _line(rank: int, hit: "Hit") -> str:
     text = f"  {hit.text[:100]}" if hit.text else ""
     other_names = f"  (also {', '.join(hit.other_names[:3])})" if hit.other_names else ""
-    return f"{rank:>3}  {hit.score:.3f}  {hit.kind:<5}  {hit.name}{text}{other_names}"
+    matched = ""
+    if hit.caption is not None:
+        matched = "  (its caption)" if hit.caption == hit.text else f"  (its caption: {hit.caption[:100]})"
+    return f"{rank:>3}  {hit.score:.3f}  {hit.kind:<5}  {hit.name}{text}{matched}{other_names}"
 
 
 def remove(

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from bifocal.hub.search.atomic import temporary_files
+from bifocal.hub.search.captions import captions_to_remove
 from bifocal.hub.search.ingestion import EmbedImages, Ingestion
 from bifocal.hub.search.items import KINDS, Hit, Item, SearchError, check_kinds, normalize
 from bifocal.hub.search.lock import LOCK, index_lock
@@ -138,7 +139,7 @@ class SearchIndex(IndexSettings):
         return self.table.open()
 
     def counts(self) -> dict[str, int]:
-        """Return the number of rows of each kind."""
+        """Return the number of images ("image"), of their captions ("caption") and of other texts ("text")."""
         return dict(self._open().counts)
 
     def add(
@@ -220,7 +221,7 @@ class SearchIndex(IndexSettings):
         self.table.rewrite(lambda key, kind, before: scan.update(key, kind, before, complete, unread, prune, result))
 
     def remove(self, names: Sequence[str] = (), source: str | None = None) -> int:
-        """Delete rows, also from the files, and return how many.
+        """Delete rows, also from the files, and return how many. The captions of an image are deleted with it.
 
         Content that has other names stays under those.
 
@@ -240,16 +241,22 @@ class SearchIndex(IndexSettings):
                 all_paths = {str(path) for record in sources for path in record["identity"].get("paths", ())}
                 known = ", ".join(sorted(all_paths))
                 raise SearchError(f"'{source}' is not a source of '{self.folder}'. It has {known or 'none by name'}.")
-            rows = [(key, item.name) for key, occurrences in all_occurrences(self.snapshot()) for item in occurrences]
+            snapshot = self.snapshot()
+            rows = [(key, item.name) for key, occurrences in all_occurrences(snapshot) for item in occurrences]
             for name in names:
                 if not any(_matches(name, *row) for row in rows):
                     raise SearchError(f"Nothing in '{self.folder}' is called '{name}'. Use the names that hits show.")
+
+            def is_removed(key: str, item: Occurrence) -> bool:
+                return item.source in numbers or any(_matches(name, key, item.name) for name in names)
+
+            captions = captions_to_remove(snapshot.rows, is_removed) if snapshot.tables else set()
 
             def kept(key: str, kind: str, occurrences: list[Occurrence]) -> list[Occurrence]:
                 return [
                     item
                     for item in occurrences
-                    if item.source not in numbers and not any(_matches(name, key, item.name) for name in names)
+                    if not is_removed(key, item) and (key, item.source, item.name) not in captions
                 ]
 
             count = self.table.rewrite(kept)
@@ -262,9 +269,11 @@ class SearchIndex(IndexSettings):
     ) -> list[Hit]:
         """Return the k items nearest to a query. Several kinds share one ranking, see `Calibration`.
 
+        An image and its captions are one item, an image, whose best match counts.
+
         Args:
             vector: (dimensions,) of the query.
-            kinds: kinds to search for.
+            kinds: kinds to search for; captions are no texts of their own.
             variant: dimensions and precision to search by; the most exact ones of the index if None.
 
         Raises:
@@ -289,8 +298,8 @@ class SearchIndex(IndexSettings):
         dim, precision = variant or max(self.variants, key=lambda choice: (choice[0], choice[1] == "float32"))
         self.require_variant(dim, precision)
         is_exact = dim == self.dimensions and precision == "float32"
-        candidates = k if is_exact else _CANDIDATES * k
-        return snapshot.rank(normalize(np.asarray(vectors, np.float32)), k, kinds, (dim, precision), candidates)
+        oversampling = 1 if is_exact else _CANDIDATES
+        return snapshot.rank(normalize(np.asarray(vectors, np.float32)), k, kinds, (dim, precision), oversampling)
 
     def _open(self) -> SearchSnapshot:
         stamp, snapshot = self.table.stamp(), self._snapshot  # other threads may replace it
