@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 
+from bifocal.embedding.items import KINDS, Item, normalize
 from bifocal.hub.search.captions import find_captions
+from bifocal.hub.search.hits import Hit, SearchError
 from bifocal.hub.search.index import SearchIndex
-from bifocal.hub.search.items import KINDS, Hit, Item, SearchError, normalize
 from bifocal.hub.search.page import results_html
 from bifocal.hub.search.ranking import best_things
 from bifocal.hub.search.sync import ItemSource
