@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 Index = Annotated[Path, typer.Argument(help="Folder of an index.")]
 Model = Annotated[str | None, typer.Option(help="Folder or Hub id of the index's model, if it was moved.")]
+Approximate = Annotated[
+    bool, typer.Option("--approximate", help="Search an approximate form that bifocal index --approximate made.")
+]
 _NEEDS = ("datasets", "faiss", "filelock")
 _MAX_NAMED = 5  # skipped items that are named; the others are counted
 
@@ -46,6 +49,10 @@ def index(
     precision: Annotated[
         list[str] | None, typer.Option(help="float32 or int8; can be repeated. float32 if omitted.")
     ] = None,
+    approximate: Annotated[
+        bool,
+        typer.Option("--approximate", help="Search approximately from 50,000 images or texts on; measures recall@10."),
+    ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts or images per forward pass.")] = 32,
     dtype: IndexDtype = None,
     num_workers: NumWorkers = None,
@@ -68,9 +75,9 @@ def index(
     writes_into(out, "free space and run the command again; it resumes")
     with tqdm(desc="Reading items", unit="", leave=False) as bar:
         summary = index_source(
-            parse_source(source, overrides), out, model, kind, captions, prune, dim or [], precision or ["float32"],
+            parse_source(source, overrides), out, model, kind, captions, prune, dim or [], precision or [],
             batch_size, progress=lambda count: bar.update(count - bar.n), dtype=dtype,
-            num_workers=num_workers, fast_decoding=fast_decoding,
+            num_workers=num_workers, fast_decoding=fast_decoding, approximate=approximate,
         )  # fmt: skip
     _print_summary(summary, printable(source), printable(str(out)), prune)
 
@@ -106,6 +113,9 @@ def _print_summary(
     parts = [f"{result.new:,} new", f"{result.known:,} known before"]
     parts += [f"{count:,} {what}" for count, what in counted if count]
     typer.echo(f"{', '.join(parts)}; {out} has {count_in_words(summary.counts)}.")
+    for variant, accuracy in summary.approximate.items():
+        if accuracy:
+            typer.echo(f"{variant}: {accuracy}")
     if result.restored:
         typer.echo(f"{result.restored} parts of the table were missing. If they held other sources, index those again.")
     if result.missing and not prune:
@@ -126,6 +136,7 @@ def search(
         int | None, typer.Option(help="Search by this number of leading dimensions; by all if omitted.")
     ] = None,
     precision: Annotated[str | None, typer.Option(help="float32 or int8; the most exact if omitted.")] = None,
+    approximate: Approximate = False,
     weight: Annotated[float, typer.Option(min=0, max=1, help="Weight of the text against the image.")] = 0.5,
     model: Model = None,
     lancedb: Annotated[
@@ -143,13 +154,12 @@ def search(
 
     if lancedb is not None and (dim is not None or precision is not None):
         raise BifocalError("--dim and --precision choose a variant of the index. Omit them with --lancedb.")
+    if lancedb is not None and approximate:
+        raise BifocalError("--approximate chooses a variant of the index. Omit it with --lancedb.")
     kinds = KINDS if only is None else (only,)
     check_kinds(kinds)
     opened = SearchIndex(index)
-    is_default = dim is None and precision is None
-    variant = None if is_default else (opened.dimensions if dim is None else dim, precision or "float32")
-    if variant is not None:
-        opened.require_variant(*variant)
+    variant = opened.choose_variant(dim, precision, approximate)
     require_query(text, image)
     require_model_path(model or opened.model)
     if lancedb is not None:
@@ -172,6 +182,8 @@ def search(
         if only == "text" and lancedb is None and opened.counts()["caption"]:
             what = "texts except captions, which belong to their images"
         raise BifocalError(f"'{lancedb or index}' has no {what}. Add some with bifocal index, or omit --only.")
+    if lancedb is None and variant.approximate:
+        typer.echo(opened.describe(variant), err=True)
     if as_json:
         typer.echo(json.dumps([hit.to_dict() for hit in ranking], indent=2, ensure_ascii=False))
         return
@@ -231,6 +243,7 @@ def serve(
         Path | None, typer.Option(help="Write a Space into this folder, for bifocal push, instead of serving.")
     ] = None,
     dtype: IndexDtype = None,
+    approximate: Approximate = False,
 ) -> None:
     """Serve a search page over an index, or write it as a Space."""
     require(*_NEEDS, "gradio")
@@ -250,10 +263,13 @@ def serve(
         typer.echo(f"The Space is in {space}. Publish it with: bifocal push {space} organisation/name")
         return
     require_model_path(model or opened.model)
+    variant = opened.choose_variant(approximate=approximate)
 
     from bifocal.hub.search.page import build_page, launch
     from bifocal.hub.search.searcher import Searcher
 
-    page = build_page(Searcher(opened, model, dtype=dtype), title)
+    page = build_page(Searcher(opened, model, dtype=dtype, variant=variant), title)
+    if accuracy := opened.describe(variant):
+        typer.echo(accuracy)
     typer.echo(f"Serving {index} at http://{host}:{port} (Ctrl+C stops it).")
     launch(page, host, port)

@@ -61,10 +61,11 @@ def build_page(
     """
     contents = count_in_words(searcher.index.counts())
     empty = note(f"Nothing searched yet. There are {contents}.")
+    accuracy = searcher.index.describe(searcher.variant)
     by_image = searcher.model.embeds_images
     query = "a text, an image or both" if by_image else "a text"
     with gradio.Blocks(title=title, delete_cache=(_UPLOAD_LIFETIME, _UPLOAD_LIFETIME), analytics_enabled=False) as page:
-        gradio.Markdown(f"# {title}\n{contents}. Enter {query}, then press *Search*.")
+        gradio.Markdown(f"# {title}\n{contents}. Enter {query}, then press *Search*. {accuracy}")
         with gradio.Row():
             with gradio.Column(scale=3, min_width=280):
                 text = gradio.Textbox(

@@ -1,5 +1,6 @@
 """The state of an index's table that searches read."""
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,11 +10,15 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from bifocal.embedding.items import KINDS, normalize
+from bifocal.hub.search.approximate import ApproximateIndex, open_approximate_index
 from bifocal.hub.search.captions import find_captions
 from bifocal.hub.search.faiss_indexes import open_faiss_index
 from bifocal.hub.search.hits import Hit
 from bifocal.hub.search.ranking import Calibration, Match, best_things, sample_rows
+from bifocal.hub.search.settings import Variant
 from bifocal.hub.search.table import Table, have_unit_length, require_unit_length
+
+_CANDIDATES = 4  # per hit, from an index of fewer dimensions or bytes
 
 
 class _Rows(NamedTuple):
@@ -23,11 +28,13 @@ class _Rows(NamedTuple):
         kind: "image" or "text".
         bits: one bit for each row of the table.
         count: number of rows.
+        groups: the groups that these rows are, see `_group_names`.
     """
 
     kind: str
     bits: np.ndarray
     count: int
+    groups: tuple[str, ...]
 
 
 class SearchSnapshot:
@@ -36,10 +43,10 @@ class SearchSnapshot:
     Args:
         table: to read.
         faiss_folder: folder of the FAISS indexes; if it cannot be written, they are kept in memory only.
-        variants: dimensions and precision of each FAISS index.
+        variants: forms of the vectors. The FAISS index of one is opened or built when it is first used.
     """
 
-    def __init__(self, table: Table, faiss_folder: Path, variants: Sequence[tuple[int, str]]) -> None:
+    def __init__(self, table: Table, faiss_folder: Path, variants: Sequence[Variant]) -> None:
         snapshot = table.open()
         self.stamp = snapshot.stamp
         # Arrow's own table: datasets takes milliseconds for each row, Arrow microseconds.
@@ -51,10 +58,11 @@ class SearchSnapshot:
         self.captions = captions = find_captions(self.arrow)
         is_image = self.kinds == "image"
         # An image is found by its captions, too; a caption that is nothing else is no text of its own.
+        self.groups = _group_names(is_image, captions.is_caption, captions.is_text)
         self._searched = {
-            ("image",): [_rows("image", is_image), _rows("text", captions.is_caption)],
-            ("text",): [_rows("text", captions.is_text)],
-            KINDS: [_rows("image", is_image), _rows("text", ~is_image)],
+            ("image",): [self._rows("image", is_image), self._rows("text", captions.is_caption)],
+            ("text",): [self._rows("text", captions.is_text)],
+            KINDS: [self._rows("image", is_image), self._rows("text", ~is_image)],
         }
         masks = {"image": is_image, "text": captions.is_text, "caption": captions.is_caption}
         self.counts = {name: int(mask.sum()) for name, mask in masks.items()}
@@ -63,25 +71,51 @@ class SearchSnapshot:
         self.chunks = [chunk.flatten().to_numpy(zero_copy_only=False).reshape(len(chunk), width) for chunk in chunks]
         self.first_rows_of_chunks = np.cumsum([0, *map(len, self.chunks)])
         self.width = width
-        self.faiss: dict[tuple[int, str], Any] = {}
-        if self.keys:
-            self.faiss = {variant: open_faiss_index(faiss_folder, snapshot, *variant) for variant in variants}
+        self.variants = list(variants)
+        self._table, self._faiss_folder, self._lock = snapshot, faiss_folder, threading.Lock()
+        self._faiss: dict[Variant, Any] = {}
         self.calibration = Calibration({kind: self.vectors(rows) for kind, rows in sample_rows(self.kinds).items()})
 
-    def rank(
-        self, queries: np.ndarray, k: int, kinds: Sequence[str], variant: tuple[int, str], oversampling: int
-    ) -> "Rankings":
+    def faiss(self, variant: Variant) -> Any:
+        """Return the FAISS index of a variant, or its `ApproximateIndex`."""
+        with self._lock:
+            if variant not in self._faiss:
+                folder, table = self._faiss_folder, self._table
+                if variant.approximate:
+                    oversampling = self._oversampling(variant)
+                    index = open_approximate_index(folder, table, self.groups, self.kinds, variant, oversampling)
+                    self._faiss[variant] = index
+                else:
+                    self._faiss[variant] = open_faiss_index(folder, table, variant.dim, variant.precision)
+            return self._faiss[variant]
+
+    def build(self) -> None:
+        """Build the FAISS indexes of all variants, so that no search has to."""
+        for variant in self.variants if self.keys else ():
+            self.faiss(variant)
+
+    def _oversampling(self, variant: Variant) -> int:
+        """Return how many rows to take from a FAISS index for each one that is trusted to be among the nearest.
+
+        Scores by fewer dimensions or bytes than the whole vectors have may put them in another order.
+        """
+        return 1 if variant.dim == self.width and variant.precision == "float32" else _CANDIDATES
+
+    def _rows(self, kind: str, mask: np.ndarray) -> _Rows:
+        groups = tuple(np.unique(self.groups[mask]).tolist())
+        return _Rows(kind, np.packbits(mask, bitorder="little"), int(mask.sum()), groups)
+
+    def rank(self, queries: np.ndarray, k: int, kinds: Sequence[str], variant: Variant) -> "Rankings":
         """Return the k things nearest to each query, best first: images with their captions, and texts.
 
         Args:
             queries: unit vectors (queries, dimensions).
             k: length of a ranking.
             kinds: kinds of things, which share one ranking.
-            variant: dimensions and precision of the FAISS index to search.
-            oversampling: rows that FAISS finds for each one that is trusted to be among the nearest, since their whole
-                vectors may rank them in another order; 1 for an exact index.
+            variant: form of the vectors by which FAISS finds candidates, whose whole vectors are compared then.
         """
         searched = [rows for rows in self._searched[tuple(kind for kind in KINDS if kind in kinds)] if rows.count]
+        oversampling = self._oversampling(variant)
         k = min(k, sum(self.counts[kind] for kind in set(kinds)))
         ranked: list[list[Match]] = [[] for _ in queries]
         pending, trusted = list(range(len(queries))) if k else [], k
@@ -119,7 +153,7 @@ class SearchSnapshot:
             images = tuple(images[number] for number in np.argsort(-scores, kind="stable"))
         return (*images, row) if "text" in kinds and self.captions.is_text[row] else images
 
-    def nearest_rows(self, queries: np.ndarray, k: int, rows: _Rows, variant: tuple[int, str]) -> list[np.ndarray]:
+    def nearest_rows(self, queries: np.ndarray, k: int, rows: _Rows, variant: Variant) -> list[np.ndarray]:
         """Return, for each query, the rows that are nearest to it by one FAISS index, best first.
 
         Args:
@@ -128,10 +162,14 @@ class SearchSnapshot:
         """
         import faiss
 
+        queries, k = normalize(queries[:, : variant.dim]), min(k, rows.count)
+        index = self.faiss(variant)
+        if isinstance(index, ApproximateIndex):
+            return index.search(queries, k, rows.groups)
         # FAISS scans for each query on its own then, one per core, so that other queries change no result.
         selector: Any = faiss.IDSelectorBitmap  # its types are those of the C++ below
         options = cast(Any, faiss).SearchParameters(sel=selector(rows.bits))
-        _, nearest = self.faiss[variant].search(normalize(queries[:, : variant[0]]), min(k, rows.count), params=options)
+        _, nearest = index.search(queries, k, params=options)
         return [of_query[of_query >= 0] for of_query in nearest]
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:
@@ -166,8 +204,10 @@ class SearchSnapshot:
         )  # fmt: skip
 
 
-def _rows(kind: str, mask: np.ndarray) -> _Rows:
-    return _Rows(kind, np.packbits(mask, bitorder="little"), int(mask.sum()))
+def _group_names(is_image: np.ndarray, is_caption: np.ndarray, is_text: np.ndarray) -> np.ndarray:
+    """Return the group of each row: every set of rows that a search looks at consists of whole groups."""
+    is_both = is_caption & is_text
+    return np.select([is_image, is_both, is_caption], ["image", "caption-text", "caption"], "text")
 
 
 @dataclass
