@@ -250,6 +250,8 @@ def serve(
     from bifocal.hub.search.arguments import require_model_path
     from bifocal.hub.search.index import SearchIndex
 
+    if space is not None and approximate:
+        raise BifocalError("--approximate chooses what is served here. Omit it with --space.")
     opened = SearchIndex(index)
     if space is not None:
         from bifocal.hub.space_arguments import check_space

@@ -5,8 +5,7 @@ Each group of rows that is searched as a whole therefore has an index of its own
 are searched exhaustively, which is fast enough.
 
 Regions are lists of the vectors nearest to a centre (IVF), not a graph (HNSW): a graph takes three times as long to
-build, which happens after every change of the table, and built by several threads, it is another one each time.
-`benchmarks/approximate_search.py` measures this.
+build, which happens after every change of the table, and is not faster to search (`benchmarks/approximate_search.py`).
 """
 
 import hashlib
