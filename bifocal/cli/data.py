@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bifocal.cli.console import require, writes_into
+from bifocal.cli.console import Ray, Workers, require, writes_into
 from bifocal.data.kinds import KINDS
 from bifocal.errors import BifocalError
 
@@ -77,18 +77,22 @@ def clean(
     out: Annotated[Path, typer.Argument(help="Folder of Parquet files to write.")],
     overrides: Overrides = None,
     kind: Kind = None,
+    workers: Workers = 1,
+    ray: Ray = None,
 ) -> None:
-    """Write the rows of a source that pass its filters as Parquet files, which can be streamed."""
+    """Write the rows of a source that pass its filters as Parquet files, to be streamed; a killed run resumes."""
     require("datasets", "pydantic")
     from bifocal.data.clean_copy import write_clean
     from bifocal.data.loading import infer_kind
+    from bifocal.data.parallel import Execution
     from bifocal.data.skips import SkipLog, summary
     from bifocal.data.source import parse_source
 
     writes_into(out)
+    execution = Execution(workers, ray)
     skipped = SkipLog(out / "skipped.jsonl")
     parsed = parse_source(source, overrides)
-    rows = write_clean(parsed, _kind(kind) or infer_kind(parsed), out, skipped)
+    rows = write_clean(parsed, _kind(kind) or infer_kind(parsed), out, skipped, execution)
     skips: Counter[str] = Counter()
     for counts in [*skipped.bad.values(), *skipped.filtered.values()]:
         skips += counts
