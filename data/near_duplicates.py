@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from bifocal.data.filters import Cleaning, comparable_text
+from bifocal.data.image_errors import image_row_error
 from bifocal.data.row_names import row_name, select_rows
 from bifocal.data.skips import RowError, SkipLog, SkippedRow
 from bifocal.errors import DataError
@@ -95,7 +96,6 @@ def sign_image(value: Any) -> tuple[np.ndarray, np.ndarray, bool]:
         DataError: if ImageHash is not installed.
         RowError: if the image cannot be read.
     """
-    from bifocal.data.image_errors import image_row_error
     from bifocal.modeling.image_bifocal import decode_image
 
     try:

@@ -125,7 +125,7 @@ def leakage(
 ) -> None:
     """Find and name the rows of training data that are in an evaluation set, exactly or as near-duplicates."""
     require("datasets", "datasketch", "faiss", "imagehash", "pydantic")
-    from bifocal.data.leakage import LEAKS, compare_sources, write_leaks
+    from bifocal.data.leakage_report import LEAKS, compare_sources, write_leaks
     from bifocal.data.source import parse_source
     from bifocal.files import require_overwritable
 
