@@ -14,6 +14,6 @@ It knows nothing of training or evaluation.
 - Images: `images` (from a cell to pixel values), `image_errors` (why one cannot be read), `image_files` (in folders),
   `image_decoding` (views of data sets).
 - `parallel` runs tasks in this process, in several, or on a Ray cluster.
-- Made from sources: `inspection` and `inspection_page`, `leakage_report`, `clean_copy`, `captioning`; `symbols` and `symbol_texts` make a
-  data set that needs no download.
+- Made from sources: `inspection` and `inspection_page`, `leakage_report`, `clean_copy`, `captioning`; `symbols` and
+  `symbol_texts` make a data set that needs no download.
 """

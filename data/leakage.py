@@ -128,9 +128,9 @@ def find_leaks(
 
 
 def _partners(exact: dict[int, int], near: np.ndarray) -> Iterator[tuple[int, int, bool]]:
-    first = dict(reversed(near.tolist()))
+    first: dict[int, int] = dict(reversed(near.tolist()))
     for row in sorted(exact.keys() | first.keys()):
-        yield row, exact.get(row, first.get(row, -1)), row in exact
+        yield row, exact[row] if row in exact else first[row], row in exact
 
 
 def decided_by(train: Content, evaluation: Content) -> str:

@@ -140,6 +140,10 @@ def similar_images(rows: Signatures, max_distance: int, others: Signatures | Non
     second = rows if others is None else others
     if rows.hashes is None or second.hashes is None:
         return np.empty((0, 2), np.int64)
+    assert rows.colours is not None
+    assert rows.plain is not None
+    assert second.colours is not None
+    assert second.plain is not None
     ours = _groups(np.concatenate([rows.hashes, rows.colours], axis=1), ~rows.plain)
     theirs = ours if others is None else _groups(np.concatenate([second.hashes, second.colours], axis=1), ~second.plain)
     one, other = (np.array([group[0] for group in groups], np.int64) for groups in (ours, theirs))
@@ -288,7 +292,7 @@ def _near_hashes(first: np.ndarray, second: np.ndarray, max_distance: int) -> np
     for start in range(0, len(first), _BLOCK):
         block = np.ascontiguousarray(first[start : start + _BLOCK])
         limits, _, numbers = index.range_search(block, max_distance + 1)
-        rows = np.repeat(np.arange(start, start + len(block)), np.diff(limits.astype(np.int64)))
+        rows = np.repeat(np.arange(start, start + len(block)), np.diff(limits).astype(np.int64))
         pairs.append(np.stack([rows, numbers], axis=1))
     return np.concatenate(pairs)
 
