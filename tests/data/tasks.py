@@ -33,6 +33,7 @@ class Squared:
     number: int
     square: int
     process: int
+    parent: int
     threads: str | None
     gpu: str | None
 
@@ -67,7 +68,7 @@ class MakeSquarer:
             self.append("removed.txt", task.number)
             raise
         threads, gpu = os.environ.get("OMP_NUM_THREADS"), os.environ.get("CUDA_VISIBLE_DEVICES")
-        return Squared(task.number, task.number**2, os.getpid(), threads, gpu)
+        return Squared(task.number, task.number**2, os.getpid(), os.getppid(), threads, gpu)
 
     def append(self, file: str, value: object) -> None:
         with (self.folder / file).open("a") as lines:
