@@ -71,7 +71,9 @@ def running_cluster() -> Iterator[RayCluster]:
         below = children(process.pid)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.communicate("", timeout=20)
-        for left in [psutil.Process(process.pid)] * (process.poll() is None) + below:
+        process.kill()
+        process.wait()
+        for left in below:
             with contextlib.suppress(psutil.NoSuchProcess):
                 left.kill()
         psutil.wait_procs(below, timeout=10)

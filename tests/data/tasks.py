@@ -33,14 +33,13 @@ class Squared:
     number: int
     square: int
     process: int
-    parent: int
     threads: str | None
     gpu: str | None
 
 
 @dataclass(frozen=True)
 class MakeSquarer:
-    """Makes a worker that appends its process to `processes.txt`, and each task that it begins to `begun.txt`."""
+    """Makes a worker that appends its process to `processes.txt`, its parent to `parents.txt`, and each task that it begins to `begun.txt`."""
 
     folder: Path
     trouble: str = ""
@@ -51,6 +50,7 @@ class MakeSquarer:
         if self.trouble == "bug":
             raise KeyError("weights")
         self.append("processes.txt", os.getpid())
+        self.append("parents.txt", os.getppid())
         return self.square
 
     def square(self, task: Square) -> Squared:
@@ -68,7 +68,7 @@ class MakeSquarer:
             self.append("removed.txt", task.number)
             raise
         threads, gpu = os.environ.get("OMP_NUM_THREADS"), os.environ.get("CUDA_VISIBLE_DEVICES")
-        return Squared(task.number, task.number**2, os.getpid(), os.getppid(), threads, gpu)
+        return Squared(task.number, task.number**2, os.getpid(), threads, gpu)
 
     def append(self, file: str, value: object) -> None:
         with (self.folder / file).open("a") as lines:
