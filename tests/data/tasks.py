@@ -39,7 +39,7 @@ class Squared:
 
 @dataclass(frozen=True)
 class MakeSquarer:
-    """Makes a worker that appends its process to `processes.txt`, its parent to `parents.txt`, and each task that it begins to `begun.txt`."""
+    """Makes a worker that appends itself and its parent to `processes.txt` and `parents.txt`, and tasks to `begun.txt`."""
 
     folder: Path
     trouble: str = ""
