@@ -39,7 +39,7 @@ class Squared:
 
 @dataclass(frozen=True)
 class MakeSquarer:
-    """Makes a worker that appends itself and its parent to `processes.txt` and `parents.txt`, and tasks to `begun.txt`."""
+    """Makes a worker that notes its process, its parent and the tasks that it begins, each in a file of the folder."""
 
     folder: Path
     trouble: str = ""
