@@ -58,7 +58,25 @@ def name_of(process: psutil.Process) -> str:
 @contextlib.contextmanager
 def running_cluster() -> Iterator[RayCluster]:
     """Start a cluster; it and all its processes are ended, whatever happens."""
+    with ray_folder() as folder:
+        yield from _cluster_in(folder)
+
+
+@contextlib.contextmanager
+def ray_folder() -> Iterator[str]:
+    """A folder for Ray's logs and sockets, whose path is short enough; what still runs in it at the end is killed."""
     folder = tempfile.mkdtemp(prefix="ray-")
+    try:
+        yield folder
+    finally:
+        for process in psutil.process_iter():
+            if folder in name_of(process):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _cluster_in(folder: str) -> Iterator[RayCluster]:
     environment = {**os.environ, **ENVIRONMENT, "RAY_TMPDIR": folder}
     script = [sys.executable, str(Path(__file__).resolve())]
     process = subprocess.Popen(script, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
@@ -77,7 +95,6 @@ def running_cluster() -> Iterator[RayCluster]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 left.kill()
         psutil.wait_procs(below, timeout=10)
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from tests.bifocal.commands import invoke
 from tests.data.files import lines
 from tests.data.tasks import MakeSquarer
 from tests.processes import Process, run, skip_if_quick
-from tests.ray_cluster import RayCluster, name_of, running_cluster
+from tests.ray_cluster import ENVIRONMENT, RayCluster, name_of, ray_folder, running_cluster
 
 pytest.importorskip("ray", reason="needs ray, which `dev` brings")
 ROOT = Path(__file__).parents[1]
@@ -111,22 +111,31 @@ def test_embed_on_two_nodes_gives_the_rows_of_one_process(cluster, texts):
         np.testing.assert_allclose(actual[key]["vector"], row["vector"], atol=1e-5)
 
 
-def test_data_clean_on_a_local_cluster_writes_what_one_process_writes(cluster, texts):
-    source = ["data", "clean", "texts-*.jsonl"]
+CLEAN = """
+from bifocal.cli import main
+from bifocal.data import clean_copy
+clean_copy._PART_BYTES = 0  # each file is a part
+main()
+"""
+
+
+def test_data_clean_on_a_local_cluster_writes_what_one_process_writes(tmp_path, monkeypatch):
+    skip_if_quick()
     for file in range(4):
         rows = [{"query": f"query {file} {n}", "positive": "" if n == 7 else f"text {n}"} for n in range(40)]
-        lines(texts / f"texts-{file:02}.jsonl", rows)
-    options = ["max_bad_fraction=0.1"]
-    one = invoke(texts, *source, "one", *options)
+        lines(tmp_path / f"{file}.jsonl", rows)
+    monkeypatch.setattr("bifocal.data.clean_copy._PART_BYTES", 0)
+    one = invoke(tmp_path, "data", "clean", "*.jsonl", "one", "max_bad_fraction=0.1")
     assert one.exit_code == 0, one.stderr
-    done = run("-m", "bifocal", *source, "two", *options, "--ray", "local", cwd=texts, **cluster.environment)
-    assert done.returncode == 0, done.stderr
+    with ray_folder() as folder:
+        command = ("data", "clean", "*.jsonl", "two", "max_bad_fraction=0.1", "--ray", "local")
+        done = run("-c", CLEAN, *command, cwd=tmp_path, **ENVIRONMENT, RAY_TMPDIR=folder)
+        assert done.returncode == 0, done.stderr
+        assert not [process for process in psutil.process_iter() if folder in name_of(process)]
     assert done.stdout == one.stdout.replace("one", "two")
-    assert {path.name: path.read_bytes() for path in (texts / "two").iterdir()} == {
-        path.name: path.read_bytes() for path in (texts / "one").iterdir()
-    }
-    left = [process for process in psutil.process_iter() if str(cluster.folder) in name_of(process)]
-    assert all(process in psutil.Process(cluster.process.pid).children(recursive=True) for process in left)
+    contents = [{path.name: path.read_bytes() for path in (tmp_path / out).iterdir()} for out in ("one", "two")]
+    assert contents[0] == contents[1]
+    assert len(contents[0]) == 5
 
 
 def wait_for(condition, seconds: float = 100.0) -> None:
