@@ -129,7 +129,9 @@ serve nope                                               | 'nope' is not an inde
 serve index --model ./nope                               | There is no model at './nope'
 serve index --space notes                                | 'notes' holds
 serve index --space index/x                              | lies in 'index'
-data show nope                                           | There is no corpus 'nope'
+data show nope                                           | There is no corpus, mixture or recipe 'nope'
+data show nope.yaml                                      | There is no recipe 'nope'
+data list --kind x                                       | 'x' is not a kind of rows
 data inspect ./nope                                      | There is nothing at './nope'
 data inspect pairs.jsonl nope=1                          | unknown key 'nope'
 data inspect pairs.jsonl --kind x                        | 'x' is not a kind of rows
