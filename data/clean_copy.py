@@ -111,7 +111,9 @@ def _require_free(out: Path) -> None:
 
 def _parts(source: Source, kind: str, unfinished: Path, shown: Path) -> list[_Part]:
     """Return the parts of a source, the same ones however they are run."""
-    reads_whole = source.path == "symbols" or (source.clean is not None and source.clean.consistency is not None)
+    cleaning = source.clean or Cleaning()
+    compares = cleaning.consistency is not None or cleaning.compares_signatures or bool(cleaning.exclude_rows_of)
+    reads_whole = source.path == "symbols" or compares
     stream = None if reads_whole else open_stream(source, kind)
     if stream is None:  # it has no files, or its rows are compared with one another
         return [_Part(source.title, (source,), kind, None, unfinished / "00000-whole", shown)]

@@ -12,6 +12,7 @@ from typing import Any
 
 from bifocal.data.kinds import KINDS
 from bifocal.data.labels import class_names, with_class_names
+from bifocal.data.near_duplicates import filter_near_duplicates
 from bifocal.data.paths import MISSING, existing, is_remote
 from bifocal.data.row_names import ROW, RowNames, with_row_names
 from bifocal.data.shards import ShardStream
@@ -45,6 +46,8 @@ def to_dataset(stream: ShardStream, source: Source, skipped: SkipLog, name: str,
         salted = hashlib.blake2b(json.dumps([fingerprint, returned]).encode(), digest_size=12).hexdigest()
         dataset = _cached(arguments, salted)
     dataset = _good_rows(dataset, source, skipped, name, len(stream.shards))
+    if source.clean is not None and source.clean.compares_signatures:
+        dataset = filter_near_duplicates(dataset, source.clean, skipped, name)
     if source.clean is not None and source.clean.consistency is not None:
         from bifocal.data.consistency import filter_consistent
 
