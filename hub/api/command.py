@@ -1,0 +1,70 @@
+"""What `bifocal serve --api` does once its options are checked."""
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from bifocal.hub.api.app import build_app
+from bifocal.hub.api.server import bind, run
+from bifocal.hub.api.service import Service
+from bifocal.hub.api.settings import KEY_VARIABLE, Settings, is_loopback, public_name
+from bifocal.hub.search.encoder import Encoder
+from bifocal.hub.search.models import load_model
+from bifocal.hub.search.searcher import Searcher
+
+if TYPE_CHECKING:
+    from bifocal.hub.search.index import SearchIndex
+
+logger = logging.getLogger(__name__)
+
+
+def serve_api(
+    index: "SearchIndex | None", model: str | None, host: str, port: int, title: str, dtype: str | None,
+    settings: Settings, model_name: str | None,
+) -> None:  # fmt: skip
+    """Serve programs, and the search page at / if there is an index and no key, until SIGTERM or Ctrl+C.
+
+    Args:
+        index: to search; None to serve only embeddings.
+        model: folder or Hub id; that of the index if None.
+        host, port: what to listen on.
+        title: title of the page.
+        dtype: dtype to embed in; see `Searcher` and `load_model`.
+        settings: what is allowed.
+        model_name: what programs call the model; see `public_name` if None.
+
+    Raises:
+        ApiSettingsError: if the address cannot be had.
+        SearchError: if the model cannot be loaded, or has other weights than the index.
+    """
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    if settings.api_key is None and not is_loopback(host):
+        logger.warning(f"Anyone who reaches {host}:{port} may use this server. Set {KEY_VARIABLE} to ask for a key.")
+    bound = bind(host, port)
+    searcher = None
+    if index is None:
+        assert model is not None
+        encoder = Encoder(load_model(model, dtype))
+    else:
+        searcher = Searcher(index, model, dtype=dtype)
+        encoder = searcher.encoder
+    name = model_name or public_name(encoder.model.name)
+    service = Service(name, encoder, searcher, settings)
+    app = build_app(service)
+    stop_page: Callable[[], None] = lambda: None  # noqa: E731
+    has_page = searcher is not None and settings.api_key is None
+    if searcher is not None and has_page:
+        from bifocal.hub.search.page import build_page, mount
+
+        stop_page = mount(build_page(searcher, title), app)
+
+    def stopping() -> None:
+        service.is_stopping = True
+        stop_page()
+
+    address = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}"
+    page = f"the page at {address}, " if has_page else ""
+    print(
+        f"Serving '{name}': {page}the API at {address}/v1, described at {address}/docs (Ctrl+C stops it).", flush=True
+    )
+    run(app, bound, settings.stop_seconds, stopping)
