@@ -16,6 +16,7 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from bifocal.errors import BifocalError
 from bifocal.hub.api import schemas
 from bifocal.hub.api.body import parse_json, read_body
 from bifocal.hub.api.documentation import documentation_page
@@ -23,7 +24,6 @@ from bifocal.hub.api.errors import ApiError, try_again
 from bifocal.hub.api.inputs import Input, check_text, parse_image, parse_inputs, with_urls
 from bifocal.hub.api.metrics import HUNG_UP
 from bifocal.hub.api.service import HungUpError, Service, unknown_model
-from bifocal.hub.search.items import SearchError
 
 logger = logging.getLogger(__name__)
 
@@ -291,8 +291,8 @@ def _add_error_handlers(app: FastAPI) -> None:
         message = {404: "There is no such route. /docs lists them.", 405: "This route has another method. See /docs."}
         return ApiError(error.status_code, message.get(error.status_code, error.detail)).response()
 
-    @app.exception_handler(SearchError)
-    async def _(request: Request, error: SearchError) -> Response:
+    @app.exception_handler(BifocalError)
+    async def _(request: Request, error: BifocalError) -> Response:
         logger.error(str(error))  # it names the server's files, which clients should not see
         return ApiError(500, "The index cannot be searched now. The server's log says why.").response()
 

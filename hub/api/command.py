@@ -4,12 +4,12 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from bifocal.embedding.models import load_model
 from bifocal.hub.api.app import build_app
 from bifocal.hub.api.server import bind, run
 from bifocal.hub.api.service import Service
 from bifocal.hub.api.settings import KEY_VARIABLE, Settings, is_loopback, public_name
 from bifocal.hub.search.encoder import Encoder
-from bifocal.hub.search.models import load_model
 from bifocal.hub.search.searcher import Searcher
 
 if TYPE_CHECKING:
@@ -35,7 +35,8 @@ def serve_api(
 
     Raises:
         ApiSettingsError: if the address cannot be had.
-        SearchError: if the model cannot be loaded, or has other weights than the index.
+        ModelError: if the model cannot be loaded.
+        SearchError: if it has other weights than the index.
     """
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     if settings.api_key is None and not is_loopback(host):

@@ -4,9 +4,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
+from bifocal.embedding.items import KINDS
 from bifocal.hub.api.errors import ApiError
 from bifocal.hub.api.settings import MAX_HITS, MAX_INPUTS
-from bifocal.hub.search.items import KINDS
 
 _TEXT = {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]}
 _IMAGE = {

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import orjson
 
+from bifocal.embedding.items import ItemError, normalize, require_image
 from bifocal.hub.api.admission import Memory, Queue
 from bifocal.hub.api.errors import ApiError
 from bifocal.hub.api.fetch import ImageFetcher
@@ -19,7 +20,7 @@ from bifocal.hub.api.schemas import EmbeddingsRequest, SearchRequest
 from bifocal.hub.api.settings import Settings
 from bifocal.hub.api.tokens import TokenCounter
 from bifocal.hub.search.encoder import BATCH_SIZE, IMAGE_TOKENS, Encoder, Piece
-from bifocal.hub.search.items import Hit, QueryError, SearchError, normalize, require_image
+from bifocal.hub.search.hits import Hit, QueryError
 from bifocal.hub.search.searcher import Searcher
 
 _ROLES = {
@@ -158,6 +159,8 @@ class Service:
         return self._answer(asked, vectors, usage)
 
     def _answer(self, asked: EmbeddingsRequest, vectors: np.ndarray, usage: dict[str, int]) -> bytes:
+        if not np.isfinite(vectors).all():  # JSON has no such numbers
+            raise ApiError(500, "An embedding is not finite. The model's weights or dtype may be broken.")
         if asked.dimensions is not None:
             vectors = normalize(vectors[:, : asked.dimensions])
         vectors = np.ascontiguousarray(vectors, "<f4")
@@ -196,7 +199,7 @@ class Service:
             if item.image is not None:
                 try:
                     require_image(item.image)
-                except SearchError as error:
+                except ItemError as error:
                     raise ApiError(400, f"'{item.param}' cannot be used: {error}.", item.param) from error
 
     def _prepare(self, item: Input) -> Any:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from bifocal.hub.search.models import EmbeddingModel
+from bifocal.embedding.models import EmbeddingModel
 from bifocal.modeling.processing_bifocal import private_tokenizer, token_ids
 
 _UNLIMITED = 2**31

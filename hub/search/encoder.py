@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from bifocal.embedding.items import ItemError, decode_item, normalize
+from bifocal.embedding.models import EmbeddingModel
 from bifocal.hub.search.batching import Batcher
-from bifocal.hub.search.items import QueryError, SearchError, decode_item, normalize
-from bifocal.hub.search.models import EmbeddingModel
+from bifocal.hub.search.hits import QueryError
 from bifocal.modeling.image_batches_bifocal import PreparedImage
 
 BATCH_SIZE = 64
@@ -97,7 +98,7 @@ class Encoder:
             preparer = self.model.image_preparer(self.fast_decoding)
             with self._decoding:
                 return preparer.prepare(decode_item(image, preparer))
-        except SearchError as error:
+        except ItemError as error:
             raise QueryError(f"The image cannot be used: {error}. Choose another one.") from error
 
     def embed(self, piece: Piece) -> Vectors:

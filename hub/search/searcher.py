@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from bifocal.embedding.embed import EmbedSettings, embed_items
+from bifocal.embedding.items import KINDS, Item, normalize
+from bifocal.embedding.models import EmbeddingModel, load_model, weights_hash
 from bifocal.hub.search.batching import Batcher
 from bifocal.hub.search.encoder import BATCH_SIZE, Encoder, Piece, about_tokens
+from bifocal.hub.search.hits import Hit, QueryError
 from bifocal.hub.search.index import SearchIndex
-from bifocal.hub.search.items import KINDS, Hit, Item, QueryError, normalize
-from bifocal.hub.search.models import EmbeddingModel, load_model, weights_hash
 from bifocal.hub.search.snapshot import Rankings
 from bifocal.hub.search.sync import AddResult, ItemSource
 from bifocal.modeling.dtype_bifocal import default_device, is_fast
@@ -148,12 +150,6 @@ class Searcher:
             SearchError: if the model was loaded in another dtype than the index was made in.
         """
         self.index.require_same_dtype(self.model.dtype)
-        fast = self.index.fast_decoding
-        return self.index.add(
-            items,
-            lambda texts: self.model.encode_text(texts, "document", self.index.prompts.get("document", ""), batch_size),
-            lambda images, read: self.model.embed_ahead(images, read, batch_size, num_workers, fast),
-            progress,
-            source,
-            prune,
-        )
+        prompt, fast = self.index.prompts.get("document", ""), self.index.fast_decoding
+        settings = EmbedSettings("document", prompt, batch_size, num_workers, fast)
+        return self.index.add(items, lambda part: embed_items(part, self.model, settings), progress, source, prune)
