@@ -251,6 +251,7 @@ def serve(
         raise BifocalError("A Space has only the page. Pass either --api or --space.")
     if api:
         require(*_API_NEEDS)
+        from bifocal.hub.api.server import bind
         from bifocal.hub.api.settings import Settings, read_key
 
         settings = Settings(read_key(api_key), allow_image_urls, max_queue)
@@ -260,10 +261,11 @@ def serve(
         if not api or model is None:
             raise BifocalError("Pass the folder of an index, or --model FOLDER with --api to serve only embeddings.")
         require_model_path(model)
+        bound = bind(host, port)  # before anything heavy is imported
 
         from bifocal.hub.api.command import serve_api
 
-        serve_api(None, model, host, port, title, dtype, settings, model_name)
+        serve_api(None, model, bound, title, dtype, settings, model_name)
         return
     require(*_NEEDS, "gradio")
     from bifocal.hub.search.index import SearchIndex
@@ -282,9 +284,11 @@ def serve(
         return
     require_model_path(model or opened.model)
     if api:
+        bound = bind(host, port)
+
         from bifocal.hub.api.command import serve_api
 
-        serve_api(opened, model, host, port, title, dtype, settings, model_name)
+        serve_api(opened, model, bound, title, dtype, settings, model_name)
         return
 
     from bifocal.hub.search.page import build_page, launch

@@ -1,12 +1,13 @@
 """What `bifocal serve --api` does once its options are checked."""
 
 import logging
+import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from bifocal.embedding.models import load_model
 from bifocal.hub.api.app import build_app
-from bifocal.hub.api.server import bind, run
+from bifocal.hub.api.server import run
 from bifocal.hub.api.service import Service
 from bifocal.hub.api.settings import KEY_VARIABLE, Settings, is_loopback, public_name
 from bifocal.hub.search.encoder import Encoder
@@ -19,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def serve_api(
-    index: "SearchIndex | None", model: str | None, host: str, port: int, title: str, dtype: str | None,
+    index: "SearchIndex | None", model: str | None, bound: socket.socket, title: str, dtype: str | None,
     settings: Settings, model_name: str | None,
 ) -> None:  # fmt: skip
     """Serve programs, and the search page at / if there is an index and no key, until SIGTERM or Ctrl+C.
@@ -27,21 +28,20 @@ def serve_api(
     Args:
         index: to search; None to serve only embeddings.
         model: folder or Hub id; that of the index if None.
-        host, port: what to listen on.
+        bound: what to listen on, as from `bind`.
         title: title of the page.
         dtype: dtype to embed in; see `Searcher` and `load_model`.
         settings: what is allowed.
         model_name: what programs call the model; see `public_name` if None.
 
     Raises:
-        ApiSettingsError: if the address cannot be had.
         ModelError: if the model cannot be loaded.
         SearchError: if it has other weights than the index.
     """
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    host, port = bound.getsockname()[:2]
     if settings.api_key is None and not is_loopback(host):
         logger.warning(f"Anyone who reaches {host}:{port} may use this server. Set {KEY_VARIABLE} to ask for a key.")
-    bound = bind(host, port)
     searcher = None
     if index is None:
         assert model is not None
@@ -63,7 +63,7 @@ def serve_api(
         service.is_stopping = True
         stop_page()
 
-    address = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}"
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     page = f"the page at {address}, " if has_page else ""
     print(
         f"Serving '{name}': {page}the API at {address}/v1, described at {address}/docs (Ctrl+C stops it).", flush=True
