@@ -5,7 +5,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -59,10 +59,8 @@ def server(answer: Callable[[socket.socket], None]) -> Iterator[tuple[int, list[
     def talk(connection: socket.socket) -> None:
         with connection:
             requests.append(connection.recv(65536).decode())
-            try:
+            with suppress(OSError):  # the client has enough
                 answer(connection)
-            except OSError:  # the client has enough
-                pass
 
     with socket.create_server(("127.0.0.1", 0)) as listening:
         threading.Thread(target=serve, daemon=True).start()
@@ -109,7 +107,7 @@ def test_this_machine_is_refused(host):
     """Without a stand-in for what is public: the real check, of the real addresses."""
     with server(send_image) as (port, requests):
         fetcher = ImageFetcher(ports=[port])
-        with pytest.raises(ApiError, match="'input' (is not at a public address|cannot be fetched)"):
+        with pytest.raises(ApiError, match=r"'input' (is not at a public address|cannot be fetched)"):
             asyncio.run(fetcher.fetch(f"http://{host}:{port}/a.png", "input"))
     assert requests == []
 
@@ -136,7 +134,7 @@ def test_a_name_is_resolved_once_and_all_its_addresses_count():
     [
         ("http://10.0.0.1/", "not at a public address"), ("http://metadata.example/", "not at a public address"),
         ("file:///etc/passwd", "not at a public address"), ("http://images.example:22/", "not at a public address"),
-        ("//images.example:{port}/again", "redirected more than 3 times"), ("http://[", "cannot be fetched"),
+        ("//images.example:{port}/again", "redirected more than 3 times"), ("http://a\x7f.example/", "cannot be fetched"),
     ],
 )  # fmt: skip
 def test_redirects_are_checked(target, message):
