@@ -134,7 +134,8 @@ def test_a_name_is_resolved_once_and_all_its_addresses_count():
     [
         ("http://10.0.0.1/", "not at a public address"), ("http://metadata.example/", "not at a public address"),
         ("file:///etc/passwd", "not at a public address"), ("http://images.example:22/", "not at a public address"),
-        ("//images.example:{port}/again", "redirected more than 3 times"), ("http://a\x7f.example/", "cannot be fetched"),
+        ("//images.example:{port}/again", "redirected more than 3 times"),
+        ("http://a\x7f.example/", "cannot be fetched"),
     ],
 )  # fmt: skip
 def test_redirects_are_checked(target, message):
