@@ -12,6 +12,7 @@ from bifocal.hub.api.settings import ApiSettingsError
 
 logger = logging.getLogger(__name__)
 
+_KEEP_ALIVE = 75  # seconds of an idle connection; clients drop theirs after fewer, and would send into a closed one
 _BACKLOG = 2048  # connections that the system accepts before the server does
 
 
@@ -68,7 +69,7 @@ def run(app: Any, bound: socket.socket, stop_seconds: float, stopping: Callable[
     """
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, server_header=False, lifespan="on", backlog=_BACKLOG,
-        timeout_graceful_shutdown=round(stop_seconds),
+        timeout_graceful_shutdown=round(stop_seconds), timeout_keep_alive=_KEEP_ALIVE,
     )  # fmt: skip
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
