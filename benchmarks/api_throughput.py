@@ -1,14 +1,15 @@
 """Throughput of `bifocal serve --api` for many clients at once against one request at a time.
 
 Run: python benchmarks/api_throughput.py [--clients 1 8 32] [--seconds 4] [--rounds 2] [--list 64] [--width 384]
-    [--layers 6] [--infinity PYTHON]
+    [--layers 6] [--window 5] [--infinity PYTHON]
 
 Prints one JSON line. For short texts, images, and lists of texts: inputs per second and the median and 95th percentile
 of the latency in milliseconds for each number of clients at once, each of which sends its next request when the last
 one is answered; and the throughput as a multiple of that of one client ("one request at a time"). "mixed" has one
 client that sends long lists all the time beside one that sends short texts: the latency of the short ones, and as a
-multiple of theirs without the lists. Rounds take turns, so the ratios are of one run. Random weights; the server is a
-process of its own, and so are the clients.
+multiple of theirs without the lists. "window_texts" is a server that waits some milliseconds for others before each
+batch: its throughput for short texts, and as a multiple of that of the server as it is. Rounds take turns, so the
+ratios are of one run. Random weights; the server is a process of its own, and so are the clients.
 
 With --infinity, the python of an environment that has infinity-emb serves the same texts with a BERT of the same size,
 and so does Bifocal, in turn ("infinity", "bifocal_bert").
@@ -41,18 +42,34 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement")
     for name, default in (("rounds", 2), ("list", 64), ("width", 384), ("layers", 6)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--window", type=float, default=5.0, help="milliseconds")
+    parser.add_argument("--serve-with-window", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--infinity", help="python of an environment with infinity-emb")
     options = parser.parse_args()
+    if options.serve_with_window:
+        serve_with_window(*options.serve_with_window)
+        return
+    del options.serve_with_window
     line: dict[str, Any] = {"benchmark": "api_throughput", **vars(options), "cores": os.cpu_count()}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        with Server(bifocal(make_model(folder, options))) as server:
+        model = make_model(folder, options)
+        with Server(bifocal(model)) as server:
             line |= measure(server, options, ("texts", "images", "lists"))
             line["mixed"] = measure_mixed(server, options)
+            window = [sys.executable, __file__, "--serve-with-window", str(model), str(options.window)]
+            with Server(window, port_option="") as waiting:
+                without, with_window = compare(server, waiting, options, ("texts",))
+            for name, figures in with_window["texts"].items():
+                rate = without["texts"][name]["inputs_per_second"]
+                figures["ratio"] = round(figures["inputs_per_second"] / rate, 2)
+            line["window_texts"] = with_window["texts"]
         if options.infinity:
             bert = make_bert(folder, options)
             with Server(bifocal(bert)) as ours, Server(infinity(options.infinity, bert)) as theirs:
-                for name, figures in zip(("bifocal_bert", "infinity"), compare(ours, theirs, options), strict=True):
+                for name, figures in zip(
+                    ("bifocal_bert", "infinity"), compare(ours, theirs, options, ("texts", "lists")), strict=True
+                ):
                     line[name] = figures
     print(json.dumps(line))
 
@@ -61,20 +78,41 @@ def bifocal(model: Path) -> list[str]:
     return [sys.executable, "-m", "bifocal", "serve", "--model", str(model), "--api", "--model-name", "model"]
 
 
+def serve_with_window(model: str, milliseconds: str, port: str) -> None:
+    """Serve a model as `bifocal serve` does, but wait for others before each batch."""
+    from bifocal.cli import main
+    from bifocal.hub.search.batching import Batcher
+
+    run_batch = Batcher._run_batch
+
+    def wait_and_run(batcher: Batcher) -> None:
+        time.sleep(float(milliseconds) / 1000)
+        run_batch(batcher)
+
+    Batcher._run_batch = wait_and_run  # type: ignore[method-assign]
+    sys.argv = [*bifocal(Path(model))[2:], "--port", port]
+    main()
+
+
 def infinity(python: str, model: Path) -> list[str]:
     options = ["--model-id", str(model), "--served-model-name", "model", "--url-prefix", "/v1", "--device", "cpu"]
     return [python, "-m", "infinity_emb.infinity_server", "v2", *options, "--no-bettertransformer", "--engine", "torch"]
 
 
 class Server:
-    """A process that serves embeddings."""
+    """A process that serves embeddings.
 
-    def __init__(self, command: list[str]) -> None:
+    Args:
+        command: its command, without the port.
+        port_option: goes before the port.
+    """
+
+    def __init__(self, command: list[str], port_option: str = "--port") -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
-        command = [*command, "--port", str(self.port)]
+        command = [*command, *filter(None, [port_option]), str(self.port)]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
 
     def __enter__(self) -> "Server":
@@ -265,19 +303,16 @@ def measure_mixed(server: Server, options: argparse.Namespace) -> dict[str, Any]
     }
 
 
-def compare(ours: Server, theirs: Server, options: argparse.Namespace) -> list[dict[str, Any]]:
+def compare(ours: Server, theirs: Server, options: argparse.Namespace, kinds: tuple[str, ...]) -> list[dict[str, Any]]:
     """Return the figures of two servers, measured in turn."""
     figures: dict[tuple[int, str, int], Figures] = defaultdict(Figures)
     for _ in range(options.rounds):
-        for kind in ("texts", "lists"):
+        for kind in kinds:
             for count in options.clients:
                 for side, server in enumerate((ours, theirs)):
                     figures[side, kind, count].add(*run_clients(server, [kind] * count, options)[kind])
     return [
-        {
-            kind: {f"clients_{count}": figures[side, kind, count].line() for count in options.clients}
-            for kind in ("texts", "lists")
-        }
+        {kind: {f"clients_{count}": figures[side, kind, count].line() for count in options.clients} for kind in kinds}
         for side in range(2)
     ]
 
