@@ -2,8 +2,8 @@
 
 import logging
 import socket
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from bifocal.embedding.models import load_model
 from bifocal.hub.api.app import build_app
@@ -20,8 +20,8 @@ logger = logging.getLogger(__name__)
 
 
 def serve_api(
-    index: "SearchIndex | None", model: str | None, bound: socket.socket, title: str, dtype: str | None,
-    settings: Settings, model_name: str | None,
+    index: "SearchIndex | None", model: str | None, bound: socket.socket, settings: Settings, *, title: str = "",
+    dtype: str | None = None, model_name: str | None = None, variant: Sequence[Any] | None = None,
 ) -> None:  # fmt: skip
     """Serve programs, and the search page at / if there is an index and no key, until SIGTERM or Ctrl+C.
 
@@ -29,10 +29,11 @@ def serve_api(
         index: to search; None to serve only embeddings.
         model: folder or Hub id; that of the index if None.
         bound: what to listen on, as from `bind`.
+        settings: what is allowed.
         title: title of the page.
         dtype: dtype to embed in; see `Searcher` and `load_model`.
-        settings: what is allowed.
         model_name: what programs call the model; see `public_name` if None.
+        variant: variant of the index to search by where a search names none.
 
     Raises:
         ModelError: if the model cannot be loaded.
@@ -47,7 +48,7 @@ def serve_api(
         assert model is not None
         encoder = Encoder(load_model(model, dtype))
     else:
-        searcher = Searcher(index, model, dtype=dtype)
+        searcher = Searcher(index, model, dtype=dtype, variant=variant)
         encoder = searcher.encoder
     name = model_name or public_name(encoder.model.name)
     service = Service(name, encoder, searcher, settings)
@@ -63,6 +64,8 @@ def serve_api(
         service.is_stopping = True
         stop_page()
 
+    if index is not None and (accuracy := index.describe(variant)):
+        print(accuracy)
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     page = f"the page at {address}, " if has_page else ""
     print(

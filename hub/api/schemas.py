@@ -87,6 +87,8 @@ class SearchHit(BaseModel):
     text: str
     score: float
     ranking_score: float
+    matched: str = Field(description="What matched best: image, caption or text.")
+    caption: str | None = Field(description="The caption by which an image was found.")
     thumbnail: str | None = None
 
 

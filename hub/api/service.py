@@ -22,6 +22,7 @@ from bifocal.hub.api.tokens import TokenCounter
 from bifocal.hub.search.encoder import BATCH_SIZE, IMAGE_TOKENS, Encoder, Piece
 from bifocal.hub.search.hits import Hit, QueryError
 from bifocal.hub.search.searcher import Searcher
+from bifocal.hub.search.settings import Variant
 
 _ROLES = {
     "retrieval.query": "query", "query": "query", "search_query": "query",
@@ -218,13 +219,7 @@ class Service:
         assert self.searcher is not None
         if hung_up.is_set():
             raise HungUpError
-        variant = None
-        if asked.dimensions is not None or asked.precision is not None:
-            variant = (asked.dimensions or self.dimensions, asked.precision or "float32")
-            known = self.searcher.index.variants
-            if variant not in known:
-                choices = ", ".join(f"{dimensions} {precision}" for dimensions, precision in known)
-                raise ApiError(400, f"The index cannot be searched by these, only by {choices}.", "dimensions")
+        variant = self._variant(asked)
         if image is not None:
             self._check_images([image])
         try:
@@ -235,6 +230,20 @@ class Service:
             raise _query_error(error, "image") from error
         data = [_hit(hit, asked.thumbnails) for hit in hits]
         return orjson.dumps({"object": "list", "data": data, "model": self.name})
+
+    def _variant(self, asked: SearchRequest) -> Variant | None:
+        """Return the variant of the index that a search asks for; None for that of the server."""
+        assert self.searcher is not None
+        if asked.dimensions is None and asked.precision is None:
+            return None
+        wanted = Variant(
+            asked.dimensions or self.dimensions, asked.precision or "float32", self.searcher.variant.approximate
+        )
+        known = self.searcher.index.variants
+        if wanted not in known:
+            choices = ", ".join(map(str, known))
+            raise ApiError(400, f"The index cannot be searched by {wanted}, only by {choices}.", "dimensions")
+        return wanted
 
 
 def _hit(hit: Hit, with_thumbnail: bool) -> dict[str, Any]:
