@@ -96,7 +96,8 @@ def serve_with_window(model: str, milliseconds: str, port: str) -> None:
 
 def infinity(python: str, model: Path) -> list[str]:
     options = ["--model-id", str(model), "--served-model-name", "model", "--url-prefix", "/v1", "--device", "cpu"]
-    return [python, "-m", "infinity_emb.infinity_server", "v2", *options, "--no-bettertransformer", "--engine", "torch"]
+    script = Path(python).with_name("infinity_emb")
+    return [str(script), "v2", *options, "--no-bettertransformer", "--engine", "torch"]
 
 
 class Server:

@@ -2,8 +2,8 @@
 
 import logging
 import socket
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from bifocal.embedding.models import load_model
 from bifocal.hub.api.app import build_app
@@ -15,13 +15,14 @@ from bifocal.hub.search.searcher import Searcher
 
 if TYPE_CHECKING:
     from bifocal.hub.search.index import SearchIndex
+    from bifocal.hub.search.settings import Variant
 
 logger = logging.getLogger(__name__)
 
 
 def serve_api(
     index: "SearchIndex | None", model: str | None, bound: socket.socket, settings: Settings, *, title: str = "",
-    dtype: str | None = None, model_name: str | None = None, variant: Sequence[Any] | None = None,
+    dtype: str | None = None, model_name: str | None = None, variant: "Variant | None" = None,
 ) -> None:  # fmt: skip
     """Serve programs, and the search page at / if there is an index and no key, until SIGTERM or Ctrl+C.
 

@@ -4,7 +4,6 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
-from bifocal.embedding.items import KINDS
 from bifocal.hub.api.errors import ApiError
 from bifocal.hub.api.settings import MAX_HITS, MAX_INPUTS
 
@@ -52,7 +51,7 @@ class SearchRequest(_Request):
     text: str | None = Field(None, description="Text to search for.")
     image: str | None = Field(None, description="Image to search for: an address, a data URI or base64.")
     k: int = Field(10, ge=1, le=MAX_HITS, description="Number of hits.")
-    kinds: list[Literal["image", "text"]] = Field(list(KINDS), min_length=1, description="Kinds of hits.")
+    kinds: list[Literal["image", "text"]] = Field(["image", "text"], min_length=1, description="Kinds of hits.")
     weight: float = Field(0.5, ge=0, le=1, description="Weight of the text against the image.")
     dimensions: int | None = Field(None, ge=1, description="Search by this number of leading dimensions.")
     precision: Literal["float32", "int8"] | None = Field(None, description="The most exact if omitted.")

@@ -166,7 +166,7 @@ class Service:
             vectors = normalize(vectors[:, : asked.dimensions])
         vectors = np.ascontiguousarray(vectors, "<f4")
         as_base64 = "base64" in (asked.encoding_format, asked.embedding_type)
-        embeddings: Sequence[Any] = vectors
+        embeddings: Any = vectors
         if as_base64:
             embeddings = [base64.b64encode(vector.tobytes()).decode("ascii") for vector in vectors]
         data = [

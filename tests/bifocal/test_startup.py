@@ -135,7 +135,7 @@ serve --model ./nope --api                               | There is no model at 
 serve --model empty --api                                | 'empty' holds no model
 serve index --model-name x                               | Pass --api, too
 serve index --api --space new                            | Pass either --api or --space
-serve index --api --api-key ''                           | --api-key is not a key
+serve index --api --api-key ü                            | --api-key is not a key
 serve index --api --host 192.0.2.1                       | Cannot listen on 192.0.2.1:7860
 data show nope                                           | There is no corpus 'nope'
 data inspect ./nope                                      | There is nothing at './nope'
