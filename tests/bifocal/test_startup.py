@@ -137,7 +137,9 @@ serve index --model-name x                               | Pass --api, too
 serve index --api --space new                            | Pass either --api or --space
 serve index --api --api-key ü                            | --api-key is not a key
 serve index --api --host 192.0.2.1                       | Cannot listen on 192.0.2.1:7860
-data show nope                                           | There is no corpus 'nope'
+data show nope                                           | There is no corpus, mixture or recipe 'nope'
+data show nope.yaml                                      | There is no recipe 'nope'
+data list --kind x                                       | 'x' is not a kind of rows
 data inspect ./nope                                      | There is nothing at './nope'
 data inspect pairs.jsonl nope=1                          | unknown key 'nope'
 data inspect pairs.jsonl --kind x                        | 'x' is not a kind of rows

@@ -34,11 +34,20 @@ ELSEWHERE = {
     "check_embedding_ctx_length",
     "client_max_body_size",
     "mine_hard_negatives",
+    "additional_kwargs",
+    "default_prompt_name",
+    "extra_body",
+    "model_kwargs",
+    "query_embeddings",
+    "query_instruction",
+    "text_instruction",
 }  # of other libraries, of the claims
+# tests/test_readme.py and tests/test_integrations.py run these.
+RUN_ELSEWHERE = (README, ROOT / "docs" / "integrations.md")
 PYTHON = [
     pytest.param(block, id=f"{page.stem}-{number}")
     for page in PAGES
-    if page != README  # tests/test_readme.py
+    if page not in RUN_ELSEWHERE
     for number, block in enumerate(blocks(page, "python"))
 ]
 
