@@ -1,5 +1,6 @@
 """A small model with prompts, its index, and `bifocal serve --api` over both."""
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -51,3 +52,10 @@ def served(searcher, tmp_path_factory):
     command = ("-m", "bifocal", "serve", searcher.index.folder, "--api", "--port", str(port))
     with Server(Process(*command, cwd=folder, GRADIO_TEMP_DIR=str(folder / "uploads")), port, folder) as server:
         yield server
+        # A page that is open in a browser has a stream that never ends; the server does not wait for it.
+        with socket.create_connection(("127.0.0.1", port)) as visitor:
+            visitor.sendall(b"GET /gradio_api/heartbeat/abc HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+            assert visitor.recv(1000).startswith(b"HTTP/1.1 200")
+            server.process.terminate()
+            server.process.process.join(20)
+            assert server.process.process.exitcode == 0, server.process.stderr
