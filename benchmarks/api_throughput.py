@@ -152,10 +152,8 @@ def make_model(folder: Path, options: argparse.Namespace) -> Path:
 
 
 def make_bert(folder: Path, options: argparse.Namespace) -> Path:
-    """Return a sentence-transformers model of random weights, which both servers load."""
+    """Return a BERT of random weights, which both servers load and pool by the mean of its tokens."""
     import torch
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.models import Pooling, Transformer
     from transformers import BertConfig, BertModel
 
     from bifocal.training.tokenizer import train_wordpiece
@@ -166,10 +164,11 @@ def make_bert(folder: Path, options: argparse.Namespace) -> Path:
         vocab_size=320, hidden_size=options.width, num_hidden_layers=options.layers,
         num_attention_heads=options.width // 64, intermediate_size=4 * options.width,
     )  # fmt: skip
-    BertModel(config).save_pretrained(folder / "tower")
-    tokenizer.save_pretrained(folder / "tower")
-    transformer = Transformer(str(folder / "tower"))
-    SentenceTransformer(modules=[transformer, Pooling(options.width)]).save(str(folder / "bert"))
+    BertModel(config).save_pretrained(folder / "bert")
+    tokenizer.save_pretrained(folder / "bert")
+    settings = folder / "bert" / "tokenizer_config.json"
+    # infinity has an older transformers, which knows the tokenizer's class by this name.
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"}))
     return folder / "bert"
 
 

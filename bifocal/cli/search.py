@@ -289,6 +289,8 @@ def serve(
     require(*_NEEDS, "gradio")
     from bifocal.hub.search.index import SearchIndex
 
+    if space is not None and approximate:
+        raise BifocalError("--approximate chooses what is served here. Omit it with --space.")
     opened = SearchIndex(index)
     if space is not None:
         from bifocal.hub.space_arguments import check_space

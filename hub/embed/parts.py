@@ -52,7 +52,8 @@ class ParquetParts:
     """Parquet files `part-SPLIT-NUMBER.parquet` and `_embed.json`, the settings.
 
     Args:
-        address: a folder, or an address that pyarrow knows (`s3://`, `gs://`).
+        address: a folder, or an address that pyarrow knows (`s3://`, `gs://`). After `?` stand options of its file
+            system, such as `endpoint_override` and `scheme`.
     """
 
     def __init__(self, address: str) -> None:

@@ -19,6 +19,7 @@ from bifocal.hub.export import export_model
 from bifocal.modeling import BifocalModel
 from bifocal.training.arguments import BifocalTrainingArguments
 from bifocal.training.recipe import TaskRecipe, find_recipe, load_recipe
+from tests.bifocal.commands import invoke
 from tests.conftest import small_config
 from tests.docs.pages import PAGES, README, ROOT, blocks, commands
 from tests.hub.search.serving import Server, free_port
@@ -67,6 +68,8 @@ def folder(processor, tmp_path_factory) -> Path:
     shutil.copytree(ROOT / "examples" / "data", root / "examples" / "data")
     index = SearchIndex.create(root / "runs" / "index", str(model), weights_hash(str(model)), 40)
     Searcher(index).add([Item("star.png", image=root / "examples" / "data" / "images" / "star.png")])
+    done = invoke(root, "embed", "examples/data/images", "runs/vectors", "--model", "runs/demo/model")
+    assert done.exit_code == 0, done.stderr
     return root
 
 
