@@ -57,7 +57,7 @@ $(INSTALLED): $(VENV)/.installed build/files.txt
 
 build/files.txt: FORCE
 	@mkdir -p build
-	@find bifocal modeling data training evaluation hub -type f ! -path '*/__pycache__/*' | sort > $@.new
+	@find bifocal modeling embedding data training evaluation hub -type f ! -path '*/__pycache__/*' | sort > $@.new
 	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
 
 FORCE:

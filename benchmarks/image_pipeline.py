@@ -32,9 +32,9 @@ from typing import Any
 import torch
 from image_decoding import photo
 
+from bifocal.embedding.items import Item
+from bifocal.embedding.models import EmbeddingModel
 from bifocal.hub.search.index import SearchIndex
-from bifocal.hub.search.items import Item
-from bifocal.hub.search.models import EmbeddingModel
 from bifocal.hub.search.searcher import Searcher
 from bifocal.modeling import BifocalConfig, BifocalModel, BifocalProcessor, image_batches_bifocal
 from bifocal.modeling.processing_bifocal import image_processor_of_size

@@ -129,11 +129,11 @@ class Server:
 def make_index(folder: Path, options: argparse.Namespace) -> Path:
     import torch
 
+    from bifocal.embedding.items import Item
+    from bifocal.embedding.models import weights_hash
     from bifocal.hub.export import export_model
     from bifocal.hub.sample_images import sample_pairs
     from bifocal.hub.search.index import SearchIndex
-    from bifocal.hub.search.items import Item
-    from bifocal.hub.search.models import weights_hash
     from bifocal.hub.search.searcher import Searcher
     from bifocal.modeling import BifocalConfig, BifocalModel, BifocalProcessor
     from bifocal.modeling.processing_bifocal import image_processor_of_size

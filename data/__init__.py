@@ -1,6 +1,6 @@
 """The data room: from a source that a recipe or a command names to rows of one kind.
 
-It knows nothing of training or evaluation. `embedding_models` loads the models with which filters and commands embed.
+It knows nothing of training or evaluation.
 
 - What a user sets: `source` (and `schema`, which validates it), `filters`, `kinds`, `corpora`.
 - From a path to rows: `paths` (patterns, addresses, allowed roots), `locate` (files, reader, layout), `loading` (a

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from bifocal.data.embedding_models import load_embedding_model
 from bifocal.data.filters import Consistency
 from bifocal.data.row_names import row_name, select_rows
 from bifocal.data.skips import SkipLog, SkippedRow
+from bifocal.embedding.models import load_model
 from bifocal.errors import DataError
 from bifocal.files import replace_file
 from bifocal.modeling.dtype_bifocal import default_device, resolve_dtype
@@ -57,7 +57,7 @@ def _cached_ranks(pairs: Any, settings: Consistency) -> np.ndarray:
 
 def _ranks(pairs: Any, settings: Consistency) -> np.ndarray:
     """Return the rank of each row's positive among those of its pool, from 0."""
-    model = load_embedding_model(settings.model, dtype=settings.dtype)
+    model = load_model(settings.model, settings.dtype).model
     ranks = np.empty(len(pairs), dtype=np.int64)
     for start in range(0, len(pairs), settings.pool_size):
         rows = pairs[start : start + settings.pool_size]

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModel, AutoProcessor
 from transformers.utils.hub import cached_file
 
-from bifocal.data.embedding_models import load_embedding_model
+from bifocal.embedding.models import load_model
 from bifocal.errors import EvaluationError, ModelError, first_line
 from bifocal.evaluation.arguments import is_local_model
 from bifocal.modeling import BifocalModel, load_image
@@ -173,7 +173,7 @@ def load_encoder(path: str, batch_size: int = 64, device: str | None = None, dty
     require_model(path)
     path = str(Path(path).expanduser()) if path.startswith("~") else path
     try:
-        model = load_embedding_model(path, device, dtype)
+        model = load_model(path, dtype, device).model
     except UnsupportedFamilyError:
         return _other_dual_encoder(path, batch_size, device or default_device(), dtype)
     except ModelError as error:

@@ -10,9 +10,9 @@ Prints the five nearest images. With --serve a page stands at http://127.0.0.1:7
 import argparse
 from pathlib import Path
 
+from bifocal.embedding.items import Item
+from bifocal.embedding.models import load_model, weights_hash
 from bifocal.hub.search.index import SearchIndex
-from bifocal.hub.search.items import Item
-from bifocal.hub.search.models import load_model, weights_hash
 from bifocal.hub.search.page import build_page, launch
 from bifocal.hub.search.searcher import Searcher
 

@@ -6,14 +6,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import bifocal.embedding
 import bifocal.errors
 import bifocal.hub.search
 import bifocal.modeling
+from bifocal.embedding.models import module_folders, weights_hash
 from bifocal.errors import first_line
 from bifocal.files import replace_folder
+from bifocal.hub.search.hits import SearchError
 from bifocal.hub.search.index import SearchIndex
-from bifocal.hub.search.items import SearchError
-from bifocal.hub.search.models import module_folders, weights_hash
 from bifocal.hub.search.settings import read_settings, write_settings
 from bifocal.hub.space_arguments import SPACE, check_space
 from bifocal.modeling.loading_bifocal import model_kind
@@ -94,6 +95,7 @@ def write_space(
             (folder / "__init__.py").write_text(docstring, encoding="utf-8")
         for module, copy in (
             (bifocal.modeling, package / "modeling"),
+            (bifocal.embedding, package / "embedding"),
             (bifocal.hub.search, package / "hub" / "search"),
         ):
             source = Path(str(module.__file__)).parent

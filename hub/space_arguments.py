@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from bifocal.files import NotOursError, require_replaceable
+from bifocal.hub.search.hits import SearchError
 from bifocal.hub.search.index import SearchIndex
-from bifocal.hub.search.items import SearchError
 
 SPACE = "Space"  # kind of the folder in its list of files
 

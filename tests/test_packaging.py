@@ -26,7 +26,7 @@ assert (importlib.resources.files("bifocal.hub.search") / "page.css").is_file()
 assert (importlib.resources.files("bifocal.hub") / "load_in_subprocess.py").is_file()
 for recipe in ("finetune.yaml", "demo/stage1.yaml", "accelerate/fsdp.yaml"):
     assert (importlib.resources.files("bifocal.training") / "recipes" / recipe).is_file(), recipe
-for name in ("modeling", "data", "training", "evaluation", "hub", "tests"):
+for name in ("modeling", "embedding", "data", "training", "evaluation", "hub", "tests"):
     assert importlib.util.find_spec(name) is None, f"{name} is in everyone's namespace"
 """
 

@@ -62,8 +62,8 @@ def mine_source(
 
 
 def _load_model(name: str, dtype: str | None) -> Any:
-    from bifocal.data.embedding_models import load_embedding_model
+    from bifocal.embedding.models import load_model
     from bifocal.progress import no_progress_bars
 
     with no_progress_bars():
-        return load_embedding_model(name, dtype=dtype)
+        return load_model(name, dtype).model

@@ -4,7 +4,6 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,18 +12,15 @@ import numpy as np
 from transformers.utils import logging
 
 from bifocal.data.image_decoding import disable_image_decoding
+from bifocal.embedding.embed import EmbedSettings
+from bifocal.embedding.items import Item
+from bifocal.embedding.models import EmbeddingModel
 from bifocal.files import overwrite
 from bifocal.modeling import BifocalModel
 from bifocal.modeling.dtype_bifocal import dtype_name
 from bifocal.modeling.towers_bifocal import pooling_settings, search_prompts
 from bifocal.training.mining_settings import DIRECTIONS, MINED, MiningError, MiningSettings
-from bifocal.training.mining_vectors import (
-    embedded_rows,
-    first_image,
-    image_vectors,
-    slices,
-    text_vectors,
-)
+from bifocal.training.mining_vectors import embedded_rows, first_image, image_item, slices
 from bifocal.training.task_dataset import is_missing
 
 logger = logging.get_logger(__name__)
@@ -162,13 +158,18 @@ def mine_across(
     role = "query" if direction == "text-to-image" else "document"
     prompt = _prompts(model).get(role)
     decoding = ["fast decoding"] if settings.fast_decoding else []
+    embedding_model = EmbeddingModel(type(model).__name__, model)
+    embed = EmbedSettings(
+        role, prompt or "", settings.batch_size, settings.num_workers, settings.fast_decoding, thumbnails=False,
+        max_pixels=None,
+    )  # fmt: skip
     texts = embedded_rows(
-        len(pairs), partial(text_vectors, captions, model, prompt, settings),
-        cache / f"captions-{_digest(weights, *filter(None, [prompt]), *captions)}", settings,
+        len(pairs), lambda rows: [Item("", text) if text else None for text in captions[rows]], embedding_model, embed,
+        cache / f"captions-{_digest(weights, *filter(None, [prompt]), *captions)}",
     )  # fmt: skip
     images = embedded_rows(
-        len(pairs), partial(image_vectors, pairs, model, settings),
-        cache / f"images-{_digest(weights, *decoding, *contents)}", settings,
+        len(pairs), lambda rows: list(map(image_item, pairs[rows]["image"])), embedding_model, embed,
+        cache / f"images-{_digest(weights, *decoding, *contents)}",
     )  # fmt: skip
     usable = np.isfinite(texts[:, 0]) & np.isfinite(images[:, 0])
     _warn_of_skipped(np.flatnonzero(~usable).tolist(), len(pairs))

@@ -1,46 +1,29 @@
 """Vectors of texts and images for mining, written to files batch by batch."""
 
 import json
-from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bifocal.embedding.embed import EmbedSettings, embed_items
+from bifocal.embedding.items import Item
+from bifocal.embedding.models import EmbeddingModel
 from bifocal.files import write_json
-from bifocal.modeling.image_batches_bifocal import embed_ahead
-from bifocal.training.mining_settings import MiningError, MiningSettings
+from bifocal.modeling import load_image
+from bifocal.training.mining_settings import MiningError
 
 _BATCHES_SAVED = 16  # batches that are written at once: a killed run loses at most as many
-Vectors = Generator[np.ndarray | None, None, None]
 
 
-def text_vectors(captions: list[str], model: Any, prompt: str | None, settings: MiningSettings, start: int) -> Vectors:
-    """Yield the vectors of captions from row `start` on; None for an empty one."""
-    encode = model.encode_text if prompt is None else partial(model.encode_text, prompt=prompt)
-    for batch in slices(len(captions), _BATCHES_SAVED * settings.batch_size, start):
-        texts = [text for text in captions[batch] if text]
-        vectors = iter(encode(texts, batch_size=settings.batch_size, show_progress=False) if texts else ())
-        yield from (next(vectors) if text else None for text in captions[batch])
-
-
-def image_vectors(pairs: Any, model: Any, settings: MiningSettings, start: int) -> Vectors:
-    """Yield the vectors of images from row `start` on; None for one that cannot be read."""
-    preparer = model.image_preparer(settings.fast_decoding)
-    encode = partial(model.encode_image, batch_size=settings.batch_size, show_progress=False)
-
-    def read(value: Any) -> tuple[None, Any]:
-        try:
-            return None, preparer.prepare(preparer.decode(first_image(value)))
-        except (OSError, ValueError):
-            return None, None
-
-    values = (value for batch in slices(len(pairs), 256, start) for value in pairs[batch]["image"])
-    ahead = embed_ahead(values, read, encode, preparer, settings.batch_size, settings.num_workers)
-    with closing(ahead) as embedded:
-        yield from (vector for _, vector in embedded)
+def image_item(value: Any) -> Item | None:
+    """Return the image of a row, the first of several, as an item; None if it cannot be read."""
+    image = first_image(value)
+    try:
+        return Item("", image=image if isinstance(image, str | bytes) else load_image(image))
+    except (OSError, ValueError):
+        return None
 
 
 def first_image(value: Any) -> Any:
@@ -52,15 +35,16 @@ def first_image(value: Any) -> Any:
 
 
 def embedded_rows(
-    count: int, vectors_from: Callable[[int], Vectors], path: Path, settings: MiningSettings
-) -> np.ndarray:
+    count: int, items_of: Callable[[slice], list[Item | None]], model: EmbeddingModel, settings: EmbedSettings,
+    path: Path,
+) -> np.ndarray:  # fmt: skip
     """Write the vectors of rows into a file and return it as an array (rows, dimensions), NaN where there is none.
 
     Embeddings that a killed run left there are kept.
 
     Args:
         count: number of rows.
-        vectors_from: yields the vectors of the rows from a given one on.
+        items_of: returns the items of some rows; None for a row without one.
         path: of the file, without suffix.
 
     Raises:
@@ -69,21 +53,20 @@ def embedded_rows(
     file, progress = path.with_suffix(".npy"), path.with_suffix(".json")
     done = _progress(file, progress)
     vectors = np.load(file, mmap_mode="r+") if done else None
-    with closing(vectors_from(done)) as rest:
-        for batch in slices(count, _BATCHES_SAVED * settings.batch_size, done):
-            embedded = {row: vector for row, vector in zip(range(batch.start, batch.stop), rest) if vector is not None}
-            if embedded and vectors is None:
-                length = len(next(iter(embedded.values())))
-                vectors = np.lib.format.open_memmap(file, "w+", np.float32, (count, length))
-                vectors[:] = np.nan
-            if vectors is None:
-                raise MiningError(
-                    f"None of the first {batch.stop} rows can be embedded; look at their images and texts."
-                )
-            if embedded:
-                vectors[list(embedded)] = list(embedded.values())
-            vectors.flush()
-            write_json(progress, {"done": batch.stop})
+    for batch in slices(count, _BATCHES_SAVED * settings.batch_size, done):
+        items = {row: item for row, item in enumerate(items_of(batch), batch.start) if item is not None}
+        results = zip(items, embed_items(list(items.values()), model, settings), strict=True)
+        embedded = {row: result.vector for row, result in results if result.vector is not None}
+        if embedded and vectors is None:
+            length = len(next(iter(embedded.values())))
+            vectors = np.lib.format.open_memmap(file, "w+", np.float32, (count, length))
+            vectors[:] = np.nan
+        if vectors is None:
+            raise MiningError(f"None of the first {batch.stop} rows can be embedded; look at their images and texts.")
+        if embedded:
+            vectors[list(embedded)] = list(embedded.values())
+        vectors.flush()
+        write_json(progress, {"done": batch.stop})
     assert vectors is not None
     return vectors
 

@@ -13,7 +13,7 @@ from bifocal.errors import BifocalError
 
 if TYPE_CHECKING:
     from bifocal.hub.indexing import IndexSummary
-    from bifocal.hub.search.items import Hit
+    from bifocal.hub.search.hits import Hit
 
 Index = Annotated[Path, typer.Argument(help="Folder of an index.")]
 Model = Annotated[str | None, typer.Option(help="Folder or Hub id of the index's model, if it was moved.")]
@@ -135,9 +135,10 @@ def search(
 ) -> None:
     """Print the items that are nearest to a text, an image or both."""
     require(*_NEEDS, *(["lancedb"] if lancedb else []))
+    from bifocal.embedding.items import KINDS
     from bifocal.hub.search.arguments import require_model_path, require_query
+    from bifocal.hub.search.hits import check_kinds
     from bifocal.hub.search.index import SearchIndex
-    from bifocal.hub.search.items import KINDS, check_kinds
 
     if lancedb is not None and (dim is not None or precision is not None):
         raise BifocalError("--dim and --precision choose a variant of the index. Omit them with --lancedb.")

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from bifocal.hub.search.items import SearchError, require_image
+from bifocal.embedding.items import ItemError, require_image
+from bifocal.hub.search.hits import SearchError
 
 
 def require_model_path(model: str) -> None:
@@ -33,5 +34,5 @@ def require_query(text: str | None, image: Any) -> None:
     if image is not None:
         try:
             require_image(image)
-        except SearchError as error:
+        except ItemError as error:
             raise SearchError(f"The image cannot be used: {error}. Choose another one.") from error

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from bifocal.embedding.items import normalize
 from bifocal.hub.search.atomic import replace_file
-from bifocal.hub.search.items import normalize
 from bifocal.hub.search.table import TableSnapshot, have_unit_length
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from bifocal.embedding.items import KINDS, Item, normalize
 from bifocal.hub.search.atomic import temporary_files
-from bifocal.hub.search.ingestion import EmbedImages, Ingestion
-from bifocal.hub.search.items import KINDS, Hit, Item, SearchError, check_kinds, normalize
+from bifocal.hub.search.hits import Hit, SearchError, check_kinds
+from bifocal.hub.search.ingestion import Embed, Ingestion
 from bifocal.hub.search.lock import LOCK, index_lock
 from bifocal.hub.search.settings import FORMAT, SETTINGS, IndexSettings, read_settings, write_settings
 from bifocal.hub.search.snapshot import Rankings, SearchSnapshot
@@ -142,8 +143,7 @@ class SearchIndex(IndexSettings):
         return dict(self._open().counts)
 
     def add(
-        self, items: Iterable[Item], encode_text: Callable[[list[str]], np.ndarray],
-        embed_images: EmbedImages, progress: Callable[[int], None] = lambda count: None,
+        self, items: Iterable[Item], embed: Embed, progress: Callable[[int], None] = lambda count: None,
         source: ItemSource | None = None, prune: bool = False,
     ) -> AddResult:  # fmt: skip
         """Embed and write items that are not in the index, part by part, then update names and captions of the others.
@@ -151,8 +151,7 @@ class SearchIndex(IndexSettings):
         After a kill, the next run resumes: it embeds only what was not written.
 
         Args:
-            encode_text: from texts to vectors (items, dimensions).
-            embed_images: see `Ingestion`.
+            embed: embeds items of different content, see `embed_items`.
             progress: called with the number of items read.
             source: source of the items; without one, nothing counts as missing.
             prune: delete what the index has of this source and the source no longer has.
@@ -165,7 +164,7 @@ class SearchIndex(IndexSettings):
                 self.table.fill(name)
             known_keys = {key for key, _ in all_occurrences(self.table.open())}
             scan = SourceScan(self._source_number(source))
-            ingestion = Ingestion(self.table, known_keys, scan, encode_text, embed_images, self._record_parts)
+            ingestion = Ingestion(self.table, known_keys, scan, embed, self._record_parts)
             result = ingestion.run(items, progress)
             result.restored = len(missing)
             self._update_occurrences(ingestion, source, prune)

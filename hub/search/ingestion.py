@@ -1,24 +1,18 @@
 """One run that embeds items and writes them to the table, part by part."""
 
 import os
-from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from bifocal.hub.search.items import Item, SearchError, decode_item, normalize, thumbnail
+from bifocal.embedding.items import Item, ItemError
 from bifocal.hub.search.sync import AddResult, SourceScan
 from bifocal.hub.search.table import ROWS, Table
 
 if TYPE_CHECKING:  # it imports torch
-    from bifocal.modeling.image_batches_bifocal import ImagePreparer
+    from bifocal.embedding.embed import EmbeddedItem
 
-# From sources and what reads one with a preparer to a note and a vector for each source; see `embed_ahead`.
-EmbedImages = Callable[
-    [Iterable[Any], Callable[["ImagePreparer", Any], tuple[Any, Any]]], Generator[tuple[Any, Any], None, None]
-]
+Embed = Callable[[Sequence[Item]], "list[EmbeddedItem]"]
 
 
 class Ingestion:
@@ -28,17 +22,15 @@ class Ingestion:
         table: table to add to; the caller holds its index's lock.
         known_keys: keys in the table before the run.
         scan: is shown every item that is in the table or is written to it.
-        encode_text: from texts to vectors (items, dimensions).
-        embed_images: yields notes and vectors for images that it reads, see `EmbeddingModel.embed_ahead`.
+        embed: embeds items, see `embed_items`.
         on_part_written: called with the number of parts after each new part.
     """
 
     def __init__(
-        self, table: Table, known_keys: set[str], scan: SourceScan, encode_text: Callable[[list[str]], np.ndarray],
-        embed_images: EmbedImages, on_part_written: Callable[[int], None],
-    ) -> None:  # fmt: skip
+        self, table: Table, known_keys: set[str], scan: SourceScan, embed: Embed, on_part_written: Callable[[int], None]
+    ) -> None:
         self.table, self.known_keys, self.scan, self.on_part_written = table, known_keys, scan, on_part_written
-        self.encode_text, self.embed_images = encode_text, embed_images
+        self.embed = embed
         self.result = AddResult()
         self.unread: set[str] = set()  # names that exist, but could not be read
 
@@ -54,7 +46,7 @@ class Ingestion:
             progress(number)
             try:
                 key = item.key()
-            except SearchError as error:
+            except ItemError as error:
                 self._skip([item], str(error))
                 continue
             if key in waiting:
@@ -84,41 +76,20 @@ class Ingestion:
         Args:
             waiting: items by key.
         """
-        sources = {key: items[0].image for key, items in waiting.items() if items[0].image is not None}
-        with closing(self.embed_images(sources.values(), _read)) as embedded_images:
-            images = dict(zip(sources, embedded_images, strict=True))
         rows: list[dict[str, Any]] = []
-        for key, items in waiting.items():
-            note, _ = images.get(key, (None, None))
-            if isinstance(note, SearchError):
-                self._skip(items, str(note))
-            else:
-                rows.append({"key": key, "kind": items[0].kind, "text": items[0].text, "image": note})
-        texts = [row["text"] for row in rows if row["kind"] == "text"]
-        text_vectors = iter(self.encode_text(texts) if texts else ())
-        embedded = []
-        for row in rows:
-            vector = next(text_vectors) if row["kind"] == "text" else images[row["key"]][1]
-            row["embedding"] = normalize(np.asarray(vector, np.float32))
-            items = waiting[row["key"]]
-            if not np.isfinite(row["embedding"]).all():
-                self._skip(items, "its embedding is not finite")
+        embedded = self.embed([items[0] for items in waiting.values()])
+        for (key, items), result in zip(waiting.items(), embedded, strict=True):
+            if result.vector is None:
+                self._skip(items, result.error)
                 continue
             for item in items:
-                self.scan.see(row["key"], item)
-            self.scan.new_keys.add(row["key"])
-            row["occurrences"] = self.scan.occurrences(row["key"])
+                self.scan.see(key, item)
+            self.scan.new_keys.add(key)
             self.result.duplicates += len(items) - 1
-            embedded.append(row)
-        if embedded:
-            self.on_part_written(self.table.append(embedded))
-            self.result.new += len(embedded)
-
-
-def _read(preparer: "ImagePreparer", source: Any) -> tuple[bytes | SearchError, Any]:
-    """Return an image's thumbnail and what is embedded of it; an error and None if it cannot be read."""
-    try:
-        decoded = decode_item(source, preparer)
-    except SearchError as error:
-        return error, None
-    return thumbnail(decoded.image), preparer.prepare(decoded)
+            rows.append(
+                {"key": key, "kind": items[0].kind, "text": items[0].text, "image": result.thumbnail,
+                 "embedding": result.vector, "occurrences": self.scan.occurrences(key)}
+            )  # fmt: skip
+        if rows:
+            self.on_part_written(self.table.append(rows))
+            self.result.new += len(rows)

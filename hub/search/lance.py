@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from bifocal.embedding.items import KINDS, normalize
 from bifocal.errors import first_line
+from bifocal.hub.search.hits import Hit, SearchError, check_kinds
 from bifocal.hub.search.index import SearchIndex
-from bifocal.hub.search.items import KINDS, Hit, SearchError, check_kinds, normalize
 from bifocal.hub.search.ranking import Calibration, sample_rows
 
 _ITEMS = "items"

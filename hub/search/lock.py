@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from bifocal.hub.search.items import SearchError
+from bifocal.hub.search.hits import SearchError
 
 LOCK = ".lock"
 _SILENT_WAIT = 3.0  # seconds

@@ -19,7 +19,9 @@ import gradio
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
-from bifocal.hub.search.items import KINDS, Hit, QueryError, SearchError
+from bifocal.embedding.items import KINDS
+from bifocal.errors import BifocalError
+from bifocal.hub.search.hits import Hit, QueryError, SearchError
 from bifocal.hub.search.searcher import MAX_QUERY_LENGTH, Searcher
 
 logger = logging.getLogger(__name__)
@@ -201,7 +203,7 @@ def search_function(searcher: Searcher) -> Callable[..., str]:
             )
         except QueryError as error:
             return note(str(error), alert=True)
-        except SearchError as error:  # it names the server's files, which visitors should not see
+        except BifocalError as error:  # it names the server's files, which visitors should not see
             logger.error(str(error))
             return note("The index cannot be searched now. The server's log says why.", alert=True)
         is_long = len(text or "") > MAX_QUERY_LENGTH

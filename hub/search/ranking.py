@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from bifocal.hub.search.items import KINDS
+from bifocal.embedding.items import KINDS
 
 _SAMPLE_SIZE = 1024
 _MIN_SAMPLE_SIZE = 8  # the mean and deviation of fewer scores mean nothing

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from bifocal.embedding.embed import EmbedSettings, embed_items
+from bifocal.embedding.items import KINDS, Item, ItemError, decode_item, normalize
+from bifocal.embedding.models import EmbeddingModel, load_model, weights_hash
 from bifocal.hub.search.batching import Batcher
+from bifocal.hub.search.hits import Hit, QueryError
 from bifocal.hub.search.index import SearchIndex
-from bifocal.hub.search.items import KINDS, Hit, Item, QueryError, SearchError, decode_item, normalize
-from bifocal.hub.search.models import EmbeddingModel, load_model, weights_hash
 from bifocal.hub.search.snapshot import Rankings
 from bifocal.hub.search.sync import AddResult, ItemSource
 from bifocal.modeling.dtype_bifocal import default_device, is_fast
@@ -149,7 +151,7 @@ class Searcher:
                 preparer = self.model.image_preparer(self.index.fast_decoding)
                 with self._decoding:
                     prepared = preparer.prepare(decode_item(image, preparer))
-            except SearchError as error:
+            except ItemError as error:
                 raise QueryError(f"The image cannot be used: {error}. Choose another one.") from error
         return _Query(text, prepared, weight)
 
@@ -170,15 +172,9 @@ class Searcher:
             SearchError: if the model was loaded in another dtype than the index was made in.
         """
         self.index.require_same_dtype(self.model.dtype)
-        fast = self.index.fast_decoding
-        return self.index.add(
-            items,
-            lambda texts: self.model.encode_text(texts, "document", self.index.prompts.get("document", ""), batch_size),
-            lambda images, read: self.model.embed_ahead(images, read, batch_size, num_workers, fast),
-            progress,
-            source,
-            prune,
-        )
+        prompt, fast = self.index.prompts.get("document", ""), self.index.fast_decoding
+        settings = EmbedSettings("document", prompt, batch_size, num_workers, fast)
+        return self.index.add(items, lambda part: embed_items(part, self.model, settings), progress, source, prune)
 
 
 @dataclass

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bifocal.hub.search.atomic import replace_file
-from bifocal.hub.search.items import SearchError
+from bifocal.hub.search.hits import SearchError
 
 FORMAT = 3
 SETTINGS = "index.json"

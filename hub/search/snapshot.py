@@ -7,8 +7,9 @@ from typing import Any, cast
 
 import numpy as np
 
+from bifocal.embedding.items import KINDS, normalize
 from bifocal.hub.search.faiss_indexes import open_faiss_index
-from bifocal.hub.search.items import KINDS, Hit, normalize
+from bifocal.hub.search.hits import Hit
 from bifocal.hub.search.ranking import Calibration, sample_rows
 from bifocal.hub.search.table import Table, have_unit_length, require_unit_length
 

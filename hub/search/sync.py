@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bifocal.hub.search.items import Item
+from bifocal.embedding.items import Item
 from bifocal.hub.search.table import Occurrence
 
 NO_SOURCE = -1

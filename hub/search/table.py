@@ -13,7 +13,7 @@ import numpy as np
 
 from bifocal.errors import first_line
 from bifocal.hub.search.atomic import replace_file, temporary_files
-from bifocal.hub.search.items import SearchError
+from bifocal.hub.search.hits import SearchError
 
 ROWS = 1024  # per part; a killed run loses at most as many
 _PART = re.compile(r"part-(\d{6,})\.arrow")

@@ -58,6 +58,7 @@ def test_files_are_removed_only_where_somebody_looked():
     for folder in (
         "bifocal",
         "modeling",
+        "embedding",
         "data",
         "training",
         "evaluation",

@@ -254,7 +254,7 @@ def test_an_error_without_a_message_is_named_by_its_class(monkeypatch):
     def fail(*_, **__):
         raise OSError
 
-    monkeypatch.setattr("bifocal.data.embedding_models.model_kind", fail)
+    monkeypatch.setattr("bifocal.embedding.models.model_kind", fail)
     data = Dataset.from_dict({"query": ["q"], "positive": ["p"]})
     with pytest.raises(ModelError, match=r"'odd' is neither a local folder nor a model on the Hub \(OSError\)"):
         filter_consistent(data, Consistency(model="odd"), SkipLog(), "t")

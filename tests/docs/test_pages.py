@@ -23,7 +23,7 @@ from tests.conftest import small_config
 from tests.docs.pages import PAGES, README, ROOT, blocks, commands
 
 GENERATED = {"docs/reference/commands.md", "docs/reference/recipes.md", "docs/contributing.md", "docs/changelog.md"}
-ROOMS = ("bifocal", "modeling", "data", "training", "evaluation", "hub", "benchmarks")
+ROOMS = ("bifocal", "modeling", "embedding", "data", "training", "evaluation", "hub", "benchmarks")
 ELSEWHERE = {
     "--accum-freq",
     "--data",
@@ -41,9 +41,9 @@ PYTHON = [
 @pytest.fixture(scope="module")
 def folder(processor, tmp_path_factory) -> Path:
     """A working directory with what the pages take for granted: the demo's model, an index and the examples' data."""
+    from bifocal.embedding.items import Item
+    from bifocal.embedding.models import weights_hash
     from bifocal.hub.search.index import SearchIndex
-    from bifocal.hub.search.items import Item
-    from bifocal.hub.search.models import weights_hash
     from bifocal.hub.search.searcher import Searcher
 
     root = tmp_path_factory.mktemp("reader")
@@ -103,7 +103,7 @@ def test_files_that_pages_name_exist():
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         for name in re.findall(
-            r"`(?:python )?((?:bifocal|modeling|data|training|evaluation|hub|benchmarks|examples|tests|docs)/[\w/.-]+)",
+            rf"`(?:python )?((?:{'|'.join((*ROOMS, 'examples', 'tests', 'docs'))})/[\w/.-]+)",
             text,
         ):
             assert (ROOT / name).exists(), f"{page.name}: {name}"

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from bifocal import fast_dtype
-from bifocal.data.embedding_models import load_embedding_model
 from bifocal.dtypes import DtypeChoice
+from bifocal.embedding.models import load_model
 from bifocal.modeling import BifocalModel
 from bifocal.modeling.dtype_bifocal import DTYPE_CHOICES, multiplies_in_bfloat16, resolve_dtype
 from tests import families
@@ -123,12 +123,12 @@ def test_vectors_of_joint_models(saved, tmp_path, family, dtype):
         families.save(family, tmp_path)
     folder = str(saved if family == "Bifocal" else tmp_path)
     texts, images = (TEXTS if family == "Bifocal" else families.TEXTS), [photo(40, 32), photo(64, 64), photo(32, 50)]
-    full, half = load_embedding_model(folder), load_embedding_model(folder, dtype=dtype)
+    full, half = load_model(folder).model, load_model(folder, dtype).model
     assert isinstance(half, BifocalModel)
     assert {p.dtype for p in half.parameters()} == {getattr(torch, dtype)}
     assert cosines(full.encode_text(texts), half.encode_text(texts)).min() > 0.9995
     assert cosines(full.encode_image(images), half.encode_image(images)).min() > 0.9995
-    assert load_embedding_model(folder, dtype="model").dtype == torch.float32
+    assert load_model(folder, "model").model.dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -136,7 +136,7 @@ def test_vectors_of_sentence_transformers(tmp_path, dtype):
     families.save("BERT", tmp_path / "bert")
     sentence_model(tmp_path / "bert", tmp_path / "sentences")
     options = dict(normalize_embeddings=True, show_progress_bar=False)
-    full, half = (load_embedding_model(str(tmp_path / "sentences"), dtype=name) for name in (None, dtype))
+    full, half = (load_model(str(tmp_path / "sentences"), name).model for name in (None, dtype))
     assert half.dtype == getattr(torch, dtype)
     assert cosines(full.encode(families.TEXTS, **options), half.encode(families.TEXTS, **options)).min() > 0.9995
 
@@ -147,10 +147,10 @@ def test_a_slow_dtype_is_named_once(saved, cpu_with, caplog):
     cpu_with()
     logging.get_logger("transformers").warning_once.__func__.cache_clear()
     for _ in range(2):
-        load_embedding_model(str(saved), "cpu", "bfloat16")
+        load_model(str(saved), "bfloat16", "cpu")
     assert caplog.text.count("This processor does not multiply in bfloat16, so float32 would be faster.") == 1
     cpu_with("avx512_bf16")
     caplog.clear()
-    load_embedding_model(str(saved), "cpu", "bfloat16")
-    load_embedding_model(str(saved), "cpu", "auto")
+    load_model(str(saved), "bfloat16", "cpu")
+    load_model(str(saved), "auto", "cpu")
     assert "multiply" not in caplog.text

@@ -5,11 +5,11 @@ import io
 import pytest
 import torch
 
+from bifocal.embedding.items import Item
+from bifocal.embedding.models import weights_hash
 from bifocal.hub.export import export_model
 from bifocal.hub.sample_images import sample_pairs
 from bifocal.hub.search.index import SearchIndex
-from bifocal.hub.search.items import Item
-from bifocal.hub.search.models import weights_hash
 from bifocal.hub.search.searcher import Searcher
 from bifocal.modeling import BifocalModel
 from tests.conftest import small_config

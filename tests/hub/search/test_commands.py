@@ -118,7 +118,7 @@ def test_a_lost_part_is_made_again_as_the_message_says(reader, indexed):
     ],
 )
 def test_what_needs_no_model_is_said_before_it_is_loaded(reader, indexed, command, message, monkeypatch):
-    monkeypatch.setattr("bifocal.hub.search.models.load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("bifocal.embedding.models.load_model", lambda *_: pytest.fail("the model was loaded"))
     monkeypatch.setattr("bifocal.hub.search.searcher.load_model", lambda *_: pytest.fail("the model was loaded"))
     done = invoke(reader, *command)
     assert done.exit_code == 1

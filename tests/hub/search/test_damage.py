@@ -11,9 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from bifocal.embedding.items import Item
+from bifocal.embedding.models import weights_hash
+from bifocal.hub.search.hits import SearchError
 from bifocal.hub.search.index import SearchIndex
-from bifocal.hub.search.items import Item, SearchError
-from bifocal.hub.search.models import weights_hash
 from bifocal.hub.search.searcher import Searcher
 from tests.bifocal.commands import error_of, invoke
 from tests.hub.search.conftest import sample_items
@@ -221,7 +222,7 @@ def test_searches_while_another_writes(folder):
 
 
 def test_a_file_named_like_the_lock_is_left_alone(tmp_path):
-    from bifocal.hub.search.items import SearchError
+    from bifocal.hub.search.hits import SearchError
     from bifocal.hub.search.lock import LOCK, index_lock
 
     (tmp_path / LOCK).write_text("mine")

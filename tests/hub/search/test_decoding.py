@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 
+from bifocal.embedding.items import Item
+from bifocal.embedding.models import weights_hash
+from bifocal.hub.search.hits import SearchError
 from bifocal.hub.search.index import SearchIndex
-from bifocal.hub.search.items import Item, SearchError
-from bifocal.hub.search.models import weights_hash
 from bifocal.hub.search.searcher import Searcher
 from bifocal.hub.search.settings import SETTINGS
 from tests.bifocal.commands import error_of, invoke

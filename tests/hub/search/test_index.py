@@ -9,10 +9,12 @@ import torch
 from datasets import load_dataset
 from PIL import Image
 
+from bifocal.embedding.items import Item, ItemError, decode_item
+from bifocal.embedding.models import weights_hash
+from bifocal.errors import ModelError
 from bifocal.hub.search import index as index_module
+from bifocal.hub.search.hits import SearchError
 from bifocal.hub.search.index import SearchIndex
-from bifocal.hub.search.items import Item, SearchError, decode_item
-from bifocal.hub.search.models import weights_hash
 from bifocal.hub.search.searcher import Searcher
 from bifocal.hub.search.sync import ItemSource
 from bifocal.hub.search.table import Table
@@ -114,7 +116,7 @@ def test_broken_images_are_named_and_the_rest_is_kept(new, tmp_path):
         "large.png": "it has 9000 x 9000 pixels, more than 64,000,000",
         "gone.png": "it cannot be read (No such file or directory)",
     }  # fmt: skip
-    with pytest.raises(SearchError, match="it does not exist"):
+    with pytest.raises(ItemError, match="it does not exist"):
         decode_item(str(tmp_path / "gone.png"), ImagePreparer())
 
 
@@ -174,7 +176,7 @@ def test_bad_options_are_named(new, tmp_path, model_folder):
     (tmp_path / "full" / "thesis.tex").write_text("x")
     with pytest.raises(SearchError, match="holds other files and no index"):
         SearchIndex.create(tmp_path / "full", str(model_folder), "w", 40)
-    with pytest.raises(SearchError, match="There is no model at"):
+    with pytest.raises(ModelError, match=r"missing' does not exist\. Give the folder of a model"):
         Searcher(searcher.index, str(tmp_path / "missing"))
 
 

@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
+from bifocal.embedding.items import normalize
 from bifocal.hub.search import lance
-from bifocal.hub.search.items import SearchError, normalize
+from bifocal.hub.search.hits import SearchError
 from bifocal.hub.search.lance import export_to_lancedb, search_lancedb
 from bifocal.hub.search.table import Occurrence
 from tests.bifocal.commands import error_of, invoke

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from bifocal.hub.search.items import Hit, thumbnail
+from bifocal.embedding.items import thumbnail
+from bifocal.hub.search.hits import Hit
 from bifocal.hub.search.page import MAX_UPLOAD_SIZE, results_html, search_function
 from bifocal.hub.search.searcher import MAX_QUERY_LENGTH
 from tests.browser import CHROMIUM, needs_browser

@@ -1,9 +1,8 @@
-"""What is indexed, images and texts, and what a search returns."""
+"""What is embedded: images and texts, with the bytes and thumbnails of images."""
 
 import hashlib
 import io
 import unicodedata
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,12 +22,8 @@ _THUMBNAIL_SIZE = 256
 _LOSSLESS_SIZE = 64  # thumbnails up to this size are PNG
 
 
-class SearchError(BifocalError):
-    """What is wrong with an index or a search."""
-
-
-class QueryError(SearchError):
-    """What is wrong with a query. Unlike other errors, it may be shown to a visitor."""
+class ItemError(BifocalError):
+    """What is wrong with an image or a text. The message does not name it."""
 
 
 @dataclass
@@ -38,13 +33,13 @@ class Item:
     Args:
         name: where the item comes from: a path, or a file and row.
         text: the text itself, or the text that is shown with an image.
-        image: a path or the bytes of a file; None for a text.
+        image: a path, the bytes of a file, or a Pillow image, which has no key; None for a text.
         has_stable_name: whether the name stays with the item, as that of a file does; the number of a row does not.
     """
 
     name: str
     text: str = ""
-    image: str | Path | bytes | None = None
+    image: str | Path | bytes | Image.Image | None = None
     has_stable_name: bool = False
 
     @property
@@ -55,8 +50,10 @@ class Item:
         """Return a hash of the content: equal for equal content, whatever it is called.
 
         Raises:
-            SearchError: if an image's file cannot be read.
+            ItemError: if an image's file cannot be read.
         """
+        if isinstance(self.image, Image.Image):
+            raise TypeError("A decoded image has no key.")
         if self.image is None:
             content = unicodedata.normalize("NFC", self.text).strip().encode("utf-8", "surrogatepass")
         elif isinstance(self.image, bytes):
@@ -65,53 +62,18 @@ class Item:
             try:
                 path = Path(self.image)
                 if path.exists() and not path.is_file():  # reading a pipe would wait forever
-                    raise SearchError("it is not a file")
+                    raise ItemError("it is not a file")
                 content = path.read_bytes()
             except OSError as error:
-                raise SearchError(f"it cannot be read ({error.strerror})") from error
+                raise ItemError(f"it cannot be read ({error.strerror})") from error
         return hashlib.blake2b(self.kind.encode() + content, digest_size=16).hexdigest()
 
 
-@dataclass
-class Hit:
-    """A result of a search.
-
-    Args:
-        name: first name of the content.
-        kind: "image" or "text".
-        text: the text itself, or the captions of an image.
-        score: cosine similarity to the query.
-        ranking_score: what hits are ranked by: the score, or in one ranking of both kinds its distance from the mean
-            score of the kind, in standard deviations.
-        thumbnail: bytes of a PNG or JPEG; None for a text.
-        names: all names of the content.
-    """
-
-    name: str
-    kind: str
-    text: str
-    score: float
-    ranking_score: float
-    thumbnail: bytes | None = None
-    names: tuple[str, ...] = ()
-
-    @property
-    def other_names(self) -> tuple[str, ...]:
-        return tuple(name for name in self.names if name != self.name)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the hit as plain JSON values, without the thumbnail."""
-        return {
-            "name": self.name, "names": [self.name, *self.other_names], "kind": self.kind, "text": self.text,
-            "score": self.score, "ranking_score": self.ranking_score,
-        }  # fmt: skip
-
-
-def require_image(source: Any) -> None:
+def require_image(source: Any, max_pixels: int | None = MAX_PIXELS) -> None:
     """Check the header of an image.
 
     Raises:
-        SearchError: if it is not an image, or too large. The message does not name the image.
+        ItemError: if it is not an image, or too large. The message does not name the image.
     """
     try:
         if isinstance(source, Image.Image):
@@ -120,36 +82,40 @@ def require_image(source: Any) -> None:
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
                 size = image.size
                 if image.format == "EPS":  # a program, which Pillow would pass to Ghostscript
-                    raise SearchError("it is PostScript, not an image")
-    except SearchError:
+                    raise ItemError("it is PostScript, not an image")
+    except ItemError:
         raise
     except FileNotFoundError as error:
-        raise SearchError("it does not exist") from error
+        raise ItemError("it does not exist") from error
     except Exception as error:  # Pillow raises many kinds here
-        raise SearchError("it cannot be read as an image") from error
-    if size[0] * size[1] > MAX_PIXELS:
-        raise SearchError(f"it has {size[0]} x {size[1]} pixels, more than {MAX_PIXELS:,}")
+        raise ItemError("it cannot be read as an image") from error
+    if max_pixels is not None and size[0] * size[1] > max_pixels:
+        raise ItemError(f"it has {size[0]} x {size[1]} pixels, more than {max_pixels:,}")
 
 
-def decode_item(source: Any, preparer: "ImagePreparer") -> "DecodedImage":
-    """Return an image as upright RGB, at reduced scale if the preparer does that and a thumbnail needs no more.
+def decode_item(
+    source: Any, preparer: "ImagePreparer", for_thumbnail: bool = True, max_pixels: int | None = MAX_PIXELS
+) -> "DecodedImage":
+    """Return an image as upright RGB, at reduced scale if the preparer does that.
 
     Args:
         source: a Pillow image, a path or the bytes of a file.
         preparer: decodes the image if it is not too large.
+        for_thumbnail: keep at least the size of a thumbnail.
+        max_pixels: largest image that is decoded; None for Pillow's own limit.
 
     Raises:
-        SearchError: if it is too large or cannot be read. The message does not name the image.
+        ItemError: if it is too large or cannot be read. The message does not name the image.
     """
     from bifocal.modeling.image_batches_bifocal import NarrowImageError  # with torch
 
-    require_image(source)
+    require_image(source, max_pixels)
     try:
-        return preparer.decode(source, smallest_side=_THUMBNAIL_SIZE)
+        return preparer.decode(source, smallest_side=_THUMBNAIL_SIZE if for_thumbnail else 0)
     except NarrowImageError as error:
-        raise SearchError("it is too narrow to embed") from error
+        raise ItemError("it is too narrow to embed") from error
     except (ValueError, FileNotFoundError) as error:
-        raise SearchError("it is broken") from error
+        raise ItemError("it is broken") from error
 
 
 def thumbnail(image: Image.Image) -> bytes:
@@ -168,15 +134,3 @@ def normalize(vectors: np.ndarray) -> np.ndarray:
     """Return vectors (..., dimensions) scaled to length 1; vectors of zeros stay."""
     lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
     return vectors / np.maximum(lengths, 1e-12)
-
-
-def check_kinds(kinds: Sequence[str]) -> tuple[str, ...]:
-    """Return the kinds to search for.
-
-    Raises:
-        SearchError: if there are none, or one is unknown.
-    """
-    unknown = next((kind for kind in kinds if kind not in KINDS), None)
-    if unknown is not None or not kinds:
-        raise SearchError(f"'{unknown}' cannot be searched for. Choose one of {', '.join(KINDS)}.")
-    return tuple(kinds)

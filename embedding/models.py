@@ -1,4 +1,4 @@
-"""The model that an index is made and searched with."""
+"""The model that a command embeds with: a dual encoder, or one of sentence-transformers, behind one interface."""
 
 import hashlib
 import json
@@ -9,13 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from bifocal.errors import first_line
-from bifocal.hub.search.arguments import require_model_path
-from bifocal.hub.search.items import SearchError
+from bifocal.errors import ModelError, first_line, model_not_loaded
 from bifocal.modeling import BifocalConfig, BifocalModel
 from bifocal.modeling.dtype_bifocal import default_device, loading_options, pool_in_float32, resolve_dtype
 from bifocal.modeling.image_batches_bifocal import EmbeddedImages, ImagePreparer, embed_ahead
-from bifocal.modeling.loading_bifocal import model_kind, read_config, require_vocabulary
+from bifocal.modeling.loading_bifocal import UnsupportedFamilyError, model_kind, read_config, require_vocabulary
 from bifocal.modeling.towers_bifocal import pooling_settings, search_prompts
 
 _SENTENCE_FILES = ("sentence_bert_config.json", "config.json")
@@ -59,7 +57,7 @@ class EmbeddingModel:
         """Return the vectors (images, dimensions) of images that are decoded, or prepared by `image_preparer`.
 
         Raises:
-            SearchError: if the model embeds no images.
+            ModelError: if the model embeds no images.
         """
         self.require_images()
         encode = self.model.encode_image if self.is_joint else self.model.encode
@@ -87,7 +85,7 @@ class EmbeddingModel:
             fast_decoding: see `image_preparer`.
 
         Raises:
-            SearchError: if the model embeds no images.
+            ModelError: if the model embeds no images.
         """
         preparer = self.image_preparer(fast_decoding)
         embed = partial(self.encode_image, batch_size=batch_size)
@@ -97,48 +95,61 @@ class EmbeddingModel:
         """Check that the model embeds images.
 
         Raises:
-            SearchError: if it does not.
+            ModelError: if it does not.
         """
         if not self.embeds_images:
-            raise SearchError(f"'{self.name}' embeds no images; use texts only, or a model that embeds both.")
+            raise ModelError(f"'{self.name}' embeds no images; use texts only, or a model that embeds both.")
 
 
-def load_model(model: str, dtype: str | None = None) -> EmbeddingModel:
+def load_model(name: str, dtype: str | None = None, device: str | None = None) -> EmbeddingModel:
     """Return a model with its processor. No code of its repository is run.
 
+    A whole dual encoder (Bifocal, CLIP, SigLIP, ...) is a `BifocalModel`, so that all commands get the same vectors of
+    it. Other models need the files of sentence-transformers, which say how their tokens become one vector.
+
     Args:
-        model: folder or Hub id of a dual encoder (Bifocal, CLIP, SigLIP, ...) or a sentence-transformers model.
+        name: folder or Hub id.
         dtype: one of `DTYPE_CHOICES`; "model", the dtype of its weights, when None.
+        device: "cpu", "cuda", ... If None, a GPU if there is one.
 
     Raises:
-        SearchError: if there is no such model, or it cannot be loaded.
+        ModelError: if there is no such model, it cannot be loaded, or it embeds no texts.
+        UnsupportedFamilyError: if it is a dual encoder of a family that `BifocalModel` does not know.
     """
-    require_model_path(model)
-    path = Path(model).expanduser()
-    source, device = str(path) if path.exists() else model, default_device()
+    device = device or default_device()
     dtype = resolve_dtype(dtype, device)
     options = loading_options(dtype, device)
+    path = model_path(name)
     try:
-        if model_kind(source) == "joint":
-            joint = BifocalModel.from_pretrained(source, **options).to(device).eval()
-            _ = joint.processor
-            return EmbeddingModel(model, joint, dtype)
+        if model_kind(path) == "joint":
+            joint = BifocalModel.from_pretrained(path, **options).to(device).eval()
+            _ = joint.processor  # which may be missing
+            return EmbeddingModel(name, joint, dtype)
         from sentence_transformers import SentenceTransformer
 
-        sentences = SentenceTransformer(source, device=device, model_kwargs=options)
+        sentences = SentenceTransformer(path, device=device, model_kwargs=options)
         if options:
             pool_in_float32(sentences)
         if "text" not in sentences.modalities:
             raise ValueError("it embeds no texts")
-        if hasattr(getattr(sentences, "tokenizer", None), "all_special_ids"):
-            require_vocabulary(sentences.tokenizer, source)
-        return EmbeddingModel(model, sentences, dtype)
+        tokenizer = getattr(sentences, "tokenizer", None)
+        if hasattr(tokenizer, "all_special_ids"):
+            require_vocabulary(tokenizer, path)
+        return EmbeddingModel(name, sentences, dtype)
+    except UnsupportedFamilyError:
+        raise
     except ImportError as error:
-        raise SearchError(f"'{model}' needs a package that is not installed ({first_line(error)}).") from error
-    except Exception as error:  # transformers, safetensors and tokenizers raise many kinds
-        if isinstance(error, ValueError) and str(error).startswith(f"'{source}' "):
-            raise SearchError(str(error)) from error
-        raise SearchError(f"The model '{model}' cannot be loaded ({first_line(error)}).") from error
+        raise ModelError(f"'{name}' needs a package that is not installed ({first_line(error)}).") from error
+    except Exception as error:  # configuration, weights, tokenizer: each library has its own errors
+        raise ModelError(model_not_loaded(name, error)) from error
+
+
+def model_path(name: str | Path) -> str:
+    """Return the local path or the whole Hub id that a model's name means, as sentence-transformers reads it."""
+    path = str(Path(name).expanduser())
+    if Path(path).exists() or "/" in path:
+        return path
+    return f"sentence-transformers/{name}"
 
 
 def weights_hash(model: str | Path) -> str:
@@ -148,20 +159,20 @@ def weights_hash(model: str | Path) -> str:
         model: a folder or Hub id.
 
     Raises:
-        SearchError: if there are no weights in safetensors, or some are only in pickle.
+        ModelError: if there are no weights in safetensors, or some are only in pickle.
     """
-    folder = Path(model).expanduser()
+    folder = Path(model_path(model))
     if not folder.exists():
         from huggingface_hub import snapshot_download
 
         try:
-            folder = Path(snapshot_download(str(model), allow_patterns=["*.safetensors", "*.json"]))
+            folder = Path(snapshot_download(str(folder), allow_patterns=["*.safetensors", "*.json"]))
         except (OSError, ValueError) as error:
-            raise SearchError(f"There is no model at '{model}', here or on the Hub ({first_line(error)}).") from error
+            raise ModelError(f"There is no model at '{model}', here or on the Hub ({first_line(error)}).") from error
     files_of = {inner: _weights_files(folder / inner) for inner in ("", *module_folders(folder))}
     files = [file for of_folder in files_of.values() for file in of_folder]
     if not files or any(not found and (folder / inner / _PICKLED).exists() for inner, found in files_of.items()):
-        raise SearchError(
+        raise ModelError(
             f"'{model}' has no weights in safetensors, or not all, by which an index knows its model. Load it and save "
             "it with save_pretrained."
         )
