@@ -14,10 +14,12 @@ from bifocal.errors import BifocalError
 if TYPE_CHECKING:
     from bifocal.hub.indexing import IndexSummary
     from bifocal.hub.search.hits import Hit
+    from bifocal.hub.search.index import SearchIndex
 
 Index = Annotated[Path, typer.Argument(help="Folder of an index.")]
 Model = Annotated[str | None, typer.Option(help="Folder or Hub id of the index's model, if it was moved.")]
 _NEEDS = ("datasets", "faiss", "filelock")
+_GITHUB_LIMIT = 100 * 2**20  # bytes of a file
 _MAX_NAMED = 5  # skipped items that are named; the others are counted
 
 
@@ -224,14 +226,32 @@ def serve(
     space: Annotated[
         Path | None, typer.Option(help="Write a Space into this folder, for bifocal push, instead of serving.")
     ] = None,
+    static: Annotated[
+        Path | None,
+        typer.Option(help="Write a page that needs no server into this folder, for a static host, instead of serving."),
+    ] = None,
+    with_images: Annotated[
+        bool, typer.Option("--with-images", help="With --static: include what visitors need to search by their images.")
+    ] = False,
+    npm_packages: Annotated[
+        Path | None,
+        typer.Option(help="With --static: folder with tarballs of npm pack; downloaded and cached if omitted."),
+    ] = None,
     dtype: IndexDtype = None,
 ) -> None:
-    """Serve a search page over an index, or write it as a Space."""
-    require(*_NEEDS, "gradio")
+    """Serve a search page over an index, or write it as a Space or as a page without a server."""
+    if static is None and (with_images or npm_packages is not None):
+        raise BifocalError("--with-images and --npm-packages are for a static page. Pass --static FOLDER, too.")
+    if static is not None and space is not None:
+        raise BifocalError("--space and --static write different pages. Pass one of them.")
+    require(*_NEEDS, *(["gradio"] if static is None else ["onnx", "onnxruntime", "onnxscript"]))
     from bifocal.hub.search.arguments import require_model_path
     from bifocal.hub.search.index import SearchIndex
 
     opened = SearchIndex(index)
+    if static is not None:
+        _write_static_site(opened, static, title, model, with_images, npm_packages)
+        return
     if space is not None:
         from bifocal.hub.space_arguments import check_space
 
@@ -251,3 +271,24 @@ def serve(
     page = build_page(Searcher(opened, model, dtype=dtype), title)
     typer.echo(f"Serving {index} at http://{host}:{port} (Ctrl+C stops it).")
     launch(page, host, port)
+
+
+def _write_static_site(
+    index: "SearchIndex", out: Path, title: str, model: str | None, with_images: bool, npm_packages: Path | None
+) -> None:
+    from bifocal.hub.static_site.arguments import check_site
+
+    writes_into(out)
+    check_site(index, out, index.model if model is None else model, npm_packages)
+
+    from bifocal.hub.static_site.site import describe_differences, write_site
+
+    summary = write_site(index, out, title, model, with_images, npm_packages)
+    images, texts = summary.counts["image"], summary.counts["text"]
+    sizes = ", ".join(f"{part} {size / 1e6:,.1f}" for part, size in summary.sizes.items())
+    total = sum(summary.sizes.values()) / 1e6
+    typer.echo(f"{out} has {images:,} images and {texts:,} texts in {total:,.1f} MB ({sizes}).")
+    typer.echo(describe_differences(summary.differences))
+    if summary.largest_file > _GITHUB_LIMIT:
+        typer.echo(f"One file has {summary.largest_file / 1e6:,.0f} MB; GitHub Pages takes files up to 100 MB.")
+    typer.echo(f"Look at it: python -m http.server --directory {out}. Publish it: bifocal push {out} organisation/name")

@@ -148,11 +148,12 @@ function moreLikeThis(hit) {
   const url = hit.thumbnail ? imageUrl(hit.thumbnail) : "";
   setExample({ row: hit.row, name: baseName(hit.name), text: hit.text, url });
   byId("bf-text").value = "";
-  scrollTo({ top: 0 });
+  document.querySelector(".bf-example").scrollIntoView({ block: "start" });
   search();
 }
 
 async function search() {
+  if (client === null) return;
   const text = byId("bf-text").value.trim();
   if (!text && example === null) {
     show(note("Enter a text, or choose an image.", "alert"));

@@ -11,10 +11,11 @@ let site; // content of data/site.json
 let vectors;
 let model; // of texts: { transformers, tokenizer, tower }
 let imageModel; // of images, loaded with the first uploaded image: { processor, tower, pixels }
+let fileProblem; // of a file of the model
 const loaded = new Map(); // bytes by file, while files are loaded at the start
 
 /** Return the bytes of a file, checked by its size and its hash if they are known. */
-async function fetchBytes(path, expected = site.files[path]) {
+async function fetchBytes(path, expected = site?.files[path]) {
   const problem = (reason) => new SiteError(`'${path}' of this site ${reason}. Load the page again, or upload the site again.`);
   let response, bytes;
   try {
@@ -62,13 +63,14 @@ let reported = 0;
 function report() {
   if (site === undefined || performance.now() - reported < 100) return;
   reported = performance.now();
-  const total = site.first_files.reduce((sum, path) => sum + site.files[path].bytes, 0);
-  const done = site.first_files.reduce((sum, path) => sum + (loaded.get(path) ?? 0), 0);
+  const first = Object.keys(site.files).filter((path) => site.files[path].first);
+  const total = first.reduce((sum, path) => sum + site.files[path].bytes, 0);
+  const done = first.reduce((sum, path) => sum + (loaded.get(path) ?? 0), 0);
   postMessage({ loaded: done, total });
 }
 
 async function fetchSite() {
-  const text = new TextDecoder().decode(await fetchBytes("data/site.json", undefined));
+  const text = new TextDecoder().decode(await fetchBytes("data/site.json"));
   try {
     site = JSON.parse(text);
   } catch {
@@ -99,7 +101,12 @@ async function loadLibrary() {
   env.fetch = async (url) => {
     const path = decodeURI(new URL(url, BASE).href.slice(BASE.href.length));
     if (!(path in site.files)) return new Response(null, { status: 404 }); // optional files
-    return new Response(await fetchBytes(path));
+    try {
+      return new Response(await fetchBytes(path));
+    } catch (error) {
+      fileProblem = error; // transformers.js only says that a file was not found
+      throw error;
+    }
   };
   const wasm = env.backends.onnx.wasm;
   wasm.numThreads = 1; // threads need headers that static hosts do not send
@@ -154,8 +161,9 @@ async function embedText(text) {
 async function embedImage(blob) {
   imageModel ??= loadImageModel();
   const { processor, tower, pixels } = await imageModel.catch((error) => {
-    imageModel = undefined; // so that another try may succeed
-    throw error;
+    const problem = fileProblem ?? error;
+    imageModel = fileProblem = undefined; // so that another try may succeed
+    throw problem;
   });
   let image;
   try {
@@ -244,7 +252,8 @@ addEventListener("message", async ({ data: { id, query } }) => {
 });
 
 function sentence(error) {
-  if (error instanceof SiteError) return error.message;
+  const known = error instanceof SiteError ? error : fileProblem;
+  if (known !== undefined) return known.message;
   console.error(error);
   return `This search does not work in this browser (${error?.message ?? error}).`;
 }
