@@ -8,9 +8,11 @@ It knows nothing of training or evaluation.
 - Readers of one file: `readers` (Parquet, Arrow, image folders), `text_files` (JSON, JSONL), `delimited` (CSV, TSV),
   `tar`, `beir`, `nli`.
 - From raw rows to rows of a kind: `columns`, `labels`, `normalize`; `row_names` for messages.
-- Many rows: `shards` (streams that resume), `tables` (cached data sets), `skips` (skipped rows), `consistency`.
+- Many rows: `shards` (streams that resume), `splits` (the files of a source as sources), `tables` (cached data sets),
+  `skips` (skipped rows), `consistency`.
 - Images: `images` (from a cell to pixel values), `image_errors` (why one cannot be read), `image_files` (in folders),
   `image_decoding` (views of data sets).
+- `parallel` runs tasks in this process, in several, or on a Ray cluster.
 - Made from sources: `inspection` and `inspection_page`, `clean_copy`, `captioning`; `symbols` and `symbol_texts` make a
   data set that needs no download.
 """

@@ -15,7 +15,7 @@ from bifocal.data.corpora import corpus
 from bifocal.data.filters import RowFilter
 from bifocal.data.image_decoding import disable_image_decoding
 from bifocal.data.kinds import INFERRED, KINDS
-from bifocal.data.locate import holds_files, is_files, locate
+from bifocal.data.locate import SourceSplit, holds_files, is_files, locate
 from bifocal.data.normalize import ColumnLayout, RowNormaliser, as_is, dpr
 from bifocal.data.paths import AllowedRoots, DatasetsRoots
 from bifocal.data.readers import IMAGE_SUFFIXES, READERS
@@ -48,7 +48,7 @@ def load_source(
         DataError: if there is nothing at the path, a column is missing, or a filter cannot work on a stream.
         BadRowsError: if more rows are bad than `max_bad_fraction` allows.
     """
-    source = _named(Source(path=source) if isinstance(source, str) else source)
+    source = named_source(Source(path=source) if isinstance(source, str) else source)
     skipped = SkipLog() if skipped is None else skipped
     name = name or source.title
     if source.path == "symbols":
@@ -75,13 +75,14 @@ def open_stream(source: Source, kind: str, seed: int | None = None) -> ShardStre
     Raises:
         DataError: if there is nothing at the path, or its format is unknown.
     """
-    source = _named(source)
+    source = named_source(source)
     files = locate(source, kind)
     if files is None:
         return None
     shards, read, layout, root = files
     allowed_roots = AllowedRoots(source.image_root if source.image_root is not None else root)
-    return ShardStream(shards, read, normaliser(source, kind, allowed_roots, layout), kind, seed)
+    ambiguous = source.ambiguous if isinstance(source, SourceSplit) else files.ambiguous
+    return ShardStream(shards, read, normaliser(source, kind, allowed_roots, layout), kind, seed, ambiguous)
 
 
 def normaliser(
@@ -135,7 +136,7 @@ def infer_kind(source: Source) -> str:
     Raises:
         DataError: if there is no such source, or its columns fit no kind.
     """
-    source = _named(source)
+    source = named_source(source)
     paths = [source.path] if isinstance(source.path, str) else source.path
     folder = os.path.expanduser(paths[0])
     if os.path.isdir(folder) and is_beir(folder):
@@ -185,8 +186,8 @@ def _has_columns(names: list[str], source: Source, kind: str) -> bool:
     return True
 
 
-def _named(source: Source) -> Source:
-    """Return the source that `corpus:NAME` stands for."""
+def named_source(source: Source) -> Source:
+    """Return the source that `corpus:NAME` stands for; others as they are."""
     if not isinstance(source.path, str) or not source.path.startswith("corpus:"):
         return source
     return corpus(source.path.removeprefix("corpus:")).source(source)

@@ -1,10 +1,14 @@
 """The files of a source, with their reader and column layout."""
 
+import hashlib
 import os
+import pickle
 from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from pydantic import PrivateAttr
 
 from bifocal.data.beir import is_beir, read_beir
 from bifocal.data.columns import require_columns
@@ -16,7 +20,7 @@ from bifocal.data.readers import READERS, format_of, read_image_folder
 from bifocal.data.skips import RowError
 from bifocal.data.source import Source
 from bifocal.data.tar import read_tar
-from bifocal.data.text_files import FileError, Reader
+from bifocal.data.text_files import FileError, Reader, file_name
 from bifocal.errors import DataError
 
 _PEEKED_ROWS = 20  # rows read to learn a file's columns
@@ -40,6 +44,41 @@ class SourceFiles(NamedTuple):
     layout: ColumnLayout
     root: str | None
 
+    @property
+    def ambiguous(self) -> bool:
+        """Return whether two files have the same name, so that rows are named by the whole path."""
+        return len(set(map(file_name, self.paths))) < len(self.paths)
+
+
+class SourceSplit(Source):
+    """One file of a source, read as a part of the whole: with the same columns, image folder and names of rows.
+
+    Args:
+        whole: digest of what it takes over from the whole source, by which caches tell it from the file alone.
+    """
+
+    whole: str
+    _files: SourceFiles = PrivateAttr()
+    _ambiguous: bool = PrivateAttr()
+
+    @classmethod
+    def of(cls, source: Source, files: SourceFiles, number: int) -> "SourceSplit":
+        """Return the split of a source that is one of its files."""
+        facts = pickle.dumps((files._replace(paths=[]), files.ambiguous))
+        digest = hashlib.blake2b(facts, digest_size=8).hexdigest()
+        split = cls.model_construct(**{**dict(source), "path": files.paths[number], "whole": digest})
+        split._files, split._ambiguous = files._replace(paths=[files.paths[number]]), files.ambiguous
+        return split
+
+    @property
+    def files(self) -> SourceFiles:
+        return self._files
+
+    @property
+    def ambiguous(self) -> bool:
+        """Return whether another file of the source has the same name."""
+        return self._ambiguous
+
 
 def locate(source: Source, kind: str) -> SourceFiles | None:
     """Return the files of a source; None if `datasets` has to load it.
@@ -47,6 +86,8 @@ def locate(source: Source, kind: str) -> SourceFiles | None:
     Raises:
         DataError: if there is nothing at the path, or its format is unknown.
     """
+    if isinstance(source, SourceSplit):
+        return source.files
     paths = [source.path] if isinstance(source.path, str) else source.path
     if source.format == "hub":
         return None

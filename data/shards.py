@@ -44,17 +44,24 @@ class ShardStream:
         normalise: turns a raw row into a row of the kind.
         kind: kind of the rows.
         seed: seed for the order of the files in each epoch; None keeps their order.
+        full_names: name rows by the whole path of their file, since two files of the source have the same name.
     """
 
     def __init__(
-        self, shards: Sequence[str], read: Reader, normalise: Normalise, kind: str, seed: int | None = 0
+        self,
+        shards: Sequence[str],
+        read: Reader,
+        normalise: Normalise,
+        kind: str,
+        seed: int | None = 0,
+        full_names: bool = False,
     ) -> None:
         self.shards = shards
         self.read = read
         self.normalise = normalise
         self.kind = kind
         self.seed = seed
-        self._ambiguous = len(set(map(file_name, shards))) < len(shards)
+        self._full_names = full_names
         self.column_names = [*KINDS[kind], *(["image_id"] if "image" in KINDS[kind] else [])]
 
     def part(self, number: int, count: int) -> "ShardPart":
@@ -71,9 +78,9 @@ class ShardStream:
         return IterableDataset.from_generator(_good_rows, gen_kwargs={"shards": list(self.shards), "stream": self})
 
     def read_shard(self, shard: str, start: Any = None) -> Iterator[Row]:
-        """Yield the rows of a file, named by its whole path if another file has the same name."""
+        """Yield the rows of a file."""
         for row in read_on(self.read, shard, start):
-            named = self._ambiguous and row.name.startswith(file_name(shard))
+            named = self._full_names and row.name.startswith(file_name(shard))
             yield row._replace(name=shard + row.name.removeprefix(file_name(shard))) if named else row
 
     def rows(self) -> Iterator[tuple[str, dict[str, Any] | RowError]]:

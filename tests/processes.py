@@ -46,6 +46,14 @@ def forget_hub(home: Path | None = None) -> None:
         HUB_HOME.symlink_to(home)
 
 
+def skip_if_quick() -> None:
+    """Skip a test that starts processes in `make test-quick`."""
+    if os.environ.get("BIFOCAL_TESTS") == "quick":
+        import pytest  # not at the top: the processes themselves import this module
+
+        pytest.skip("starts a process")
+
+
 @cache
 def _server() -> multiprocessing.context.ForkServerContext:
     context = multiprocessing.get_context("forkserver")
@@ -76,10 +84,7 @@ class Process:
     """
 
     def __init__(self, *command: str | Path, cwd: Path | None = None, hub: bool = False, **environment: str) -> None:
-        if os.environ.get("BIFOCAL_TESTS") == "quick":  # `make test-quick`
-            import pytest  # not at the top: the processes themselves import this module
-
-            pytest.skip("starts a process")
+        skip_if_quick()
         self.command = [str(part) for part in command]
         self.folder = Path(tempfile.mkdtemp(prefix="bifocal-process-"))
         variables = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}

@@ -7,6 +7,7 @@ import typer
 from bifocal.cli.console import Group
 from bifocal.cli.data import data
 from bifocal.cli.demo import demo
+from bifocal.cli.embed import embed
 from bifocal.cli.evaluate import evaluate
 from bifocal.cli.hub import convert, export, push
 from bifocal.cli.recipes import recipes
@@ -48,7 +49,21 @@ def _main(
     """Options of `bifocal` itself."""
 
 
-for command in (demo, train, mine, evaluate, convert, export, push, index, search, remove, export_lancedb, serve):
+for command in (
+    demo,
+    train,
+    mine,
+    evaluate,
+    convert,
+    export,
+    push,
+    embed,
+    index,
+    search,
+    remove,
+    export_lancedb,
+    serve,
+):
     app.command()(command)
 
 

@@ -56,7 +56,7 @@ def run(folder, command: str, code: str = COMMAND) -> tuple[subprocess.Completed
 
 LIGHT = ["", "--help", "--version", "version", "recipes list", "recipes show stage1"]
 COMMANDS = [
-    "demo", "train", "mine", "evaluate", "convert", "export", "push", "index", "search", "remove", "export-lancedb",
+    "demo", "train", "mine", "evaluate", "convert", "export", "push", "embed", "index", "search", "remove", "export-lancedb",
     "serve", "data", "recipes",
 ]  # fmt: skip
 
@@ -103,6 +103,11 @@ export model out --results nope                          | 'nope' is not a resul
 export model out --onnx-eval-data ./nope                 | There is nothing at './nope'
 export empty --check                                     | 'empty' is not an exported model
 push nope organisation/name                              | The folder 'nope' does not exist
+embed ./nope new --model model                           | './nope' does not exist
+embed pairs.jsonl new --model ./nope                     | There is no model at './nope'
+embed pairs.jsonl new --model model --precision x        | 'x' is not a precision
+embed pairs.jsonl new --model model --workers 2 --ray local | exclude each other
+embed pairs.jsonl notes --model model                    | 'notes' holds other files
 index ./nope new --model model                           | './nope' does not exist
 index pairs.jsonl new --model ./nope                     | There is no model at './nope'
 index pairs.jsonl new --model empty                      | 'empty' holds no model
