@@ -10,7 +10,7 @@ from bifocal.hub.item_reader import IMAGE_KINDS, ItemReader, infer_kind
 from bifocal.hub.search.arguments import require_model_path
 from bifocal.hub.search.hits import SearchError
 from bifocal.hub.search.index import SearchIndex
-from bifocal.hub.search.settings import SETTINGS
+from bifocal.hub.search.settings import SETTINGS, Variant
 from bifocal.hub.search.sync import AddResult
 
 
@@ -23,9 +23,10 @@ class IndexSummary:
         skipped: name and reason of each row and file that could not be read.
         ignored: files that were not read as images, counted in words.
         images_without_row: images that the source's table does not name, indexed without a caption.
-        counts: rows of the index by kind.
+        counts: number of images, captions and texts in the index.
         missing_sources: local paths that were indexed and do not exist any more.
         complete: whether the whole source was read; if not, it is unknown which items are missing.
+        approximate: what those who search an approximate variant should know, by variant.
     """
 
     result: AddResult
@@ -35,13 +36,14 @@ class IndexSummary:
     counts: dict[str, int]
     missing_sources: list[str]
     complete: bool
+    approximate: dict[Variant, str]
 
 
 def index_source(
     source: Source, folder: Path, model: str | None = None, kind: str | None = None, captions: bool | None = None,
-    prune: bool = False, dims: Sequence[int] = (), precisions: Sequence[str] = ("float32",), batch_size: int = 32,
+    prune: bool = False, dims: Sequence[int] = (), precisions: Sequence[str] = (), batch_size: int = 32,
     progress: Callable[[int], None] = lambda count: None, dtype: str | None = None, num_workers: int | None = None,
-    fast_decoding: bool | None = None,
+    fast_decoding: bool | None = None, approximate: bool = False,
 ) -> IndexSummary:  # fmt: skip
     """Embed the items of a source into an index, and update what the index has of this source.
 
@@ -55,7 +57,7 @@ def index_source(
         kind: kind of the rows; inferred from files and columns if None.
         captions: whether captions are items as well; as in the last run over this source if None.
         prune: delete from the index what the source no longer has.
-        dims, precisions: variants of the index, see `SearchIndex.create`.
+        dims, precisions, approximate: variants of the index, see `SearchIndex.create`.
         batch_size: texts or images per forward pass.
         progress: called with the number of items read.
         dtype: dtype to embed in, one of `DTYPE_CHOICES`. An index is made in one dtype; when None or "auto", items are
@@ -98,7 +100,7 @@ def index_source(
         raise SearchError(f"Images for '{model}' can only be decoded at full size. Omit --fast-decoding.")
     index = SearchIndex.create(
         folder, model, weights_hash(model), loaded.dimensions, dims, precisions, loaded.prompts, loaded.dtype,
-        fast_decoding,
+        fast_decoding, approximate,
     )  # fmt: skip
     reader = ItemReader(source, kind, captions or False, (folder,))
     if captions is None:
@@ -118,4 +120,5 @@ def index_source(
         counts={} if is_new_and_empty else index.counts(),
         missing_sources=[printable(path) for path in index.missing_sources()],
         complete=reader.item_source.complete,
+        approximate={} if is_new_and_empty else {one: index.describe(one) for one in index.variants if one.approximate},
     )

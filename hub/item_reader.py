@@ -19,8 +19,10 @@ from bifocal.data.skips import RowError
 from bifocal.data.source import Source
 from bifocal.embedding.items import Item
 from bifocal.errors import DataError
+from bifocal.hub.search.captions import caption_name
 from bifocal.hub.search.index import SearchIndex
 from bifocal.hub.search.sync import ItemSource
+from bifocal.hub.search.table import join_captions
 
 IMAGE_KINDS = ("image-text", "image-only")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -237,9 +239,11 @@ class ItemReader:
         if is_file:
             image_paths.add(os.path.realpath(image))
             name = printable(self._relative(image) or name)
-        yield Item(name, " · ".join(captions), image, has_stable_name=is_file)
+        yield Item(name, join_captions(captions), image, has_stable_name=is_file)
         if self.captions:
-            yield from (Item(f"{name}#caption", caption, has_stable_name=is_file) for caption in captions)
+            yield from (
+                Item(caption_name(name), caption, has_stable_name=is_file) for caption in captions if caption.strip()
+            )
 
     def _name(self, name: str) -> str:
         """Return the name of a row without the path of what `datasets` loaded, with which it starts."""

@@ -13,6 +13,7 @@ import bifocal.modeling
 from bifocal.embedding.models import module_folders, weights_hash
 from bifocal.errors import first_line
 from bifocal.files import replace_folder
+from bifocal.hub.search.captions import count_in_words
 from bifocal.hub.search.hits import SearchError
 from bifocal.hub.search.index import SearchIndex
 from bifocal.hub.search.settings import read_settings, write_settings
@@ -55,7 +56,7 @@ pinned: false
 
 # {title}
 
-Search {images:,} images and {texts:,} texts by text, by image or by both, with one model. Made with
+Search {contents} by text, by image or by both, with one model. Made with
 `bifocal serve --space`. To run it on your machine: `pip install -r requirements.txt gradio`, then `python app.py`.
 """
 
@@ -121,10 +122,9 @@ def write_space(
         packages = _REQUIREMENTS if kind == "joint" else (*_REQUIREMENTS, _SENTENCES)
         requirements = [f"{name}=={version(name).partition('+')[0]}" for name in packages]
         (space / "requirements.txt").write_text("\n".join(requirements) + "\n", encoding="utf-8")
-        counts = index.counts()
         card = _CARD.format(
             title=title, quoted=json.dumps(title, ensure_ascii=False), gradio=version("gradio"),
-            images=counts["image"], texts=counts["text"],
+            contents=count_in_words(index.counts()),
         )  # fmt: skip
         (space / "README.md").write_text(card, encoding="utf-8")
     return out

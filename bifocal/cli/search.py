@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 Index = Annotated[Path, typer.Argument(help="Folder of an index.")]
 Model = Annotated[str | None, typer.Option(help="Folder or Hub id of the index's model, if it was moved.")]
+Approximate = Annotated[
+    bool, typer.Option("--approximate", help="Search an approximate form that bifocal index --approximate made.")
+]
 _NEEDS = ("datasets", "faiss", "filelock")
 _GITHUB_LIMIT = 100 * 2**20  # bytes of a file
 _MAX_NAMED = 5  # skipped items that are named; the others are counted
@@ -35,7 +38,7 @@ def index(
     captions: Annotated[
         bool | None,
         typer.Option(
-            "--captions/--no-captions", help="Also index captions of images as texts; as in the last run if omitted."
+            "--captions/--no-captions", help="Find images by their captions, too; as in the last run if omitted."
         ),
     ] = None,
     prune: Annotated[
@@ -48,6 +51,10 @@ def index(
     precision: Annotated[
         list[str] | None, typer.Option(help="float32 or int8; can be repeated. float32 if omitted.")
     ] = None,
+    approximate: Annotated[
+        bool,
+        typer.Option("--approximate", help="Search approximately from 50,000 images or texts on; measures recall@10."),
+    ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts or images per forward pass.")] = 32,
     dtype: IndexDtype = None,
     num_workers: NumWorkers = None,
@@ -70,9 +77,9 @@ def index(
     writes_into(out, "free space and run the command again; it resumes")
     with tqdm(desc="Reading items", unit="", leave=False) as bar:
         summary = index_source(
-            parse_source(source, overrides), out, model, kind, captions, prune, dim or [], precision or ["float32"],
+            parse_source(source, overrides), out, model, kind, captions, prune, dim or [], precision or [],
             batch_size, progress=lambda count: bar.update(count - bar.n), dtype=dtype,
-            num_workers=num_workers, fast_decoding=fast_decoding,
+            num_workers=num_workers, fast_decoding=fast_decoding, approximate=approximate,
         )  # fmt: skip
     _print_summary(summary, printable(source), printable(str(out)), prune)
 
@@ -88,6 +95,8 @@ def _print_summary(
     Raises:
         BifocalError: if nothing could be indexed.
     """
+    from bifocal.hub.search.captions import count_in_words
+
     result, skipped = summary.result, summary.skipped
     for name, reason in skipped[:_MAX_NAMED]:
         typer.echo(f"Skipped: {name}: {reason}", err=True)
@@ -105,8 +114,10 @@ def _print_summary(
     ]  # fmt: skip
     parts = [f"{result.new:,} new", f"{result.known:,} known before"]
     parts += [f"{count:,} {what}" for count, what in counted if count]
-    counts = summary.counts
-    typer.echo(f"{', '.join(parts)}; {out} has {counts['image']:,} images and {counts['text']:,} texts.")
+    typer.echo(f"{', '.join(parts)}; {out} has {count_in_words(summary.counts)}.")
+    for variant, accuracy in summary.approximate.items():
+        if accuracy:
+            typer.echo(f"{variant}: {accuracy}")
     if result.restored:
         typer.echo(f"{result.restored} parts of the table were missing. If they held other sources, index those again.")
     if result.missing and not prune:
@@ -127,6 +138,7 @@ def search(
         int | None, typer.Option(help="Search by this number of leading dimensions; by all if omitted.")
     ] = None,
     precision: Annotated[str | None, typer.Option(help="float32 or int8; the most exact if omitted.")] = None,
+    approximate: Approximate = False,
     weight: Annotated[float, typer.Option(min=0, max=1, help="Weight of the text against the image.")] = 0.5,
     model: Model = None,
     lancedb: Annotated[
@@ -144,13 +156,12 @@ def search(
 
     if lancedb is not None and (dim is not None or precision is not None):
         raise BifocalError("--dim and --precision choose a variant of the index. Omit them with --lancedb.")
+    if lancedb is not None and approximate:
+        raise BifocalError("--approximate chooses a variant of the index. Omit it with --lancedb.")
     kinds = KINDS if only is None else (only,)
     check_kinds(kinds)
     opened = SearchIndex(index)
-    is_default = dim is None and precision is None
-    variant = None if is_default else (opened.dimensions if dim is None else dim, precision or "float32")
-    if variant is not None:
-        opened.require_variant(*variant)
+    variant = opened.choose_variant(dim, precision, approximate)
     require_query(text, image)
     require_model_path(model or opened.model)
     if lancedb is not None:
@@ -170,7 +181,11 @@ def search(
         ranking = searcher.index.search(vector, hits, kinds, variant)
     if not ranking:
         what = "texts" if only == "text" else "images" if only == "image" else "items"
+        if only == "text" and lancedb is None and opened.counts()["caption"]:
+            what = "texts except captions, which belong to their images"
         raise BifocalError(f"'{lancedb or index}' has no {what}. Add some with bifocal index, or omit --only.")
+    if lancedb is None and variant.approximate:
+        typer.echo(opened.describe(variant), err=True)
     if as_json:
         typer.echo(json.dumps([hit.to_dict() for hit in ranking], indent=2, ensure_ascii=False))
         return
@@ -181,7 +196,10 @@ def search(
 def _line(rank: int, hit: "Hit") -> str:
     text = f"  {hit.text[:100]}" if hit.text else ""
     other_names = f"  (also {', '.join(hit.other_names[:3])})" if hit.other_names else ""
-    return f"{rank:>3}  {hit.score:.3f}  {hit.kind:<5}  {hit.name}{text}{other_names}"
+    matched = ""
+    if hit.caption is not None:
+        matched = "  (its caption)" if hit.caption == hit.text else f"  (its caption: {hit.caption[:100]})"
+    return f"{rank:>3}  {hit.score:.3f}  {hit.kind:<5}  {hit.name}{text}{matched}{other_names}"
 
 
 def remove(
@@ -238,6 +256,7 @@ def serve(
         typer.Option(help="With --static: folder with tarballs of npm pack; downloaded and cached if omitted."),
     ] = None,
     dtype: IndexDtype = None,
+    approximate: Approximate = False,
 ) -> None:
     """Serve a search page over an index, or write it as a Space or as a page without a server."""
     if static is None and (with_images or npm_packages is not None):
@@ -264,11 +283,14 @@ def serve(
         typer.echo(f"The Space is in {space}. Publish it with: bifocal push {space} organisation/name")
         return
     require_model_path(model or opened.model)
+    variant = opened.choose_variant(approximate=approximate)
 
     from bifocal.hub.search.page import build_page, launch
     from bifocal.hub.search.searcher import Searcher
 
-    page = build_page(Searcher(opened, model, dtype=dtype), title)
+    page = build_page(Searcher(opened, model, dtype=dtype, variant=variant), title)
+    if accuracy := opened.describe(variant):
+        typer.echo(accuracy)
     typer.echo(f"Serving {index} at http://{host}:{port} (Ctrl+C stops it).")
     launch(page, host, port)
 

@@ -26,8 +26,7 @@ def open_faiss_index(folder: Path, snapshot: TableSnapshot, dim: int, precision:
     """
     import faiss
 
-    state = hashlib.blake2b(json.dumps(snapshot.stamp).encode(), digest_size=6).hexdigest()
-    path = folder / f"{dim}-{precision}.{state}.faiss"
+    path = folder / f"{dim}-{precision}.{table_state(snapshot)}.faiss"
     count = sum(map(len, snapshot.tables))
     index: Any
     if path.exists():
@@ -36,10 +35,7 @@ def open_faiss_index(folder: Path, snapshot: TableSnapshot, dim: int, precision:
             index = faiss.read_index(str(path))
             if (index.ntotal, index.d) == (count, dim) and _is_intact(index, precision):
                 return index
-    if precision == "float32":
-        index = faiss.IndexFlatIP(dim)
-    else:
-        index = faiss.IndexScalarQuantizer(dim, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT)
+    index = new_faiss_index(dim, precision)
     for vectors in snapshot.vectors():
         leading = np.ascontiguousarray(normalize(vectors[:, :dim]))
         if not len(leading):
@@ -47,8 +43,22 @@ def open_faiss_index(folder: Path, snapshot: TableSnapshot, dim: int, precision:
         if not index.is_trained:  # the range of each dimension, by the first part
             index.train(leading)
         index.add(leading)
-    _write(index, path, f"{dim}-{precision}.")
+    write_faiss_index(index, path, f"{dim}-{precision}.")
     return index
+
+
+def table_state(snapshot: TableSnapshot) -> str:
+    """Return 12 hexadecimal digits that differ if the table does."""
+    return hashlib.blake2b(json.dumps(snapshot.stamp).encode(), digest_size=6).hexdigest()
+
+
+def new_faiss_index(dim: int, precision: str) -> Any:
+    """Return an empty FAISS index that is searched exhaustively."""
+    import faiss
+
+    if precision == "float32":
+        return faiss.IndexFlatIP(dim)
+    return faiss.IndexScalarQuantizer(dim, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT)
 
 
 def _is_intact(index: Any, precision: str) -> bool:
@@ -59,8 +69,12 @@ def _is_intact(index: Any, precision: str) -> bool:
     return have_unit_length(faiss.rev_swig_ptr(index.get_xb(), index.ntotal * index.d).reshape(index.ntotal, index.d))
 
 
-def _write(index: Any, path: Path, prefix: str) -> None:
-    """Write a FAISS index and delete those of earlier states; searching needs no permission to write."""
+def write_faiss_index(index: Any, path: Path, prefix: str) -> None:
+    """Write a FAISS index and delete those of earlier states; searching needs no permission to write.
+
+    Args:
+        prefix: what the file's name has before the state.
+    """
     import faiss
 
     # FAISS has errors of its own, also for odd paths.
@@ -68,6 +82,12 @@ def _write(index: Any, path: Path, prefix: str) -> None:
         path.parent.mkdir(exist_ok=True)
         with replace_file(path) as temporary:
             faiss.write_index(index, str(temporary))
-        for old in path.parent.glob("*.faiss"):
-            if re.fullmatch(re.escape(prefix) + r"[0-9a-f]{12}\.faiss", old.name) and old != path:
-                old.unlink(missing_ok=True)
+        delete_earlier(path, prefix)
+
+
+def delete_earlier(path: Path, prefix: str) -> None:
+    """Delete the files that have the name of this one, of earlier states of the table."""
+    name = re.compile(re.escape(prefix) + r"[0-9a-f]{12}" + re.escape(path.suffix))
+    for old in path.parent.glob(f"*{path.suffix}"):
+        if name.fullmatch(old.name) and old != path:
+            old.unlink(missing_ok=True)

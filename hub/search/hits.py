@@ -24,11 +24,13 @@ class Hit:
         name: first name of the content.
         kind: "image" or "text".
         text: the text itself, or the captions of an image.
-        score: cosine similarity to the query.
+        score: cosine similarity to the query: of the image itself or of the caption that matched.
         ranking_score: what hits are ranked by: the score, or in one ranking of both kinds its distance from the mean
-            score of the kind, in standard deviations.
+            score of the kind, in standard deviations. For a caption in a ranking of images only, the score of an image
+            that is as far from the mean.
         thumbnail: bytes of a PNG or JPEG; None for a text.
         names: all names of the content.
+        caption: the caption by which an image was found; None if the image itself matched best, and for a text.
     """
 
     name: str
@@ -38,6 +40,12 @@ class Hit:
     ranking_score: float
     thumbnail: bytes | None = None
     names: tuple[str, ...] = ()
+    caption: str | None = None
+
+    @property
+    def matched(self) -> str:
+        """What matched best: "image", "caption" or "text"."""
+        return self.kind if self.caption is None else "caption"
 
     @property
     def other_names(self) -> tuple[str, ...]:
@@ -47,7 +55,7 @@ class Hit:
         """Return the hit as plain JSON values, without the thumbnail."""
         return {
             "name": self.name, "names": [self.name, *self.other_names], "kind": self.kind, "text": self.text,
-            "score": self.score, "ranking_score": self.ranking_score,
+            "score": self.score, "ranking_score": self.ranking_score, "matched": self.matched, "caption": self.caption,
         }  # fmt: skip
 
 

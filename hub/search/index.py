@@ -4,27 +4,29 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from bifocal.embedding.items import KINDS, Item, normalize
+from bifocal.hub.search.approximate import ApproximateIndex
 from bifocal.hub.search.atomic import temporary_files
+from bifocal.hub.search.captions import captions_to_remove
 from bifocal.hub.search.hits import Hit, SearchError, check_kinds
 from bifocal.hub.search.ingestion import Embed, Ingestion
-from bifocal.hub.search.lock import LOCK, index_lock
-from bifocal.hub.search.settings import FORMAT, SETTINGS, IndexSettings, read_settings, write_settings
+from bifocal.hub.search.lock import LOCK, index_lock, is_locked
+from bifocal.hub.search.settings import FORMAT, SETTINGS, IndexSettings, Variant, read_settings, write_settings
 from bifocal.hub.search.snapshot import Rankings, SearchSnapshot
 from bifocal.hub.search.sync import NO_SOURCE, AddResult, ItemSource, SourceScan
 from bifocal.hub.search.table import Occurrence, Table, TableSnapshot, all_occurrences
-
-_CANDIDATES = 4  # per hit, from an index that is not exact; they are scored again with their whole vectors
 
 
 class SearchIndex(IndexSettings):
     """A folder of `index.json`, `table/` and `faiss/`.
 
-    FAISS indexes are built from the table: one for each variant, a number of dimensions with a precision. All
-    dimensions in float32 give exact results; other variants give candidates, which are scored with their whole vectors.
+    FAISS indexes are built from the table: one for each `Variant`, a number of dimensions with a precision, searched
+    exhaustively or approximately. All dimensions in float32, searched exhaustively, give exact results; other variants
+    give candidates, which are scored with their whole vectors.
     Searching needs no permission to write.
 
     Args:
@@ -44,8 +46,8 @@ class SearchIndex(IndexSettings):
     @classmethod
     def create(
         cls, folder: str | Path, model: str, weights: str, dimensions: int, dims: Sequence[int] = (),
-        precisions: Sequence[str] = ("float32",), prompts: dict[str, str] | None = None, dtype: str = "model",
-        fast_decoding: bool | None = None,
+        precisions: Sequence[str] = (), prompts: dict[str, str] | None = None, dtype: str = "model",
+        fast_decoding: bool | None = None, approximate: bool = False,
     ) -> "SearchIndex":  # fmt: skip
         """Return a new, empty index; or the existing one if it is of the same model and dtype, or empty.
 
@@ -55,12 +57,14 @@ class SearchIndex(IndexSettings):
             weights: hash of the model's weights, see `weights_hash`.
             dimensions: length of the model's vectors.
             dims: numbers of leading dimensions to search by; all dimensions if empty.
-            precisions: "float32" and "int8".
+            precisions: "float32" and "int8"; the former if empty.
             prompts: texts that go before queries ("query") and indexed texts ("document"); an existing index keeps its
                 own, with which its texts were embedded.
             dtype: dtype that vectors are computed in, see `EmbeddingModel`.
             fast_decoding: whether large JPEGs are decoded at reduced scale; as before in an existing index if None, and
                 not in a new one.
+            approximate: whether the index is searched approximately in these variants. An existing index keeps its
+                other variants, and gets no new one if none is asked for.
 
         Raises:
             SearchError: if the folder holds something else or an index of another model, dtype or decoding, or an
@@ -69,12 +73,17 @@ class SearchIndex(IndexSettings):
         folder = Path(folder)
         cls.check_dims(dims, dimensions)
         cls.check(folder, precisions)
-        variants = [(dim, precision) for dim in (dims or [dimensions]) for precision in precisions]
+        variants = [
+            Variant(dim, precision, approximate)
+            for dim in (dims or [dimensions])
+            for precision in (precisions or ["float32"])
+        ]
+        is_default = not (dims or precisions or approximate)
         if os.path.isdir(os.path.expanduser(model)):
             model = os.path.abspath(os.path.expanduser(model))
         settings = dict(
             format=FORMAT, model=model, weights=weights, dimensions=dimensions, prompts=prompts or {}, dtype=dtype,
-            sources=[], parts=0, fast_decoding=bool(fast_decoding),
+            sources=[], parts=0, fast_decoding=bool(fast_decoding), variants=[one.to_json() for one in variants],
         )  # fmt: skip
         if (folder / SETTINGS).exists():
             index = cls(folder)
@@ -93,18 +102,18 @@ class SearchIndex(IndexSettings):
                         elif fast_decoding is not None:
                             index.fast_decoding = fast_decoding
                         index.model = model
-                        index.variants += [variant for variant in variants if variant not in index.variants]
+                        index.variants += [one for one in variants if not is_default and one not in index.variants]
                         index._save()
                         return index
                     for part in index.table.parts:  # without any row: an empty index may change its model
                         part.unlink()
-                write_settings(folder, {**settings, "variants": variants})
+                write_settings(folder, settings)
             return cls(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise SearchError(f"'{folder}' cannot be created ({error.strerror}). Choose another folder.") from error
-        write_settings(folder, {**settings, "variants": variants})
+        write_settings(folder, settings)
         return cls(folder)
 
     def discard_if_empty(self) -> None:
@@ -139,7 +148,7 @@ class SearchIndex(IndexSettings):
         return self.table.open()
 
     def counts(self) -> dict[str, int]:
-        """Return the number of rows of each kind."""
+        """Return the number of images ("image"), of their captions ("caption") and of other texts ("text")."""
         return dict(self._open().counts)
 
     def add(
@@ -169,8 +178,19 @@ class SearchIndex(IndexSettings):
             result.restored = len(missing)
             self._update_occurrences(ingestion, source, prune)
             self._snapshot = None
-            self._open()
+            self._open().build()
         return result
+
+    def describe(self, variant: Variant | None = None) -> str:
+        """Return what those who search an approximate variant should know; empty for others, and without any rows.
+
+        Args:
+            variant: a variant of the index; the one that is searched by default if None.
+        """
+        variant = variant or self.choose_variant()
+        snapshot = self._open(variant)
+        found = snapshot.faiss(variant) if variant.approximate and snapshot.keys else None
+        return found.in_words() if isinstance(found, ApproximateIndex) else ""
 
     def _claim(self) -> None:
         """Write the settings again if another command deleted the empty index. The caller holds the lock.
@@ -219,7 +239,7 @@ class SearchIndex(IndexSettings):
         self.table.rewrite(lambda key, kind, before: scan.update(key, kind, before, complete, unread, prune, result))
 
     def remove(self, names: Sequence[str] = (), source: str | None = None) -> int:
-        """Delete rows, also from the files, and return how many.
+        """Delete rows, also from the files, and return how many. The captions of an image are deleted with it.
 
         Content that has other names stays under those.
 
@@ -239,32 +259,40 @@ class SearchIndex(IndexSettings):
                 all_paths = {str(path) for record in sources for path in record["identity"].get("paths", ())}
                 known = ", ".join(sorted(all_paths))
                 raise SearchError(f"'{source}' is not a source of '{self.folder}'. It has {known or 'none by name'}.")
-            rows = [(key, item.name) for key, occurrences in all_occurrences(self.snapshot()) for item in occurrences]
+            snapshot = self.snapshot()
+            rows = [(key, item.name) for key, occurrences in all_occurrences(snapshot) for item in occurrences]
             for name in names:
                 if not any(_matches(name, *row) for row in rows):
                     raise SearchError(f"Nothing in '{self.folder}' is called '{name}'. Use the names that hits show.")
+
+            def is_removed(key: str, item: Occurrence) -> bool:
+                return item.source in numbers or any(_matches(name, key, item.name) for name in names)
+
+            captions = captions_to_remove(snapshot.rows, is_removed) if snapshot.tables else set()
 
             def kept(key: str, kind: str, occurrences: list[Occurrence]) -> list[Occurrence]:
                 return [
                     item
                     for item in occurrences
-                    if item.source not in numbers and not any(_matches(name, key, item.name) for name in names)
+                    if not is_removed(key, item) and (key, item.source, item.name) not in captions
                 ]
 
             count = self.table.rewrite(kept)
             self._snapshot = None
-            self._open()
+            self._open().build()
         return count
 
     def search(
-        self, vector: np.ndarray, k: int = 10, kinds: Sequence[str] = KINDS, variant: tuple[int, str] | None = None
+        self, vector: np.ndarray, k: int = 10, kinds: Sequence[str] = KINDS, variant: Sequence[Any] | None = None
     ) -> list[Hit]:
         """Return the k items nearest to a query. Several kinds share one ranking, see `Calibration`.
 
+        An image and its captions are one item, an image, whose best match counts.
+
         Args:
             vector: (dimensions,) of the query.
-            kinds: kinds to search for.
-            variant: dimensions and precision to search by; the most exact ones of the index if None.
+            kinds: kinds to search for; captions are no texts of their own.
+            variant: a `Variant` of the index; the most exact one if None, see `choose_variant`.
 
         Raises:
             SearchError: if an option is wrong, or the index is empty.
@@ -276,24 +304,28 @@ class SearchIndex(IndexSettings):
         return ranking.hits(0)
 
     def rank(
-        self, vectors: np.ndarray, k: int = 10, kinds: Sequence[str] = KINDS, variant: tuple[int, str] | None = None
+        self, vectors: np.ndarray, k: int = 10, kinds: Sequence[str] = KINDS, variant: Sequence[Any] | None = None
     ) -> Rankings:
         """Search for several queries (queries, dimensions) at once; see `search`."""
         kinds = check_kinds(kinds)
         if k < 1:
             raise SearchError(f"The number of hits must be at least 1, not {k}.")
-        snapshot = self._open()
+        chosen = self.choose_variant() if variant is None else self.require_variant(*variant)
+        snapshot = self._open(chosen)
         if not len(snapshot.keys):
             raise SearchError(f"The index '{self.folder}' is empty. Add something with bifocal index.")
-        dim, precision = variant or max(self.variants, key=lambda choice: (choice[0], choice[1] == "float32"))
-        self.require_variant(dim, precision)
-        is_exact = dim == self.dimensions and precision == "float32"
-        candidates = k if is_exact else _CANDIDATES * k
-        return snapshot.rank(normalize(np.asarray(vectors, np.float32)), k, kinds, (dim, precision), candidates)
+        return snapshot.rank(normalize(np.asarray(vectors, np.float32)), k, kinds, chosen)
 
-    def _open(self) -> SearchSnapshot:
+    def _open(self, variant: Variant | None = None) -> SearchSnapshot:
+        """Return the present state; for an approximate variant, the one before as long as a command is changing it.
+
+        That command builds the approximate index of the state that it leaves, which takes long.
+        """
         stamp, snapshot = self.table.stamp(), self._snapshot  # other threads may replace it
         if snapshot is None or snapshot.stamp != stamp:
+            is_approximate = variant is not None and variant.approximate
+            if is_approximate and snapshot is not None and snapshot.keys and is_locked(self.folder):
+                return snapshot
             self._require_parts()
             snapshot = self._snapshot = SearchSnapshot(self.table, self.faiss_folder, self.variants)
         return snapshot
@@ -301,7 +333,8 @@ class SearchIndex(IndexSettings):
     def _delete_temporary_files(self) -> None:
         """Delete the unfinished files of killed runs. The caller holds the lock."""
         self.table.delete_temporary_files()
-        for path in temporary_files(self.faiss_folder, "*.faiss") + temporary_files(self.folder, SETTINGS):
+        unfinished = [path for pattern in ("*.faiss", "*.json") for path in temporary_files(self.faiss_folder, pattern)]
+        for path in unfinished + temporary_files(self.folder, SETTINGS):
             path.unlink(missing_ok=True)
 
     def _require_parts(self) -> None:

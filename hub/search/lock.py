@@ -14,6 +14,21 @@ _SILENT_WAIT = 3.0  # seconds
 logger = logging.getLogger(__name__)
 
 
+def is_locked(folder: Path) -> bool:
+    """Return whether a command is changing an index; False if that cannot be known."""
+    from filelock import FileLock, Timeout
+
+    if not (folder / LOCK).exists():
+        return False
+    try:
+        with FileLock(folder / LOCK, timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:
+        return False
+
+
 @contextmanager
 def index_lock(folder: Path) -> Iterator[None]:
     """Hold the lock of an index; log a warning if another command holds it for long.

@@ -21,6 +21,7 @@ from starlette.responses import PlainTextResponse
 
 from bifocal.embedding.items import KINDS
 from bifocal.errors import BifocalError
+from bifocal.hub.search.captions import count_in_words
 from bifocal.hub.search.hits import Hit, QueryError, SearchError
 from bifocal.hub.search.searcher import MAX_QUERY_LENGTH, Searcher
 
@@ -58,13 +59,13 @@ def build_page(
         title: title of the page.
         parallel_searches: most searches that are in work at once.
     """
-    counts = searcher.index.counts()
-    contents = f"{counts['image']:,} images and {counts['text']:,} texts"
+    contents = count_in_words(searcher.index.counts())
     empty = note(f"Nothing searched yet. There are {contents}.")
+    accuracy = searcher.index.describe(searcher.variant)
     by_image = searcher.model.embeds_images
     query = "a text, an image or both" if by_image else "a text"
     with gradio.Blocks(title=title, delete_cache=(_UPLOAD_LIFETIME, _UPLOAD_LIFETIME), analytics_enabled=False) as page:
-        gradio.Markdown(f"# {title}\n{contents}. Enter {query}, then press *Search*.")
+        gradio.Markdown(f"# {title}\n{contents}. Enter {query}, then press *Search*. {accuracy}")
         with gradio.Row():
             with gradio.Column(scale=3, min_width=280):
                 text = gradio.Textbox(
@@ -254,7 +255,7 @@ def results_html(rankings: Mapping[str, Sequence[Hit]], warning: str = "") -> st
 
 
 def _hit_html(rank: int, hit: Hit) -> str:
-    text = hit.text if len(hit.text) <= _MAX_TEXT_LENGTH else f"{hit.text[:_MAX_TEXT_LENGTH]}…"
+    text = _shortened(hit.text)
     image = ""
     if hit.thumbnail is not None:
         media_type = "image/png" if hit.thumbnail.startswith(b"\x89PNG") else "image/jpeg"
@@ -266,11 +267,19 @@ def _hit_html(rank: int, hit: Hit) -> str:
     more = f" and {len(hit.other_names)} more" if hit.other_names else ""
     title = html.escape("\n".join([hit.name, *hit.other_names[:20]]), quote=True)
     caption = f'<small title="{title}">{html.escape(name + more)}</small>' if name != hit.text or more else ""
+    matched = ""
+    if hit.caption is not None:
+        which = "" if hit.caption == hit.text else f": {html.escape(_shortened(hit.caption))}"
+        matched = f'<p class="bf-matched">Matched its caption{which}</p>'
     return (
-        f'<li class="bf-hit bf-{hit.kind}" tabindex="0">{image}<p>{html.escape(text)}</p>{caption}'
+        f'<li class="bf-hit bf-{hit.kind}" tabindex="0">{image}<p>{html.escape(text)}</p>{matched}{caption}'
         f'<span class="bf-score"><span>{rank}. {hit.kind}</span><span>{hit.score:.3f}</span></span>'
         f'<span class="bf-bar" style="width:{width}%"></span></li>'
     )
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _MAX_TEXT_LENGTH else f"{text[:_MAX_TEXT_LENGTH]}…"
 
 
 def launch(page: gradio.Blocks, host: str | None = None, port: int | None = None, wait: bool = True) -> str:

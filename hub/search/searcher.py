@@ -16,6 +16,7 @@ from bifocal.embedding.models import EmbeddingModel, load_model, weights_hash
 from bifocal.hub.search.batching import Batcher
 from bifocal.hub.search.hits import Hit, QueryError
 from bifocal.hub.search.index import SearchIndex
+from bifocal.hub.search.settings import Variant
 from bifocal.hub.search.snapshot import Rankings
 from bifocal.hub.search.sync import AddResult, ItemSource
 from bifocal.modeling.dtype_bifocal import default_device, is_fast
@@ -36,7 +37,7 @@ class _Ranking:
 
     k: int
     kinds: tuple[str, ...]
-    variant: tuple[int, str] | None
+    variant: Variant
 
 
 @dataclass
@@ -76,6 +77,7 @@ class Searcher:
         index: to search.
         model: a folder or Hub id, or the loaded model; the one that the index was made with if None.
         batch_size: most queries that are embedded together; with 1, each thread embeds its own.
+        variant: variant to search by where a search names none; the index's most exact one if None.
         dtype: dtype that queries are embedded in, one of `DTYPE_CHOICES`. When None or "auto", that of the index; but
             float32 where the device does not multiply in it, which is faster and nearly the same.
 
@@ -89,8 +91,10 @@ class Searcher:
         model: str | EmbeddingModel | None = None,
         batch_size: int = _BATCH_SIZE,
         dtype: str | None = None,
+        variant: Sequence[Any] | None = None,
     ) -> None:
         self.index = index
+        self.variant = index.choose_variant() if variant is None else index.require_variant(*variant)
         if not isinstance(model, EmbeddingModel):
             if dtype in (None, "auto"):
                 dtype = index.dtype if is_fast(index.dtype, default_device()) else "float32"
@@ -118,20 +122,19 @@ class Searcher:
 
     def search(
         self, text: str | None = None, image: Any = None, k: int = 10, kinds: Sequence[str] = KINDS,
-        weight: float = 0.5, variant: tuple[int, str] | None = None,
+        weight: float = 0.5, variant: Sequence[Any] | None = None,
     ) -> list[Hit]:  # fmt: skip
         """Return the k items nearest to a text, an image or both; see `vector` and `SearchIndex.search`."""
         return self.search_rankings([kinds], text, image, k, weight, variant)[0]
 
     def search_rankings(
         self, rankings: Sequence[Sequence[str]], text: str | None = None, image: Any = None, k: int = 10,
-        weight: float = 0.5, variant: tuple[int, str] | None = None,
+        weight: float = 0.5, variant: Sequence[Any] | None = None,
     ) -> list[list[Hit]]:  # fmt: skip
         """Return several rankings of one query, each of some kinds; see `search`."""
         query = self._query(text, image, weight)
-        query.rankings = tuple(
-            _Ranking(k, tuple(kinds), None if variant is None else (variant[0], variant[1])) for kinds in rankings
-        )
+        chosen = self.variant if variant is None else Variant(*variant)
+        query.rankings = tuple(_Ranking(k, tuple(kinds), chosen) for kinds in rankings)
         # Texts and thumbnails of hits are read by the thread of the query.
         return [found.hits(number) for found, number in self._answer(query).rankings]
 

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bifocal.hub.search.atomic import replace_file
 from bifocal.hub.search.hits import SearchError
@@ -14,6 +14,32 @@ SETTINGS = "index.json"
 PRECISIONS = ("float32", "int8")
 DTYPES = ("model", "float32", "bfloat16", "float16")  # that vectors are computed in; "model" is that of the weights
 _TYPES = {"model": str, "weights": str, "dimensions": int, "parts": int, "sources": list, "variants": list}
+
+
+class Variant(NamedTuple):
+    """A form of an index's vectors that can be searched.
+
+    Args:
+        dim: number of leading dimensions.
+        precision: "float32" or "int8".
+        approximate: whether a query is compared with a part of the vectors only, where there are many.
+    """
+
+    dim: int
+    precision: str
+    approximate: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.dim} {self.precision}" + self.approximate * " approximate"
+
+    def to_json(self) -> list[Any]:
+        """Return the variant as the settings store it."""
+        return [self.dim, self.precision, *(["approximate"] if self.approximate else [])]
+
+    @classmethod
+    def from_json(cls, values: list[Any]) -> "Variant":
+        """Return the variant that `to_json` stored."""
+        return cls(values[0], values[1], len(values) == 3)
 
 
 class IndexSettings:
@@ -32,7 +58,7 @@ class IndexSettings:
         self.model: str = settings["model"]
         self.weights: str = settings["weights"]
         self.dimensions: int = settings["dimensions"]
-        self.variants: list[tuple[int, str]] = [(dim, precision) for dim, precision in settings["variants"]]
+        self.variants: list[Variant] = [Variant.from_json(values) for values in settings["variants"]]
         self.sources: list[dict[str, Any]] = settings["sources"]
         self.parts: int = settings["parts"]
         self.prompts: dict[str, str] = settings["prompts"]
@@ -108,17 +134,37 @@ class IndexSettings:
                 "another folder."
             )
 
-    def require_variant(self, dim: int, precision: str) -> None:
-        """Check that the index has a variant.
+    def choose_variant(
+        self, dim: int | None = None, precision: str | None = None, approximate: bool = False
+    ) -> Variant:
+        """Return the variant to search by.
+
+        Args:
+            dim, precision: if both are None, the most exact variant is chosen, an exhaustive one if there is one.
+            approximate: choose among approximate variants only.
+
+        Raises:
+            SearchError: if the index has no such variant.
+        """
+        if dim is not None or precision is not None:
+            return self.require_variant(self.dimensions if dim is None else dim, precision or "float32", approximate)
+        choices = [variant for variant in self.variants if variant.approximate or not approximate]
+        if not choices:
+            raise SearchError(f"'{self.folder}' has no approximate form. Add one with bifocal index --approximate.")
+        return max(choices, key=lambda one: (not one.approximate, one.dim, one.precision == "float32"))
+
+    def require_variant(self, dim: int, precision: str, approximate: bool = False) -> Variant:
+        """Return a variant of the index.
 
         Raises:
             SearchError: if the index lacks it.
         """
-        if (dim, precision) not in self.variants:
-            known = ", ".join(f"{dim} {precision}" for dim, precision in self.variants)
-            raise SearchError(
-                f"'{self.folder}' cannot be searched by {dim} dimensions in {precision}, only by {known}."
-            )
+        variant = Variant(dim, precision, approximate)
+        if variant not in self.variants:
+            known = ", ".join(map(str, self.variants))
+            form = f"{dim} dimensions in {precision}" + approximate * ", approximately"
+            raise SearchError(f"'{self.folder}' cannot be searched by {form}, only by {known}.")
+        return variant
 
     def options(self, identity: dict[str, Any]) -> dict[str, Any]:
         """Return the options of the last run over a source; none if the source is new."""
@@ -135,15 +181,15 @@ class IndexSettings:
         saved = read_settings(self.folder)
         self.sources = saved["sources"] + self.sources[len(saved["sources"]) :]
         self.parts = max(self.parts, saved["parts"])
-        variants = [(dim, precision) for dim, precision in saved["variants"]]
+        variants = [Variant.from_json(values) for values in saved["variants"]]
         self.variants = variants + [variant for variant in self.variants if variant not in variants]
         self._write_settings()
 
     def _write_settings(self) -> None:
         settings = dict(
             format=FORMAT, model=self.model, weights=self.weights, dimensions=self.dimensions, prompts=self.prompts,
-            dtype=self.dtype, variants=self.variants, parts=self.parts, sources=self.sources,
-            fast_decoding=self.fast_decoding,
+            dtype=self.dtype, variants=[variant.to_json() for variant in self.variants], parts=self.parts,
+            sources=self.sources, fast_decoding=self.fast_decoding,
         )  # fmt: skip
         write_settings(self.folder, settings)
 
@@ -187,7 +233,12 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def _is_variant(variant: Any) -> bool:
-    return isinstance(variant, list) and len(variant) == 2 and variant[1] in PRECISIONS
+    return (
+        isinstance(variant, list)
+        and len(variant) >= 2
+        and variant[1] in PRECISIONS
+        and (variant[2:] in ([], ["approximate"]))
+    )
 
 
 def _are_prompts(prompts: Any) -> bool:

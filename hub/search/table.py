@@ -3,7 +3,7 @@
 import mmap
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from bifocal.hub.search.atomic import replace_file, temporary_files
 from bifocal.hub.search.hits import SearchError
 
 ROWS = 1024  # per part; a killed run loses at most as many
+CAPTION_SEPARATOR = " · "  # between the captions of an image
 _PART = re.compile(r"part-(\d{6,})\.arrow")
 _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # a truncated Arrow stream lacks it
 _LENGTH_TOLERANCE = 0.01  # of stored vectors, which have length 1
@@ -291,8 +292,13 @@ def _occurrences(values: list[dict[str, Any]]) -> list[Occurrence]:
 def _name_and_text(kind: str, text: str, occurrences: Sequence[Occurrence]) -> tuple[str, str]:
     """Return what a hit shows: the first name, and the text or all captions of an image."""
     if kind == "image":
-        text = " · ".join(dict.fromkeys(item.text for item in occurrences if item.text))
+        text = join_captions(dict.fromkeys(item.text for item in occurrences if item.text))
     return occurrences[0].name, text
+
+
+def join_captions(captions: Iterable[str]) -> str:
+    """Return the text of an image with several captions."""
+    return CAPTION_SEPARATOR.join(captions)
 
 
 def _part_name(number: int) -> str:

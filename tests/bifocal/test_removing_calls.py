@@ -20,7 +20,7 @@ REVIEWED = {
     # By names of our own in an index's folder, under its lock.
     "hub/search/index.py": Counter(create=1, discard_if_empty=4, _delete_temporary_files=1),  # of an empty index
     "hub/search/atomic.py": Counter(replace_file=2),
-    "hub/search/faiss_indexes.py": Counter(_write=1),  # FAISS indexes of earlier states
+    "hub/search/faiss_indexes.py": Counter(delete_earlier=1),  # FAISS indexes of earlier states
     "hub/search/table.py": Counter(delete_temporary_files=1),
     "modeling/processing_bifocal.py": Counter(token_ids=1),  # cuts token ids
     "training/checkpoints.py": Counter(

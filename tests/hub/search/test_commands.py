@@ -48,7 +48,7 @@ def indexed(reader) -> Path:
     assert (index[0], search[0], serve[0]) == ("index", "search", "serve")
     done = invoke(reader, *index, "--dim", "40", "--dim", "16", "--precision", "float32", "--precision", "int8")
     assert done.exit_code == 0, done.stderr[-3000:]
-    assert "24 new, 0 known before; runs/index has 12 images and 12 texts." in done.stdout
+    assert "24 new, 0 known before; runs/index has 12 images with 12 captions and 0 texts." in done.stdout
     return reader / "runs" / "index"
 
 
@@ -56,26 +56,24 @@ def test_searched(reader, indexed):
     done = invoke(reader, *commands()[1])
     assert done.exit_code == 0, done.stderr[-3000:]
     assert len(done.stdout.strip().splitlines()) == 10
-    found = invoke(reader, "search", "runs/index", "black star 2", "--only", "text", "--json", "-k", "3")
+    found = invoke(reader, "search", "runs/index", "black star 2", "--json", "-k", "3")
     hits = json.loads(found.stdout)
-    assert [hit["kind"] for hit in hits] == ["text"] * 3
+    assert [hit["kind"] for hit in hits] == ["image"] * 3, "found by their captions"
     assert hits[0]["text"] == "black star 2"
     assert hits[0]["score"] == pytest.approx(1.0, abs=1e-5)
     by_image = invoke(reader, "search", "runs/index", "--image", "images/7.png", "--only", "image", "-k", "1", "--json")
     assert json.loads(by_image.stdout)[0]["name"] == "7.png"
-    short = invoke(
-        reader, "search", "runs/index", "black star 2", "--dim", "16", "--precision", "int8", "--only", "text"
-    )
+    short = invoke(reader, "search", "runs/index", "black star 2", "--dim", "16", "--precision", "int8")
     assert "black star 2" in short.stdout.splitlines()[0]
 
 
 def test_added_to_and_deleted_from(reader, indexed):
     more = invoke(reader, "index", "loose", "runs/index")
     assert more.exit_code == 0, more.stderr[-3000:]
-    assert "1 new, 0 known before, 1 skipped; runs/index has 13 images and 12 texts." in more.stdout
+    assert "1 new, 0 known before, 1 skipped; runs/index has 13 images with 12 captions and 0 texts." in more.stdout
     assert "Skipped: two.jpg" in more.stderr
     texts = invoke(reader, "index", "texts.jsonl", "runs/index")
-    assert "5 new, 0 known before; runs/index has 13 images and 17 texts." in texts.stdout
+    assert "5 new, 0 known before; runs/index has 13 images with 12 captions and 5 texts." in texts.stdout
     again = invoke(reader, "index", "texts.jsonl", "runs/index")
     assert "0 new, 5 known before" in again.stdout
     gone = invoke(reader, "remove", "runs/index", "*one.jpg", "*texts.jsonl*")
@@ -83,10 +81,15 @@ def test_added_to_and_deleted_from(reader, indexed):
 
 
 def test_copied_to_a_database(reader, indexed):
-    done = invoke(reader, "export-lancedb", "runs/index", "runs/lance")
+    (reader / "captions.jsonl").write_text(
+        "".join(json.dumps({"text": f"{TEXTS[n % 5]} {n}"}) + "\n" for n in range(12))
+    )
+    indexed = invoke(reader, "index", "captions.jsonl", "runs/texts", "--model", "runs/demo/model")
+    assert indexed.exit_code == 0, indexed.stderr[-3000:]
+    done = invoke(reader, "export-lancedb", "runs/texts", "runs/lance")
     assert done.exit_code == 0, done.stderr[-3000:]
     assert re.fullmatch(r"\d+ rows are in runs/lance\.\n", done.stdout)
-    query = ("search", "runs/index", "black star", "--only", "text", "--json")
+    query = ("search", "runs/texts", "black star", "--only", "text", "--json")
     here, there = (json.loads(invoke(reader, *query, *options).stdout) for options in ((), ("--lancedb", "runs/lance")))
     assert len(here) == 10
     assert [hit["score"] for hit in there] == pytest.approx([hit["score"] for hit in here], abs=1e-5)

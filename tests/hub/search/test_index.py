@@ -138,7 +138,7 @@ def test_deleted_rows_are_gone_from_the_files(searcher):
     assert not any("a pink ring on paper" in part.read_bytes().decode("latin-1") for part in index.table.parts)
     assert searcher.search("a pink ring on paper", k=1, kinds=["text"])[0].name not in gone
     assert index.remove(["drawings/*"]) == 64
-    assert index.counts() == {"image": 0, "text": 63}
+    assert index.counts() == {"image": 0, "text": 63, "caption": 0}
     with pytest.raises(SearchError, match=r"Nothing in .* is called 'drawings/\*'. Use the names that hits show"):
         index.remove(["texts.jsonl:1", "drawings/*"])
     assert len(index) == 63
@@ -257,7 +257,7 @@ def test_two_that_add_at_once(searcher, new, monkeypatch):
         thread.join()
     keys = SearchIndex(index.folder).table.open().rows["key"].to_pylist()
     assert len(keys) == len(set(keys)) == 128
-    assert index.counts() == {"image": 64, "text": 64}, "an open index sees what others added"
+    assert index.counts() == {"image": 64, "text": 64, "caption": 0}, "an open index sees what others added"
 
 
 def test_an_index_that_another_fills_meanwhile_is_not_emptied(new, model_folder, monkeypatch):

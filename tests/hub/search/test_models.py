@@ -55,8 +55,9 @@ def scores(desk, *command: str) -> dict[str, float]:
 
 @pytest.mark.parametrize("name", ["CLIP", "SigLIP", "joint"])
 def test_a_search_is_by_the_vectors_of_the_model(desk, name):
-    done = invoke(desk, "index", "images", "index", "--model", name, "--captions")
-    assert done.exit_code == 0, done.stderr
+    for source in ("images", "texts.jsonl"):
+        done = invoke(desk, "index", source, "index", "--model", name)
+        assert done.exit_code == 0, done.stderr
     assert "index has 5 images and 5 texts" in done.stdout
     model = BifocalModel.from_pretrained(desk / name)
     query = model.encode_query("blue circles")

@@ -64,7 +64,9 @@ def test_captions_names_and_content_are_brought_up_to_date(desk, embedded):
     described(folder, {"kite.png": "a kit", "boat.png": "a boat", "dog.png": "a dog", "cat.png": "a cat"})
     for number, name in enumerate(["kite.png", "boat.png", "dog.png", "cat.png"]):
         save_image(folder / name, number)
-    assert "8 new, 0 known before; index has 4 images and 4 texts." in index(desk, "photos", "--captions")
+    assert "8 new, 0 known before; index has 4 images with 4 captions and 0 texts." in index(
+        desk, "photos", "--captions"
+    )
     vectors = {row["key"]: row["embedding"] for row in SearchIndex(desk / "index").snapshot().rows.to_pylist()}
 
     os.rename(folder / "boat.png", folder / "ship.png")
@@ -74,13 +76,15 @@ def test_captions_names_and_content_are_brought_up_to_date(desk, embedded):
     embedded.clear()
     said = index(desk, "photos")  # with captions, as the last time
     assert sorted(embedded) == ["a kite", "image"], "only the corrected caption and the changed image"
-    assert "2 new, 4 known before, 1 captions updated, 2 renamed, 2 replaced; index has 4 images and 4 texts" in said
+    assert (
+        "2 new, 4 known before, 1 captions updated, 2 renamed, 2 replaced; index has 4 images with 4 captions" in said
+    )
     assert "2 items in the index are missing from 'photos'. Pass --prune to delete them." in said
     assert "image cat.png" in rows(desk), "deleted only when asked"
     for row in SearchIndex(desk / "index").snapshot().rows.to_pylist():
         assert row["embedding"] == vectors.get(row["key"], row["embedding"])
 
-    assert "2 pruned; index has 3 images and 3 texts" in index(desk, "photos", "--prune")
+    assert "2 pruned; index has 3 images with 3 captions and 0 texts" in index(desk, "photos", "--prune")
     assert rows(desk) == {
         "image kite.png": (["kite.png"], "a kite"), "image ship.png": (["ship.png"], "a boat"),
         "image dog.png": (["dog.png"], "a dog"), "text kite.png#caption": (["kite.png#caption"], "a kite"),
