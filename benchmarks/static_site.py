@@ -95,7 +95,7 @@ def make_index(folder: Path, options: argparse.Namespace) -> Any:
                 "key": hashlib.blake2b(name.encode(), digest_size=16).hexdigest(),
                 "kind": "image" if is_image else "text", "text": "" if is_image else words,
                 "image": small if is_image else None,
-                "occurrences": [Occurrence(-1, name, words if is_image else "")], "embedding": vector[None],
+                "occurrences": [Occurrence(-1, name, words if is_image else "")], "embedding": vector,
             })  # fmt: skip
         index.table.append(rows)
     return index

@@ -185,6 +185,8 @@ class OnnxEncoder:
         processor: processor of the model.
         precision: "float32" or "int8".
         towers: those to load.
+        no_overflow: with int8, multiply without the overflow of x86 processors that lack VNNI, which makes vectors less
+            exact there; other processors and browsers have none. It is slower.
 
     Raises:
         OnnxError: if a file is missing.
@@ -192,7 +194,7 @@ class OnnxEncoder:
 
     def __init__(
         self, folder: Path, processor: BifocalProcessor, precision: str = "float32",
-        towers: Sequence[str] = tuple(FILES),
+        towers: Sequence[str] = tuple(FILES), no_overflow: bool = False,
     ) -> None:  # fmt: skip
         import onnxruntime
 
@@ -200,9 +202,12 @@ class OnnxEncoder:
         if missing is not None:
             raise OnnxError(f"'{missing}' is missing in '{folder}'. Export the model with ONNX.")
         self.processor = processor
+        options = onnxruntime.SessionOptions()
+        if no_overflow:
+            options.add_session_config_entry("session.x64quantprecision", "1")
         self.sessions = {
             tower: onnxruntime.InferenceSession(
-                str(folder / file_name(tower, precision)), providers=["CPUExecutionProvider"]
+                str(folder / file_name(tower, precision)), options, providers=["CPUExecutionProvider"]
             )
             for tower in towers
         }

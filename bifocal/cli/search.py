@@ -298,6 +298,7 @@ def serve(
 def _write_static_site(
     index: "SearchIndex", out: Path, title: str, model: str | None, with_images: bool, npm_packages: Path | None
 ) -> None:
+    from bifocal.hub.search.captions import count_in_words
     from bifocal.hub.static_site.arguments import check_site
 
     writes_into(out)
@@ -306,10 +307,9 @@ def _write_static_site(
     from bifocal.hub.static_site.site import describe_differences, write_site
 
     summary = write_site(index, out, title, model, with_images, npm_packages)
-    images, texts = summary.counts["image"], summary.counts["text"]
     sizes = ", ".join(f"{part} {size / 1e6:,.1f}" for part, size in summary.sizes.items())
     total = sum(summary.sizes.values()) / 1e6
-    typer.echo(f"{out} has {images:,} images and {texts:,} texts in {total:,.1f} MB ({sizes}).")
+    typer.echo(f"{out} has {count_in_words(summary.counts)} in {total:,.1f} MB ({sizes}).")
     typer.echo(describe_differences(summary.differences))
     if summary.largest_file > _GITHUB_LIMIT:
         typer.echo(f"One file has {summary.largest_file / 1e6:,.0f} MB; GitHub Pages takes files up to 100 MB.")

@@ -9,9 +9,9 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from bifocal.embedding.items import KINDS
 from bifocal.embedding.models import load_model, weights_hash
 from bifocal.files import replace_folder
+from bifocal.hub.search.captions import count_in_words
 from bifocal.hub.search.index import SearchIndex
 from bifocal.hub.search.table import TableSnapshot
 from bifocal.hub.static_site.arguments import SITE, SiteError, check_site
@@ -24,7 +24,7 @@ _FORMAT = 1  # of site.json, which the page's scripts read
 _MAX_HITS = 60
 _VIEWS = ("One ranking", "Two rankings", "Images only", "Texts only")  # of page.js
 _COMPARED = 64  # texts and images that the towers are compared on
-_HASHED = (f"{LIBRARIES}/*.wasm", f"{MODEL}/*", f"{MODEL}/onnx/*", "data/*.bin")  # what the worker checks
+_HASHED = (f"{LIBRARIES}/*.wasm", f"{MODEL}/*", f"{MODEL}/onnx/*", "data/*.dat")  # what the worker checks
 _CARD = """---
 title: {quoted}
 emoji: 🔎
@@ -37,7 +37,7 @@ pinned: false
 
 # {title}
 
-Search {images:,} images and {texts:,} texts in the browser, without a server: upload this folder to any static host.
+Search {contents} in the browser, without a server: upload this folder to any static host.
 Made with `bifocal serve --static`. To look at it here: `python -m http.server`, then open http://localhost:8000.
 
 {differences}
@@ -49,7 +49,7 @@ class SiteSummary:
     """What was written.
 
     Args:
-        counts: number of items of each kind.
+        counts: number of images, of their captions and of other texts; see `SearchIndex.counts`.
         sizes: bytes by part of the site: "libraries", "model", "vectors", "items" and "page".
         differences: see `write_towers`.
         largest_file: bytes of the largest file.
@@ -103,7 +103,7 @@ def write_site(
         write_libraries(tarballs, site)
         collection = write_collection(index, snapshot, site)
         differences = write_towers(loaded.model, site, with_images, *_examples(snapshot))
-        counts = _counts(snapshot)
+        counts = collection["counts"]
         _write_page(site, title, counts, with_images)
         description = {
             "format": _FORMAT, **collection, "prompt": index.prompts.get("query", ""),
@@ -111,7 +111,7 @@ def write_site(
         }  # fmt: skip
         (site / "data" / "site.json").write_text(json.dumps(description) + "\n", encoding="utf-8")
         card = _CARD.format(
-            title=title, quoted=json.dumps(title, ensure_ascii=False), images=counts["image"], texts=counts["text"],
+            title=title, quoted=json.dumps(title, ensure_ascii=False), contents=count_in_words(counts),
             differences=describe_differences(differences),
         )  # fmt: skip
         (site / "README.md").write_text(card, encoding="utf-8")
@@ -129,11 +129,6 @@ def describe_differences(differences: dict[str, dict[str, float]]) -> str:
         for tower, facts in differences.items()
     ]
     return " ".join(lines)
-
-
-def _counts(snapshot: TableSnapshot) -> dict[str, int]:
-    kinds = [kind for table in snapshot.tables for kind in table.column("kind").to_pylist()]
-    return {kind: kinds.count(kind) for kind in KINDS}
 
 
 def _examples(snapshot: TableSnapshot) -> tuple[list[str], list[bytes]]:
@@ -159,7 +154,7 @@ def _write_page(site: Path, title: str, counts: dict[str, int], with_images: boo
     )
     values: dict[str, Any] = {
         "title": html.escape(title), "views": "".join(views), "max_hits": _MAX_HITS,
-        "contents": f"{counts['image']:,} images and {counts['text']:,} texts",
+        "contents": count_in_words(counts),
         "query": "a text, an image or both" if with_images else "a text",
         "hint": (
             "Upload an image, or press More like this below a hit." if with_images

@@ -78,7 +78,7 @@ def write_towers(
         if with_images:
             exact["image"] = model.encode_image(list(images), show_progress=False)
         for precision in ("float32", "int8"):
-            encoder = OnnxEncoder(scratch / "onnx", processor, precision, towers)
+            encoder = OnnxEncoder(scratch / "onnx", processor, precision, towers, no_overflow=True)
             encoded = {"text": encoder.encode_text(texts)}
             if with_images:
                 encoded["image"] = encoder.encode_image(images)

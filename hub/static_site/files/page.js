@@ -101,12 +101,17 @@ function hitElement(hit, rank) {
     resultUrls.push(url);
     frame = element("span", { className: "bf-frame", children: [element("img", { src: url, alt: hit.text || name })] });
   }
+  let matched = null;
+  if (hit.caption !== null) {
+    const which = hit.caption === hit.text ? "" : `: ${hit.caption}`;
+    matched = element("p", { className: "bf-matched", text: `Matched its caption${which}` });
+  }
   const names = [hit.name, ...hit.other_names.slice(0, MAX_NAMES)].join("\n");
   const caption = name !== hit.text || others ? element("small", { text: name + others, title: names }) : null;
   return element("li", {
     className: `bf-hit bf-${hit.kind}`,
     tabIndex: 0,
-    children: [frame, text, caption, more, score, bar],
+    children: [frame, text, matched, caption, more, score, bar],
   });
 }
 

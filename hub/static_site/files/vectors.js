@@ -1,36 +1,40 @@
-// The vectors of the collection in int8, and searches among them by integer dot products.
+// The vectors of the collection in int8, and searches among them by integer dot products. An image and its captions are
+// one thing, whose best match counts, as in `bifocal search`.
 
 const LEVELS = 2047; // of a query's numbers: a sum of products stays below 2^31 up to 8,192 dimensions
-const KINDS = ["image", "text"];
+const GROUPS = { image: 0, text: 1, caption: 2, captionAndText: 3 }; // of a row
+const HIGHEST = 0.999; // of a caption among images: an image that is the query itself comes first
 
 export class Vectors {
   /**
    * @param site content of data/site.json
-   * @param kinds number of the kind of each row, a byte each
+   * @param groups group of each row, a byte each
+   * @param captions pairs of a caption's row and the row of an image that it belongs to
    * @param parts bytes of the int8 vectors, part by part
    */
-  constructor(site, kinds, parts) {
+  constructor(site, groups, captions, parts) {
     this.dimensions = site.dimensions;
-    this.kinds = kinds;
+    this.groups = groups;
     this.samples = site.samples;
-    this.parts = parts.map(({ buffer }, number) => ({ first: site.vectors[number].first_row, values: new Int8Array(buffer) }));
-    this.lengths = new Float32Array(kinds.length);
-    for (const { row, start, values } of this.rows()) {
-      let sum = 0;
-      for (let i = start; i < start + this.dimensions; i++) sum += values[i] * values[i];
-      this.lengths[row] = Math.max(Math.sqrt(sum), 1e-12);
+    this.images = new Map(); // by row of the caption
+    for (let i = 0; i < captions.length; i += 2) {
+      const images = this.images.get(captions[i]) ?? [];
+      images.push(captions[i + 1]);
+      this.images.set(captions[i], images);
     }
-  }
-
-  *rows() {
+    this.parts = parts.map(({ buffer }, number) => ({ first: site.vectors[number].first_row, values: new Int8Array(buffer) }));
+    this.lengths = new Float32Array(groups.length);
     for (const { first, values } of this.parts) {
-      const count = values.length / this.dimensions;
-      for (let i = 0; i < count; i++) yield { row: first + i, start: i * this.dimensions, values };
+      for (let row = first, start = 0; start < values.length; row++, start += this.dimensions) {
+        let sum = 0;
+        for (let i = start; i < start + this.dimensions; i++) sum += values[i] * values[i];
+        this.lengths[row] = Math.max(Math.sqrt(sum), 1e-12);
+      }
     }
   }
 
   kind(row) {
-    return KINDS[this.kinds[row]];
+    return this.groups[row] === GROUPS.image ? "image" : "text";
   }
 
   /** Return the unit vector of a row. */
@@ -45,7 +49,7 @@ export class Vectors {
   scores(query) {
     const largest = query.reduce((most, value) => Math.max(most, Math.abs(value)), 1e-12);
     const levels = Int32Array.from(query, (value) => Math.round((value / largest) * LEVELS));
-    const scores = new Float32Array(this.kinds.length);
+    const scores = new Float32Array(this.groups.length);
     const factor = largest / LEVELS;
     for (const { first, values } of this.parts) {
       const count = values.length / this.dimensions;
@@ -59,28 +63,62 @@ export class Vectors {
   }
 
   /**
-   * Return the k best rows of each ranking, a list of kinds. A score among several kinds counts by its distance from the
-   * mean score of its kind, in standard deviations, since texts are more similar to texts than to images.
+   * Return the k best things of each ranking, a list of kinds: the row of the thing, the row that matched, and its score.
+   * @param without row of a thing that is no hit
    */
   rank(query, rankings, k, without = null) {
     const scores = this.scores(query);
-    return rankings.map((kinds) => {
-      const several = kinds.length > 1 && KINDS.every((kind) => this.samples[kind]);
-      const usual = kinds.map((kind) => (several ? meanAndDeviation(this.samples[kind], scores) : [0, 1]));
-      const best = []; // ordered, at most k
-      for (let row = 0; row < scores.length; row++) {
-        const number = kinds.indexOf(KINDS[this.kinds[row]]);
-        if (number < 0 || row === without) continue;
-        const [mean, deviation] = usual[number];
-        const rankingScore = (scores[row] - mean) / deviation;
-        if (best.length === k && rankingScore <= best[k - 1].rankingScore) continue;
-        let place = best.length;
-        while (place > 0 && best[place - 1].rankingScore < rankingScore) place--;
-        best.splice(place, 0, { row, score: scores[row], rankingScore });
-        if (best.length > k) best.pop();
+    return rankings.map((kinds) => this.rankThings(scores, kinds, k, without));
+  }
+
+  rankThings(scores, kinds, k, without) {
+    const [ofImages, ofTexts] = ["image", "text"].map((kind) => kinds.includes(kind));
+    const scale = this.scales(scores, kinds);
+    const best = new Float64Array(scores.length).fill(-Infinity); // by thing
+    const matched = new Int32Array(scores.length); // row by which a thing is found
+    const offer = (thing, row, value) => {
+      if (value < best[thing] || (value === best[thing] && scores[row] <= scores[matched[thing]])) return;
+      best[thing] = value;
+      matched[thing] = row;
+    };
+    for (let row = 0; row < scores.length; row++) {
+      const group = this.groups[row];
+      if (group === GROUPS.image) {
+        if (ofImages) offer(row, row, scale.image(scores[row]));
+        continue;
       }
-      return best;
-    });
+      const value = scale.text(scores[row]);
+      if (ofImages && group !== GROUPS.text) for (const image of this.images.get(row)) offer(image, row, value);
+      if (ofTexts && group !== GROUPS.caption) offer(row, row, value);
+    }
+    // Images that share a caption are ordered by their own scores.
+    const order = (one, other) =>
+      best[other] - best[one] || scores[matched[other]] - scores[matched[one]] || matched[one] - matched[other] ||
+      scores[other] - scores[one] || one - other;
+    const things = []; // ordered, at most k
+    for (let thing = 0; thing < scores.length; thing++) {
+      if (best[thing] === -Infinity || thing === without) continue;
+      if (things.length === k && order(things[k - 1], thing) <= 0) continue;
+      let place = things.length;
+      while (place > 0 && order(things[place - 1], thing) > 0) place--;
+      things.splice(place, 0, thing);
+      if (things.length > k) things.pop();
+    }
+    return things.map((row) => ({ row, matched: matched[row], score: scores[matched[row]] }));
+  }
+
+  /**
+   * Return what scores of images and of texts count in a ranking of some kinds. Among both, a score counts by its distance
+   * from the mean score of its kind, in standard deviations, since texts are more similar to texts than to images. Among
+   * images, a caption's counts as the score of an image that is as far from the mean.
+   */
+  scales(scores, kinds) {
+    const same = (score) => score;
+    if (!this.samples.image || !this.samples.text || !kinds.includes("image")) return { image: same, text: same };
+    const [image, text] = [this.samples.image, this.samples.text].map((rows) => meanAndDeviation(rows, scores));
+    const distance = ([mean, deviation]) => (score) => (score - mean) / deviation;
+    if (kinds.length > 1) return { image: distance(image), text: distance(text) };
+    return { image: same, text: (score) => Math.min(image[0] + image[1] * distance(text)(score), HIGHEST) };
   }
 }
 

@@ -79,9 +79,9 @@ async function fetchSite() {
 }
 
 async function loadVectors() {
-  const files = ["data/kinds.bin", ...site.vectors.map(({ file }) => file)];
-  const [kinds, ...parts] = await Promise.all(files.map((file) => fetchBytes(file)));
-  vectors = new Vectors(site, kinds, parts);
+  const files = ["data/groups.dat", "data/captions.dat", ...site.vectors.map(({ file }) => file)];
+  const [groups, captions, ...parts] = await Promise.all(files.map((file) => fetchBytes(file)));
+  vectors = new Vectors(site, groups, new Int32Array(captions.buffer), parts);
 }
 
 async function loadLibrary() {
@@ -203,7 +203,7 @@ const packs = new Map(); // promises of the files of items that were shown, the 
 const MAX_PACKS = 64;
 
 function fetchPack(number) {
-  const name = `data/items/${String(number).padStart(6, "0")}.bin`;
+  const name = `data/items/${String(number).padStart(6, "0")}.dat`;
   const pack = packs.get(number) ?? fetchBytes(name, { bytes: site.items.bytes[number] });
   packs.delete(number);
   packs.set(number, pack);
@@ -230,15 +230,21 @@ async function readItem(row) {
   return { ...item, kind: vectors.kind(row), thumbnail: thumbnail && bytes.slice(start, start + thumbnail.bytes) };
 }
 
+/** Return a hit with what is shown of it, and with the caption that matched if one did. */
+async function readHit({ row, matched, score }) {
+  const [item, caption] = await Promise.all([readItem(row), matched === row ? null : readItem(matched)]);
+  return { ...item, row, score, caption: caption && caption.text };
+}
+
 async function search(query) {
   const start = performance.now();
   const [vector, cut] = await queryVector(query);
   const embedded = performance.now();
-  // The row that others are searched like is no hit of its own.
+  // What others are searched like is no hit of its own.
   const rankings = vectors.rank(vector, query.rankings, query.k, query.row);
   const ranked = performance.now();
   const hits = await Promise.all(
-    rankings.map((ranking) => Promise.all(ranking.map(async (hit) => ({ ...hit, ...(await readItem(hit.row)) })))),
+    rankings.map((ranking) => Promise.all(ranking.map(readHit))),
   );
   return { vector, cut, rankings: hits, milliseconds: { embed: embedded - start, rank: ranked - embedded } };
 }

@@ -12,6 +12,7 @@ import pytest
 
 from bifocal.embedding.items import Item
 from bifocal.embedding.models import weights_hash
+from bifocal.hub.search.captions import caption_name
 from bifocal.hub.search.index import SearchIndex
 from bifocal.hub.search.searcher import Searcher
 from bifocal.hub.static_site.npm import PackageError, load_tarballs
@@ -57,7 +58,10 @@ def site(model_folder, tmp_path_factory) -> Site:  # noqa: F811
     weights = weights_hash(model_folder)
     index = SearchIndex.create(folder / "index", str(model_folder), weights, 40, prompts={"query": PROMPT})
     odd = [Item(f"odd/{name}-{LONG_NAME}", image=_png(image)) for name, image in odd_images().items()]
-    Searcher(index).add([*sample_items(), Item("evil", EVIL), *odd])
+    images = [item for item in sample_items() if item.image is not None]
+    captions = [Item(caption_name(item.name), item.text) for item in images[::2]]
+    both = Item("notes.txt", images[0].text)  # a caption and a text of its own
+    Searcher(index).add([*sample_items(), *captions, both, Item("evil", EVIL), *odd])
     done = invoke(folder, "serve", "index", "--static", "pages/sub/site", "--title", TITLE, "--with-images")
     assert done.exit_code == 0, done.stderr
     return Site(folder / "pages" / "sub" / "site", index, done.stdout)

@@ -27,9 +27,9 @@ pytestmark = needs_browser
 TEXTS = ["a blue star on paper", "x", "Ünïcode, a çross; 東京 ★ 😀 (N.B.)", "  spaced\n out\ttext ", EVIL, LONG]
 # Of a ranking score: vectors have 8 bits, and a score of some small collection differs by 0.01 for that.
 TOLERANCE = 0.05
-SEARCH = """([text, row, kinds]) => client.search(
-    {text, row, weight: 0.5, k: 12, rankings: kinds}).then(({rankings, vector, cut}) => ({vector: [...vector], cut,
-      rankings: rankings.map(hits => hits.map(({name, text, score}) => [name, text, score]))}))"""
+SEARCH = """([text, row, kinds]) => client.search({text, row, weight: 0.5, k: 12, rankings: kinds}).then(
+    ({rankings, vector, cut}) => ({vector: [...vector], cut, rankings}))"""
+ROWS = 69 + 65 + 32  # images, texts, captions, of which one is a text, too
 KINDS_OF_VIEWS = [["image", "text"], ["image"], ["text"]]
 
 
@@ -51,29 +51,48 @@ def check_rankings(site, vector, rankings, without=()) -> None:
     for kinds, hits in zip(KINDS_OF_VIEWS, rankings, strict=True):
         ranking = [hit for hit in site.index.search(vector, 1000, kinds) if hit.name not in without]
         by_name = {hit.name: hit for hit in ranking}
-        assert len({name for name, _, _ in hits}) == len(hits) == 12
-        np.testing.assert_allclose(
-            [score for _, _, score in hits], [by_name[name].score for name, _, _ in hits], atol=0.01
-        )
-        found = [by_name[name].ranking_score for name, _, _ in hits]
+        expected = [by_name[hit["name"]] for hit in hits]
+        assert len({hit.name for hit in expected}) == len(hits) == 12
+        found = [hit.ranking_score for hit in expected]
         np.testing.assert_allclose(found, [hit.ranking_score for hit in ranking[:12]], atol=TOLERANCE)
-        assert [text for _, text, _ in hits] == [by_name[name].text for name, _, _ in hits]
+        assert [hit["text"] for hit in hits] == [hit.text for hit in expected]
+        same = [pair for pair in zip(hits, expected, strict=True) if pair[0]["caption"] == pair[1].caption]
+        assert len(same) > 8, "an image and its caption may be equally close"
+        for hit, other in same:
+            assert hit["score"] == pytest.approx(other.score, abs=0.01)
 
 
 def test_texts_find_what_python_finds(page, host, site, searcher):
     opened(page, host)
     processor = with_model_max_length(searcher.model.model.processor, searcher.model.model)
-    encoder = OnnxEncoder(site.folder / "model" / "onnx", processor, "int8")
+    encoder = OnnxEncoder(site.folder / "model" / "onnx", processor, "int8", no_overflow=True)
     for text in TEXTS:
         answer = page.evaluate(SEARCH, [text, None, KINDS_OF_VIEWS])
         vector = np.array(answer["vector"], np.float32)
-        assert vector @ encoder.encode_text([PROMPT + text])[0] > 0.999, "the same file in Python"
-        assert vector @ searcher.vector(text) > 0.99, "float32, as far as int8 weights allow"
+        assert vector @ encoder.encode_text([PROMPT + text.strip()])[0] > 0.9999, "the same file in Python"
+        assert vector @ searcher.vector(text) > 0.999, "float32, as far as int8 weights allow"
         assert answer["cut"] == (text == LONG)
         check_rankings(site, vector, answer["rankings"])
     # The folder of the model is one that Python reads, too.
     same = BifocalProcessor.from_pretrained(site.folder / "model").tokenizer
     assert same(TEXTS[2])["input_ids"] == processor.tokenizer(TEXTS[2])["input_ids"]
+
+
+def test_an_image_and_its_caption_are_one_hit(page, host, site):
+    from playwright.sync_api import expect
+
+    opened(page, host)
+    caption, *_ = [item.text for item in sample_items() if item.image is not None]
+    page.fill("#bf-text", caption)
+    page.get_by_label("Images only").check()
+    page.click("#bf-go")
+    matched = page.locator("#bf-results .bf-image", has_text="Matched its caption")
+    expect(matched.first).to_contain_text("0.png")
+    page.get_by_label("Texts only").check()
+    page.click("#bf-go")
+    expect(page.locator("#bf-results .bf-hit")).to_have_count(12)
+    expect(page.locator("#bf-results small", has_text="notes.txt")).to_have_count(1)
+    expect(page.locator("#bf-results small", has_text="#caption")).to_have_count(0)
 
 
 def test_more_like_an_image_of_the_collection(page, host, site):
@@ -171,7 +190,7 @@ DAMAGE = {
     "lib/ort-wasm-simd-threaded.wasm": (lambda content: None, "cannot be loaded (status 404)"),
     "model/onnx/text_model_int8.onnx": (lambda content: content[:130], "has 130 bytes instead of"),
     "model/tokenizer.json": (lambda content: None, "'model/tokenizer.json' of this site cannot be loaded"),
-    "data/vectors-000.bin": (flipped, "'data/vectors-000.bin' of this site is damaged"),
+    "data/vectors-000.dat": (flipped, "'data/vectors-000.dat' of this site is damaged"),
     "data/site.json": (lambda content: content[:100], "'data/site.json' of this site is damaged"),
 }
 
@@ -190,16 +209,18 @@ def test_a_damaged_file_is_named(name, page, host, site):
 def test_a_damaged_file_of_items_is_named(page, host, site):
     from playwright.sync_api import expect
 
-    host.replaced["data/items/000000.bin"] = None
+    host.replaced["data/items/000000.dat"] = None
     opened(page, host)
     page.fill("#bf-text", "a star")
     page.press("#bf-text", "Enter")
     alert = page.locator("#bf-results").get_by_role("alert")
-    expect(alert).to_contain_text("'data/items/000000.bin' of this site cannot be loaded (status 404)")
+    expect(alert).to_contain_text("'data/items/000000.dat' of this site cannot be loaded (status 404)")
 
 
 def test_what_is_written(site, tmp_path):
-    assert re.search(r"site has 69 images and 65 texts in 1\d\.\d MB \(libraries 14\.\d, model 0\.\d, ", site.output)
+    assert re.search(
+        r"site has 69 images with 32 captions and 66 texts in 1\d\.\d MB \(libraries 14\.\d, model 0\.\d, ", site.output
+    )
     for tower in KINDS:
         cosines = rf"The {tower} tower has int8 weights: the cosine of its vectors to those in float32 is ([01]\.\d+)"
         assert float(re.search(cosines, site.output)[1]) > 0.99
@@ -216,9 +237,7 @@ def test_what_is_written(site, tmp_path):
     assert (tmp_path / "site" / "index.html").read_text().count("hidden disabled") == 1
     assert not list((tmp_path / "site").rglob("vision_model*"))
     assert list(summary.differences) == ["text"]
-    assert json.loads((tmp_path / "site" / "data" / "site.json").read_text())["rows"] == sum(
-        summary.counts[kind] for kind in KINDS
-    )
+    assert json.loads((tmp_path / "site" / "data" / "site.json").read_text())["rows"] == ROWS
     (tmp_path / "site" / "page.js").write_text("mine")
     with pytest.raises(NotOursError, match=r"'page\.js' in '.*site' was changed after Bifocal wrote it"):
         write_site(site.index, tmp_path / "site")
@@ -234,6 +253,6 @@ def test_what_is_refused(site, tmp_path, monkeypatch):
         with pytest.raises(NotOursError, match=expected):
             write_site(site.index, folder)
     monkeypatch.setattr(arguments, "MAX_ITEMS", 100)
-    with pytest.raises(SiteError, match="has 134 items, but a browser searches 100 at most"):
+    with pytest.raises(SiteError, match=f"has {ROWS} items, but a browser searches 100 at most"):
         write_site(site.index, tmp_path / "new")
     assert not (tmp_path / "new").exists()
