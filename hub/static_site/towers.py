@@ -53,7 +53,8 @@ def write_towers(
 
     Raises:
         OnnxError: if a float32 file differs from torch.
-        SiteError: if a tower cannot be exported, the tokenizer has no `tokenizer.json`, or `require_images` refuses.
+        SiteError: if a tower cannot be exported or is too large, the tokenizer has no `tokenizer.json`, or
+            `require_images` refuses.
     """
     towers = ("text", "image") if with_images else ("text",)
     if with_images:
@@ -86,7 +87,12 @@ def write_towers(
                 facts = compare_vectors(tower, precision, vectors, exact[tower])
                 differences[tower] = {**facts, "compared": len(vectors)}
     for tower in towers:
-        shutil.copyfile(scratch / "onnx" / file_name(tower, "int8"), folder / "onnx" / file_name(tower, "int8"))
+        name = file_name(tower, "int8")
+        if len(list((scratch / "onnx").glob(f"{name}*"))) > 1:  # weights beyond 2 GB have a file of their own
+            raise SiteError(
+                f"The {tower} tower is too large for a browser. Serve the index with bifocal serve --space."
+            )
+        shutil.copyfile(scratch / "onnx" / name, folder / "onnx" / name)
     return differences
 
 

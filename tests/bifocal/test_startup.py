@@ -130,6 +130,11 @@ serve nope                                               | 'nope' is not an inde
 serve index --model ./nope                               | There is no model at './nope'
 serve index --space notes                                | 'notes' holds
 serve index --space index/x                              | lies in 'index'
+serve index --static notes                               | 'notes' holds
+serve index --static index/x                             | lies in 'index'
+serve index --static new --npm-packages empty            | 'empty' has no onnxruntime-web
+serve index --static new --space new2                    | Pass one of them
+serve index --with-images                                | Pass --static FOLDER
 data show nope                                           | There is no corpus 'nope'
 data inspect ./nope                                      | There is nothing at './nope'
 data inspect pairs.jsonl nope=1                          | unknown key 'nope'
