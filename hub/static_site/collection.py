@@ -103,7 +103,8 @@ def _write_vectors(index: SearchIndex, snapshot: TableSnapshot, site: Path) -> l
 
 
 def _write_items(snapshot: TableSnapshot, captions: Captions, folder: Path) -> dict[str, list[int]]:
-    first_rows, sizes = [], []
+    first_rows: list[int] = []
+    sizes: list[int] = []
     for first_row, pack in _packs(snapshot, captions):
         content = pack.content()
         (folder / f"{len(sizes):06d}.dat").write_bytes(content)

@@ -9,6 +9,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+import numpy as np
+
 from bifocal.embedding.models import load_model, weights_hash
 from bifocal.files import replace_folder
 from bifocal.hub.search.captions import count_in_words
@@ -17,7 +19,7 @@ from bifocal.hub.search.table import TableSnapshot
 from bifocal.hub.static_site.arguments import SITE, SiteError, check_site
 from bifocal.hub.static_site.collection import write_collection
 from bifocal.hub.static_site.npm import LIBRARIES, load_tarballs, write_libraries
-from bifocal.hub.static_site.towers import MODEL, max_tokens, sample, write_towers
+from bifocal.hub.static_site.towers import MODEL, max_tokens, write_towers
 from bifocal.progress import no_progress_bars
 
 _FORMAT = 1  # of site.json, which the page's scripts read
@@ -132,13 +134,18 @@ def describe_differences(differences: dict[str, dict[str, float]]) -> str:
 
 
 def _examples(snapshot: TableSnapshot) -> tuple[list[str], list[bytes]]:
-    """Return some texts and thumbnails of an index. Without texts, names of images are texts."""
-    texts, images = [], []
-    for table in snapshot.tables:
-        texts += [text for text in table.column("text").to_pylist() if text]
-        images += [image["bytes"] for image in table.column("image").to_pylist() if image is not None]
-    texts = texts or [Path(name).stem for table in snapshot.tables for name in table.column("name").to_pylist()]
-    return sample(texts, _COMPARED), sample(images, _COMPARED)
+    """Return some texts and thumbnails of an index, evenly spread. Without texts, names of images are texts."""
+    rows = snapshot.rows
+    texts = [text for text in rows.column("text").to_pylist() if text]
+    texts = texts or [Path(name).stem for name in rows.column("name").to_pylist()]
+    of_images = np.flatnonzero(np.array(rows.column("kind").to_pylist(), dtype=object) == "image")
+    thumbnails = [rows.column("image")[int(row)].as_py()["bytes"] for row in of_images[_spread(len(of_images))]]
+    return [texts[row] for row in _spread(len(texts))], thumbnails
+
+
+def _spread(count: int) -> np.ndarray:
+    """Return the numbers of the examples among `count` values."""
+    return np.unique(np.linspace(0, max(count - 1, 0), min(count, _COMPARED)).astype(int))
 
 
 def _write_page(site: Path, title: str, counts: dict[str, int], with_images: bool) -> None:

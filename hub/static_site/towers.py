@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from bifocal.hub.export import with_model_max_length
 from bifocal.hub.onnx import WITHOUT_ONNX, OnnxEncoder, OnnxError, compare_vectors, export_onnx, file_name, quietly
 from bifocal.hub.space import remove_paths
@@ -99,9 +97,3 @@ def write_towers(
 def max_tokens(model: BifocalModel) -> int:
     """Return the length in tokens at which a site cuts queries."""
     return min(model.config.max_text_length, model.processor.tokenizer.model_max_length, _MAX_TOKENS)
-
-
-def sample(values: Sequence[Any], count: int) -> list[Any]:
-    """Return some values, evenly spread."""
-    rows = np.unique(np.linspace(0, len(values) - 1, min(count, len(values))).astype(int)) if values else []
-    return [values[row] for row in rows]

@@ -1,12 +1,15 @@
-// Images of visitors, as Python prepares them: upright, on white, and resized as Pillow does. Browsers resize otherwise,
-// and vectors would depend on the browser.
+// Images of visitors, as Python prepares them: upright, on white, and resized as Pillow does. Browsers resize
+// otherwise, and vectors would depend on the browser.
 
 const MAX_PIXELS = 64_000_000;
+// Half the width of each filter, and the filter, by Pillow's number: Lanczos, bilinear, bicubic.
 const FILTERS = {
-  1: [3, (x) => (x === 0 ? 1 : Math.abs(x) < 3 ? (3 * Math.sin(Math.PI * x) * Math.sin((Math.PI * x) / 3)) / (Math.PI * x) ** 2 : 0)],
+  1: [3, (x) => (Math.abs(x) < 3 ? sinc(x) * sinc(x / 3) : 0)],
   2: [1, (x) => Math.max(1 - Math.abs(x), 0)],
   3: [2, (x) => cubic(Math.abs(x), -0.5)],
-}; // by Pillow's number: Lanczos, bilinear, bicubic; each with half its width
+};
+
+const sinc = (x) => (x === 0 ? 1 : Math.sin(Math.PI * x) / (Math.PI * x));
 
 function cubic(x, a) {
   if (x < 1) return ((a + 2) * x - (a + 3)) * x * x + 1;
@@ -27,18 +30,24 @@ function lineWeights(from, to, [support, filter]) {
   });
 }
 
-/** Resize one direction of 8-bit RGB: `lines` lines of `to` pixels from pixels that are `step` apart. */
+/**
+ * Resize one direction of 8-bit RGB.
+ * @param lines number of lines across this direction
+ * @param weights what each new pixel of a line is made of
+ * @param step distance of the pixels of a line, in the data and in the result
+ * @param lineStep distance of the lines, in the data and in the result
+ */
 function resizeLines(data, lines, weights, step, lineStep) {
   const result = new Uint8ClampedArray(lines * weights.length * 3);
   for (let line = 0; line < lines; line++) {
-    weights.forEach(({ first, weights }, pixel) => {
+    for (const [pixel, { first, weights: ofPixel }] of weights.entries()) {
       for (let channel = 0; channel < 3; channel++) {
         let sum = 0;
-        let position = line * lineStep + first * step + channel;
-        for (let j = 0; j < weights.length; j++, position += step) sum += weights[j] * data[position];
-        result[(step === 3 ? line * (result.length / lines) + pixel * 3 : pixel * lines * 3 + line * 3) + channel] = Math.floor(sum + 0.5);
+        let from = line * lineStep[0] + first * step[0] + channel;
+        for (let i = 0; i < ofPixel.length; i++, from += step[0]) sum += ofPixel[i] * data[from];
+        result[line * lineStep[1] + pixel * step[1] + channel] = Math.floor(sum + 0.5);
       }
-    });
+    }
   }
   return result;
 }
@@ -46,9 +55,14 @@ function resizeLines(data, lines, weights, step, lineStep) {
 export function resize({ data, width, height }, newWidth, newHeight, resample) {
   const filter = FILTERS[resample];
   if (filter === undefined) throw new Error(`resampling by ${resample} is not known`);
+  const [row, newRow] = [3 * width, 3 * newWidth];
   let pixels = data;
-  if (newWidth !== width) pixels = resizeLines(pixels, height, lineWeights(width, newWidth, filter), 3, 3 * width);
-  if (newHeight !== height) pixels = resizeLines(pixels, newWidth, lineWeights(height, newHeight, filter), 3 * newWidth, 3);
+  if (newWidth !== width) {
+    pixels = resizeLines(pixels, height, lineWeights(width, newWidth, filter), [3, 3], [row, newRow]);
+  }
+  if (newHeight !== height) {
+    pixels = resizeLines(pixels, newWidth, lineWeights(height, newHeight, filter), [newRow, newRow], [3, 3]);
+  }
   return pixels;
 }
 

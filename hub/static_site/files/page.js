@@ -2,7 +2,6 @@
 "use strict";
 
 const MAX_UPLOAD = 10 * 2 ** 20; // bytes
-const MAX_NAMES = 20; // of an item, in the tooltip
 const HEADINGS = { image: "Images", text: "Texts" };
 const VIEWS = {
   "One ranking": [["image", "text"]],
@@ -106,7 +105,7 @@ function hitElement(hit, rank) {
     const which = hit.caption === hit.text ? "" : `: ${hit.caption}`;
     matched = element("p", { className: "bf-matched", text: `Matched its caption${which}` });
   }
-  const names = [hit.name, ...hit.other_names.slice(0, MAX_NAMES)].join("\n");
+  const names = [hit.name, ...hit.other_names].join("\n");
   const caption = name !== hit.text || others ? element("small", { text: name + others, title: names }) : null;
   return element("li", {
     className: `bf-hit bf-${hit.kind}`,
@@ -132,7 +131,10 @@ function showRankings(view, { rankings, cut }) {
     const kinds = VIEWS[view][number];
     if (rankings.length > 1) results.append(element("h2", { text: HEADINGS[kinds[0]] }));
     if (hits.length === 0) results.append(note("The index has none of this kind."));
-    else results.append(element("ol", { className: "bf-hits", children: hits.map((hit, i) => hitElement(hit, i + 1)) }));
+    else {
+      const cards = hits.map((hit, i) => hitElement(hit, i + 1));
+      results.append(element("ol", { className: "bf-hits", children: cards }));
+    }
   });
 }
 
@@ -220,7 +222,8 @@ function start() {
   byId("bf-upload").addEventListener("change", (event) => upload(event.target.files[0]));
   clear();
   if (location.protocol === "file:") {
-    showLoading(note("Browsers load no model from a file. Run 'python -m http.server' in this folder and open http://localhost:8000.", "alert"));
+    const remedy = "Run 'python -m http.server' in this folder and open http://localhost:8000.";
+    showLoading(note(`Browsers load no model from a file. ${remedy}`, "alert"));
     return null;
   }
   const bar = element("progress", { max: 1, value: 0 });

@@ -22,7 +22,9 @@ export class Vectors {
       images.push(captions[i + 1]);
       this.images.set(captions[i], images);
     }
-    this.parts = parts.map(({ buffer }, number) => ({ first: site.vectors[number].first_row, values: new Int8Array(buffer) }));
+    this.parts = parts.map(({ buffer }, number) => {
+      return { first: site.vectors[number].first_row, values: new Int8Array(buffer) };
+    });
     this.lengths = new Float32Array(groups.length);
     for (const { first, values } of this.parts) {
       for (let row = first, start = 0; start < values.length; row++, start += this.dimensions) {
@@ -63,7 +65,7 @@ export class Vectors {
   }
 
   /**
-   * Return the k best things of each ranking, a list of kinds: the row of the thing, the row that matched, and its score.
+   * Return the k best things of each ranking, a list of kinds: row of the thing, row that matched, and its score.
    * @param without row of a thing that is no hit
    */
   rank(query, rankings, k, without = null) {
@@ -99,18 +101,18 @@ export class Vectors {
     for (let thing = 0; thing < scores.length; thing++) {
       if (best[thing] === -Infinity || thing === without) continue;
       if (things.length === k && order(things[k - 1], thing) <= 0) continue;
-      let place = things.length;
-      while (place > 0 && order(things[place - 1], thing) > 0) place--;
-      things.splice(place, 0, thing);
+      let position = things.length;
+      while (position > 0 && order(things[position - 1], thing) > 0) position--;
+      things.splice(position, 0, thing);
       if (things.length > k) things.pop();
     }
     return things.map((row) => ({ row, matched: matched[row], score: scores[matched[row]] }));
   }
 
   /**
-   * Return what scores of images and of texts count in a ranking of some kinds. Among both, a score counts by its distance
-   * from the mean score of its kind, in standard deviations, since texts are more similar to texts than to images. Among
-   * images, a caption's counts as the score of an image that is as far from the mean.
+   * Return what scores of images and of texts count in a ranking of some kinds. Among both, a score counts by its
+   * distance from the mean score of its kind, in standard deviations, since texts are more similar to texts than to
+   * images. Among images, a caption's counts as the score of an image that is as far from the mean.
    */
   scales(scores, kinds) {
     const same = (score) => score;

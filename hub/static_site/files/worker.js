@@ -16,7 +16,8 @@ const loaded = new Map(); // bytes by file, while files are loaded at the start
 
 /** Return the bytes of a file, checked by its size and its hash if they are known. */
 async function fetchBytes(path, expected = site?.files[path]) {
-  const problem = (reason) => new SiteError(`'${path}' of this site ${reason}. Load the page again, or upload the site again.`);
+  const remedy = "Load the page again, or upload the site again.";
+  const problem = (reason) => new SiteError(`'${path}' of this site ${reason}. ${remedy}`);
   let response, bytes;
   try {
     response = await fetch(new URL(path, BASE));

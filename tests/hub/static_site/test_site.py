@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from bifocal.hub.onnx import OnnxEncoder
 from bifocal.hub.push import validate_folder
 from bifocal.hub.search.searcher import Searcher
 from bifocal.hub.static_site import arguments
+from bifocal.hub.static_site import site as site_module
 from bifocal.hub.static_site.arguments import SiteError
 from bifocal.hub.static_site.site import write_site
 from bifocal.modeling import BifocalProcessor
@@ -252,6 +254,10 @@ def test_what_is_refused(site, tmp_path, monkeypatch):
     ):
         with pytest.raises(NotOursError, match=expected):
             write_site(site.index, folder)
+    with monkeypatch.context() as patched:
+        patched.setattr(site_module, "load_model", lambda *_: SimpleNamespace(is_joint=False))
+        with pytest.raises(SiteError, match="is a model of sentence-transformers, which is not exported for browsers"):
+            write_site(site.index, tmp_path / "new")
     monkeypatch.setattr(arguments, "MAX_ITEMS", 100)
     with pytest.raises(SiteError, match=f"has {ROWS} items, but a browser searches 100 at most"):
         write_site(site.index, tmp_path / "new")
