@@ -2,7 +2,7 @@
 
 It knows nothing of training or evaluation.
 
-- What a user sets: `source` (and `schema`, which validates it), `filters`, `kinds`, `corpora`.
+- What a user sets: `source` (and `schema`, which validates it), `filters`, `kinds`, `corpora`, `mixtures`.
 - From a path to rows: `paths` (patterns, addresses, allowed roots), `locate` (files, reader, layout), `loading` (a
   data set, a stream, or the kind of its rows).
 - Readers of one file: `readers` (Parquet, Arrow, image folders), `text_files` (JSON, JSONL), `delimited` (CSV, TSV),

@@ -16,7 +16,7 @@ from bifocal.data.filters import RowFilter
 from bifocal.data.image_decoding import disable_image_decoding
 from bifocal.data.kinds import INFERRED, KINDS
 from bifocal.data.locate import SourceSplit, holds_files, is_files, locate
-from bifocal.data.normalize import ColumnLayout, RowNormaliser, as_is, dpr
+from bifocal.data.normalize import COLUMN_LAYOUTS, ColumnLayout, RowNormaliser, as_is, dpr
 from bifocal.data.paths import AllowedRoots, DatasetsRoots
 from bifocal.data.readers import IMAGE_SUFFIXES, READERS
 from bifocal.data.shards import ShardStream
@@ -25,6 +25,7 @@ from bifocal.data.source import Source
 from bifocal.data.tables import normalise_dataset, to_dataset
 from bifocal.errors import DataError, first_line
 
+_CORPUS = "corpus:"
 _PEEKED = 20  # rows read to infer their kind
 
 
@@ -63,10 +64,12 @@ def load_source(
     if stream is not None:
         return stream if source.streaming else to_dataset(stream, source, skipped, name)
     dataset = disable_image_decoding(_from_hub(source))
-    require_columns(dataset.column_names, source, kind)
+    layout = COLUMN_LAYOUTS.get(source.format or "", as_is)
+    if layout is as_is:
+        require_columns(dataset.column_names, source, kind)
     path = os.path.expanduser(source.path) if isinstance(source.path, str) else ""
     allowed_roots = DatasetsRoots(path if os.path.isdir(path) else None)
-    return normalise_dataset(dataset, source, normaliser(source, kind, allowed_roots), skipped, name)
+    return normalise_dataset(dataset, source, normaliser(source, kind, allowed_roots, layout), skipped, name)
 
 
 def open_stream(source: Source, kind: str, seed: int | None = None) -> ShardStream | None:
@@ -136,7 +139,8 @@ def infer_kind(source: Source) -> str:
     Raises:
         DataError: if there is no such source, or its columns fit no kind.
     """
-    source = named_source(source)
+    if _is_corpus(source):
+        return corpus(source.title.removeprefix(_CORPUS)).kind
     paths = [source.path] if isinstance(source.path, str) else source.path
     folder = os.path.expanduser(paths[0])
     if os.path.isdir(folder) and is_beir(folder):
@@ -188,9 +192,11 @@ def _has_columns(names: list[str], source: Source, kind: str) -> bool:
 
 def named_source(source: Source) -> Source:
     """Return the source that `corpus:NAME` stands for; others as they are."""
-    if not isinstance(source.path, str) or not source.path.startswith("corpus:"):
-        return source
-    return corpus(source.path.removeprefix("corpus:")).source(source)
+    return corpus(source.title.removeprefix(_CORPUS)).to_source(source) if _is_corpus(source) else source
+
+
+def _is_corpus(source: Source) -> bool:
+    return isinstance(source.path, str) and source.path.startswith(_CORPUS)
 
 
 def _require_streamable(source: Source) -> None:

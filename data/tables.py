@@ -155,8 +155,9 @@ def normalise_dataset(
         drop = [column for column in dataset.column_names or [] if column not in columns]
         batch = _Batch(normalise, columns, source.title, {} if kind == "scored-pair" else class_names(dataset.features))
         return dataset.map(batch, batched=True, with_indices=True, remove_columns=drop)
-    named = normalise.normalise.column_of("caption", dataset.column_names) in class_names(dataset.features)  # type: ignore[attr-defined]
-    if kind == "image-text" and source.clean is None and not named:
+    caption = normalise.normalise.column_of("caption", dataset.column_names)  # type: ignore[attr-defined]
+    plain = caption in dataset.column_names and caption not in class_names(dataset.features)
+    if kind == "image-text" and source.clean is None and plain:
         return _with_captions(dataset, source, normalise, skipped, name)
     names = {} if kind == "scored-pair" else class_names(dataset.features)
     stream = ShardStream([source.title], _TableReader(dataset, names), normalise, kind, None)

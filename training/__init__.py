@@ -1,7 +1,7 @@
 """Training: joint losses over images and texts, from a recipe or from Python.
 
-- `recipe`, `run_folder`, `runner`, `plan`, `stage_record`, `checkpoints`: a stage from a YAML file to an exported
-  model.
+- `recipe`, `data_summary`, `run_folder`, `runner`, `plan`, `stage_record`, `checkpoints`: a stage from a YAML file to
+  an exported model.
 - `trainer`, `arguments`, `argument_names`, `setting_warnings`, `resuming`, `eval_loss`, `precision`, `param_groups`:
   `MultiTaskTrainer` and its settings.
 - `tasks`, `task_dataset`, `row_check`, `streams`, `joint_batches`, `collator`, `signature`: from data sets to batches.

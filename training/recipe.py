@@ -8,6 +8,7 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError, create_model, model_validator
 
 from bifocal.data.augmentation import ImageAugmentation
+from bifocal.data.mixtures import Mixture
 from bifocal.data.readers import format_of
 from bifocal.data.schema import Strict, ended, key_hint, problem_of, read_yaml, require_distinct_columns, set_override
 from bifocal.data.source import Source
@@ -31,13 +32,47 @@ _AugmentationFields: Any = create_model(
 
 
 class TaskRecipe(_TaskFields):
-    """A `Task` with the source of its rows.
+    """A `Task` with the source of its rows, or one task for each corpus of a mixture.
 
     Args:
         data: the source of its rows.
+        mixture: public corpora instead of data. Each is a task with the other settings of this one; its own
+            sampling_weight is multiplied by this one's.
     """
 
-    data: Source
+    data: Source | None = None
+    mixture: Mixture | None = None
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "TaskRecipe":
+        if (self.data is None) == (self.mixture is None):
+            raise ValueError(f"task '{self.name}' needs either data, the source of its rows, or mixture")
+        if self.mixture is not None:
+            if self.num_rows is not None:
+                raise ValueError(f"task '{self.name}': num_rows is of one data set; the registry has a mixture's rows")
+            self.mixture.members(self.kind)
+        return self
+
+    @property
+    def source(self) -> Source:
+        """Return where the rows come from, of a task that has no mixture."""
+        assert self.data is not None
+        return self.data
+
+    def expanded(self) -> list["TaskRecipe"]:
+        """Return one task with `data` for each corpus of a mixture, named after it; this task alone if it has none."""
+        if self.mixture is None:
+            return [self]
+        return [
+            self.model_copy(
+                update={
+                    "name": member.name, "data": self.mixture.source(member), "mixture": None,
+                    "sampling_weight": self.sampling_weight * member.weight,
+                    "num_rows": member.rows if self.mixture.streaming else None,
+                }
+            )
+            for member in self.mixture.members(self.kind)
+        ]  # fmt: skip
 
 
 class MaskedLanguageModeling(Strict):
@@ -217,7 +252,8 @@ def _sources(recipe: Recipe) -> list[tuple[tuple[Any, ...], Source]]:
     """Return every source of a recipe with its keys."""
     sources: list[tuple[tuple[Any, ...], Source]] = []
     for name in ("tasks", "eval_tasks"):
-        sources += [((name, number, "data"), task.data) for number, task in enumerate(getattr(recipe, name))]
+        tasks = enumerate(getattr(recipe, name))
+        sources += [((name, number, "data"), task.data) for number, task in tasks if task.data is not None]
     if recipe.mlm is not None:
         sources.append((("mlm", "data"), recipe.mlm.data))
     return sources

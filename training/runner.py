@@ -42,7 +42,7 @@ from bifocal.training.checkpoints import checkpoints, clear_run, last_complete_c
 from bifocal.training.engine.distributed import ProcessGroupInfo, on_main_process
 from bifocal.training.mlm import train_mlm
 from bifocal.training.precision import DTYPES, PRECISION, begun_precision, precision_title
-from bifocal.training.recipe import Recipe
+from bifocal.training.recipe import Recipe, TaskRecipe
 from bifocal.training.run_folder import RESOLVED, require_run_folder
 from bifocal.training.stage_record import STAGE, stage_facts, write_stage
 from bifocal.training.tasks import Task
@@ -85,8 +85,8 @@ def prepare(
     arguments = arguments or training_arguments(recipe, **changes)
     with arguments.main_process_first(desc="loading data"):
         skipped = SkipLog(loading_log(recipe))
-        tasks = _tasks(recipe, recipe.tasks, load, skipped)
-        eval_tasks = _tasks(recipe, recipe.eval_tasks, load, skipped)
+        tasks = recipe_tasks(recipe, recipe.tasks, load, skipped)
+        eval_tasks = recipe_tasks(recipe, recipe.eval_tasks, load, skipped)
         set_seed(recipe.seed)  # two towers get new heads
         model = load_start(recipe)
         processor = load_processor(recipe, tasks, model)
@@ -117,13 +117,24 @@ def _augmentation(recipe: Recipe) -> Any:
     return ImageAugmentation(**recipe.augment.model_dump())
 
 
-def _tasks(recipe: Recipe, task_recipes: Sequence[Any], load: Callable[..., Any], skipped: SkipLog) -> list[Task]:
+def recipe_tasks(
+    recipe: Recipe, task_recipes: Sequence[TaskRecipe], load: Callable[..., Any], skipped: SkipLog
+) -> list[Task]:
+    """Load the data of tasks of a recipe, a task for each corpus of a mixture.
+
+    Args:
+        load: function that reads a `Source`, with the arguments of `load_source`.
+        skipped: log that counts and lists skipped rows.
+
+    Raises:
+        RecipeError: if a source cannot be read, or a task does not fit it.
+    """
     tasks = []
-    for item in task_recipes:
-        options = item.model_dump(exclude={"data"})
+    for item in (task for recipe_task in task_recipes for task in recipe_task.expanded()):
+        options = item.model_dump(exclude={"data", "mixture"})
         try:
-            data = load(item.data, item.kind, recipe.seed, skipped, item.name)
-            tasks.append(Task(dataset=data, max_bad_fraction=item.data.max_bad_fraction, **options))
+            data = load(item.source, item.kind, recipe.seed, skipped, item.name)
+            tasks.append(Task(dataset=data, max_bad_fraction=item.source.max_bad_fraction, **options))
         except ValueError as error:
             raise RecipeError(f"Recipe '{recipe.name}', task '{item.name}': {error}") from error
     return tasks

@@ -34,7 +34,7 @@ def stage_facts(prepared: Any, seconds: float, versions: dict[str, str]) -> dict
     recipe, trainer = prepared.recipe, prepared.trainer
     args, shares = trainer.args, trainer.joint_batches.schedule.shares
     world = ProcessGroupInfo.current().size
-    sources = {task.name: task.data for task in recipe.tasks}
+    sources = {task.name: task.source for item in recipe.tasks for task in item.expanded()}
     tasks = [
         {
             "name": task.name, "kind": task.kind, "source": public_name(sources[task.name]), "rows": task.size,

@@ -28,21 +28,44 @@ Kind = Annotated[
 
 
 @data.command("list")
-def list_corpora() -> None:
-    """List the public corpora that a recipe can name."""
+def list_corpora(
+    kind: Annotated[str | None, typer.Option(help="Only corpora of this kind, such as text-pair.")] = None,
+    language: Annotated[str | None, typer.Option(help="Only corpora in this language, such as en.")] = None,
+    licence: Annotated[
+        str | None, typer.Option(help="Only corpora with this in their licence; stated: with any licence.")
+    ] = None,
+) -> None:
+    """List the public corpora and mixtures that a recipe can name."""
     require("pydantic", "yaml")
     from bifocal.data.corpora import listing
+    from bifocal.data.mixtures import mixture_list
 
-    typer.echo(listing())
+    typer.echo(listing(_kind(kind), language, licence))
+    if kind is language is licence is None:
+        typer.echo(f"\n{mixture_list()}")
 
 
 @data.command()
-def show(name: Annotated[str, typer.Argument(help="Name of a corpus, from `bifocal data list`.")]) -> None:
-    """Show what is known about a corpus, and the lines that a recipe needs for it."""
+def show(
+    name: Annotated[str, typer.Argument(help="A corpus or mixture, from `bifocal data list`, or a recipe.")],
+) -> None:
+    """Show what is known about a corpus, or the shares and licences of a mixture or of a recipe's data."""
     require("pydantic", "yaml")
-    from bifocal.data.corpora import explained
+    from bifocal.data.corpora import corpora, corpus_hint, explained
+    from bifocal.data.mixtures import explained_mixture, shipped_mixtures
+    from bifocal.training.data_summary import data_summary
+    from bifocal.training.recipe import find_recipe, load_recipe
+    from bifocal.training.shipped_recipes import shipped_recipes
 
-    typer.echo(explained(name))
+    if name in shipped_recipes() or name.endswith((".yaml", ".yml")):
+        typer.echo(data_summary(load_recipe(find_recipe(name), training_values=False)))
+    elif name in shipped_mixtures():
+        typer.echo(explained_mixture(name))
+    elif name in corpora():
+        typer.echo(explained(name))
+    else:
+        hint = corpus_hint(name, [*shipped_mixtures(), *shipped_recipes()])
+        raise BifocalError(f"There is no corpus, mixture or recipe '{name}'; {hint}")
 
 
 @data.command()

@@ -53,34 +53,37 @@ def embed(
 ) -> None:
     """Embed images and texts into a table of vectors. Run it again to resume."""
     require("datasets", "pydantic", "pyarrow", "tqdm", *(["lancedb"] if database else []))
-    from bifocal.data.parallel import Execution
     from bifocal.data.source import parse_source
-    from bifocal.hub.embed.parts import ParquetParts
-    from bifocal.hub.embed.settings import Speed, require_precision
+    from bifocal.hub.embed.arguments import require_precision, require_table_or_nothing
     from bifocal.hub.item_reader import infer_kind
     from bifocal.hub.search.arguments import require_model_path
 
     require_precision(precision)
     require_model_path(model)
-    execution = Execution(workers, ray, num_gpus, num_cpus, concurrency)
+    if not database:
+        require_table_or_nothing(out)
     parsed = parse_source(source, overrides)
     kind = infer_kind(parsed, kind)
     writes_into(Path(out) if "://" not in out else Path(), "free space and run the command again; it resumes")
 
     if database:
         raise BifocalError("--database is not there yet.")
-    parts = ParquetParts(out)
-    parts.recorded()
 
     # Not before the arguments are checked: it imports torch.
     from tqdm import tqdm
 
+    from bifocal.data.parallel import Execution
+    from bifocal.hub.embed.parts import ParquetParts
     from bifocal.hub.embed.run import Choices, embed_source, expected_rows
+    from bifocal.hub.embed.settings import Speed
 
+    execution = Execution(workers, ray, num_gpus, num_cpus, concurrency)
     choices = Choices(model, kind, captions, dim, precision, dtype, query, fast_decoding, thumbnails, rows_per_part)
     exclude = [Path(out)] if "://" not in out else []
     with tqdm(desc="Rows", unit="", total=expected_rows(parsed), smoothing=0.05, leave=False) as bar:
-        summary = embed_source(parsed, parts, choices, Speed(batch_size, num_workers), execution, exclude, bar.update)
+        summary = embed_source(
+            parsed, ParquetParts(out), choices, Speed(batch_size, num_workers), execution, exclude, bar.update
+        )
     for name, reason in summary.skipped[:_MAX_NAMED]:
         typer.echo(f"Skipped: {name}: {reason}", err=True)
     if len(summary.skipped) > _MAX_NAMED:

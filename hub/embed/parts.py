@@ -11,11 +11,10 @@ from pyarrow import fs
 
 from bifocal.errors import first_line
 from bifocal.files import replace_file
-from bifocal.hub.embed.settings import EmbedError, RunSettings
+from bifocal.hub.embed.arguments import SETTINGS, EmbedError, require_table_or_nothing
+from bifocal.hub.embed.settings import RunSettings
 
 _PART = re.compile(r"part-\d{5,}-\d{6,}\.parquet")
-_SCRATCH = re.compile(r"\.(_embed|part-[\d-]+)\.[0-9a-f]{8}\.\w+")  # of a run that was killed while it wrote
-_SETTINGS = "_embed.json"  # readers of the folder skip names with an underscore
 _METADATA = b"bifocal"
 
 
@@ -53,7 +52,8 @@ class ParquetParts:
     """Parquet files `part-SPLIT-NUMBER.parquet` and `_embed.json`, the settings.
 
     Args:
-        address: a folder, or an address that pyarrow knows (`s3://`, `gs://`).
+        address: a folder, or an address that pyarrow knows (`s3://`, `gs://`). After `?` stand options of its file
+            system, such as `endpoint_override` and `scheme`.
     """
 
     def __init__(self, address: str) -> None:
@@ -75,15 +75,14 @@ class ParquetParts:
         """
         system, folder = self._open()
         files = self._files(system, folder)
-        if _SETTINGS not in files:
-            if any(not _SCRATCH.fullmatch(name) for name in files):
-                raise EmbedError(f"'{self.address}' holds other files. Choose a new or empty folder.")
+        require_table_or_nothing(self.address, files)
+        if SETTINGS not in files:
             return None
         try:
-            recorded = json.loads(self._read(system, f"{folder}/{_SETTINGS}"))
+            recorded = json.loads(self._read(system, f"{folder}/{SETTINGS}"))
             recorded["format"]
         except (ValueError, KeyError, TypeError) as error:
-            raise EmbedError(f"'{self.address}/{_SETTINGS}' is damaged. Choose another address.") from error
+            raise EmbedError(f"'{self.address}/{SETTINGS}' is damaged. Choose another address.") from error
         return recorded
 
     def start(self, settings: RunSettings) -> None:
@@ -100,10 +99,10 @@ class ParquetParts:
         content = json.dumps(settings.to_dict(), indent=2).encode() + b"\n"
         if isinstance(system, fs.LocalFileSystem):
             Path(folder).mkdir(parents=True, exist_ok=True)
-            with replace_file(Path(folder) / _SETTINGS) as scratch:
+            with replace_file(Path(folder) / SETTINGS) as scratch:
                 scratch.write_bytes(content)
         else:
-            self._upload(system, f"{folder}/{_SETTINGS}", content)
+            self._upload(system, f"{folder}/{SETTINGS}", content)
 
     def _files(self, system: fs.FileSystem, folder: str) -> list[str]:
         try:

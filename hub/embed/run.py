@@ -15,8 +15,9 @@ from bifocal.data.paths import expand, is_remote
 from bifocal.data.source import Source
 from bifocal.data.splits import split_source
 from bifocal.embedding.models import EmbeddingModel, load_model, weights_hash
+from bifocal.hub.embed.arguments import EmbedError
 from bifocal.hub.embed.parts import PartWriter
-from bifocal.hub.embed.settings import EmbedError, RunSettings, Speed
+from bifocal.hub.embed.settings import RunSettings, Speed
 from bifocal.hub.embed.task import MakeWorker, Task, TaskDone, done_before, is_complete
 from bifocal.hub.item_reader import IMAGE_KINDS, infer_kind
 from bifocal.modeling.dtype_bifocal import default_device, resolve_dtype

@@ -4,24 +4,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from bifocal.errors import BifocalError
+from bifocal.hub.embed.arguments import EmbedError, require_precision
 
 FORMAT = 1
-PRECISIONS = ("float32", "float16", "int8")
-
-
-class EmbedError(BifocalError):
-    """A run of `bifocal embed` that cannot start, resume or finish."""
-
-
-def require_precision(precision: str) -> None:
-    """Check the name of a precision.
-
-    Raises:
-        EmbedError: if it is unknown.
-    """
-    if precision not in PRECISIONS:
-        raise EmbedError(f"'{precision}' is not a precision. Choose one of {', '.join(PRECISIONS)}.")
 
 
 @dataclass(frozen=True)

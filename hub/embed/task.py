@@ -11,8 +11,9 @@ from bifocal.data.source import Source
 from bifocal.embedding.embed import EmbedSettings, embed_items
 from bifocal.embedding.items import Item, ItemError
 from bifocal.embedding.models import EmbeddingModel, load_model, weights_hash
+from bifocal.hub.embed.arguments import EmbedError
 from bifocal.hub.embed.parts import PartWriter
-from bifocal.hub.embed.settings import EmbedError, PartRecord, RunSettings, Speed
+from bifocal.hub.embed.settings import PartRecord, RunSettings, Speed
 from bifocal.hub.embed.table import row, to_table
 from bifocal.hub.item_reader import ItemReader
 from bifocal.progress import no_progress_bars

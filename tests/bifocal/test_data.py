@@ -24,13 +24,40 @@ def test_list_and_show():
     listed = run("list")
     assert listed.exit_code == 0
     assert "sharegpt4v " in listed.stdout
-    assert "not verified" in listed.stdout
+    assert "\ntext-pair (" in listed.stdout
+    assert run("list", "--kind", "text-only").stdout.count("\n") == 6
+    assert "gooaq" not in run("list", "--licence", "stated").stdout
+    assert "swim-ir-de" in run("list", "--language", "de").stdout
+    assert run("list", "--language", "xx").stderr == (
+        "Error: No corpus fits. Remove one of --kind, --language and --licence.\n"
+    )
     shown = run("show", "all-nli-triplets")
     assert "path: corpus:all-nli-triplets" in shown.stdout
     assert "557,850" in shown.stdout
     wrong = run("show", "all-nlii")
     assert wrong.exit_code == 1
-    assert wrong.stderr == "Error: There is no corpus 'all-nlii'; did you mean 'all-nli'?\n"
+    assert wrong.stderr == "Error: There is no corpus, mixture or recipe 'all-nlii'; did you mean 'all-nli'?\n"
+
+
+def test_show_prints_the_data_of_a_recipe(here):
+    shown = run("show", "stage1").stdout
+    assert "captions: image-text, 32,768 a batch, runs/data/laion/*.tar, streamed\n" in shown
+    assert "pairs: text-pair, 32,768 a batch, mixture text-pairs; 1,966,080,000 rows are drawn" in shown
+    assert "100.00%" in shown
+    assert "Not for commercial use (1): msmarco-bm25-one.\n" in shown
+    (here / "mine.yaml").write_text(
+        "name: mine\ntasks:\n- {name: a, kind: text-pair, batch_size: 8, data: {path: corpus:gooaq}}\n"
+        "- {name: b, kind: text-pair, batch_size: 8, mixture: {weights: {squad: 3, all-nli: 1}, limit: 100}}\n"
+        "training: {max_steps: 5}\n"
+    )
+    shown = run("show", "mine.yaml").stdout
+    assert "corpus:gooaq, licence: none stated" in shown
+    assert [line.split()[4] for line in shown.splitlines() if "  text-pair  " in line] == ["75.00%", "25.00%"]
+    assert "passes" not in shown, "how often is not known beside a task with rows of its own"
+    assert "9 corpora" in run("show", "text-triplets").stdout
+    assert run("show", "text-pair").stderr == (
+        "Error: There is no corpus, mixture or recipe 'text-pair'; did you mean 'text-pairs'?\n"
+    )
 
 
 def test_inspect_and_clean(here):

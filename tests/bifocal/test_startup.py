@@ -56,8 +56,8 @@ def run(folder, command: str, code: str = COMMAND) -> tuple[subprocess.Completed
 
 LIGHT = ["", "--help", "--version", "version", "recipes list", "recipes show stage1"]
 COMMANDS = [
-    "demo", "train", "mine", "evaluate", "convert", "export", "push", "embed", "index", "search", "remove", "export-lancedb",
-    "serve", "data", "recipes",
+    "demo", "train", "mine", "evaluate", "convert", "export", "push", "embed", "index", "search", "remove",
+    "export-lancedb", "serve", "data", "recipes",
 ]  # fmt: skip
 
 
@@ -106,7 +106,6 @@ push nope organisation/name                              | The folder 'nope' doe
 embed ./nope new --model model                           | './nope' does not exist
 embed pairs.jsonl new --model ./nope                     | There is no model at './nope'
 embed pairs.jsonl new --model model --precision x        | 'x' is not a precision
-embed pairs.jsonl new --model model --workers 2 --ray local | exclude each other
 embed pairs.jsonl notes --model model                    | 'notes' holds other files
 index ./nope new --model model                           | './nope' does not exist
 index pairs.jsonl new --model ./nope                     | There is no model at './nope'
@@ -135,7 +134,9 @@ serve index --static index/x                             | lies in 'index'
 serve index --static new --npm-packages empty            | 'empty' has no onnxruntime-web
 serve index --static new --space new2                    | Pass one of them
 serve index --with-images                                | Pass --static FOLDER
-data show nope                                           | There is no corpus 'nope'
+data show nope                                           | There is no corpus, mixture or recipe 'nope'
+data show nope.yaml                                      | There is no recipe 'nope'
+data list --kind x                                       | 'x' is not a kind of rows
 data inspect ./nope                                      | There is nothing at './nope'
 data inspect pairs.jsonl nope=1                          | unknown key 'nope'
 data inspect pairs.jsonl --kind x                        | 'x' is not a kind of rows

@@ -19,6 +19,7 @@ from bifocal.hub.export import export_model
 from bifocal.modeling import BifocalModel
 from bifocal.training.arguments import BifocalTrainingArguments
 from bifocal.training.recipe import TaskRecipe, find_recipe, load_recipe
+from tests.bifocal.commands import invoke
 from tests.conftest import small_config
 from tests.docs.pages import PAGES, README, ROOT, blocks, commands
 
@@ -29,11 +30,20 @@ ELSEWHERE = {
     "--data",
     "add_adapter",
     "mine_hard_negatives",
+    "additional_kwargs",
+    "default_prompt_name",
+    "extra_body",
+    "model_kwargs",
+    "query_embeddings",
+    "query_instruction",
+    "text_instruction",
 }  # of other libraries, of the claims
+# tests/test_readme.py and tests/test_integrations.py run these.
+RUN_ELSEWHERE = (README, ROOT / "docs" / "integrations.md")
 PYTHON = [
     pytest.param(block, id=f"{page.stem}-{number}")
     for page in PAGES
-    if page != README  # tests/test_readme.py
+    if page not in RUN_ELSEWHERE
     for number, block in enumerate(blocks(page, "python"))
 ]
 
@@ -53,6 +63,8 @@ def folder(processor, tmp_path_factory) -> Path:
     shutil.copytree(ROOT / "examples" / "data", root / "examples" / "data")
     index = SearchIndex.create(root / "runs" / "index", str(model), weights_hash(str(model)), 40)
     Searcher(index).add([Item("star.png", image=root / "examples" / "data" / "images" / "star.png")])
+    done = invoke(root, "embed", "examples/data/images", "runs/vectors", "--model", "runs/demo/model")
+    assert done.exit_code == 0, done.stderr
     return root
 
 

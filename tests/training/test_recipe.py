@@ -104,6 +104,40 @@ def test_what_is_wrong_is_named_with_its_line(tmp_path, old, new, message):
     assert "\n" not in str(error.value)
 
 
+MIXED = GOOD.replace("image-text", "text-pair").replace("data: {path: images}", "mixture: {weights: {squad: 2}}")
+
+
+def test_a_mixture_is_a_task_for_each_corpus(tmp_path):
+    text = MIXED.replace("{squad: 2}", "{squad: 2, gooaq: 1}, streaming: true, limit: 90000")
+    recipe = load_recipe(
+        write(tmp_path, text), ["tasks.images.sampling_weight=3", "tasks.images.mixture.weights.eli5=1"]
+    )
+    squad, gooaq, eli5 = recipe.tasks[0].expanded()
+    assert (squad.name, squad.sampling_weight, squad.num_rows, squad.batch_size) == ("squad", 6, 87_599, 64)
+    assert (gooaq.data.path, gooaq.data.streaming, gooaq.num_rows) == ("corpus:gooaq", True, 90_000)
+    assert eli5.mixture is None
+    whole = load_recipe(write(tmp_path, MIXED)).tasks[0].expanded()
+    assert whole[0].num_rows is None, "a table's rows are counted"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("squad: 2", "sqad: 2", r"line 6: weights: there is no corpus 'sqad'; did you mean 'squad'\?"),
+        ("squad: 2", "squad: much", r"line 6: 'squad' is 'much', but: input should be a valid number"),
+        ("{weights: {squad: 2}}", "{name: text-triples}", r"line 6: there is no mixture 'text-triples'; did you mean"),
+        ("text-pair", "image-text", r"line 4: mixture: 'squad' holds text-pair rows, but the task reads image-text"),
+        ("batch_size: 64", "batch_size: 64\n    num_rows: 9", r"line 4: task 'images': num_rows is of one data set"),
+        ("batch_size: 64", "batch_size: 64\n    data: {path: a}", r"line 4: task 'images' needs either data, the"),
+        ("mixture: {weights: {squad: 2}}", "loss_weight: 1", r"line 4: task 'images' needs either data, the source"),
+    ],
+)
+def test_what_is_wrong_in_a_mixture_is_named_with_its_line(tmp_path, old, new, message):
+    assert old in MIXED
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(write(tmp_path, MIXED.replace(old, new)))
+
+
 def test_a_missing_file_is_named_with_its_line(tmp_path):
     (tmp_path / "pairs.jsonl").touch()
     path = write(tmp_path, GOOD.replace("{path: images}", f"{{path: {tmp_path}/pairs.json}}"))

@@ -151,6 +151,20 @@ def test_an_image_of_the_visitor(page, host, site, searcher, tmp_path):
     expect(alert).to_have_text("The image cannot be used: it cannot be read as an image. Choose another one.")
 
 
+def test_images_are_resized_as_pillow_does(page, host):
+    page.goto(host.address)
+    pixels = np.random.default_rng(0).integers(0, 256, (37, 61, 3), dtype=np.uint8)
+    script = """async ([data, width, height, filter]) => {
+        const {resize} = await import("./images.js");
+        return [...resize({data: Uint8ClampedArray.from(data), width: 61, height: 37}, width, height, filter)];
+    }"""
+    for filter in (Image.Resampling.LANCZOS, Image.Resampling.BILINEAR, Image.Resampling.BICUBIC):
+        for size in ((20, 12), (61, 80), (90, 37), (130, 5)):
+            found = page.evaluate(script, [pixels.ravel().tolist(), *size, int(filter)])
+            expected = np.asarray(Image.fromarray(pixels).resize(size, filter), int).ravel()
+            np.testing.assert_allclose(found, expected, atol=1)
+
+
 def test_texts_are_no_html_and_images_stay_in_their_cards(page, host):
     from playwright.sync_api import expect
 
