@@ -130,7 +130,7 @@ def compare_graph(vectors: Vectors, options: argparse.Namespace) -> dict[str, An
     graph.hnsw.efConstruction = 80
     centres, number = faiss.IndexFlatIP(options.dim), int(4 * count**0.5)
     lists = faiss.IndexIVFFlat(centres, options.dim, number, faiss.METRIC_INNER_PRODUCT)
-    lists.cp.niter, lists.cp.max_points_per_centroid = 10, 64
+    lists.cp.niter, lists.cp.max_points_per_centroid = 10, 40
     is_rare = np.zeros(count, bool)
     is_rare[np.random.default_rng(0).choice(count, count // 100, replace=False)] = True
     rare = faiss.IDSelectorBitmap(np.packbits(is_rare, bitorder="little"))

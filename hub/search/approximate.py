@@ -4,9 +4,8 @@ Rows of different kinds lie in different regions, and FAISS may look for a rare 
 Each group of rows that is searched as a whole therefore has an index of its own. Groups of fewer than `MIN_ROWS` rows
 are searched exhaustively, which is fast enough.
 
-Regions are lists of the vectors nearest to a centre (IVF), not a graph (HNSW): a graph takes several times as long to
-build, which happens after every change of the table, and built by several threads, it is another one each time.
-`benchmarks/approximate_search.py` measures this.
+Regions are lists of the vectors nearest to a centre (IVF), not a graph (HNSW): a graph takes three times as long to
+build, which happens after every change of the table, and is not faster to search (`benchmarks/approximate_search.py`).
 """
 
 import hashlib
@@ -31,11 +30,11 @@ from bifocal.hub.search.table import TableSnapshot
 logger = logging.getLogger(__name__)
 
 MIN_ROWS = 50_000
-_TARGET_RECALL = 0.98  # of what all regions would give
+_TARGET_RECALL = 0.99  # of what all regions would give
 _NEIGHBOURS = 10  # of which recall is measured
-_QUERIES = 256  # of each kind: as many regions are searched as one half needs, and recall is that of the other half
+_QUERIES = 512  # of each kind: as many regions are searched as one half needs, and recall is that of the other half
 _LISTS = 4  # times the square root of the number of rows
-_TRAINING_ROWS = 64  # for each list
+_TRAINING_ROWS = 40  # for each list; FAISS warns below 39
 _ITERATIONS = 10
 _QUERIES_AT_ONCE = 16  # of 20 and more, FAISS multiplies matrices: then results would depend on other queries
 
@@ -218,8 +217,8 @@ def _nearest(snapshot: TableSnapshot, members: np.ndarray, queries: np.ndarray, 
         members: among which rows of the table to look.
         queries: (queries, dimensions).
     """
-    scores = np.full((len(queries), _NEIGHBOURS), -np.inf, np.float32)
-    nearest = np.full(scores.shape, -1, np.int64)
+    scores: np.ndarray = np.full((len(queries), _NEIGHBOURS), -np.inf, np.float32)
+    nearest: np.ndarray = np.full(scores.shape, -1, np.int64)
     for first_row, vectors in _parts(snapshot):
         rows = first_row + np.flatnonzero(members[first_row : first_row + len(vectors)])
         of_part = queries @ vectors[rows - first_row].T

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -21,7 +21,8 @@ from bifocal.hub.search.table import Table, have_unit_length, require_unit_lengt
 _CANDIDATES = 4  # per hit, from an index of fewer dimensions or bytes
 
 
-class _Rows(NamedTuple):
+@dataclass(frozen=True)
+class _Rows:
     """Rows of one kind that a search looks at.
 
     Args:
@@ -53,7 +54,6 @@ class SearchSnapshot:
         self.arrow: Any = snapshot.rows if snapshot.tables else table.schema.empty_table()
         self.parts, self.first_rows = snapshot.parts, np.cumsum([0, *map(len, snapshot.tables)])
         self.keys: list[str] = self.arrow.column("key").to_pylist()
-        self.names: list[str] = self.arrow.column("name").to_pylist()
         self.kinds = np.array(self.arrow.column("kind").to_pylist(), dtype=object)
         self.captions = captions = find_captions(self.arrow)
         is_image = self.kinds == "image"
@@ -190,16 +190,15 @@ class SearchSnapshot:
 
     def hit(self, match: Match) -> Hit:
         row = match.thing
-        kind, name = str(self.kinds[row]), self.names[row]
-        names = dict.fromkeys(occurrence["name"] for occurrence in self.arrow.column("occurrences")[row].as_py())
-        if row in self.captions.text_names:  # the other names are those of captions
-            name, *_ = names = self.captions.text_names[row]
+        occurrences = self.arrow.column("occurrences")[row].as_py()
+        names = tuple(dict.fromkeys(occurrence["name"] for occurrence in occurrences))
+        names = self.captions.text_names.get(row, names)  # without those of captions
         image = self.arrow.column("image")[row].as_py()
         text = self.arrow.column("text")
         return Hit(
-            name, kind, text[row].as_py(), match.score, match.ranking_score,
+            names[0], str(self.kinds[row]), text[row].as_py(), match.score, match.ranking_score,
             thumbnail=None if image is None else image["bytes"],
-            names=tuple(names),
+            names=names,
             caption=None if match.row == row else text[match.row].as_py(),
         )  # fmt: skip
 

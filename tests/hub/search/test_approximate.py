@@ -69,7 +69,7 @@ APPROXIMATE = Variant(DIMENSIONS, "float32", True), Variant(16, "int8", True)
 def test_recall_is_what_it_says_and_scores_are_exact(index, rows, variant):
     assert index.choose_variant() == (DIMENSIONS, "float32", False), "the exhaustive one stays the default"
     claim = index.describe(variant)
-    match = re.search(r"^Approximate search: recall@10 is (\d\.\d+), measured with 128 images and 128 texts", claim)
+    match = re.search(r"^Approximate search: recall@10 is (\d\.\d+), measured with 256 images and 256 texts", claim)
     recall = float(match[1])
     assert (0.95 if variant.precision == "float32" else 0.8) <= recall <= 1
     assert index.describe() == ""
@@ -173,5 +173,6 @@ def test_the_commands_say_how_good_it_is(desk, monkeypatch):
     invoke(desk, "index", "texts.jsonl", "exact", "--model", "model")
     for command in (["search", "exact", "a star"], ["serve", "exact"]):
         assert "'exact' has no approximate form. Add one with" in error_of(desk, *command, "--approximate")
+    assert "Omit it with --space." in error_of(desk, "serve", "index", "--space", "space", "--approximate")
     refused = error_of(desk, "search", "index", "a star", "--dim", "16", "--approximate")
     assert "cannot be searched by 16 dimensions in float32, approximately, only by 40 float32 approx" in refused
