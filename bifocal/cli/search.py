@@ -267,8 +267,8 @@ def serve(
     from bifocal.hub.search.arguments import require_model_path
     from bifocal.hub.search.index import SearchIndex
 
-    if space is not None and approximate:
-        raise BifocalError("--approximate chooses what is served here. Omit it with --space.")
+    if approximate and (space is not None or static is not None):
+        raise BifocalError("--approximate chooses what is served here. Omit it with --space and --static.")
     opened = SearchIndex(index)
     if static is not None:
         _write_static_site(opened, static, title, model, with_images, npm_packages)
