@@ -24,6 +24,7 @@ ALLOWED = {
     "hub": {"errors", "files", "progress", "pages", "modeling", "embedding", "data", "hub.search"},
     "hub.search": {"errors", "modeling", "embedding"},
     "hub.api": {"errors", "modeling", "embedding", "hub.search"},
+    "hub.static_site": {"errors", "files", "progress", "modeling", "embedding", "hub", "hub.search"},
     "demo": {"errors", "files", "progress", "pages", "modeling", "embedding", "data", "training", "evaluation", "hub"},
     "cli": {
         "errors",
@@ -38,6 +39,7 @@ ALLOWED = {
         "hub",
         "hub.search",
         "hub.api",
+        "hub.static_site",
         "demo",
     },
     "__main__": {"cli"},

@@ -14,6 +14,7 @@ from bifocal.errors import BifocalError
 if TYPE_CHECKING:
     from bifocal.hub.indexing import IndexSummary
     from bifocal.hub.search.hits import Hit
+    from bifocal.hub.search.index import SearchIndex
 
 Index = Annotated[Path, typer.Argument(help="Folder of an index.")]
 Model = Annotated[str | None, typer.Option(help="Folder or Hub id of the index's model, if it was moved.")]
@@ -22,6 +23,7 @@ Approximate = Annotated[
 ]
 _NEEDS = ("datasets", "faiss", "filelock")
 _API_NEEDS = ("fastapi", "httpx", "orjson", "prometheus_client", "uvicorn")
+_GITHUB_LIMIT = 100 * 2**20  # bytes of a file
 _MAX_NAMED = 5  # skipped items that are named; the others are counted
 
 
@@ -260,14 +262,27 @@ def serve(
         bool, typer.Option("--allow-image-urls", help="Let programs send public addresses of images.")
     ] = False,
     max_queue: Annotated[int, typer.Option(min=1, help="Most texts and images of programs that wait at once.")] = 4096,
+    static: Annotated[
+        Path | None,
+        typer.Option(help="Write a page that needs no server into this folder, for a static host, instead of serving."),
+    ] = None,
+    with_images: Annotated[
+        bool, typer.Option("--with-images", help="With --static: include what visitors need to search by their images.")
+    ] = False,
+    npm_packages: Annotated[
+        Path | None,
+        typer.Option(help="With --static: folder with tarballs of npm pack; downloaded and cached if omitted."),
+    ] = None,
     dtype: IndexDtype = None,
     approximate: Approximate = False,
 ) -> None:
-    """Serve an index as a search page, as a Space, or to programs; or only a model to programs."""
+    """Serve an index as a page, to programs, as a Space or as a page without a server; or a model to programs."""
+    if static is None and (with_images or npm_packages is not None):
+        raise BifocalError("--with-images and --npm-packages are for a static page. Pass --static FOLDER, too.")
     if not api and (api_key is not None or model_name is not None or allow_image_urls):
         raise BifocalError("--api-key, --model-name and --allow-image-urls are options of --api. Pass --api, too.")
-    if api and space is not None:
-        raise BifocalError("A Space has only the page. Pass either --api or --space.")
+    if sum((api, space is not None, static is not None)) > 1:
+        raise BifocalError("--api, --space and --static are different ways to serve. Pass one of them.")
     if api:
         require(*_API_NEEDS)
         from bifocal.hub.api.server import bind
@@ -286,12 +301,15 @@ def serve(
 
         serve_api(None, model, bound, settings, dtype=dtype, model_name=model_name)
         return
-    require(*_NEEDS, "gradio")
+    require(*_NEEDS, *(["gradio"] if static is None else ["onnx", "onnxruntime", "onnxscript"]))
     from bifocal.hub.search.index import SearchIndex
 
-    if space is not None and approximate:
-        raise BifocalError("--approximate chooses what is served here. Omit it with --space.")
+    if approximate and (space is not None or static is not None):
+        raise BifocalError("--approximate chooses what is served here. Omit it with --space and --static.")
     opened = SearchIndex(index)
+    if static is not None:
+        _write_static_site(opened, static, title, model, with_images, npm_packages)
+        return
     if space is not None:
         from bifocal.hub.space_arguments import check_space
 
@@ -321,3 +339,24 @@ def serve(
         typer.echo(accuracy)
     typer.echo(f"Serving {index} at http://{host}:{port} (Ctrl+C stops it).")
     launch(page, host, port)
+
+
+def _write_static_site(
+    index: "SearchIndex", out: Path, title: str, model: str | None, with_images: bool, npm_packages: Path | None
+) -> None:
+    from bifocal.hub.search.captions import count_in_words
+    from bifocal.hub.static_site.arguments import check_site
+
+    writes_into(out)
+    check_site(index, out, index.model if model is None else model, npm_packages)
+
+    from bifocal.hub.static_site.site import describe_differences, write_site
+
+    summary = write_site(index, out, title, model, with_images, npm_packages)
+    sizes = ", ".join(f"{part} {size / 1e6:,.1f}" for part, size in summary.sizes.items())
+    total = sum(summary.sizes.values()) / 1e6
+    typer.echo(f"{out} has {count_in_words(summary.counts)} in {total:,.1f} MB ({sizes}).")
+    typer.echo(describe_differences(summary.differences))
+    if summary.largest_file > _GITHUB_LIMIT:
+        typer.echo(f"One file has {summary.largest_file / 1e6:,.0f} MB; GitHub Pages takes files up to 100 MB.")
+    typer.echo(f"Look at it: python -m http.server --directory {out}. Publish it: bifocal push {out} organisation/name")

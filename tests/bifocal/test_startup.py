@@ -134,9 +134,14 @@ serve --model model                                      | Pass the folder of an
 serve --model ./nope --api                               | There is no model at './nope'
 serve --model empty --api                                | 'empty' holds no model
 serve index --model-name x                               | Pass --api, too
-serve index --api --space new                            | Pass either --api or --space
+serve index --api --space new                            | Pass one of them
 serve index --api --api-key ü                            | --api-key is not a key
 serve index --api --host 192.0.2.1                       | Cannot listen on 192.0.2.1:7860
+serve index --static notes                               | 'notes' holds
+serve index --static index/x                             | lies in 'index'
+serve index --static new --npm-packages empty            | 'empty' has no onnxruntime-web
+serve index --static new --space new2                    | Pass one of them
+serve index --with-images                                | Pass --static FOLDER
 data show nope                                           | There is no corpus, mixture or recipe 'nope'
 data show nope.yaml                                      | There is no recipe 'nope'
 data list --kind x                                       | 'x' is not a kind of rows
