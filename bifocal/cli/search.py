@@ -21,6 +21,7 @@ Approximate = Annotated[
     bool, typer.Option("--approximate", help="Search an approximate form that bifocal index --approximate made.")
 ]
 _NEEDS = ("datasets", "faiss", "filelock")
+_API_NEEDS = ("fastapi", "httpx", "orjson", "prometheus_client", "uvicorn")
 _MAX_NAMED = 5  # skipped items that are named; the others are counted
 
 
@@ -234,20 +235,58 @@ def export_lancedb(
 
 
 def serve(
-    index: Index,
+    index: Annotated[Path | None, typer.Argument(help="Folder of an index; none for --model FOLDER --api.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on. 0.0.0.0 accepts other machines.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 7860,
     title: Annotated[str, typer.Option(help="Title of the page.")] = "Search images and texts",
-    model: Model = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Folder or Hub id: of the index's model if it was moved, or what --api serves."),
+    ] = None,
     space: Annotated[
         Path | None, typer.Option(help="Write a Space into this folder, for bifocal push, instead of serving.")
     ] = None,
+    api: Annotated[
+        bool, typer.Option("--api", help="Also serve programs: /v1/embeddings, /v1/search and more, listed at /docs.")
+    ] = False,
+    api_key: Annotated[
+        str | None,
+        typer.Option(help="Key that programs must send; BIFOCAL_API_KEY if omitted. There is no page then."),
+    ] = None,
+    model_name: Annotated[
+        str | None, typer.Option(help="Name that programs call the model by; its Hub id or folder's name if omitted.")
+    ] = None,
+    allow_image_urls: Annotated[
+        bool, typer.Option("--allow-image-urls", help="Let programs send public addresses of images.")
+    ] = False,
+    max_queue: Annotated[int, typer.Option(min=1, help="Most texts and images of programs that wait at once.")] = 4096,
     dtype: IndexDtype = None,
     approximate: Approximate = False,
 ) -> None:
-    """Serve a search page over an index, or write it as a Space."""
-    require(*_NEEDS, "gradio")
+    """Serve an index as a search page, as a Space, or to programs; or only a model to programs."""
+    if not api and (api_key is not None or model_name is not None or allow_image_urls):
+        raise BifocalError("--api-key, --model-name and --allow-image-urls are options of --api. Pass --api, too.")
+    if api and space is not None:
+        raise BifocalError("A Space has only the page. Pass either --api or --space.")
+    if api:
+        require(*_API_NEEDS)
+        from bifocal.hub.api.server import bind
+        from bifocal.hub.api.settings import Settings, read_key
+
+        settings = Settings(read_key(api_key), allow_image_urls, max_queue)
     from bifocal.hub.search.arguments import require_model_path
+
+    if index is None:
+        if not api or model is None:
+            raise BifocalError("Pass the folder of an index, or --model FOLDER with --api to serve only embeddings.")
+        require_model_path(model)
+        bound = bind(host, port)  # before anything heavy is imported
+
+        from bifocal.hub.api.command import serve_api
+
+        serve_api(None, model, bound, settings, dtype=dtype, model_name=model_name)
+        return
+    require(*_NEEDS, "gradio")
     from bifocal.hub.search.index import SearchIndex
 
     if space is not None and approximate:
@@ -266,6 +305,13 @@ def serve(
         return
     require_model_path(model or opened.model)
     variant = opened.choose_variant(approximate=approximate)
+    if api:
+        bound = bind(host, port)
+
+        from bifocal.hub.api.command import serve_api
+
+        serve_api(opened, model, bound, settings, title=title, dtype=dtype, model_name=model_name, variant=variant)
+        return
 
     from bifocal.hub.search.page import build_page, launch
     from bifocal.hub.search.searcher import Searcher

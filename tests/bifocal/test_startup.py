@@ -129,6 +129,14 @@ serve nope                                               | 'nope' is not an inde
 serve index --model ./nope                               | There is no model at './nope'
 serve index --space notes                                | 'notes' holds
 serve index --space index/x                              | lies in 'index'
+serve                                                    | Pass the folder of an index, or --model FOLDER with --api
+serve --model model                                      | Pass the folder of an index, or --model FOLDER with --api
+serve --model ./nope --api                               | There is no model at './nope'
+serve --model empty --api                                | 'empty' holds no model
+serve index --model-name x                               | Pass --api, too
+serve index --api --space new                            | Pass either --api or --space
+serve index --api --api-key ü                            | --api-key is not a key
+serve index --api --host 192.0.2.1                       | Cannot listen on 192.0.2.1:7860
 data show nope                                           | There is no corpus, mixture or recipe 'nope'
 data show nope.yaml                                      | There is no recipe 'nope'
 data list --kind x                                       | 'x' is not a kind of rows
