@@ -14,12 +14,21 @@ from bifocal.errors import BifocalError
 if TYPE_CHECKING:
     from bifocal.hub.indexing import IndexSummary
     from bifocal.hub.search.hits import Hit
+    from bifocal.hub.search.searchable import Searchable
 
 Index = Annotated[Path, typer.Argument(help="Folder of an index.")]
 Model = Annotated[str | None, typer.Option(help="Folder or Hub id of the index's model, if it was moved.")]
 Approximate = Annotated[
     bool, typer.Option("--approximate", help="Search an approximate form that bifocal index --approximate made.")
 ]
+Database = Annotated[
+    str | None, typer.Option(help="Search this LanceDB database instead of an index: a folder or an address (s3://).")
+]
+Where = Annotated[
+    str | None,
+    typer.Option(help="Search the rows of the database that fulfil this condition of SQL: \"kind = 'text'\"."),
+]
+Hybrid = Annotated[bool, typer.Option("--hybrid", help="Rank the rows of the database by words, too.")]
 _NEEDS = ("datasets", "faiss", "filelock")
 _API_NEEDS = ("fastapi", "httpx", "orjson", "prometheus_client", "uvicorn")
 _MAX_NAMED = 5  # skipped items that are named; the others are counted
@@ -128,7 +137,7 @@ def _print_summary(
 
 
 def search(
-    index: Index,
+    index: Annotated[str | None, typer.Argument(help="Folder of an index. Omit it with --database.")] = None,
     text: Annotated[str | None, typer.Argument(help="Text to search for.")] = None,
     image: Annotated[Path | None, typer.Option(help="Image to search for, alone or with the text.")] = None,
     hits: Annotated[int, typer.Option("--hits", "-k", min=1, help="Number of hits.")] = 10,
@@ -140,56 +149,79 @@ def search(
     approximate: Approximate = False,
     weight: Annotated[float, typer.Option(min=0, max=1, help="Weight of the text against the image.")] = 0.5,
     model: Model = None,
-    lancedb: Annotated[
-        str | None, typer.Option(help="Search this LanceDB database, written by export-lancedb, instead.")
-    ] = None,
+    database: Database = None,
+    where: Where = None,
+    hybrid: Hybrid = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the hits as JSON.")] = False,
     dtype: IndexDtype = None,
 ) -> None:
     """Print the items that are nearest to a text, an image or both."""
-    require(*_NEEDS, *(["lancedb"] if lancedb else []))
+    require(*_NEEDS, *(["lancedb"] if database else []))
     from bifocal.embedding.items import KINDS
     from bifocal.hub.search.arguments import require_model_path, require_query
     from bifocal.hub.search.hits import check_kinds
-    from bifocal.hub.search.index import SearchIndex
 
-    if lancedb is not None and (dim is not None or precision is not None):
-        raise BifocalError("--dim and --precision choose a variant of the index. Omit them with --lancedb.")
-    if lancedb is not None and approximate:
-        raise BifocalError("--approximate chooses a variant of the index. Omit it with --lancedb.")
+    if database is not None:
+        if text is not None:
+            raise BifocalError("Search either an index or a database: omit the index, or --database.")
+        index, text = None, index
+        if dim is not None or precision is not None or approximate:
+            raise BifocalError("--dim, --precision and --approximate choose a form of an index. Omit them.")
     kinds = KINDS if only is None else (only,)
     check_kinds(kinds)
-    opened = SearchIndex(index)
+    opened = _open(index, database, where, hybrid)
     variant = opened.choose_variant(dim, precision, approximate)
     require_query(text, image)
     require_model_path(model or opened.model)
-    if lancedb is not None:
-        from bifocal.hub.search.lance import open_lancedb
-
-        open_lancedb(lancedb, opened.weights)
 
     from bifocal.hub.search.searcher import Searcher
 
-    searcher = Searcher(opened, model, dtype=dtype)
-    vector = searcher.vector(text, image, weight)
-    if lancedb is not None:
-        from bifocal.hub.search.lance import search_lancedb
-
-        ranking = search_lancedb(lancedb, vector, searcher.index.weights, hits, kinds)
-    else:
-        ranking = searcher.index.search(vector, hits, kinds, variant)
+    ranking = Searcher(opened, model, dtype=dtype).search(text, image, hits, kinds, weight, variant)
     if not ranking:
+        counts = opened.counts()
+        if database is not None and any(counts.values()):
+            raise BifocalError(f"Nothing in '{database}' fits this search. Search by other words, or omit --only.")
         what = "texts" if only == "text" else "images" if only == "image" else "items"
-        if only == "text" and lancedb is None and opened.counts()["caption"]:
+        if only == "text" and counts["caption"]:
             what = "texts except captions, which belong to their images"
-        raise BifocalError(f"'{lancedb or index}' has no {what}. Add some with bifocal index, or omit --only.")
-    if lancedb is None and variant.approximate:
-        typer.echo(opened.describe(variant), err=True)
+        raise BifocalError(f"'{database or index}' has no {what}. Add some with bifocal index, or omit --only.")
+    if described := opened.describe(variant):
+        typer.echo(described, err=True)
     if as_json:
         typer.echo(json.dumps([hit.to_dict() for hit in ranking], indent=2, ensure_ascii=False))
         return
     for rank, hit in enumerate(ranking, 1):
         typer.echo(_line(rank, hit))
+
+
+def _require_database(where: str | None, hybrid: bool) -> None:
+    """Check that no option of a database is given.
+
+    Raises:
+        BifocalError: if one is.
+    """
+    if where is not None or hybrid:
+        raise BifocalError("--where and --hybrid search a database. Pass --database, too.")
+
+
+def _open(index: str | Path | None, database: str | None, where: str | None, hybrid: bool) -> "Searchable":
+    """Return the index or the database to search.
+
+    Raises:
+        BifocalError: if there is none or both, or options of one are given for the other.
+    """
+    if database is not None:
+        if index is not None:
+            raise BifocalError("Search either an index or a database: omit the index, or --database.")
+        from bifocal.hub.lance.search import LanceIndex
+
+        return LanceIndex(database, where, hybrid)
+    _require_database(where, hybrid)
+    if index is None:
+        raise BifocalError("Nothing to search. Pass the folder of an index, or --database.")
+    from bifocal.hub.search.index import SearchIndex
+
+    return SearchIndex(index)
 
 
 def _line(rank: int, hit: "Hit") -> str:
@@ -226,16 +258,20 @@ def export_lancedb(
 ) -> None:
     """Write an index's items to a LanceDB database. Run it again to update the database."""
     require(*_NEEDS, "lancedb")
+    from bifocal.hub.lance.export import export_to_lancedb
     from bifocal.hub.search.index import SearchIndex
-    from bifocal.hub.search.lance import export_to_lancedb
 
     writes_into(Path(uri) if "://" not in uri else Path())
-    count = export_to_lancedb(SearchIndex(index), uri)
-    typer.echo(f"{count:,} rows are in {uri}.")
+    result = export_to_lancedb(SearchIndex(index), uri)
+    typer.echo(
+        f"{result.written} parts written, {result.unchanged} unchanged, {result.deleted} deleted; {result.finished}."
+    )
 
 
 def serve(
-    index: Annotated[Path | None, typer.Argument(help="Folder of an index; none for --model FOLDER --api.")] = None,
+    index: Annotated[
+        Path | None, typer.Argument(help="Folder of an index; none with --database, or for --model FOLDER --api.")
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on. 0.0.0.0 accepts other machines.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 7860,
     title: Annotated[str, typer.Option(help="Title of the page.")] = "Search images and texts",
@@ -262,8 +298,11 @@ def serve(
     max_queue: Annotated[int, typer.Option(min=1, help="Most texts and images of programs that wait at once.")] = 4096,
     dtype: IndexDtype = None,
     approximate: Approximate = False,
+    database: Database = None,
+    where: Where = None,
+    hybrid: Hybrid = False,
 ) -> None:
-    """Serve an index as a search page, as a Space, or to programs; or only a model to programs."""
+    """Serve an index or a database as a search page, as a Space, or to programs; or only a model to programs."""
     if not api and (api_key is not None or model_name is not None or allow_image_urls):
         raise BifocalError("--api-key, --model-name and --allow-image-urls are options of --api. Pass --api, too.")
     if api and space is not None:
@@ -276,9 +315,12 @@ def serve(
         settings = Settings(read_key(api_key), allow_image_urls, max_queue)
     from bifocal.hub.search.arguments import require_model_path
 
-    if index is None:
+    if index is None and database is None:
         if not api or model is None:
-            raise BifocalError("Pass the folder of an index, or --model FOLDER with --api to serve only embeddings.")
+            raise BifocalError(
+                "Pass the folder of an index, --database, or --model FOLDER with --api to serve only embeddings."
+            )
+        _require_database(where, hybrid)
         require_model_path(model)
         bound = bind(host, port)  # before anything heavy is imported
 
@@ -286,13 +328,15 @@ def serve(
 
         serve_api(None, model, bound, settings, dtype=dtype, model_name=model_name)
         return
-    require(*_NEEDS, "gradio")
+    require(*_NEEDS, "gradio", *(["lancedb"] if database else []))
     from bifocal.hub.search.index import SearchIndex
 
     if space is not None and approximate:
         raise BifocalError("--approximate chooses what is served here. Omit it with --space.")
-    opened = SearchIndex(index)
+    opened = _open(index, database, where, hybrid)
     if space is not None:
+        if not isinstance(opened, SearchIndex):
+            raise BifocalError("A Space holds its whole index. Pass the folder of an index, or omit --space.")
         from bifocal.hub.space_arguments import check_space
 
         writes_into(space)
@@ -319,5 +363,5 @@ def serve(
     page = build_page(Searcher(opened, model, dtype=dtype, variant=variant), title)
     if accuracy := opened.describe(variant):
         typer.echo(accuracy)
-    typer.echo(f"Serving {index} at http://{host}:{port} (Ctrl+C stops it).")
+    typer.echo(f"Serving {database or index} at http://{host}:{port} (Ctrl+C stops it).")
     launch(page, host, port)
