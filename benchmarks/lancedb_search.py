@@ -168,7 +168,7 @@ def measure(uri: str, store: str, options: argparse.Namespace) -> None:
         parts.write(f"part-{number}", rows.part(number, size), {})
     written = time.perf_counter() - started
 
-    indexes.MIN_ROWS_FOR_ANN = indexes.MIN_ROWS_FOR_ANN_IN_STORE = sys.maxsize
+    indexes.MIN_ROWS_FOR_ANN = sys.maxsize
     _, without_vectors = timed(parts.finish)
     queries = rows.vectors(options.queries, 10**6)
     vectors = np.concatenate([rows.vectors(size, number + 1) for number, size in enumerate(sizes)])
@@ -176,7 +176,7 @@ def measure(uri: str, store: str, options: argparse.Namespace) -> None:
     expected = [{f"images/{row // ROWS_PER_PART:05d}-{row % ROWS_PER_PART:06d}.jpg" for row in of} for of in best]
     exact = search(uri, queries[: max(20, options.queries // 5)], expected)
 
-    indexes.MIN_ROWS_FOR_ANN = indexes.MIN_ROWS_FOR_ANN_IN_STORE = 0
+    indexes.MIN_ROWS_FOR_ANN = 0
     _, with_vectors = timed(parts.finish)
     times = {"write_seconds": written, "word_index_seconds": without_vectors, "vector_index_seconds": with_vectors}
     show(common, **{name: round(seconds, 1) for name, seconds in times.items()})

@@ -13,23 +13,20 @@ if TYPE_CHECKING:
 
 DISTANCE = "cosine"
 WORDS = ("text", "names")  # columns of the full-text indexes
-# Below so many rows, an exact search is fast enough: it reads all vectors, from a store for each search.
-MIN_ROWS_FOR_ANN, MIN_ROWS_FOR_ANN_IN_STORE = 50_000, 10_000
+MIN_ROWS_FOR_ANN = 50_000  # below, an exact search is fast enough
 _ROWS_TO_SAMPLE_FROM = 65_536
 _RANDOM_SEED = 0
 
 
-def build_indexes(database: Any, table: Any, in_store: bool) -> str:
+def build_indexes(database: Any, table: Any) -> str:
     """Build the indexes of a table, or add new rows to them, and return what there is, in words.
 
-    Vectors have an IVF-PQ index from 50,000 rows on, in a store from 10,000 on: LanceDB's default, and small enough for
-    a store. It is trained again when the table has more than doubled. Words have full-text indexes; kinds and names
-    scalar ones.
+    Vectors have an IVF-PQ index from 50,000 rows on: LanceDB's default, and small enough for an object store. It is
+    trained again when the table has more than doubled. Words have full-text indexes; kinds and names scalar ones.
 
     Args:
         database: connection to the database of the table.
         table: open table of items.
-        in_store: whether the database is in an object store.
     """
     from lancedb.index import FTS, Bitmap, BTree, IvfPq
 
@@ -44,7 +41,7 @@ def build_indexes(database: Any, table: Any, in_store: bool) -> str:
     for column, config in wanted.items():
         if column not in existing:
             table.create_index(column, config=config)
-    has_vector_index = count >= (MIN_ROWS_FOR_ANN_IN_STORE if in_store else MIN_ROWS_FOR_ANN)
+    has_vector_index = count >= MIN_ROWS_FOR_ANN
     if has_vector_index:
         trained = table.index_stats("vector_idx") if "vector" in existing else None
         if trained is None or trained.num_unindexed_rows > trained.num_indexed_rows:
@@ -53,8 +50,8 @@ def build_indexes(database: Any, table: Any, in_store: bool) -> str:
     # stay: others may read them.
     table.optimize()
     _write_sample(database, table)
-    vectors = "an IVF-PQ index" if has_vector_index else "few enough for exact search"
-    return f"{count:,} rows, vectors with {vectors}, full-text indexes of texts and names"
+    how = "with an IVF-PQ index" if has_vector_index else "few enough for exact search"
+    return f"{count:,} rows, vectors {how}, full-text indexes of texts and names"
 
 
 def sample(table: Any) -> Any:

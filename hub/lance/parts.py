@@ -190,9 +190,7 @@ class LanceParts:
             self._require_rows()
             items, log = self._open()
             log.optimize()
-            return (
-                f"{build_indexes(connect(self.uri), items, is_address(self.uri))}; the table is '{ITEMS}' in {self.uri}"
-            )
+            return f"{build_indexes(connect(self.uri), items)}; the table is '{ITEMS}' in {self.uri}"
 
     def _require_rows(self) -> None:
         """Check the number of rows of each part, and let a part that has others be written again."""
