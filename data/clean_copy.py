@@ -1,53 +1,321 @@
-"""Write a filtered copy of a source as Parquet files, which can then be streamed."""
+"""Write a filtered copy of a source as Parquet files, which can then be streamed.
 
+The files of a source are cleaned independently, in this process, in several, or on a Ray cluster. What each gives is
+kept in a hidden folder until all are complete, so that a killed run resumes.
+"""
+
+import hashlib
+import json
 import os
+import re
+import shutil
 import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bifocal.data.filters import Cleaning
-from bifocal.data.loading import load_source
-from bifocal.data.skips import SkipLog, start_log
+from bifocal.data.loading import load_source, named_source, open_stream
+from bifocal.data.locate import SourceSplit
+from bifocal.data.parallel import Execution, TaskFailed, run_tasks
+from bifocal.data.paths import MISSING
+from bifocal.data.skips import RowError, SkipLog, SkippedRow, require_log, start_log
 from bifocal.data.source import Source
-from bifocal.errors import DataError
+from bifocal.data.splits import split_source
+from bifocal.data.tables import row_features, rows_fingerprint, uniform_rows
+from bifocal.errors import DataError, first_line
 
 _ROWS = 10_000  # rows per file
 _GROUP = 256  # rows held in memory, images included
+_PART_BYTES = 64 * 2**20  # small files of a source are cleaned together
+_UNFINISHED = ".unfinished"
+_LOCK = ".lock"
+_COUNTS, _SKIPS = "counts.json", "skips.jsonl"
 
 
-def write_clean(source: Source, kind: str, out: Path, skipped: SkipLog) -> int:
+@dataclass(frozen=True)
+class _Part:
+    """Some files of a source, cleaned by one task.
+
+    Args:
+        name: first of its files, for messages.
+        sources: the files as sources, or one source that is read as a whole.
+        features: `datasets.Features` of the rows; None for a source that `datasets` loads.
+        folder: its folder when it is complete.
+        shown: folder of the copy, for messages.
+    """
+
+    name: str
+    sources: tuple[Source, ...]
+    kind: str
+    features: Any
+    folder: Path
+    shown: Path
+
+
+def write_clean(source: Source, kind: str, out: Path, skipped: SkipLog, execution: Execution | None = None) -> int:
     """Write the good rows that pass the source's filters, images included, and return their number.
 
-    The log of skipped rows is overwritten.
+    Rows have the order of the source, however many processes work. The log of skipped rows is overwritten. Where an
+    earlier run for the same rows was stopped, its complete parts are used.
+
+    Args:
+        out: an empty folder, or that of a run that was stopped. On Ray, all nodes must share it.
+        execution: how the files of the source are cleaned; one after the other in this process if omitted.
 
     Raises:
-        DataError: if the folder holds other files; they and the log are left as they are.
+        DataError: if the folder holds other files; they and the log are left as they are. Also if a part failed.
         NotOursError: if the path of the log has another file.
         BadRowsError: if more rows are bad than the source's `max_bad_fraction` allows.
         OSError: if the folder cannot be written.
     """
-    others = [path.name for path in sorted(out.iterdir()) if path.name != "skipped.jsonl"] if out.exists() else []
+    from filelock import FileLock, Timeout
+
+    _require_free(out)
+    if skipped.log is not None:
+        require_log(skipped.log)
+    title = source.title
+    cleaning = (source.clean or Cleaning()).model_copy(update={"verify_images": True})
+    source = named_source(source).model_copy(update={"streaming": False, "clean": cleaning})
+    unfinished = out.absolute() / _UNFINISHED
+    parts = _parts(source, kind, unfinished, out)
+    unfinished.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(unfinished / _LOCK, timeout=0):
+            _write_parts(parts, unfinished, execution or Execution())
+            if skipped.log is not None:
+                start_log(skipped.log)
+            rows = _count(parts, title, source.max_bad_fraction, skipped)
+            _publish(parts, out)
+            shutil.rmtree(unfinished)
+    except Timeout:
+        raise DataError(f"Another run is writing to '{out}'. Wait for it or choose another folder.") from None
+    return rows
+
+
+def _require_free(out: Path) -> None:
+    """Require that a folder is empty, or holds what a stopped run left.
+
+    Raises:
+        DataError: if it holds anything else.
+    """
+    names = [path.name for path in sorted(out.iterdir())] if out.exists() else []
+    others = [name for name in names if name not in ("skipped.jsonl", _UNFINISHED)]
+    if _UNFINISHED in names:
+        inside = os.listdir(out / _UNFINISHED)
+        others += [f"{_UNFINISHED}/{name}" for name in inside if name != _LOCK and not re.match(r"\d{5}-", name)]
     if others:
         raise DataError(f"'{out}' is not empty (it has {others[0]}). Choose another folder or empty this one.")
-    if skipped.log is not None:
-        start_log(skipped.log)
 
-    # Not before the folder is checked: it takes a second.
-    from datasets.table import embed_table_storage
+
+def _parts(source: Source, kind: str, unfinished: Path, shown: Path) -> list[_Part]:
+    """Return the parts of a source, the same ones however they are run."""
+    cleaning = source.clean or Cleaning()
+    compares = cleaning.consistency is not None or cleaning.compares_signatures or bool(cleaning.exclude_rows_of)
+    reads_whole = source.path == "symbols" or compares
+    stream = None if reads_whole else open_stream(source, kind)
+    if stream is None:  # it has no files, or its rows are compared with one another
+        return [_Part(source.title, (source,), kind, None, unfinished / "00000-whole", shown)]
+    features = row_features(stream, source)
+    groups: list[list[Source]] = []
+    size = 0.0
+    for split in split_source(source, kind):
+        bytes_of_file = _size(split)
+        if not groups or size + bytes_of_file > _PART_BYTES:
+            groups.append([])
+            size = 0.0
+        groups[-1].append(split)
+        size += bytes_of_file
+    parts = []
+    for number, group in enumerate(groups):
+        files = [rows_fingerprint(split, kind, _files(split, stream.shards)) for split in group]
+        key = hashlib.blake2b(repr([files, features]).encode(), digest_size=8).hexdigest()
+        parts.append(_Part(group[0].title, tuple(group), kind, features, unfinished / f"{number:05}-{key}", shown))
+    return parts
+
+
+def _files(split: Source, whole: Any) -> list[str]:
+    """Return the files of a split: itself, or those of a source that is read as a whole."""
+    return [split.path] if isinstance(split, SourceSplit) else list(whole)
+
+
+def _size(split: Source) -> float:
+    """Return the size of a file in bytes; infinity if it is not known."""
+    path = split.path
+    return os.path.getsize(path) if isinstance(path, str) and os.path.isfile(path) else float("inf")
+
+
+def _write_parts(parts: list[_Part], unfinished: Path, execution: Execution) -> None:
+    """Write the parts that do not exist yet.
+
+    Raises:
+        DataError: if some cannot be written.
+    """
+    from tqdm import tqdm
+
+    for path in unfinished.glob("*.*"):
+        if path.name != _LOCK:
+            shutil.rmtree(path)  # begun by a process that was killed
+    parts_to_write = [part for part in parts if not _is_complete(part)]
+    failed: list[TaskFailed] = []
+    with tqdm(total=len(parts), initial=len(parts) - len(parts_to_write), unit="part", disable=None) as progress:
+        for result in run_tasks(parts_to_write, _MakeCleaner(), execution, lambda part: part.name):
+            failed += [result] if isinstance(result, TaskFailed) else []
+            progress.update()
+    if len(parts) == 1 and failed:
+        raise DataError(failed[0].message)
+    if failed:
+        raise DataError(
+            f"{len(failed)} of {len(parts)} parts failed, such as {failed[0].name} ({failed[0].message}). Run the "
+            "command again; it resumes."
+        )
+    lost = next((part for part in parts if not (part.folder / _COUNTS).exists()), None)
+    if lost is not None:
+        raise DataError(f"'{lost.shown}' is not shared by all nodes of the Ray cluster. Choose a folder that is.")
+
+
+def _is_complete(part: _Part) -> bool:
+    """Return whether an earlier run wrote a part, with nothing that may be read better now; remove it if not."""
+    if not (part.folder / _COUNTS).exists():
+        return False
+    if part.features is not None and not any(skip.cause == MISSING or skip.file_lost for skip in _skips(part)):
+        return True
+    shutil.rmtree(part.folder)
+    return False
+
+
+@dataclass(frozen=True)
+class _MakeCleaner:
+    def __call__(self) -> Callable[[_Part], int]:
+        return _clean
+
+
+def _clean(part: _Part) -> int:
+    """Write a part, whole or not at all, and return the number of its rows.
+
+    Raises:
+        DataError: if it cannot be written.
+    """
+    counts = part.folder / _COUNTS
+    if counts.exists():  # by an actor that was killed before it could say so
+        return int(json.loads(counts.read_text())["good"])
+    scratch = None
+    try:
+        scratch = Path(tempfile.mkdtemp(prefix=f"{part.folder.name}.", dir=part.folder.parent))
+        rows = _write_part(part, scratch)
+        os.rename(scratch, part.folder)
+        return rows
+    except OSError as error:
+        raise DataError(f"Cannot write to {part.shown} ({first_line(error)}); free space or choose another.") from error
+    finally:
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _write_part(part: _Part, folder: Path) -> int:
     from pyarrow.parquet import ParquetWriter
 
-    cleaning = (source.clean or Cleaning()).model_copy(update={"verify_images": True})
-    source = source.model_copy(update={"streaming": False, "clean": cleaning})
-    data = load_source(source, kind, 0, skipped, source.title)
-    files = max(1, -(-len(data) // _ROWS))
-    out.mkdir(parents=True, exist_ok=True)
-    # Files appear where a source finds them only when all are complete.
-    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=out) as scratch:
-        for number in range(files):
-            part = data.shard(files, number, contiguous=True).with_format("arrow")
-            name = f"{number:05}-of-{files:05}.parquet"
-            with ParquetWriter(Path(scratch, name), part.features.arrow_schema) as writer:
-                for rows in part.iter(_GROUP):
-                    writer.write_table(embed_table_storage(rows))  # images into the file, where rows name paths
-        for path in sorted(Path(scratch).glob("*.parquet")):
-            os.replace(path, out / path.name)
-    return len(data)
+    with (folder / _SKIPS).open("w", encoding="utf-8", errors="backslashreplace") as file:
+        recorder = _Recorder(file)
+        good = number = held = 0
+        writer: Any = None
+        try:
+            for table in _tables(part, recorder):
+                while table.num_rows:
+                    if writer is None:
+                        writer = ParquetWriter(folder / f"{number:05}.parquet", table.schema)
+                        number, held = number + 1, 0
+                    rows = table.slice(0, _ROWS - held)
+                    writer.write_table(rows)
+                    table = table.slice(rows.num_rows)
+                    good, held = good + rows.num_rows, held + rows.num_rows
+                    if held == _ROWS:
+                        writer.close()
+                        writer = None
+        finally:
+            if writer is not None:
+                writer.close()
+    counts = {"good": good, "rows": recorder.rows.total(), "shards": recorder.shards.total()}
+    (folder / _COUNTS).write_text(json.dumps(counts))
+    return good
+
+
+class _Recorder(SkipLog):
+    """Writes all about each skipped row to a file.
+
+    Args:
+        file: text file.
+    """
+
+    def __init__(self, file: Any) -> None:
+        super().__init__()
+        self.file = file
+
+    def add(self, task: str, rows: int, skips: Iterable[SkippedRow] = (), shards: int = 0) -> None:
+        skips = list(skips)
+        self.file.writelines(json.dumps(skip, ensure_ascii=False) + "\n" for skip in skips)
+        super().add(task, rows, skips, shards)
+
+
+def _tables(part: _Part, skipped: SkipLog) -> Iterator[Any]:
+    """Yield the good rows of a part as Arrow tables that hold their images."""
+    import pyarrow as pa
+    from datasets.table import embed_table_storage
+
+    if part.features is None:
+        source = part.sources[0].model_copy(update={"max_bad_fraction": 1.0})  # judged with the other parts
+        data = load_source(source, part.kind, 0, skipped, part.name).with_format("arrow")
+        schema = data.features.arrow_schema
+        for rows in data.iter(_GROUP):
+            yield embed_table_storage(rows.cast(schema))
+        return
+    schema = part.features.arrow_schema
+    for source in part.sources:
+        stream = open_stream(source, part.kind)
+        assert stream is not None  # by `_parts`
+        held: list[dict[str, Any]] = []
+        lost = 0
+        for name, row in uniform_rows(stream, source.limit, part.features):
+            if isinstance(row, RowError):
+                lost += row.file_lost
+                skipped.add(part.name, 1, [SkippedRow.of(name, row)])
+                continue
+            skipped.add(part.name, 1)
+            held.append({column: row[column] for column in part.features})
+            if len(held) == _GROUP:
+                yield embed_table_storage(pa.Table.from_pylist(held, schema))
+                held = []
+        if held:
+            yield embed_table_storage(pa.Table.from_pylist(held, schema))
+        skipped.add(part.name, 0, shards=len(stream.shards) - lost)
+
+
+def _skips(part: _Part) -> Iterator[SkippedRow]:
+    with (part.folder / _SKIPS).open(encoding="utf-8") as file:
+        yield from (SkippedRow(*json.loads(line)) for line in file)
+
+
+def _count(parts: list[_Part], title: str, max_bad_fraction: float, skipped: SkipLog) -> int:
+    """Add the rows of all parts to the counts, and return the number of good ones.
+
+    Raises:
+        BadRowsError: if too many are bad.
+        DataError: if none is good.
+    """
+    good = 0
+    for part in parts:
+        counts = json.loads((part.folder / _COUNTS).read_text())
+        good += counts["good"]
+        skipped.add(title, counts["rows"], _skips(part), counts["shards"])
+    skipped.check(title, max_bad_fraction, ended=True)
+    if not good:
+        raise DataError(f"'{title}' has no usable row{skipped.example(title)}.")
+    return good
+
+
+def _publish(parts: list[_Part], out: Path) -> None:
+    """Move the files of all parts to where a source finds them."""
+    files = [path for part in parts for path in sorted(part.folder.glob("*.parquet"))]
+    for number, path in enumerate(files):
+        os.replace(path, out / f"{number:05}-of-{len(files):05}.parquet")

@@ -42,6 +42,12 @@ class Cleaning(BaseModel):
     Args:
         deduplicate_images: remove rows whose image has the same bytes as an earlier one.
         deduplicate_texts: remove rows whose texts equal earlier ones, ignoring case and spaces.
+        near_duplicate_images: remove rows whose image looks like that of an earlier row: hashes of 64 bits differ in at
+            most this many, and colours hardly. 8 finds re-encoded and resized images.
+        near_duplicate_texts: remove rows of which each text has at least this Jaccard similarity of character 5-grams
+            to that of an earlier row, such as 0.8.
+        exclude_rows_of: sources, such as evaluation sets, whose rows are removed: the same image or text, or a
+            near-duplicate. Paths, or mappings of a source's keys.
         min_characters, max_characters: bounds for the length of each caption, query, positive and text.
         verify_images: decode every image when the data is loaded, so that broken ones are not first found in training.
         min_image_size: least length of an image's shorter side, in pixels.
@@ -55,6 +61,9 @@ class Cleaning(BaseModel):
     model_config = ConfigDict(extra="forbid")
     deduplicate_images: bool = False
     deduplicate_texts: bool = False
+    near_duplicate_images: Annotated[int, Field(ge=0, le=16)] | None = None
+    near_duplicate_texts: Annotated[float, Field(ge=0.5, le=1)] | None = None
+    exclude_rows_of: list[str | dict[str, Any]] = []
     min_characters: Annotated[int, Field(ge=1)] | None = None
     max_characters: Annotated[int, Field(ge=1)] | None = None
     verify_images: bool = False
@@ -64,6 +73,11 @@ class Cleaning(BaseModel):
     include: str | None = None
     exclude: list[str] = []
     consistency: Consistency | None = None
+
+    @field_validator("exclude_rows_of", mode="before")
+    @classmethod
+    def _as_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str | dict) else value
 
     @field_validator("include", "exclude")
     @classmethod
@@ -78,11 +92,22 @@ class Cleaning(BaseModel):
     @property
     def needs_whole(self) -> bool:
         """Return whether a filter compares rows with one another, and so needs all of them."""
-        return self.deduplicate_images or self.deduplicate_texts or self.consistency is not None
+        return (
+            self.deduplicate_images
+            or self.deduplicate_texts
+            or self.compares_signatures
+            or bool(self.exclude_rows_of)
+            or self.consistency is not None
+        )
+
+    @property
+    def compares_signatures(self) -> bool:
+        """Return whether near-duplicates are removed."""
+        return self.near_duplicate_images is not None or self.near_duplicate_texts is not None
 
 
 class RowFilter:
-    """Applies the filters of a `Cleaning`, except consistency, row by row; duplicates take 16 bytes per row."""
+    """Applies the filters of a `Cleaning` that look at one row, and exact duplicates, which take 16 bytes per row."""
 
     def __init__(self, cleaning: Cleaning) -> None:
         self.cleaning = cleaning

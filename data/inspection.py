@@ -13,12 +13,24 @@ from PIL import Image
 
 from bifocal.data.filters import comparable_text, image_size, read_image_bytes, require_readable
 from bifocal.data.loading import iter_rows
+from bifocal.data.near_duplicates import (
+    IMAGE_DISTANCE,
+    TEXT_COLUMNS,
+    TEXT_SIMILARITY,
+    Signatures,
+    first_of_groups,
+    sign_image,
+    sign_texts,
+    similar_images,
+    similar_texts,
+)
 from bifocal.data.skips import RowError
 from bifocal.data.source import Source
 
 _SAMPLE = 24
 _NAMED = 5  # example rows per cause
 _THUMBNAIL = 112  # pixels
+_SMALL = 64  # pixels; each inspected image is kept in this size until its near-duplicates are known
 
 
 @dataclass
@@ -35,6 +47,8 @@ class Inspection:
         megabytes: size of all image files.
         counts: captions of each image, or negatives of each row.
         duplicates: numbers of rows with an image, or with texts, of an earlier row, filtered or not.
+        near_duplicates: for images and texts, how many rows are near-duplicates of an earlier row that differs, and
+            examples, each with the later row and the earlier one as in `sample`.
         sample: rows drawn at random, each with `name`, `texts` (column, text) and perhaps `thumbnail`, a data URI.
     """
 
@@ -49,6 +63,7 @@ class Inspection:
     megabytes: float = 0.0
     counts: list[int] = field(default_factory=list)
     duplicates: dict[str, int] = field(default_factory=dict)
+    near_duplicates: dict[str, dict[str, Any]] = field(default_factory=dict)
     sample: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -68,12 +83,14 @@ def inspect_source(source: Source, kind: str, max_rows: int | None = 10_000, see
     causes: Counter[tuple[str, bool]] = Counter()
     seen: dict[str, set[bytes]] = {"images": set(), "texts": set()}
     sample: list[tuple[str, dict[str, Any]]] = []
+    compared = _Compared()
     rows = iter_rows(source, kind)
     for name, row in islice(rows, max_rows):
         inspection.rows += 1
         if not isinstance(row, RowError):
             try:
                 _measure(inspection, row, seen)
+                compared.add(name, row)
             except RowError as row_error:
                 row = row_error
         if isinstance(row, RowError):
@@ -92,7 +109,60 @@ def inspect_source(source: Source, kind: str, max_rows: int | None = 10_000, see
         for (cause, filtered), count in causes.most_common()
     ]
     inspection.sample = [_shown(name, row) for name, row in sample]
+    inspection.near_duplicates = compared.near_duplicates()
     return inspection
+
+
+class _Compared:
+    """Signatures of the rows inspected so far, and what shows a row again."""
+
+    def __init__(self) -> None:
+        self.signed: list[tuple[Any, Any, bool]] = []
+        self.digests: list[bytes] = []
+        self.written: dict[str, list[str]] = {}
+        self.names: list[str] = []
+        self.thumbnails: list[str] = []
+
+    def add(self, name: str, row: dict[str, Any]) -> None:
+        """Add a row.
+
+        Raises:
+            RowError: if its image cannot be read.
+        """
+        if "image" in row:
+            data = read_image_bytes(row["image"])
+            self.signed.append(sign_image(data))
+            self.digests.append(hashlib.blake2b(data, digest_size=16).digest())
+            self.thumbnails.append(_thumbnail(data, _SMALL))
+        self.names.append(name)
+        for column in TEXT_COLUMNS:
+            if column in row:
+                self.written.setdefault(column, []).append(comparable_text(row[column]))
+
+    def near_duplicates(self) -> dict[str, dict[str, Any]]:
+        """Return the counts and examples; equal images and texts are counted elsewhere."""
+        signatures = Signatures.of_images(self.names, self.signed)
+        counted: dict[str, dict[str, Any]] = {}
+        if self.signed:
+            groups = first_of_groups(similar_images(signatures, IMAGE_DISTANCE))
+            differing = [pair for pair in groups.items() if self.digests[pair[0]] != self.digests[pair[1]]]
+            counted["images"] = self._counted(differing)
+        if self.written:
+            signatures.texts = {column: sign_texts(values) for column, values in self.written.items()}
+            groups = first_of_groups(similar_texts(signatures, TEXT_SIMILARITY))
+            columns = self.written.values()
+            differing = [pair for pair in groups.items() if any(c[pair[0]] != c[pair[1]] for c in columns)]
+            counted["texts"] = self._counted(differing)
+        return counted
+
+    def _counted(self, pairs: list[tuple[int, int]]) -> dict[str, Any]:
+        step = max(1, len(pairs) // _NAMED)  # from all over the source
+        return {"count": len(pairs), "pairs": [tuple(map(self._shown, pair)) for pair in pairs[::step][:_NAMED]]}
+
+    def _shown(self, number: int) -> dict[str, Any]:
+        texts = [(column, values[number]) for column, values in self.written.items()]
+        shown: dict[str, Any] = {"name": self.names[number], "texts": texts}
+        return {**shown, "thumbnail": self.thumbnails[number]} if self.thumbnails else shown
 
 
 def _measure(inspection: Inspection, row: dict[str, Any], seen: dict[str, set[bytes]]) -> None:
@@ -140,11 +210,11 @@ def _shown(name: str, row: dict[str, Any]) -> dict[str, Any]:
     return shown
 
 
-def _thumbnail(value: Any) -> str:
+def _thumbnail(value: Any, side: int = _THUMBNAIL) -> str:
     from bifocal.modeling import load_image
 
     image = load_image(value)
-    image.thumbnail((_THUMBNAIL, _THUMBNAIL), Image.Resampling.LANCZOS)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

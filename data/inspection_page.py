@@ -44,6 +44,7 @@ def _figures(data: Mapping[str, Any], bad: int, filtered: int) -> dict[str, str]
     if filtered:
         counts["filtered out"] = filtered
     counts |= {f"repeated {what}": count for what, count in data["duplicates"].items()}
+    counts |= {f"near-duplicate {what}": about["count"] for what, about in data["near_duplicates"].items()}
     figures = {"rows inspected" + ("" if data["complete"] else ", of more"): f"{rows:,}"}
     for name, count in counts.items():
         share = f", {count / rows:.1%}" if rows and count else ""

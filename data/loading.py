@@ -15,10 +15,12 @@ from bifocal.data.corpora import corpus
 from bifocal.data.filters import RowFilter
 from bifocal.data.image_decoding import disable_image_decoding
 from bifocal.data.kinds import INFERRED, KINDS
+from bifocal.data.leakage import filter_leaks, read_content
 from bifocal.data.locate import SourceSplit, holds_files, is_files, locate
 from bifocal.data.normalize import COLUMN_LAYOUTS, ColumnLayout, RowNormaliser, as_is, dpr
 from bifocal.data.paths import AllowedRoots, DatasetsRoots
 from bifocal.data.readers import IMAGE_SUFFIXES, READERS
+from bifocal.data.schema import validated
 from bifocal.data.shards import ShardStream
 from bifocal.data.skips import ERROR_COLUMN, RowError, SkipLog
 from bifocal.data.source import Source
@@ -62,14 +64,28 @@ def load_source(
         _require_streamable(source)
     stream = open_stream(source, kind, seed)
     if stream is not None:
-        return stream if source.streaming else to_dataset(stream, source, skipped, name)
+        if source.streaming:
+            return stream
+        return _without_leaks(to_dataset(stream, source, skipped, name), source, skipped, name)
     dataset = disable_image_decoding(_from_hub(source))
     layout = COLUMN_LAYOUTS.get(source.format or "", as_is)
     if layout is as_is:
         require_columns(dataset.column_names, source, kind)
     path = os.path.expanduser(source.path) if isinstance(source.path, str) else ""
     allowed_roots = DatasetsRoots(path if os.path.isdir(path) else None)
-    return normalise_dataset(dataset, source, normaliser(source, kind, allowed_roots, layout), skipped, name)
+    dataset = normalise_dataset(dataset, source, normaliser(source, kind, allowed_roots, layout), skipped, name)
+    return _without_leaks(dataset, source, skipped, name)
+
+
+def _without_leaks(dataset: Any, source: Source, skipped: SkipLog, name: str) -> Any:
+    """Return the rows of a data set that are not in the sources of `exclude_rows_of`."""
+    if source.clean is None or not source.clean.exclude_rows_of:
+        return dataset
+    evaluations = []
+    for about in source.clean.exclude_rows_of:
+        excluded = validated(Source, {"path": about} if isinstance(about, str) else about, [])
+        evaluations.append((excluded.title, read_content(iter_rows(excluded, compared_kind(excluded)))))
+    return filter_leaks(dataset, source.clean, evaluations, skipped, name)
 
 
 def open_stream(source: Source, kind: str, seed: int | None = None) -> ShardStream | None:
@@ -173,6 +189,25 @@ def infer_kind(source: Source) -> str:
     problem = problem or next(iter(problems), None)
     reason = f"; none of the first can be used ({problem[0]}: {problem[1]})" if problem is not None else ""
     raise DataError(f"Cannot infer the kind of rows of '{source.title}'{reason}. Name it with --kind.")
+
+
+def compared_kind(source: Source) -> str:
+    """Return the kind of rows that a source is read as: labels of images and scores of texts are not compared.
+
+    Raises:
+        DataError: if its columns fit no kind.
+    """
+    try:
+        return infer_kind(source)
+    except DataError:
+        for kind in ("image-only", "scored-pair"):
+            try:
+                rows = list(islice(iter_rows(source, kind), _PEEKED))
+            except DataError:
+                continue
+            if not all(isinstance(row, RowError) for _, row in rows):
+                return kind
+        raise
 
 
 def _columns_elsewhere(source: Source) -> list[str] | None:

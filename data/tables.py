@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 from bifocal.data.kinds import KINDS
 from bifocal.data.labels import class_names, with_class_names
+from bifocal.data.near_duplicates import filter_near_duplicates
 from bifocal.data.paths import MISSING, existing, is_remote
 from bifocal.data.row_names import ROW, RowNames, with_row_names
 from bifocal.data.shards import ShardStream
@@ -36,24 +37,17 @@ def to_dataset(stream: ShardStream, source: Source, skipped: SkipLog, name: str,
         DataError: if there are no rows, or no good ones.
         OSError: if the cache cannot be written.
     """
-    from datasets import Features, List
-
-    settings = source.model_dump(mode="json", exclude={"streaming", "max_bad_fraction"})
-    # Relative paths mean other files in another working directory, also if these have the same sizes and times.
-    roots = source.image_root.values() if isinstance(source.image_root, dict) else filter(None, [source.image_root])
-    absolute = [os.path.abspath(os.path.expanduser(root)) for root in roots]
-    about = [_VERSION, settings, stream.kind, mark or [_stamp(shard) for shard in stream.shards], absolute]
-    fingerprint = hashlib.blake2b(json.dumps(about).encode(), digest_size=12).hexdigest()
-    features = _features(stream, source)
-    lists = {column for column, feature in features.items() if isinstance(feature, List)}
-    arguments = {"stream": stream, "limit": source.limit, "lists": lists}
-    dataset = _cached(Features(features), arguments, fingerprint)
+    fingerprint = rows_fingerprint(source, stream.kind, mark or stream.shards)
+    arguments = {"stream": stream, "limit": source.limit, "features": row_features(stream, source)}
+    dataset = _cached(arguments, fingerprint)
     # Images that were missing when the rows were cached may exist now.
     returned = [skip.row for skip in _skips(dataset) if skip.cause == MISSING and existing(skip.detail) is not None]
     if returned:
         salted = hashlib.blake2b(json.dumps([fingerprint, returned]).encode(), digest_size=12).hexdigest()
-        dataset = _cached(Features(features), arguments, salted)
+        dataset = _cached(arguments, salted)
     dataset = _good_rows(dataset, source, skipped, name, len(stream.shards))
+    if source.clean is not None and source.clean.compares_signatures:
+        dataset = filter_near_duplicates(dataset, source.clean, skipped, name)
     if source.clean is not None and source.clean.consistency is not None:
         from bifocal.data.consistency import filter_consistent
 
@@ -61,9 +55,24 @@ def to_dataset(stream: ShardStream, source: Source, skipped: SkipLog, name: str,
     return dataset
 
 
-def _cached(features: Any, arguments: dict[str, Any], fingerprint: str) -> Any:
-    from datasets import Dataset
+def rows_fingerprint(source: Source, kind: str, rows: Sequence[str] | str) -> str:
+    """Return a digest of what the rows of a source depend on.
 
+    Args:
+        rows: the files, by their sizes and times; or a fingerprint of the rows.
+    """
+    settings = source.model_dump(mode="json", exclude={"streaming", "max_bad_fraction"})
+    # Relative paths mean other files in another working directory, also if these have the same sizes and times.
+    roots = source.image_root.values() if isinstance(source.image_root, dict) else filter(None, [source.image_root])
+    absolute = [os.path.abspath(os.path.expanduser(root)) for root in roots]
+    mark = rows if isinstance(rows, str) else [_stamp(shard) for shard in rows]
+    return hashlib.blake2b(json.dumps([_VERSION, settings, kind, mark, absolute]).encode(), digest_size=12).hexdigest()
+
+
+def _cached(arguments: dict[str, Any], fingerprint: str) -> Any:
+    from datasets import Dataset, Features, Value
+
+    features = Features({**arguments["features"], ERROR_COLUMN: Value("string"), ROW: Value("string")})
     try:
         with _quiet():
             return Dataset.from_generator(_rows, features, gen_kwargs=arguments, fingerprint=fingerprint)
@@ -105,8 +114,13 @@ def _skips(dataset: Any) -> list[SkippedRow]:
     return [SkippedRow(*json.loads(row_error)) for row_error in row_errors if row_error is not None]
 
 
-def _features(stream: ShardStream, source: Source) -> dict[str, Any]:
-    from datasets import Image, List, Value
+def row_features(stream: ShardStream, source: Source) -> Any:
+    """Return the `datasets.Features` of a stream's rows, inferred from the first ones.
+
+    Raises:
+        DataError: if it has no rows.
+    """
+    from datasets import Features, Image, List, Value
 
     rows = [row for _, row in islice(stream.rows(), _PEEKED)]
     if not rows:
@@ -120,12 +134,20 @@ def _features(stream: ShardStream, source: Source) -> dict[str, Any]:
         lists = column in ("negatives", "caption") or any(isinstance(row[column], list) for row in first)
         single = Value("float64") if column == "score" else text
         features[column] = Image(decode=False) if column == "image" else List(text) if lists else single
-    return {**features, ERROR_COLUMN: Value("string"), ROW: Value("string")}
+    return Features(features)
 
 
-def _rows(stream: ShardStream, limit: int | None, lists: set[str]) -> Iterator[dict[str, Any]]:
-    """Yield rows for `Dataset.from_generator`: good ones, and empty ones with the cause."""
-    empty = dict.fromkeys(stream.column_names)
+def uniform_rows(
+    stream: ShardStream, limit: int | None, features: Any
+) -> Iterator[tuple[str, dict[str, Any] | RowError]]:
+    """Yield rows with their names, the values of good ones as the features of the stream have them.
+
+    Args:
+        limit: maximum number of good rows.
+    """
+    from datasets import List
+
+    lists = {column for column, feature in features.items() if isinstance(feature, List)}
     good = 0
     for name, row in stream.rows():
         if limit is not None and good >= limit:
@@ -135,14 +157,24 @@ def _rows(stream: ShardStream, limit: int | None, lists: set[str]) -> Iterator[d
             if mixed is not None:
                 row = RowError(f"a list as {mixed}", "other rows have one text")
         if isinstance(row, RowError):
-            yield {**empty, ERROR_COLUMN: json.dumps(SkippedRow.of(name, row)), ROW: name}
+            yield name, row
             continue
         good += 1
         values = {c: [v] if c in lists and not isinstance(v, list) else v for c, v in row.items()}
         if "image" in values:
             kept = "bytes" if isinstance(values["image"], bytes) else "path"
             values["image"] = {"bytes": None, "path": None, kept: values["image"]}
-        yield {**values, ERROR_COLUMN: None, ROW: name}
+        yield name, values
+
+
+def _rows(stream: ShardStream, limit: int | None, features: Any) -> Iterator[dict[str, Any]]:
+    """Yield rows for `Dataset.from_generator`: good ones, and empty ones with the cause."""
+    empty = dict.fromkeys(stream.column_names)
+    for name, row in uniform_rows(stream, limit, features):
+        if isinstance(row, RowError):
+            yield {**empty, ERROR_COLUMN: json.dumps(SkippedRow.of(name, row)), ROW: name}
+        else:
+            yield {**row, ERROR_COLUMN: None, ROW: name}
 
 
 def normalise_dataset(

@@ -24,6 +24,15 @@ NumWorkers = Annotated[
     int | None,
     typer.Option(min=0, help="Threads that decode images ahead of the model; if omitted, one per core, 16 at most."),
 ]
+Workers = Annotated[
+    int, typer.Option(min=1, help="Processes on this machine that share the files of the source.")
+]  # fmt: skip
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS", help="Ray cluster that shares the files of the source; local starts one on this machine."
+    ),
+]
 FAST_DECODING = "Decode large JPEGs at reduced scale: faster, and vectors differ slightly."
 FastDecoding = Annotated[bool, typer.Option("--fast-decoding", help=FAST_DECODING)]
 _OUTPUT: ContextVar[tuple[Path, str] | None] = ContextVar("folder that the command writes into, and remedy")

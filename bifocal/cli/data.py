@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bifocal.cli.console import require, writes_into
+from bifocal.cli.console import Ray, Workers, require, writes_into
 from bifocal.data.kinds import KINDS
 from bifocal.errors import BifocalError
 
@@ -77,7 +77,7 @@ def inspect(
     out: Annotated[Path, typer.Option(help="HTML page to write.")] = Path("runs/data.html"),
 ) -> None:
     """Write a page about a source: counts, lengths, sizes, duplicates, a sample, skipped rows and their causes."""
-    require("datasets", "jinja2", "matplotlib", "pydantic")
+    require("datasets", "datasketch", "faiss", "imagehash", "jinja2", "matplotlib", "pydantic")
     from bifocal.data.inspection import inspect_source
     from bifocal.data.inspection_page import PAGE, write_data_page
     from bifocal.data.loading import infer_kind
@@ -100,23 +100,75 @@ def clean(
     out: Annotated[Path, typer.Argument(help="Folder of Parquet files to write.")],
     overrides: Overrides = None,
     kind: Kind = None,
+    workers: Workers = 1,
+    ray: Ray = None,
 ) -> None:
-    """Write the rows of a source that pass its filters as Parquet files, which can be streamed."""
+    """Write the rows of a source that pass its filters as Parquet files, to be streamed; a killed run resumes."""
     require("datasets", "pydantic")
     from bifocal.data.clean_copy import write_clean
     from bifocal.data.loading import infer_kind
+    from bifocal.data.parallel import Execution
     from bifocal.data.skips import SkipLog, summary
     from bifocal.data.source import parse_source
 
     writes_into(out)
+    execution = Execution(workers, ray)
     skipped = SkipLog(out / "skipped.jsonl")
     parsed = parse_source(source, overrides)
-    rows = write_clean(parsed, _kind(kind) or infer_kind(parsed), out, skipped)
+    rows = write_clean(parsed, _kind(kind) or infer_kind(parsed), out, skipped, execution)
     skips: Counter[str] = Counter()
     for counts in [*skipped.bad.values(), *skipped.filtered.values()]:
         skips += counts
     note = f"; skipped: {summary(skips)} (see {out / 'skipped.jsonl'})" if skips else ""
     typer.echo(f"{rows:,} rows are in {out}{note}.")
+
+
+@data.command()
+def leakage(
+    train: Annotated[str, typer.Argument(help="Training data: files, a pattern, a folder, a Hub id or corpus:NAME.")],
+    evaluation: Annotated[str, typer.Argument(help="Evaluation set, named in the same way.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="key=value of a source, with train. or evaluation. before it: train.column_mapping.t=query."
+        ),
+    ] = None,
+    kind: Annotated[str | None, typer.Option(help="Kind of the training rows; inferred if omitted.")] = None,
+    evaluation_kind: Annotated[str | None, typer.Option(help="Kind of the evaluation's rows, likewise.")] = None,
+    out: Annotated[Path, typer.Option(help="JSONL file to write, a line for each leak.")] = Path("runs/leakage.jsonl"),
+    max_distance: Annotated[
+        int, typer.Option(min=0, max=16, help="Bits of 64 in which hashes of near-duplicate images differ at most.")
+    ] = 8,
+    min_similarity: Annotated[
+        float, typer.Option(min=0.5, max=1.0, help="Least Jaccard similarity of near-duplicate texts.")
+    ] = 0.8,
+    fail_above: Annotated[
+        int | None, typer.Option(min=0, help="Exit with an error if more training rows are leaked.")
+    ] = None,
+) -> None:
+    """Find and name the rows of training data that are in an evaluation set, exactly or as near-duplicates."""
+    require("datasets", "datasketch", "faiss", "imagehash", "pydantic")
+    from bifocal.data.leakage_report import LEAKS, compare_sources, write_leaks
+    from bifocal.data.source import parse_source
+    from bifocal.files import require_overwritable
+
+    if out.is_dir():
+        raise BifocalError(f"'{out}' is a folder. Give the JSONL file to write with --out.")
+    writes_into(out.parent)
+    require_overwritable(out, LEAKS)
+    settings: dict[str, list[str]] = {"train": [], "evaluation": []}
+    for override in overrides or []:
+        side, _, setting = override.partition(".")
+        if side not in settings:
+            raise BifocalError(f"'{override}' names no source. Write train.{override} or evaluation.{override}.")
+        settings[side].append(setting)
+    sources = parse_source(train, settings["train"]), parse_source(evaluation, settings["evaluation"])
+    result = compare_sources(*sources, (_kind(kind), _kind(evaluation_kind)), max_distance, min_similarity)
+    write_leaks(result, out)
+    typer.echo(f"{result.summary()}\nAll leaks are named in {out}.")
+    leaked = len(result.leaked_rows())
+    if fail_above is not None and leaked > fail_above:
+        raise BifocalError(f"{leaked:,} rows are leaked, more than --fail-above {fail_above}. See {out}.")
 
 
 @data.command()

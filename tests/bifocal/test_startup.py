@@ -151,6 +151,9 @@ data inspect pairs.jsonl nope=1                          | unknown key 'nope'
 data inspect pairs.jsonl --kind x                        | 'x' is not a kind of rows
 data inspect pairs.jsonl --out empty                     | 'empty' is a folder
 data clean pairs.jsonl notes                             | 'notes' is not empty
+data leakage ./nope pairs.jsonl                          | There is nothing at './nope'
+data leakage pairs.jsonl pairs.jsonl nope=1              | Write train.nope=1 or evaluation.nope=1
+data leakage pairs.jsonl pairs.jsonl --out empty         | 'empty' is a folder
 data caption ./nope out --model model                    | There is nothing at './nope'
 data caption notes out --model ./nope                    | it does not exist
 data caption notes out --model empty                     | it has no config.json

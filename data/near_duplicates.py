@@ -1,0 +1,333 @@
+"""Find near-duplicate images (difference hash and colours) and texts (MinHash) among the rows of a source.
+
+Two passes: signatures of rows, which are small and independent of one another, and pairs among all signatures.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from bifocal.data.filters import Cleaning, comparable_text
+from bifocal.data.image_errors import image_row_error
+from bifocal.data.row_names import row_name, select_rows
+from bifocal.data.skips import RowError, SkipLog, SkippedRow
+from bifocal.errors import DataError
+
+# Defaults, measured in docs/data.md.
+IMAGE_DISTANCE = 8  # bits of 64
+TEXT_SIMILARITY = 0.8
+TEXT_COLUMNS = ("caption", "query", "positive", "text", "first", "second")
+
+_HASH_BITS, _HASH_BYTES = 64, 8
+_HASH_PARTS = 4  # substrings that the index looks up
+_GRID = 8  # colours are means of 8 x 8 fields
+_COLOUR_DIFFERENCE = 32.0  # of 255, in any field, after the brightness is made equal
+_BRIGHTNESS = 4 / 3  # largest ratio of brightness that is made equal
+_PLAIN = 2.0  # standard deviation of the grey values below which an image has nothing to compare
+_HASHED_SIDE = 64  # pixels to which an image is reduced before it is hashed
+_PERMUTATIONS = 128
+_NGRAM = 5  # characters
+_MISSED = 0.01  # largest probability that a pair at the threshold is missed
+_BLOCK = 4096  # pairs compared at a time
+
+
+@dataclass
+class Signatures:
+    """What is compared of rows: 200 bytes for each image and 512 for each text.
+
+    Args:
+        names: names of the rows.
+        hashes: difference hashes of the images, of shape (rows, 8); None if the rows have no images.
+        colours: mean colours of the fields of each image, of shape (rows, 192).
+        plain: whether an image is of one colour, and so is no near-duplicate of another.
+        texts: MinHash values by column, of shape (rows, 128).
+    """
+
+    names: list[str] = field(default_factory=list)
+    hashes: np.ndarray | None = None
+    colours: np.ndarray | None = None
+    plain: np.ndarray | None = None
+    texts: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @classmethod
+    def of_images(cls, names: list[str], signed: Sequence[tuple[np.ndarray, np.ndarray, bool]]) -> "Signatures":
+        """Return the signatures of images, each as returned by `sign_image`."""
+        if not signed:
+            return cls(names)
+        hashes, colours, plain = zip(*signed, strict=True)
+        return cls(names, np.stack(hashes), np.stack(colours), np.array(plain))
+
+
+def sign_rows(rows: Iterable[tuple[str, dict[str, Any]]], images: bool = True, texts: bool = True) -> Signatures:
+    """Return the signatures of good rows, in their order.
+
+    Args:
+        rows: names and rows, whose images are bytes or paths.
+        images, texts: whether to sign the images and the texts.
+
+    Raises:
+        DataError: if ImageHash or datasketch is not installed.
+        RowError: if an image cannot be read.
+    """
+    names: list[str] = []
+    signed: list[tuple[np.ndarray, np.ndarray, bool]] = []
+    written: dict[str, list[str]] = {}
+    for name, row in rows:
+        names.append(name)
+        if images and "image" in row:
+            signed.append(sign_image(row["image"]))
+        if texts:
+            for column in TEXT_COLUMNS:
+                if column in row:
+                    written.setdefault(column, []).append(comparable_text(row[column]))
+    signatures = Signatures.of_images(names, signed)
+    signatures.texts = {column: sign_texts(values) for column, values in written.items()}
+    return signatures
+
+
+def sign_image(value: Any) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Return the difference hash of an image, the mean colours of its fields, and whether it is of one colour.
+
+    Raises:
+        DataError: if ImageHash is not installed.
+        RowError: if the image cannot be read.
+    """
+    from bifocal.modeling.image_bifocal import decode_image
+
+    try:
+        import imagehash
+    except ImportError as error:
+        raise _not_installed("images", "ImageHash") from error
+    try:
+        image = decode_image(value, smallest_side=2 * _HASHED_SIDE).image
+    except Exception as error:
+        raise image_row_error(error) from error
+    image = image.resize((_HASHED_SIDE, _HASHED_SIDE), Image.Resampling.BOX, reducing_gap=2.0)
+    colours = np.asarray(image.resize((_GRID, _GRID), Image.Resampling.BOX)).reshape(-1)
+    bits = imagehash.dhash(image).hash.reshape(-1)
+    return np.packbits(bits), colours, bool(np.asarray(image.convert("L")).std() < _PLAIN)
+
+
+def sign_texts(texts: Sequence[str]) -> np.ndarray:
+    """Return MinHash values of the character 5-grams of texts, of shape (texts, 128).
+
+    Raises:
+        DataError: if datasketch is not installed.
+    """
+    try:
+        from datasketch import MinHash
+    except ImportError as error:
+        raise _not_installed("texts", "datasketch") from error
+    ngrams = ([ngram.encode("utf-8", "surrogatepass") for ngram in _ngrams(text)] for text in texts)
+    values = [minhash.hashvalues for minhash in MinHash.generator(ngrams, num_perm=_PERMUTATIONS)]
+    return np.stack(values).astype(np.uint32) if values else np.empty((0, _PERMUTATIONS), np.uint32)
+
+
+def similar_images(rows: Signatures, max_distance: int, others: Signatures | None = None) -> np.ndarray:
+    """Return the pairs of near-duplicate images as rows (number, number), each once and sorted.
+
+    All pairs of hashes within the distance are found; of these, images whose colours differ are not near-duplicates.
+
+    Args:
+        max_distance: number of bits, of 64, in which hashes may differ.
+        others: rows to pair with; None pairs the rows with earlier ones of themselves, the later one first. Of images
+            that are all equal, a later one is paired with the first one only.
+    """
+    second = rows if others is None else others
+    if rows.hashes is None or second.hashes is None:
+        return np.empty((0, 2), np.int64)
+    assert rows.colours is not None
+    assert rows.plain is not None
+    assert second.colours is not None
+    assert second.plain is not None
+    ours = _groups(np.concatenate([rows.hashes, rows.colours], axis=1), ~rows.plain)
+    theirs = ours if others is None else _groups(np.concatenate([second.hashes, second.colours], axis=1), ~second.plain)
+    one, other = (np.array([group[0] for group in groups], np.int64) for groups in (ours, theirs))
+    pairs = _near_hashes(rows.hashes[one], second.hashes[other], max_distance)
+    pairs = pairs[_same_colours(rows.colours[one], second.colours[other], pairs)]
+    return _row_pairs(pairs, ours, None if others is None else theirs)
+
+
+def similar_texts(rows: Signatures, min_similarity: float, others: Signatures | None = None) -> np.ndarray:
+    """Return the pairs of rows whose texts are near-duplicates in every column, as `similar_images` does.
+
+    Args:
+        min_similarity: least Jaccard similarity of the texts' character 5-grams. It is estimated, with a standard
+            error of up to 0.04, and 1 % of the pairs at this similarity are missed.
+        others: as for `similar_images`.
+    """
+    second = rows if others is None else others
+    columns = [column for column in rows.texts if column in second.texts]
+    if not columns or len(columns) != len(rows.texts):
+        return np.empty((0, 2), np.int64)
+    left, right = (np.stack([side.texts[column] for column in columns], axis=1) for side in (rows, second))
+    ours = _groups(left)
+    theirs = ours if others is None else _groups(right)
+    left, right = left[[group[0] for group in ours]], right[[group[0] for group in theirs]]
+    bands, width = band_shape(min_similarity, len(columns))
+    found: set[tuple[int, int]] = set()
+    for band in range(bands):
+        keys = slice(band * width, (band + 1) * width)
+        for block in _equal_rows(left[:, :, keys], None if others is None else right[:, :, keys]):
+            equal = (left[block[:, 0]] == right[block[:, 1]]).mean(axis=2)
+            found.update(map(tuple, block[(equal >= min_similarity).all(axis=1)].tolist()))
+    pairs = np.array(list(found), np.int64).reshape(-1, 2)
+    return _row_pairs(pairs, ours, None if others is None else theirs)
+
+
+def band_shape(min_similarity: float, columns: int = 1) -> tuple[int, int]:
+    """Return the number and the width of the bands of MinHash values of which one must be equal.
+
+    It is the widest band, which compares the fewest pairs, that misses at most 1 % of the pairs at the threshold.
+    """
+    for width in range(_PERMUTATIONS, 1, -1):
+        bands = _PERMUTATIONS // width
+        if missing_probability(min_similarity, bands, width, columns) <= _MISSED:
+            return bands, width
+    return _PERMUTATIONS, 1
+
+
+def missing_probability(similarity: float, bands: int, width: int, columns: int = 1) -> float:
+    """Return the probability that no band is equal for texts of this similarity in every column."""
+    return math.pow(1 - similarity ** (width * columns), bands)
+
+
+def first_of_groups(pairs: np.ndarray) -> dict[int, int]:
+    """Return the rows to skip, each with the row that stays in its place.
+
+    A row is skipped only if an earlier row that stays is a near-duplicate of it, so that a chain of rows, each similar
+    to the next, does not make one group of different rows.
+
+    Args:
+        pairs: as returned by `similar_images`, the later row first, sorted.
+    """
+    skipped: dict[int, int] = {}
+    for later, earlier in pairs.tolist():
+        if later not in skipped and earlier not in skipped:
+            skipped[later] = earlier
+    return skipped
+
+
+def filter_near_duplicates(dataset: Any, cleaning: Cleaning, skipped: SkipLog, name: str) -> Any:
+    """Return the rows of a `datasets.Dataset` that are no near-duplicates of earlier ones; the others are logged.
+
+    Raises:
+        DataError: if a library is not installed, or an image cannot be read.
+    """
+    most, least = cleaning.near_duplicate_images, cleaning.near_duplicate_texts
+    try:
+        signatures = sign_rows(rows_of(dataset), most is not None, least is not None)
+    except RowError as error:
+        raise DataError(
+            f"'{name}' has an image that cannot be read ({error}). Add clean.verify_images=true, which skips such rows."
+        ) from error
+    causes = []
+    if most is not None:
+        causes.append(("near-duplicate image", similar_images(signatures, most)))
+    if least is not None:
+        causes.append(("near-duplicate text", similar_texts(signatures, least)))
+    skips: dict[int, SkippedRow] = {}
+    for cause, pairs in causes:
+        kept_pairs = pairs[[not {later, earlier} & skips.keys() for later, earlier in pairs.tolist()]]
+        for later, earlier in first_of_groups(kept_pairs).items():
+            of = f"near-duplicate of {signatures.names[earlier]}"
+            skips[later] = SkippedRow(signatures.names[later], cause, of, filtered=True)
+    skipped.add(name, 0, [skips[row] for row in sorted(skips)])
+    return select_rows(dataset, [row for row in range(len(dataset)) if row not in skips]) if skips else dataset
+
+
+def _not_installed(what: str, package: str) -> DataError:
+    return DataError(f"Near-duplicate {what} need {package}. Install it with `pip install {package}`.")
+
+
+def rows_of(dataset: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the rows of a `datasets.Dataset` with their names, images as bytes or paths."""
+    for number, row in enumerate(dataset):
+        image = row.get("image")
+        if isinstance(image, dict):
+            row["image"] = image["bytes"] if image["bytes"] is not None else image["path"]
+        yield row_name(dataset, number), row
+
+
+def _ngrams(text: str) -> set[str]:
+    return {text[start : start + _NGRAM] for start in range(max(1, len(text) - _NGRAM + 1))}
+
+
+def _groups(signatures: np.ndarray, compared: np.ndarray | None = None) -> list[list[int]]:
+    """Return the rows of each group with one signature, in order: a million equal pairs are a thousand rows."""
+    groups: dict[bytes, list[int]] = {}
+    for row in range(len(signatures)) if compared is None else np.flatnonzero(compared).tolist():
+        groups.setdefault(signatures[row].tobytes(), []).append(row)
+    return list(groups.values())
+
+
+def _row_pairs(pairs: np.ndarray, ours: list[list[int]], theirs: list[list[int]] | None) -> np.ndarray:
+    """Return the pairs of rows for pairs of groups, sorted."""
+    if theirs is not None:
+        found = [(row, theirs[j][0]) for i, j in pairs.tolist() for row in ours[i]]
+    else:
+        between = [(max(i, j), min(i, j)) for i, j in pairs.tolist() if i != j]
+        found = [(row, ours[j][0]) for i, j in between for row in ours[i][:1]]
+        found += [(row, group[0]) for group in ours for row in group[1:]]
+    return np.array(sorted(set(found)), np.int64).reshape(-1, 2)
+
+
+def _near_hashes(first: np.ndarray, second: np.ndarray, max_distance: int) -> np.ndarray:
+    """Return the pairs of hashes within a distance."""
+    try:
+        import faiss
+    except ImportError as error:
+        raise _not_installed("images", "faiss-cpu") from error
+    if not len(first) or not len(second):
+        return np.empty((0, 2), np.int64)
+    # Of hashes that differ in d bits, one of n substrings differs in d // n bits at most: none is missed.
+    index = faiss.IndexBinaryMultiHash(_HASH_BITS, _HASH_PARTS, _HASH_BITS // _HASH_PARTS)
+    index.nflip = max_distance // _HASH_PARTS
+    index.add(np.ascontiguousarray(second))
+    pairs = []
+    for start in range(0, len(first), _BLOCK):
+        block = np.ascontiguousarray(first[start : start + _BLOCK])
+        limits, _, numbers = index.range_search(block, max_distance + 1)
+        rows = np.repeat(np.arange(start, start + len(block)), np.diff(limits).astype(np.int64))
+        pairs.append(np.stack([rows, numbers], axis=1))
+    return np.concatenate(pairs)
+
+
+def _same_colours(first: np.ndarray, second: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """Return which pairs have the same colours, up to their brightness."""
+    same = []
+    for block in np.array_split(pairs, max(1, len(pairs) // _BLOCK)):
+        one, other = (colours[block[:, side]].astype(np.float32) for side, colours in enumerate((first, second)))
+        gain = (one * other).sum(axis=1) / np.maximum((other * other).sum(axis=1), 1.0)
+        gain = np.clip(gain, 1 / _BRIGHTNESS, _BRIGHTNESS)[:, None]
+        same.append(np.abs(one - gain * other).max(axis=1) <= _COLOUR_DIFFERENCE)
+    return np.concatenate(same)
+
+
+def _equal_rows(left: np.ndarray, right: np.ndarray | None) -> Iterator[np.ndarray]:
+    """Yield the pairs of numbers of equal rows in blocks; of one array, the later one first."""
+    both = left if right is None else np.concatenate([left, right])
+    flat = np.ascontiguousarray(both.reshape(len(both), -1))
+    _, keys = np.unique(flat.view(np.dtype((np.void, flat.dtype.itemsize * flat.shape[1]))), return_inverse=True)
+    keys = keys.reshape(-1)
+    order = np.argsort(keys, kind="stable")
+    starts = np.flatnonzero(np.diff(keys[order], prepend=-1))
+    sizes = np.diff(starts, append=len(order))
+    block: list[np.ndarray] = []
+    for start, size in zip(starts[sizes > 1].tolist(), sizes[sizes > 1].tolist()):
+        group = order[start : start + size]
+        if right is None:
+            members = [(group[number], group[:number]) for number in range(1, size)]
+        else:
+            members = [(row, group[group >= len(left)] - len(left)) for row in group[group < len(left)]]
+        for row, partners in members:
+            block.append(np.stack([np.full(len(partners), row), partners], axis=1))
+            if sum(map(len, block)) >= _BLOCK:
+                yield np.concatenate(block)
+                block = []
+    if block:
+        yield np.concatenate(block)

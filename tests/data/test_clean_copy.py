@@ -1,0 +1,218 @@
+"""Clean copies of sources: the same files however many processes write them, and runs that resume."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from pyarrow.parquet import read_table
+
+from bifocal.data import clean_copy
+from bifocal.data.clean_copy import write_clean
+from bifocal.data.loading import iter_rows, load_source
+from bifocal.data.parallel import Execution
+from bifocal.data.skips import BadRowsError, SkipLog
+from bifocal.data.source import Source
+from bifocal.errors import DataError
+from tests.data.files import image_bytes, lines, shards
+from tests.processes import skip_if_quick
+
+
+@pytest.fixture(autouse=True)
+def small_files_alone(monkeypatch) -> None:
+    monkeypatch.setattr(clean_copy, "_PART_BYTES", 0)
+
+
+def write(source: Source, out: Path, kind: str = "text-pair", workers: int = 1) -> tuple[int, SkipLog]:
+    log = SkipLog(out / "skipped.jsonl")
+    return write_clean(source, kind, out, log, Execution(workers)), log
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def pairs(folder: Path, files: int = 3, **options) -> Source:
+    """Files of ten rows, the fourth of each without a positive."""
+    for number in range(files):
+        rows = [{"query": f"query {number} {n}", "positive": f"positive {n}"} for n in range(10)]
+        rows[3]["positive"] = ""
+        lines(folder / f"{number}.jsonl", rows)
+    return Source(path=f"{folder}/*.jsonl", max_bad_fraction=0.2, **options)
+
+
+@pytest.fixture
+def written(monkeypatch) -> list[str]:
+    """The names of the parts that are written."""
+    names: list[str] = []
+    write_part = clean_copy._write_part
+
+    def named(part, folder: Path) -> int:
+        names.append(Path(part.name).name)
+        return write_part(part, folder)
+
+    monkeypatch.setattr(clean_copy, "_write_part", named)
+    return names
+
+
+def test_two_processes_write_what_one_writes(tmp_path):
+    skip_if_quick()
+    source = Source(path=shards(tmp_path / "tars", [5, 2, 4]), clean={"exclude": ["caption 3"]})
+    outs = [tmp_path / f"out-{workers}" for workers in (1, 2)]
+    logs = [write(source, out, "image-text", workers) for workers, out in enumerate(outs, 1)]
+    assert [rows for rows, _ in logs] == [10, 10]
+    assert logs[0][1].state() == logs[1][1].state()
+    assert logs[0][1].filtered == {source.title: {"caption with a pattern": 1}}
+    assert contents(outs[0]) == contents(outs[1])
+    assert list(contents(outs[0])) == [*(f"0000{n}-of-00003.parquet" for n in range(3)), "skipped.jsonl"]
+    copied = load_source(Source(path=f"{outs[0]}/*.parquet"), "image-text")
+    expected = [row for _, row in iter_rows(source, "image-text") if isinstance(row, dict)]
+    assert copied[:]["caption"] == [[row["caption"]] for row in expected]
+    assert [image["bytes"] for image in copied[:]["image"]] == [row["image"] for row in expected]
+
+
+def test_the_log_names_rows_in_the_order_of_the_source(tmp_path):
+    write(pairs(tmp_path), tmp_path / "out")
+    logged = [json.loads(line)["row"] for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
+    assert logged == ["0.jsonl:4", "1.jsonl:4", "2.jsonl:4"]
+
+
+def test_small_files_share_a_part(tmp_path, monkeypatch):
+    source = pairs(tmp_path, files=5)
+    monkeypatch.setattr(clean_copy, "_PART_BYTES", (tmp_path / "0.jsonl").stat().st_size * 2)
+    assert write(source, tmp_path / "out")[0] == 45
+    rows = [read_table(path).num_rows for path in sorted((tmp_path / "out").glob("*.parquet"))]
+    assert rows == [18, 18, 9]
+
+
+def test_files_have_no_more_rows_than_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(clean_copy, "_ROWS", 7)
+    monkeypatch.setattr(clean_copy, "_GROUP", 4)
+    source = pairs(tmp_path, files=2)
+    assert write(source, tmp_path / "out")[0] == 18
+    paths = sorted((tmp_path / "out").glob("*.parquet"))
+    assert [read_table(path).num_rows for path in paths] == [7, 2, 7, 2]
+    assert paths[-1].name == "00003-of-00004.parquet"
+    queries = [query for path in paths for query in read_table(path)["query"].to_pylist()]
+    assert queries == [f"query {number} {n}" for number in range(2) for n in range(10) if n != 3]
+
+
+def test_a_stopped_run_resumes(tmp_path, written, monkeypatch):
+    source, out = pairs(tmp_path), tmp_path / "out"
+    write_part = clean_copy._write_part
+
+    def stop_at_second(part, folder: Path) -> int:
+        if part.name.endswith("1.jsonl"):
+            (folder / "00000.parquet").write_bytes(b"half")
+            raise KeyboardInterrupt
+        return write_part(part, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(clean_copy, "_write_part", stop_at_second)
+        with pytest.raises(KeyboardInterrupt):
+            write(source, out)
+    assert [path.name for path in out.iterdir()] == [".unfinished"]
+    (out / ".unfinished" / "00001-0123456789abcdef.tmp").mkdir()  # of a process that was killed
+    assert write(source, out)[0] == 27
+    assert written == ["0.jsonl", "1.jsonl", "2.jsonl"]
+    assert write(source, tmp_path / "other")[0] == 27
+    assert contents(out) == contents(tmp_path / "other")
+
+
+def test_a_part_that_fails_does_not_stop_the_others(tmp_path, written, monkeypatch):
+    source, out = pairs(tmp_path), tmp_path / "out"
+    tables = clean_copy._tables
+
+    def fail_at_second(part, skipped):
+        if part.name.endswith("1.jsonl"):
+            raise OSError(28, "No space left on device")
+        return tables(part, skipped)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(clean_copy, "_tables", fail_at_second)
+        with pytest.raises(
+            DataError, match=r"^1 of 3 parts failed, such as .*1\.jsonl \(Cannot write to .* resumes\.$"
+        ):
+            write(source, out)
+    assert written == ["0.jsonl", "1.jsonl", "2.jsonl"]
+    written.clear()
+    assert write(source, out)[0] == 27
+    assert written == ["1.jsonl"]
+
+
+def test_parts_are_used_again_for_the_same_rows_only(tmp_path, written):
+    source, out = pairs(tmp_path), tmp_path / "out"
+    strict = source.model_copy(update={"max_bad_fraction": 0.01})
+    for _ in range(2):
+        with pytest.raises(BadRowsError, match=r"10\.0% of 30 rows are bad"):
+            write(strict, out)
+    assert written == ["0.jsonl", "1.jsonl", "2.jsonl"]
+    lines(tmp_path / "2.jsonl", [{"query": "new", "positive": "row"}])
+    assert write(source, out)[0] == 19
+    assert written[3:] == ["2.jsonl"]
+    assert contents_of_folder(out)[-1] == "skipped.jsonl"
+    with pytest.raises(BadRowsError):
+        write(strict.model_copy(update={"max_bad_fraction": 0.0}), tmp_path / "again")
+    written.clear()
+    other = Source(path=source.path, max_bad_fraction=0.2, clean={"min_characters": 5})
+    assert write(other, tmp_path / "again")[0] == 18  # "new" and "row" are short
+    assert len(written) == 3
+
+
+def contents_of_folder(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_part_with_a_missing_image_is_written_again(tmp_path, written):
+    """The image may be there now; nothing else shows that."""
+    rows = [{"image": f"{n}.png", "caption": f"caption {n}"} for n in range(4)]
+    for number, two in enumerate((rows[:2], rows[2:])):
+        lines(tmp_path / f"{number}.jsonl", two)
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(image_bytes(form="PNG"))
+    source = Source(path=f"{tmp_path}/*.jsonl")
+    with pytest.raises(BadRowsError, match="missing image"):
+        write(source, tmp_path / "out", "image-text")
+    (tmp_path / "3.png").write_bytes(image_bytes(form="PNG"))
+    assert write(source, tmp_path / "out", "image-text")[0] == 4
+    assert written == ["0.jsonl", "1.jsonl", "1.jsonl"]
+
+
+def test_rows_that_are_compared_are_one_part(tmp_path, written):
+    source = pairs(tmp_path)
+    shutil.copy(tmp_path / "0.jsonl", tmp_path / "3.jsonl")
+    unique = source.model_copy(update={"clean": clean_copy.Cleaning(deduplicate_texts=True)})
+    assert write(unique, tmp_path / "unique")[0] == 27
+    assert write(source.model_copy(update={"limit": 12}), tmp_path / "limited")[0] == 12
+    assert written == ["*.jsonl", "*.jsonl"]
+
+
+def test_what_others_have_written_is_left_alone(tmp_path):
+    source, out = pairs(tmp_path), tmp_path / "out"
+    (out / ".unfinished").mkdir(parents=True)
+    (out / ".unfinished" / "mine.txt").write_text("mine")
+    with pytest.raises(DataError, match=r"is not empty \(it has \.unfinished/mine\.txt\)"):
+        write(source, out)
+    assert (out / ".unfinished" / "mine.txt").read_text() == "mine"
+
+
+def test_two_runs_do_not_write_into_one_folder(tmp_path):
+    from filelock import FileLock
+
+    source, out = pairs(tmp_path), tmp_path / "out"
+    (out / ".unfinished").mkdir(parents=True)
+    with FileLock(out / ".unfinished" / ".lock"), pytest.raises(DataError, match="Another run is writing to"):
+        write(source, out)
+    assert write(source, out)[0] == 27
+
+
+def test_a_full_disk(tmp_path, small_disk):
+    (tmp_path / "a").mkdir()
+    for number in range(40):
+        noise = image_bytes((200, 200), "PNG", number)
+        (tmp_path / "a" / f"{number}.png").write_bytes(noise)
+    rows = [{"image": f"a/{n}.png", "caption": "c"} for n in range(40)]
+    source = Source(path=str(lines(tmp_path / "a.jsonl", rows)))
+    with pytest.raises(DataError, match=r"^Cannot write to .*; free space or choose another\.$"):
+        write(source, small_disk / "out", "image-text")
+    assert contents_of_folder(small_disk / "out") == [".unfinished"]
