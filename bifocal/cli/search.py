@@ -1,4 +1,4 @@
-"""The commands `index`, `search`, `remove`, `export-lancedb` and `serve`."""
+"""The commands `index`, `search`, `remove`, `export-lancedb`"""
 
 import json
 from pathlib import Path
@@ -14,16 +14,22 @@ from bifocal.errors import BifocalError
 if TYPE_CHECKING:
     from bifocal.hub.indexing import IndexSummary
     from bifocal.hub.search.hits import Hit
-    from bifocal.hub.search.index import SearchIndex
+    from bifocal.hub.search.searchable import Searchable
 
 Index = Annotated[Path, typer.Argument(help="Folder of an index.")]
 Model = Annotated[str | None, typer.Option(help="Folder or Hub id of the index's model, if it was moved.")]
 Approximate = Annotated[
     bool, typer.Option("--approximate", help="Search an approximate form that bifocal index --approximate made.")
 ]
-_NEEDS = ("datasets", "faiss", "filelock")
-_API_NEEDS = ("fastapi", "httpx", "orjson", "prometheus_client", "uvicorn")
-_GITHUB_LIMIT = 100 * 2**20  # bytes of a file
+Database = Annotated[
+    str | None, typer.Option(help="Search this LanceDB database instead of an index: a folder or an address (s3://).")
+]
+Where = Annotated[
+    str | None,
+    typer.Option(help="Search the rows of the database that fulfil this condition of SQL: \"kind = 'text'\"."),
+]
+Hybrid = Annotated[bool, typer.Option("--hybrid", help="Rank the rows of the database by words, too.")]
+NEEDS = ("datasets", "faiss", "filelock")
 _MAX_NAMED = 5  # skipped items that are named; the others are counted
 
 
@@ -68,7 +74,7 @@ def index(
     ] = None,
 ) -> None:
     """Embed images and texts for search. Run it again to resume, or to update the index from its source."""
-    require(*_NEEDS, "pydantic")
+    require(*NEEDS, "pydantic")
     from tqdm import tqdm
 
     from bifocal.data.image_files import printable
@@ -130,7 +136,7 @@ def _print_summary(
 
 
 def search(
-    index: Index,
+    index: Annotated[str | None, typer.Argument(help="Folder of an index. Omit it with --database.")] = None,
     text: Annotated[str | None, typer.Argument(help="Text to search for.")] = None,
     image: Annotated[Path | None, typer.Option(help="Image to search for, alone or with the text.")] = None,
     hits: Annotated[int, typer.Option("--hits", "-k", min=1, help="Number of hits.")] = 10,
@@ -142,56 +148,79 @@ def search(
     approximate: Approximate = False,
     weight: Annotated[float, typer.Option(min=0, max=1, help="Weight of the text against the image.")] = 0.5,
     model: Model = None,
-    lancedb: Annotated[
-        str | None, typer.Option(help="Search this LanceDB database, written by export-lancedb, instead.")
-    ] = None,
+    database: Database = None,
+    where: Where = None,
+    hybrid: Hybrid = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the hits as JSON.")] = False,
     dtype: IndexDtype = None,
 ) -> None:
     """Print the items that are nearest to a text, an image or both."""
-    require(*_NEEDS, *(["lancedb"] if lancedb else []))
+    require(*NEEDS, *(["lancedb"] if database else []))
     from bifocal.embedding.items import KINDS
     from bifocal.hub.search.arguments import require_model_path, require_query
     from bifocal.hub.search.hits import check_kinds
-    from bifocal.hub.search.index import SearchIndex
 
-    if lancedb is not None and (dim is not None or precision is not None):
-        raise BifocalError("--dim and --precision choose a variant of the index. Omit them with --lancedb.")
-    if lancedb is not None and approximate:
-        raise BifocalError("--approximate chooses a variant of the index. Omit it with --lancedb.")
+    if database is not None:
+        if text is not None:
+            raise BifocalError("Search either an index or a database: omit the index, or --database.")
+        index, text = None, index
+        if dim is not None or precision is not None or approximate:
+            raise BifocalError("--dim, --precision and --approximate choose a form of an index. Omit them.")
     kinds = KINDS if only is None else (only,)
     check_kinds(kinds)
-    opened = SearchIndex(index)
+    opened = open_searchable(index, database, where, hybrid)
     variant = opened.choose_variant(dim, precision, approximate)
     require_query(text, image)
     require_model_path(model or opened.model)
-    if lancedb is not None:
-        from bifocal.hub.search.lance import open_lancedb
-
-        open_lancedb(lancedb, opened.weights)
 
     from bifocal.hub.search.searcher import Searcher
 
-    searcher = Searcher(opened, model, dtype=dtype)
-    vector = searcher.vector(text, image, weight)
-    if lancedb is not None:
-        from bifocal.hub.search.lance import search_lancedb
-
-        ranking = search_lancedb(lancedb, vector, searcher.index.weights, hits, kinds)
-    else:
-        ranking = searcher.index.search(vector, hits, kinds, variant)
+    ranking = Searcher(opened, model, dtype=dtype).search(text, image, hits, kinds, weight, variant)
     if not ranking:
+        counts = opened.counts()
+        if database is not None and any(counts.values()):
+            raise BifocalError(f"Nothing in '{database}' fits this search. Search by other words, or omit --only.")
         what = "texts" if only == "text" else "images" if only == "image" else "items"
-        if only == "text" and lancedb is None and opened.counts()["caption"]:
+        if only == "text" and counts["caption"]:
             what = "texts except captions, which belong to their images"
-        raise BifocalError(f"'{lancedb or index}' has no {what}. Add some with bifocal index, or omit --only.")
-    if lancedb is None and variant.approximate:
-        typer.echo(opened.describe(variant), err=True)
+        raise BifocalError(f"'{database or index}' has no {what}. Add some with bifocal index, or omit --only.")
+    if described := opened.describe(variant):
+        typer.echo(described, err=True)
     if as_json:
         typer.echo(json.dumps([hit.to_dict() for hit in ranking], indent=2, ensure_ascii=False))
         return
     for rank, hit in enumerate(ranking, 1):
         typer.echo(_line(rank, hit))
+
+
+def require_database_options(where: str | None, hybrid: bool) -> None:
+    """Check that no option of a database is given.
+
+    Raises:
+        BifocalError: if one is.
+    """
+    if where is not None or hybrid:
+        raise BifocalError("--where and --hybrid search a database. Pass --database, too.")
+
+
+def open_searchable(index: str | Path | None, database: str | None, where: str | None, hybrid: bool) -> "Searchable":
+    """Return the index or the database to search.
+
+    Raises:
+        BifocalError: if there is none or both, or options of one are given for the other.
+    """
+    if database is not None:
+        if index is not None:
+            raise BifocalError("Search either an index or a database: omit the index, or --database.")
+        from bifocal.hub.lance.search import LanceIndex
+
+        return LanceIndex(database, where, hybrid)
+    require_database_options(where, hybrid)
+    if index is None:
+        raise BifocalError("Nothing to search. Pass the folder of an index, or --database.")
+    from bifocal.hub.search.index import SearchIndex
+
+    return SearchIndex(index)
 
 
 def _line(rank: int, hit: "Hit") -> str:
@@ -213,7 +242,7 @@ def remove(
     """Delete items from an index, also from its files. Content with other names stays under those."""
     if not names and source is None:
         raise BifocalError("Nothing to delete. Pass names that hits show, or --source.")
-    require(*_NEEDS)
+    require(*NEEDS)
     from bifocal.hub.search.index import SearchIndex
 
     writes_into(index)
@@ -227,136 +256,12 @@ def export_lancedb(
     uri: Annotated[str, typer.Argument(help="A folder, or an address that LanceDB knows (s3://, gs://, db://).")],
 ) -> None:
     """Write an index's items to a LanceDB database. Run it again to update the database."""
-    require(*_NEEDS, "lancedb")
+    require(*NEEDS, "lancedb")
+    from bifocal.hub.lance.export import export_to_lancedb
     from bifocal.hub.search.index import SearchIndex
-    from bifocal.hub.search.lance import export_to_lancedb
 
     writes_into(Path(uri) if "://" not in uri else Path())
-    count = export_to_lancedb(SearchIndex(index), uri)
-    typer.echo(f"{count:,} rows are in {uri}.")
-
-
-def serve(
-    index: Annotated[Path | None, typer.Argument(help="Folder of an index; none for --model FOLDER --api.")] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on. 0.0.0.0 accepts other machines.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 7860,
-    title: Annotated[str, typer.Option(help="Title of the page.")] = "Search images and texts",
-    model: Annotated[
-        str | None,
-        typer.Option(help="Folder or Hub id: of the index's model if it was moved, or what --api serves."),
-    ] = None,
-    space: Annotated[
-        Path | None, typer.Option(help="Write a Space into this folder, for bifocal push, instead of serving.")
-    ] = None,
-    api: Annotated[
-        bool, typer.Option("--api", help="Also serve programs: /v1/embeddings, /v1/search and more, listed at /docs.")
-    ] = False,
-    api_key: Annotated[
-        str | None,
-        typer.Option(help="Key that programs must send; BIFOCAL_API_KEY if omitted. There is no page then."),
-    ] = None,
-    model_name: Annotated[
-        str | None, typer.Option(help="Name that programs call the model by; its Hub id or folder's name if omitted.")
-    ] = None,
-    allow_image_urls: Annotated[
-        bool, typer.Option("--allow-image-urls", help="Let programs send public addresses of images.")
-    ] = False,
-    max_queue: Annotated[int, typer.Option(min=1, help="Most texts and images of programs that wait at once.")] = 4096,
-    static: Annotated[
-        Path | None,
-        typer.Option(help="Write a page that needs no server into this folder, for a static host, instead of serving."),
-    ] = None,
-    with_images: Annotated[
-        bool, typer.Option("--with-images", help="With --static: include what visitors need to search by their images.")
-    ] = False,
-    npm_packages: Annotated[
-        Path | None,
-        typer.Option(help="With --static: folder with tarballs of npm pack; downloaded and cached if omitted."),
-    ] = None,
-    dtype: IndexDtype = None,
-    approximate: Approximate = False,
-) -> None:
-    """Serve an index as a page, to programs, as a Space or as a page without a server; or a model to programs."""
-    if static is None and (with_images or npm_packages is not None):
-        raise BifocalError("--with-images and --npm-packages are for a static page. Pass --static FOLDER, too.")
-    if not api and (api_key is not None or model_name is not None or allow_image_urls):
-        raise BifocalError("--api-key, --model-name and --allow-image-urls are options of --api. Pass --api, too.")
-    if sum((api, space is not None, static is not None)) > 1:
-        raise BifocalError("--api, --space and --static are different ways to serve. Pass one of them.")
-    if api:
-        require(*_API_NEEDS)
-        from bifocal.hub.api.server import bind
-        from bifocal.hub.api.settings import Settings, read_key
-
-        settings = Settings(read_key(api_key), allow_image_urls, max_queue)
-    from bifocal.hub.search.arguments import require_model_path
-
-    if index is None:
-        if not api or model is None:
-            raise BifocalError("Pass the folder of an index, or --model FOLDER with --api to serve only embeddings.")
-        require_model_path(model)
-        bound = bind(host, port)  # before anything heavy is imported
-
-        from bifocal.hub.api.command import serve_api
-
-        serve_api(None, model, bound, settings, dtype=dtype, model_name=model_name)
-        return
-    require(*_NEEDS, *(["gradio"] if static is None else ["onnx", "onnxruntime", "onnxscript"]))
-    from bifocal.hub.search.index import SearchIndex
-
-    if approximate and (space is not None or static is not None):
-        raise BifocalError("--approximate chooses what is served here. Omit it with --space and --static.")
-    opened = SearchIndex(index)
-    if static is not None:
-        _write_static_site(opened, static, title, model, with_images, npm_packages)
-        return
-    if space is not None:
-        from bifocal.hub.space_arguments import check_space
-
-        writes_into(space)
-        check_space(opened, space, opened.model if model is None else model)
-
-        from bifocal.hub.space import write_space
-
-        write_space(opened, space, title, model)
-        typer.echo(f"The Space is in {space}. Publish it with: bifocal push {space} organisation/name")
-        return
-    require_model_path(model or opened.model)
-    variant = opened.choose_variant(approximate=approximate)
-    if api:
-        bound = bind(host, port)
-
-        from bifocal.hub.api.command import serve_api
-
-        serve_api(opened, model, bound, settings, title=title, dtype=dtype, model_name=model_name, variant=variant)
-        return
-
-    from bifocal.hub.search.page import build_page, launch
-    from bifocal.hub.search.searcher import Searcher
-
-    page = build_page(Searcher(opened, model, dtype=dtype, variant=variant), title)
-    if accuracy := opened.describe(variant):
-        typer.echo(accuracy)
-    typer.echo(f"Serving {index} at http://{host}:{port} (Ctrl+C stops it).")
-    launch(page, host, port)
-
-
-def _write_static_site(
-    index: "SearchIndex", out: Path, title: str, model: str | None, with_images: bool, npm_packages: Path | None
-) -> None:
-    from bifocal.hub.search.captions import count_in_words
-    from bifocal.hub.static_site.arguments import check_site
-
-    writes_into(out)
-    check_site(index, out, index.model if model is None else model, npm_packages)
-
-    from bifocal.hub.static_site.site import describe_differences, write_site
-
-    summary = write_site(index, out, title, model, with_images, npm_packages)
-    sizes = ", ".join(f"{part} {size / 1e6:,.1f}" for part, size in summary.sizes.items())
-    total = sum(summary.sizes.values()) / 1e6
-    typer.echo(f"{out} has {count_in_words(summary.counts)} in {total:,.1f} MB ({sizes}).")
-    typer.echo(describe_differences(summary.differences))
-    if summary.largest_file > _GITHUB_LIMIT:
-        typer.echo(f"One file has {summary.largest_file / 1e6:,.0f} MB; GitHub Pages takes files up to 100 MB.")
-    typer.echo(f"Look at it: python -m http.server --directory {out}. Publish it: bifocal push {out} organisation/name")
+    result = export_to_lancedb(SearchIndex(index), uri)
+    typer.echo(
+        f"{result.written} parts written, {result.unchanged} unchanged, {result.deleted} deleted; {result.finished}."
+    )

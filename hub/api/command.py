@@ -14,14 +14,14 @@ from bifocal.hub.search.encoder import Encoder
 from bifocal.hub.search.searcher import Searcher
 
 if TYPE_CHECKING:
-    from bifocal.hub.search.index import SearchIndex
+    from bifocal.hub.search.searchable import Searchable
     from bifocal.hub.search.settings import Variant
 
 logger = logging.getLogger(__name__)
 
 
 def serve_api(
-    index: "SearchIndex | None", model: str | None, bound: socket.socket, settings: Settings, *, title: str = "",
+    index: "Searchable | None", model: str | None, bound: socket.socket, settings: Settings, *, title: str = "",
     dtype: str | None = None, model_name: str | None = None, variant: "Variant | None" = None,
 ) -> None:  # fmt: skip
     """Serve programs, and the search page at / if there is an index and no key, until SIGTERM or Ctrl+C.

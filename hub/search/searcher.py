@@ -13,10 +13,10 @@ from bifocal.embedding.items import KINDS, Item, normalize
 from bifocal.embedding.models import EmbeddingModel, load_model, weights_hash
 from bifocal.hub.search.batching import Batcher
 from bifocal.hub.search.encoder import BATCH_SIZE, Encoder, Piece, about_tokens
-from bifocal.hub.search.hits import Hit, QueryError
+from bifocal.hub.search.hits import Hit, QueryError, SearchError
 from bifocal.hub.search.index import SearchIndex
+from bifocal.hub.search.searchable import Ranked, Searchable
 from bifocal.hub.search.settings import Variant
-from bifocal.hub.search.snapshot import Rankings
 from bifocal.hub.search.sync import AddResult, ItemSource
 from bifocal.modeling.dtype_bifocal import default_device, is_fast
 
@@ -65,7 +65,7 @@ class Searcher:
 
     def __init__(
         self,
-        index: SearchIndex,
+        index: Searchable,
         model: str | EmbeddingModel | None = None,
         batch_size: int = BATCH_SIZE,
         dtype: str | None = None,
@@ -124,15 +124,16 @@ class Searcher:
         asked = tuple(_Ranking(k, tuple(kinds), chosen) for kinds in rankings)
         search = _Search(self.vector(text, image, weight), asked)
         # Texts and thumbnails of hits are read by the thread of the query.
-        return [found.hits(number) for found, number in self._searches(search)]
+        words = (text or "").strip()[:MAX_QUERY_LENGTH]
+        return [found.hits(number, words) for found, number in self._searches(search)]
 
-    def _rank(self, searches: Sequence[_Search]) -> list[list[tuple[Rankings, int]]]:
+    def _rank(self, searches: Sequence[_Search]) -> list[list[tuple[Ranked, int]]]:
         """Return, for each search and ranking, the rankings of a group of searches and the number of this one in it."""
         groups: dict[_Ranking, list[int]] = defaultdict(list)
         for number, search in enumerate(searches):
             for ranking in dict.fromkeys(search.rankings):
                 groups[ranking].append(number)
-        ranked: dict[tuple[_Ranking, int], tuple[Rankings, int]] = {}
+        ranked: dict[tuple[_Ranking, int], tuple[Ranked, int]] = {}
         for ranking, numbers in groups.items():
             vectors = np.stack([searches[number].vector for number in numbers])
             rankings = self.index.rank(vectors, ranking.k, ranking.kinds, ranking.variant)
@@ -150,8 +151,10 @@ class Searcher:
             num_workers: threads that decode and resize images ahead of the model; see `encode_image` of a model.
 
         Raises:
-            SearchError: if the model was loaded in another dtype than the index was made in.
+            SearchError: if the model was loaded in another dtype than the index was made in, or it is a database.
         """
+        if not isinstance(self.index, SearchIndex):
+            raise SearchError("A database is written by bifocal embed --database, not through a search.")
         self.index.require_same_dtype(self.model.dtype)
         prompt, fast = self.index.prompts.get("document", ""), self.index.fast_decoding
         settings = EmbedSettings("document", prompt, batch_size, num_workers, fast)
