@@ -65,8 +65,8 @@ def main() -> None:
                 figures["ratio"] = round(figures["inputs_per_second"] / rate, 2)
             line["window_texts"] = with_window["texts"]
         if options.infinity:
-            bert = make_bert(folder, options)
-            with Server(bifocal(bert)) as ours, Server(infinity(options.infinity, bert)) as theirs:
+            sentences, bert = make_bert(folder, options)
+            with Server(bifocal(sentences)) as ours, Server(infinity(options.infinity, bert)) as theirs:
                 for name, figures in zip(
                     ("bifocal_bert", "infinity"), compare(ours, theirs, options, ("texts", "lists")), strict=True
                 ):
@@ -151,9 +151,15 @@ def make_model(folder: Path, options: argparse.Namespace) -> Path:
     return Path(export_model(model, folder / "model", BifocalProcessor(image_processor_of_size(224), tokenizer)))
 
 
-def make_bert(folder: Path, options: argparse.Namespace) -> Path:
-    """Return a BERT of random weights, which both servers load and pool by the mean of its tokens."""
+def make_bert(folder: Path, options: argparse.Namespace) -> tuple[Path, Path]:
+    """Return a BERT of random weights with mean pooling as a sentence-transformers model, and alone for infinity.
+
+    infinity has an older sentence-transformers, which does not know the names of today's modules, but pools a BERT that
+    has none in the same way.
+    """
     import torch
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Pooling, Transformer
     from transformers import BertConfig, BertModel
 
     from bifocal.training.tokenizer import train_wordpiece
@@ -169,7 +175,9 @@ def make_bert(folder: Path, options: argparse.Namespace) -> Path:
     settings = folder / "bert" / "tokenizer_config.json"
     # infinity has an older transformers, which knows the tokenizer's class by this name.
     settings.write_text(json.dumps({**json.loads(settings.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"}))
-    return folder / "bert"
+    modules = [Transformer(str(folder / "bert")), Pooling(options.width)]
+    SentenceTransformer(modules=modules, device="cpu").save(str(folder / "sentences"))
+    return folder / "sentences", folder / "bert"
 
 
 def text(number: int) -> str:
