@@ -137,7 +137,7 @@ def _parts(source: Source, kind: str, unfinished: Path, shown: Path) -> list[_Pa
 
 def _files(split: Source, whole: Any) -> list[str]:
     """Return the files of a split: itself, or those of a source that is read as a whole."""
-    return [split.path] if isinstance(split, SourceSplit) else list(whole)
+    return [str(split.path)] if isinstance(split, SourceSplit) else list(whole)
 
 
 def _size(split: Source) -> float:

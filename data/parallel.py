@@ -259,6 +259,14 @@ def _on_ray(tasks: list[Any], make_worker: Callable[[], _Worker], execution: Exe
     """
     address = str(execution.ray)
     _require_reachable(address)
+    # Ray and its actors print their warnings to the standard output, which is for the results of a command.
+    with contextlib.redirect_stdout(sys.stderr):
+        yield from _on_cluster(tasks, make_worker, execution, address)
+
+
+def _on_cluster(
+    tasks: list[Any], make_worker: Callable[[], _Worker], execution: Execution, address: str
+) -> Iterator[tuple[Any, Any]]:
     started = _connect(address)
     import ray
     import ray.data

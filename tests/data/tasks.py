@@ -39,7 +39,7 @@ class Squared:
 
 @dataclass(frozen=True)
 class MakeSquarer:
-    """Makes a worker that appends its process to `processes.txt`, and each task that it begins to `begun.txt`."""
+    """Makes a worker that notes its process, its parent and the tasks that it begins, each in a file of the folder."""
 
     folder: Path
     trouble: str = ""
@@ -50,6 +50,7 @@ class MakeSquarer:
         if self.trouble == "bug":
             raise KeyError("weights")
         self.append("processes.txt", os.getpid())
+        self.append("parents.txt", os.getppid())
         return self.square
 
     def square(self, task: Square) -> Squared:

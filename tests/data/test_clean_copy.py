@@ -55,20 +55,26 @@ def written(monkeypatch) -> list[str]:
     return names
 
 
-def test_two_processes_write_what_one_writes(tmp_path):
-    skip_if_quick()
+def test_images_are_copied_in_the_order_of_the_source(tmp_path):
     source = Source(path=shards(tmp_path / "tars", [5, 2, 4]), clean={"exclude": ["caption 3"]})
-    outs = [tmp_path / f"out-{workers}" for workers in (1, 2)]
-    logs = [write(source, out, "image-text", workers) for workers, out in enumerate(outs, 1)]
-    assert [rows for rows, _ in logs] == [10, 10]
-    assert logs[0][1].state() == logs[1][1].state()
-    assert logs[0][1].filtered == {source.title: {"caption with a pattern": 1}}
-    assert contents(outs[0]) == contents(outs[1])
-    assert list(contents(outs[0])) == [*(f"0000{n}-of-00003.parquet" for n in range(3)), "skipped.jsonl"]
-    copied = load_source(Source(path=f"{outs[0]}/*.parquet"), "image-text")
+    rows, log = write(source, tmp_path / "out", "image-text")
+    assert rows == 10
+    assert log.filtered == {source.title: {"caption with a pattern": 1}}
+    assert list(contents(tmp_path / "out")) == [*(f"0000{n}-of-00003.parquet" for n in range(3)), "skipped.jsonl"]
+    copied = load_source(Source(path=f"{tmp_path}/out/*.parquet"), "image-text")
     expected = [row for _, row in iter_rows(source, "image-text") if isinstance(row, dict)]
     assert copied[:]["caption"] == [[row["caption"]] for row in expected]
     assert [image["bytes"] for image in copied[:]["image"]] == [row["image"] for row in expected]
+
+
+def test_two_processes_write_what_one_writes(tmp_path):
+    skip_if_quick()
+    source = pairs(tmp_path)
+    outs = [tmp_path / f"out-{workers}" for workers in (1, 2)]
+    logs = [write(source, out, workers=workers) for workers, out in enumerate(outs, 1)]
+    assert [rows for rows, _ in logs] == [27, 27]
+    assert logs[0][1].state() == logs[1][1].state()
+    assert contents(outs[0]) == contents(outs[1])
 
 
 def test_the_log_names_rows_in_the_order_of_the_source(tmp_path):

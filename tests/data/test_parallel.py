@@ -1,4 +1,4 @@
-"""Tasks in one process and in two; `test_ray.py` has those on a Ray cluster."""
+"""Tasks in one process and in two; `tests/test_ray.py` has those on a Ray cluster."""
 
 import os
 import signal
