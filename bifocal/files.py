@@ -33,6 +33,11 @@ class NotOursError(BifocalError, FileExistsError):
     """A file or folder that may not be replaced."""
 
 
+def default_cache() -> Path:
+    """Return the folder for what can be made or downloaded again: $BIFOCAL_CACHE, or ~/.cache/bifocal."""
+    return Path(os.environ.get("BIFOCAL_CACHE") or Path.home() / ".cache" / "bifocal")
+
+
 def listed(folder: Path) -> dict[str, dict[str, Any]]:
     """Return what Bifocal wrote into a folder: `kind`, `bytes` and `sha256` by path; empty without a list."""
     return _marker(folder)["files"]

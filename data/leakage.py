@@ -1,6 +1,7 @@
 """Find rows of training data that are in an evaluation set: the same image or text, or a near-duplicate."""
 
 import hashlib
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ from bifocal.data.near_duplicates import (
 from bifocal.data.row_names import row_name, select_rows
 from bifocal.data.skips import RowError, SkipLog, SkippedRow
 from bifocal.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,8 @@ def filter_leaks(
         raise DataError(f"'{name}' has images that cannot be read. Add clean.verify_images=true to skip such rows.")
     skips: dict[str, SkippedRow] = {}
     for title, evaluation in evaluations:
+        if evaluation.skipped:
+            logger.warning(f"{evaluation.skipped:,} rows of '{title}' cannot be read, so they exclude nothing.")
         deciding = decided_by(train, evaluation)
         if not (train.written and evaluation.written) and deciding == "text":
             raise DataError(f"'{name}' has nothing to compare with '{title}'. Correct exclude_rows_of.")

@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from bifocal.data import symbol_texts
 from bifocal.data.symbol_texts import confusable_names, describe, long_caption, plain_name
+from bifocal.files import default_cache
 
 # The upright sans face comes first: a symbol is judged by the image in the first face that has it.
 FACES = (
@@ -142,10 +143,6 @@ def build_symbols(config: SymbolsConfig = SymbolsConfig(), cache: Path | None = 
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     return load_from_disk(str(folder))
-
-
-def default_cache() -> Path:
-    return Path(os.environ.get("BIFOCAL_CACHE") or Path.home() / ".cache" / "bifocal")
 
 
 def _fingerprint(config: SymbolsConfig, fonts: dict[str, Path]) -> str:

@@ -12,6 +12,6 @@
   export --check`) loads the result in every way, in a process of its own (`load_in_subprocess`).
 - Publish: `push` (`bifocal push`).
 - Search: `indexing` (`bifocal index`: from a source to an index), `search/` (index, queries and page, the code that a
-  Space contains) and `space` (`bifocal serve --space`), whose
-  arguments `space_arguments` checks.
+  Space contains), `space` (`bifocal serve --space`), whose arguments `space_arguments` checks, and `static_site/`
+  (`bifocal serve --static`, a page without a server).
 """

@@ -21,6 +21,7 @@ TOLERANCE = 1e-4  # largest difference of a unit vector's component from torch's
 # The names that transformers.js reads.
 FILES = {"text": "text_model", "image": "vision_model"}
 PRECISIONS = ("float32", "int8")
+WITHOUT_ONNX = "Pass --no-onnx."  # remedy of `bifocal export`
 _BATCH = 32
 _EXTERNAL = 1_900_000_000  # bytes; a protobuf file holds 2 GiB at most, larger weights need a file of their own
 
@@ -53,8 +54,8 @@ def file_name(tower: str, precision: str) -> str:
     return f"{FILES[tower]}.onnx" if precision == "float32" else f"{FILES[tower]}_{precision}.onnx"
 
 
-def export_onnx(model: BifocalModel, folder: Path) -> None:
-    """Write `text_model.onnx` and `vision_model.onnx`, and both with int8 weights.
+def export_onnx(model: BifocalModel, folder: Path, towers: Sequence[str] = tuple(FILES)) -> None:
+    """Write `text_model.onnx` and `vision_model.onnx`, and both with int8 weights; or only some of the towers.
 
     Batch size and text length are dynamic; a text longer than `max_text_length` is an error, as for the model.
     Outputs are unit vectors, `text_embeds` and `image_embeds` (batch, projection_dim).
@@ -66,11 +67,10 @@ def export_onnx(model: BifocalModel, folder: Path) -> None:
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    if keeps_shape(model.processor.image_processor):
-        raise OnnxError("Its image processor keeps the shape of images, which an ONNX file cannot. Pass --no-onnx.")
+    if "image" in towers and keeps_shape(model.processor.image_processor):
+        raise OnnxError(f"Its image processor keeps the shape of images, which an ONNX file cannot. {WITHOUT_ONNX}")
     folder.mkdir(parents=True, exist_ok=True)
     words = with_model_max_length(model.processor, model)(text=["a red circle", "star"], return_tensors="pt")
-    pixels = model.processor(images=[Image.new("RGB", (64, 48))] * 2, return_tensors="pt")["pixel_values"]
     limit = model.config.max_text_length
     batch = torch.export.Dim("batch", min=1)
     length = torch.export.Dim("length", min=2, max=limit)
@@ -79,12 +79,16 @@ def export_onnx(model: BifocalModel, folder: Path) -> None:
     was_training = model.training
     model.eval()
     try:
-        for tower, module, inputs, shapes in (
-            ("text", _TextTower(model), {name: words[name] for name in ("input_ids", "attention_mask")},
-             {"input_ids": text_shape, "attention_mask": text_shape}),
-            ("image", _ImageTower(model), {"pixel_values": torch.zeros_like(pixels, dtype=torch.float32)},
-             {"pixel_values": {0: batch}}),
-        ):  # fmt: skip
+        for tower in towers:
+            if tower == "text":
+                module: torch.nn.Module = _TextTower(model)
+                inputs = {name: words[name] for name in ("input_ids", "attention_mask")}
+                shapes = {"input_ids": text_shape, "attention_mask": text_shape}
+            else:
+                pixels = model.processor(images=[Image.new("RGB", (64, 48))] * 2, return_tensors="pt")["pixel_values"]
+                module = _ImageTower(model)
+                inputs = {"pixel_values": torch.zeros_like(pixels, dtype=torch.float32)}
+                shapes = {"pixel_values": {0: batch}}
             path = folder / file_name(tower, "float32")
             size = 4 * facts[tower]["parameters"]
             with quietly(), torch.no_grad():
@@ -97,7 +101,7 @@ def export_onnx(model: BifocalModel, folder: Path) -> None:
                 except torch.onnx.errors.OnnxExporterError as error:
                     raise OnnxError(
                         f"The {tower} tower, a {facts[tower]['family']}, cannot be exported to ONNX "
-                        f"({first_line(error)}). Pass --no-onnx."
+                        f"({first_line(error)}). {WITHOUT_ONNX}"
                     ) from error
                 if tower == "text":
                     _add_length_check(path, limit)
@@ -180,23 +184,32 @@ class OnnxEncoder:
         folder: folder of the files.
         processor: processor of the model.
         precision: "float32" or "int8".
+        towers: those to load.
+        no_overflow: with int8, multiply without the overflow of x86 processors that lack VNNI, which makes vectors less
+            exact there; other processors and browsers have none. It is slower.
 
     Raises:
         OnnxError: if a file is missing.
     """
 
-    def __init__(self, folder: Path, processor: BifocalProcessor, precision: str = "float32") -> None:
+    def __init__(
+        self, folder: Path, processor: BifocalProcessor, precision: str = "float32",
+        towers: Sequence[str] = tuple(FILES), no_overflow: bool = False,
+    ) -> None:  # fmt: skip
         import onnxruntime
 
-        missing = next((name for t in FILES if not (folder / (name := file_name(t, precision))).exists()), None)
+        missing = next((name for t in towers if not (folder / (name := file_name(t, precision))).exists()), None)
         if missing is not None:
             raise OnnxError(f"'{missing}' is missing in '{folder}'. Export the model with ONNX.")
         self.processor = processor
+        options = onnxruntime.SessionOptions()
+        if no_overflow:
+            options.add_session_config_entry("session.x64quantprecision", "1")
         self.sessions = {
             tower: onnxruntime.InferenceSession(
-                str(folder / file_name(tower, precision)), providers=["CPUExecutionProvider"]
+                str(folder / file_name(tower, precision)), options, providers=["CPUExecutionProvider"]
             )
-            for tower in FILES
+            for tower in towers
         }
 
     def encode_text(self, texts: Sequence[str]) -> np.ndarray:
@@ -248,19 +261,32 @@ def compare_with_torch(
         encoded = {"text": encoder.encode_text(texts), "image": encoder.encode_image(images)}
         for tower, vectors in encoded.items():
             name = file_name(tower, precision)
-            facts: dict[str, float] = {"bytes": sum(file.stat().st_size for file in folder.glob(f"{name}*"))}
-            if precision == "float32":
-                facts["largest_difference"] = float(np.abs(vectors - exact[tower]).max())
-                if facts["largest_difference"] > TOLERANCE:
-                    raise OnnxError(
-                        f"'{name}' differs from torch by {facts['largest_difference']:.1e}, more than {TOLERANCE:.0e}. "
-                        "Do not use it."
-                    )
-            else:
-                cosines = (vectors * exact[tower]).sum(axis=1) / np.linalg.norm(vectors, axis=1)
-                facts |= {"mean_cosine": float(cosines.mean()), "lowest_cosine": float(cosines.min())}
-            files[f"{folder.name}/{name}"] = facts
+            size = sum(file.stat().st_size for file in folder.glob(f"{name}*"))
+            files[f"{folder.name}/{name}"] = {"bytes": size, **compare_vectors(tower, precision, vectors, exact[tower])}
         scores = encoded["text"] @ encoded["image"].T
         better = (scores >= np.diag(scores)[:, None]).sum(axis=1) - 1
         recall[precision] = float((better < 5).mean())
     return {"opset": OPSET, "precisions": list(PRECISIONS), "files": files, "recall": recall}
+
+
+def compare_vectors(tower: str, precision: str, vectors: np.ndarray, exact: np.ndarray) -> dict[str, float]:
+    """Return the `largest_difference` of a float32 file's vectors from torch's; of an int8 file's, cosines to them.
+
+    Args:
+        tower, precision: which file it is.
+        vectors: unit vectors (items, dimensions) that the file gives.
+        exact: those of torch.
+
+    Raises:
+        OnnxError: if a float32 file differs by more than 1e-4.
+    """
+    if precision == "int8":
+        cosines = (vectors * exact).sum(axis=1) / np.linalg.norm(vectors, axis=1)
+        return {"mean_cosine": float(cosines.mean()), "lowest_cosine": float(cosines.min())}
+    largest = float(np.abs(vectors - exact).max())
+    if largest > TOLERANCE:
+        raise OnnxError(
+            f"'{file_name(tower, precision)}' differs from torch by {largest:.1e}, more than {TOLERANCE:.0e}. Do not "
+            "use it."
+        )
+    return {"largest_difference": largest}

@@ -9,6 +9,7 @@ from typing import Any
 from bifocal.errors import BifocalError
 from bifocal.files import MARKER
 
+_SPACES = {"gradio": "app.py", "static": "index.html"}  # what a Space of each kind starts with
 _NEEDED = ("config.json", "README.md")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 # Tokens of the Hub and of other services, private keys; a folder that holds one is not uploaded.
@@ -26,12 +27,12 @@ class Upload:
 
     Args:
         files: size in bytes by path in the repository.
-        is_space: whether the folder is a Gradio Space; otherwise it is a model.
+        space_sdk: "gradio" or "static" if the folder is a Space; None for a model.
         repo_id_on_card: repository that the card's code loads; None without such code.
     """
 
     files: dict[str, int]
-    is_space: bool = False
+    space_sdk: str | None = None
     repo_id_on_card: str | None = None
 
     def text(self) -> str:
@@ -50,7 +51,8 @@ def validate_folder(folder: Path) -> Upload:
     """
     if not folder.is_dir():
         raise PushError(f"The folder '{folder}' does not exist. Export a model first.")
-    is_space = (folder / "app.py").exists() and _front_matter(folder).get("sdk") == "gradio"
+    sdk = _front_matter(folder).get("sdk")
+    is_space = sdk in _SPACES and (folder / _SPACES[sdk]).exists()
     missing = next((name for name in _NEEDED if not (folder / name).exists()), None)
     if not is_space and (missing is not None or not list(folder.glob("*.safetensors"))):
         raise PushError(
@@ -70,7 +72,7 @@ def validate_folder(folder: Path) -> Upload:
         files[name] = path.stat().st_size
     card = (folder / "README.md").read_text(encoding="utf-8", errors="replace")
     repo_id = re.search(r'AutoModel\.from_pretrained\("([^"]+)"', card)
-    return Upload(files, is_space, repo_id[1] if repo_id else None)
+    return Upload(files, sdk if is_space else None, repo_id[1] if repo_id else None)
 
 
 def _front_matter(folder: Path) -> dict[str, Any]:
@@ -108,7 +110,8 @@ def push(
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    repo_type = "space" if validate_folder(folder).is_space else "model"
+    space_sdk = validate_folder(folder).space_sdk
+    repo_type = "model" if space_sdk is None else "space"
     api = HfApi(token=token)
     try:
         if api.repo_exists(repo_id, repo_type=repo_type):
@@ -118,10 +121,7 @@ def push(
                     f"'{repo_id}' has {len(files)} files already. Choose another name, or overwrite them with --yes."
                 )
         else:
-            api.create_repo(
-                repo_id, private=private, exist_ok=True, repo_type=repo_type,
-                space_sdk="gradio" if repo_type == "space" else None,
-            )  # fmt: skip
+            api.create_repo(repo_id, private=private, exist_ok=True, repo_type=repo_type, space_sdk=space_sdk)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True, repo_type=repo_type)
         commit = api.upload_folder(

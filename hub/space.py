@@ -116,7 +116,7 @@ def write_space(
                 for file in (file for pattern in _MODEL_FILES for file in (model_folder / inner).glob(pattern)):
                     shutil.copy2(file, copy)
                     if file.suffix == ".json":
-                        _remove_paths(copy / file.name)
+                        remove_paths(copy / file.name)
         model_path = "None" if model_folder is None else 'str(here / "model")'
         (space / "app.py").write_text(_APP.format(model=model_path, title=title), encoding="utf-8")
         packages = _REQUIREMENTS if kind == "joint" else (*_REQUIREMENTS, _SENTENCES)
@@ -130,7 +130,7 @@ def write_space(
     return out
 
 
-def _remove_paths(file: Path) -> None:
+def remove_paths(file: Path) -> None:
     """Remove the paths of this machine from a configuration file."""
     settings = json.loads(file.read_text(encoding="utf-8"))
     cleaned = _without_paths(settings)

@@ -9,8 +9,14 @@ from bifocal.hub.search.index import SearchIndex
 SPACE = "Space"  # kind of the folder in its list of files
 
 
-def check_space(index: SearchIndex, out: Path, model: str) -> Path | None:
+def check_space(index: SearchIndex, out: Path, model: str, kind: str = SPACE) -> Path | None:
     """Check the arguments of `write_space`; return the folder of the index's model, None for a Hub id.
+
+    Args:
+        index: index to copy.
+        out: folder to write.
+        model: folder or Hub id of the index's model.
+        kind: kind of the folder in its list of files.
 
     Raises:
         SearchError, NotOursError: as `write_space`.
@@ -21,6 +27,6 @@ def check_space(index: SearchIndex, out: Path, model: str) -> Path | None:
         raise SearchError(f"The index's model is no longer at '{model}'. Pass --model with its local path.")
     for copied in (index.folder, *([] if is_id else [folder])):
         if out.resolve().is_relative_to(copied.resolve()):
-            raise NotOursError(f"'{out}' lies in '{copied}', which is copied into the Space; choose another folder.")
-    require_replaceable(out, SPACE)
+            raise NotOursError(f"'{out}' lies in '{copied}', which is copied into the {kind}; choose another folder.")
+    require_replaceable(out, kind)
     return None if is_id else folder

@@ -48,7 +48,7 @@ def small_config(**changes) -> BifocalConfig:
         "projection_dim": 40, "text_projection": True,
     }  # fmt: skip
     for key, value in changes.items():
-        settings[key] = {**settings[key], **value} if isinstance(value, dict) else value
+        settings[key] = {**settings.get(key, {}), **value} if isinstance(value, dict) else value
     return BifocalConfig(**settings)
 
 

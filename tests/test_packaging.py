@@ -23,6 +23,7 @@ for package, template in (
     assert (importlib.resources.files(package) / "templates" / template).is_file(), template
 assert (importlib.resources.files("bifocal") / "py.typed").is_file()
 assert (importlib.resources.files("bifocal.hub.search") / "page.css").is_file()
+assert (importlib.resources.files("bifocal.hub.static_site") / "files" / "worker.js").is_file()
 assert (importlib.resources.files("bifocal.hub") / "load_in_subprocess.py").is_file()
 for recipe in ("finetune.yaml", "demo/stage1.yaml", "accelerate/fsdp.yaml"):
     assert (importlib.resources.files("bifocal.training") / "recipes" / recipe).is_file(), recipe

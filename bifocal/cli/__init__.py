@@ -11,7 +11,8 @@ from bifocal.cli.embed import embed
 from bifocal.cli.evaluate import evaluate
 from bifocal.cli.hub import convert, export, push
 from bifocal.cli.recipes import recipes
-from bifocal.cli.search import export_lancedb, index, remove, search, serve
+from bifocal.cli.search import export_lancedb, index, remove, search
+from bifocal.cli.serve import serve
 from bifocal.cli.train import mine, train
 
 app = typer.Typer(

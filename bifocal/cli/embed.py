@@ -60,14 +60,16 @@ def embed(
 
     require_precision(precision)
     require_model_path(model)
-    if not database:
+    if database:
+        from bifocal.hub.lance.parts import LanceParts, require_database_precision
+
+        require_database_precision(precision)
+        LanceParts(out).recorded()
+    else:
         require_table_or_nothing(out)
     parsed = parse_source(source, overrides)
     kind = infer_kind(parsed, kind)
     writes_into(Path(out) if "://" not in out else Path(), "free space and run the command again; it resumes")
-
-    if database:
-        raise BifocalError("--database is not there yet.")
 
     # Not before the arguments are checked: it imports torch.
     from tqdm import tqdm
@@ -80,10 +82,9 @@ def embed(
     execution = Execution(workers, ray, num_gpus, num_cpus, concurrency)
     choices = Choices(model, kind, captions, dim, precision, dtype, query, fast_decoding, thumbnails, rows_per_part)
     exclude = [Path(out)] if "://" not in out else []
+    parts = LanceParts(out) if database else ParquetParts(out)
     with tqdm(desc="Rows", unit="", total=expected_rows(parsed), smoothing=0.05, leave=False) as bar:
-        summary = embed_source(
-            parsed, ParquetParts(out), choices, Speed(batch_size, num_workers), execution, exclude, bar.update
-        )
+        summary = embed_source(parsed, parts, choices, Speed(batch_size, num_workers), execution, exclude, bar.update)
     for name, reason in summary.skipped[:_MAX_NAMED]:
         typer.echo(f"Skipped: {name}: {reason}", err=True)
     if len(summary.skipped) > _MAX_NAMED:

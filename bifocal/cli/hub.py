@@ -181,7 +181,9 @@ def export(
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(help="Folder of an exported model, or of a Space (bifocal serve --space).")],
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of an exported model or a Space (bifocal serve --space, --static).")
+    ],
     repo_id: Annotated[str, typer.Argument(help="Repository on the Hub: organisation/name.")],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to push to; created if it does not exist.")] = None,

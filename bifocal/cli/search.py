@@ -1,4 +1,4 @@
-"""The commands `index`, `search`, `remove`, `export-lancedb` and `serve`."""
+"""The commands `index`, `search`, `remove`, `export-lancedb`"""
 
 import json
 from pathlib import Path
@@ -14,13 +14,22 @@ from bifocal.errors import BifocalError
 if TYPE_CHECKING:
     from bifocal.hub.indexing import IndexSummary
     from bifocal.hub.search.hits import Hit
+    from bifocal.hub.search.searchable import Searchable
 
 Index = Annotated[Path, typer.Argument(help="Folder of an index.")]
 Model = Annotated[str | None, typer.Option(help="Folder or Hub id of the index's model, if it was moved.")]
 Approximate = Annotated[
     bool, typer.Option("--approximate", help="Search an approximate form that bifocal index --approximate made.")
 ]
-_NEEDS = ("datasets", "faiss", "filelock")
+Database = Annotated[
+    str | None, typer.Option(help="Search this LanceDB database instead of an index: a folder or an address (s3://).")
+]
+Where = Annotated[
+    str | None,
+    typer.Option(help="Search the rows of the database that fulfil this condition of SQL: \"kind = 'text'\"."),
+]
+Hybrid = Annotated[bool, typer.Option("--hybrid", help="Rank the rows of the database by words, too.")]
+NEEDS = ("datasets", "faiss", "filelock")
 _MAX_NAMED = 5  # skipped items that are named; the others are counted
 
 
@@ -65,7 +74,7 @@ def index(
     ] = None,
 ) -> None:
     """Embed images and texts for search. Run it again to resume, or to update the index from its source."""
-    require(*_NEEDS, "pydantic")
+    require(*NEEDS, "pydantic")
     from tqdm import tqdm
 
     from bifocal.data.image_files import printable
@@ -127,7 +136,7 @@ def _print_summary(
 
 
 def search(
-    index: Index,
+    index: Annotated[str | None, typer.Argument(help="Folder of an index. Omit it with --database.")] = None,
     text: Annotated[str | None, typer.Argument(help="Text to search for.")] = None,
     image: Annotated[Path | None, typer.Option(help="Image to search for, alone or with the text.")] = None,
     hits: Annotated[int, typer.Option("--hits", "-k", min=1, help="Number of hits.")] = 10,
@@ -139,56 +148,79 @@ def search(
     approximate: Approximate = False,
     weight: Annotated[float, typer.Option(min=0, max=1, help="Weight of the text against the image.")] = 0.5,
     model: Model = None,
-    lancedb: Annotated[
-        str | None, typer.Option(help="Search this LanceDB database, written by export-lancedb, instead.")
-    ] = None,
+    database: Database = None,
+    where: Where = None,
+    hybrid: Hybrid = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the hits as JSON.")] = False,
     dtype: IndexDtype = None,
 ) -> None:
     """Print the items that are nearest to a text, an image or both."""
-    require(*_NEEDS, *(["lancedb"] if lancedb else []))
+    require(*NEEDS, *(["lancedb"] if database else []))
     from bifocal.embedding.items import KINDS
     from bifocal.hub.search.arguments import require_model_path, require_query
     from bifocal.hub.search.hits import check_kinds
-    from bifocal.hub.search.index import SearchIndex
 
-    if lancedb is not None and (dim is not None or precision is not None):
-        raise BifocalError("--dim and --precision choose a variant of the index. Omit them with --lancedb.")
-    if lancedb is not None and approximate:
-        raise BifocalError("--approximate chooses a variant of the index. Omit it with --lancedb.")
+    if database is not None:
+        if text is not None:
+            raise BifocalError("Search either an index or a database: omit the index, or --database.")
+        index, text = None, index
+        if dim is not None or precision is not None or approximate:
+            raise BifocalError("--dim, --precision and --approximate choose a form of an index. Omit them.")
     kinds = KINDS if only is None else (only,)
     check_kinds(kinds)
-    opened = SearchIndex(index)
+    opened = open_searchable(index, database, where, hybrid)
     variant = opened.choose_variant(dim, precision, approximate)
     require_query(text, image)
     require_model_path(model or opened.model)
-    if lancedb is not None:
-        from bifocal.hub.search.lance import open_lancedb
-
-        open_lancedb(lancedb, opened.weights)
 
     from bifocal.hub.search.searcher import Searcher
 
-    searcher = Searcher(opened, model, dtype=dtype)
-    vector = searcher.vector(text, image, weight)
-    if lancedb is not None:
-        from bifocal.hub.search.lance import search_lancedb
-
-        ranking = search_lancedb(lancedb, vector, searcher.index.weights, hits, kinds)
-    else:
-        ranking = searcher.index.search(vector, hits, kinds, variant)
+    ranking = Searcher(opened, model, dtype=dtype).search(text, image, hits, kinds, weight, variant)
     if not ranking:
+        counts = opened.counts()
+        if database is not None and any(counts.values()):
+            raise BifocalError(f"Nothing in '{database}' fits this search. Search by other words, or omit --only.")
         what = "texts" if only == "text" else "images" if only == "image" else "items"
-        if only == "text" and lancedb is None and opened.counts()["caption"]:
+        if only == "text" and counts["caption"]:
             what = "texts except captions, which belong to their images"
-        raise BifocalError(f"'{lancedb or index}' has no {what}. Add some with bifocal index, or omit --only.")
-    if lancedb is None and variant.approximate:
-        typer.echo(opened.describe(variant), err=True)
+        raise BifocalError(f"'{database or index}' has no {what}. Add some with bifocal index, or omit --only.")
+    if described := opened.describe(variant):
+        typer.echo(described, err=True)
     if as_json:
         typer.echo(json.dumps([hit.to_dict() for hit in ranking], indent=2, ensure_ascii=False))
         return
     for rank, hit in enumerate(ranking, 1):
         typer.echo(_line(rank, hit))
+
+
+def require_database_options(where: str | None, hybrid: bool) -> None:
+    """Check that no option of a database is given.
+
+    Raises:
+        BifocalError: if one is.
+    """
+    if where is not None or hybrid:
+        raise BifocalError("--where and --hybrid search a database. Pass --database, too.")
+
+
+def open_searchable(index: str | Path | None, database: str | None, where: str | None, hybrid: bool) -> "Searchable":
+    """Return the index or the database to search.
+
+    Raises:
+        BifocalError: if there is none or both, or options of one are given for the other.
+    """
+    if database is not None:
+        if index is not None:
+            raise BifocalError("Search either an index or a database: omit the index, or --database.")
+        from bifocal.hub.lance.search import LanceIndex
+
+        return LanceIndex(database, where, hybrid)
+    require_database_options(where, hybrid)
+    if index is None:
+        raise BifocalError("Nothing to search. Pass the folder of an index, or --database.")
+    from bifocal.hub.search.index import SearchIndex
+
+    return SearchIndex(index)
 
 
 def _line(rank: int, hit: "Hit") -> str:
@@ -210,7 +242,7 @@ def remove(
     """Delete items from an index, also from its files. Content with other names stays under those."""
     if not names and source is None:
         raise BifocalError("Nothing to delete. Pass names that hits show, or --source.")
-    require(*_NEEDS)
+    require(*NEEDS)
     from bifocal.hub.search.index import SearchIndex
 
     writes_into(index)
@@ -224,54 +256,12 @@ def export_lancedb(
     uri: Annotated[str, typer.Argument(help="A folder, or an address that LanceDB knows (s3://, gs://, db://).")],
 ) -> None:
     """Write an index's items to a LanceDB database. Run it again to update the database."""
-    require(*_NEEDS, "lancedb")
+    require(*NEEDS, "lancedb")
+    from bifocal.hub.lance.export import export_to_lancedb
     from bifocal.hub.search.index import SearchIndex
-    from bifocal.hub.search.lance import export_to_lancedb
 
     writes_into(Path(uri) if "://" not in uri else Path())
-    count = export_to_lancedb(SearchIndex(index), uri)
-    typer.echo(f"{count:,} rows are in {uri}.")
-
-
-def serve(
-    index: Index,
-    host: Annotated[str, typer.Option(help="Address to listen on. 0.0.0.0 accepts other machines.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 7860,
-    title: Annotated[str, typer.Option(help="Title of the page.")] = "Search images and texts",
-    model: Model = None,
-    space: Annotated[
-        Path | None, typer.Option(help="Write a Space into this folder, for bifocal push, instead of serving.")
-    ] = None,
-    dtype: IndexDtype = None,
-    approximate: Approximate = False,
-) -> None:
-    """Serve a search page over an index, or write it as a Space."""
-    require(*_NEEDS, "gradio")
-    from bifocal.hub.search.arguments import require_model_path
-    from bifocal.hub.search.index import SearchIndex
-
-    if space is not None and approximate:
-        raise BifocalError("--approximate chooses what is served here. Omit it with --space.")
-    opened = SearchIndex(index)
-    if space is not None:
-        from bifocal.hub.space_arguments import check_space
-
-        writes_into(space)
-        check_space(opened, space, opened.model if model is None else model)
-
-        from bifocal.hub.space import write_space
-
-        write_space(opened, space, title, model)
-        typer.echo(f"The Space is in {space}. Publish it with: bifocal push {space} organisation/name")
-        return
-    require_model_path(model or opened.model)
-    variant = opened.choose_variant(approximate=approximate)
-
-    from bifocal.hub.search.page import build_page, launch
-    from bifocal.hub.search.searcher import Searcher
-
-    page = build_page(Searcher(opened, model, dtype=dtype, variant=variant), title)
-    if accuracy := opened.describe(variant):
-        typer.echo(accuracy)
-    typer.echo(f"Serving {index} at http://{host}:{port} (Ctrl+C stops it).")
-    launch(page, host, port)
+    result = export_to_lancedb(SearchIndex(index), uri)
+    typer.echo(
+        f"{result.written} parts written, {result.unchanged} unchanged, {result.deleted} deleted; {result.finished}."
+    )

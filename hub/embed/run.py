@@ -157,7 +157,8 @@ def _settings(source: Source, kind: str, choices: Choices) -> tuple[RunSettings,
     settings = RunSettings(
         source=source.model_dump(exclude_defaults=True), kind=kind, captions=choices.captions, model=choices.model,
         weights=weights, dimensions=dimensions, precision=choices.precision, dtype=model.dtype, role=role,
-        prompt=model.prompts.get(role, ""), fast_decoding=choices.fast_decoding, thumbnails=choices.thumbnails,
+        prompt=model.prompts.get(role, ""), query_prompt=model.prompts.get("query", ""),
+        fast_decoding=choices.fast_decoding, thumbnails=choices.thumbnails,
         rows_per_part=choices.rows_per_part, model_dimensions=model.dimensions,
     )  # fmt: skip
     return settings, model

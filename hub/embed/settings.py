@@ -23,6 +23,7 @@ class RunSettings:
         precision: "float32", "float16" or "int8" (127 times the unit vector, rounded).
         dtype: dtype of the model's weights while it embeds; see `EmbeddingModel`.
         role, prompt: how texts are embedded; see `EmbedSettings`.
+        query_prompt: text that goes before queries when the table is searched.
         fast_decoding: see `EmbedSettings`.
         thumbnails: whether rows hold thumbnails.
         rows_per_part: rows of the source per part.
@@ -40,6 +41,7 @@ class RunSettings:
     dtype: str = "model"
     role: str = "document"
     prompt: str = ""
+    query_prompt: str = ""
     fast_decoding: bool = False
     thumbnails: bool = True
     rows_per_part: int = 4096

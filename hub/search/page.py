@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 MAX_UPLOAD_SIZE = 10 * 2**20  # bytes
 MAX_PARALLEL_SEARCHES = 64  # they are embedded together; others wait in the queue
-_OTHER_THREADS = 16  # for uploads and what else the page does while as many searches run
+_MAX_THREADS = MAX_PARALLEL_SEARCHES + 16  # for uploads and what else the page does while as many searches run
 _MAX_QUEUE_SIZE = 500  # a visitor beyond is asked to come back later
 _MAX_HITS = 60
 _LARGEST_NUMBER = 1e9
@@ -282,10 +282,37 @@ def _shortened(text: str) -> str:
     return text if len(text) <= _MAX_TEXT_LENGTH else f"{text[:_MAX_TEXT_LENGTH]}…"
 
 
-def launch(page: gradio.Blocks, host: str | None = None, port: int | None = None, wait: bool = True) -> str:
-    """Serve the page and return its address.
+def _options(page: gradio.Blocks) -> dict[str, Any]:
+    """Return gradio's options of the page.
 
     Fonts are those of the visitor's machine, since gradio's own themes load theirs from another host.
+    """
+    theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    return dict(
+        show_error=False, max_file_size=MAX_UPLOAD_SIZE, footer_links=[], theme=theme, css_paths=STYLE, ssr_mode=False,
+        enable_monitoring=False, pwa=False, mcp_server=False,
+        app_kwargs={"middleware": [Middleware(OwnFilesOnly, page=page)]},
+    )  # fmt: skip
+
+
+def mount(page: gradio.Blocks, app: Any) -> Callable[[], None]:
+    """Serve the page at / of an application, behind the application's own routes.
+
+    Args:
+        page: see `build_page`.
+        app: FastAPI application, whose server starts and stops the page.
+
+    Returns:
+        A function to call in the event loop when the server stops: it ends the streams of open pages.
+    """
+    page.max_threads = page._queue.max_thread_count = _MAX_THREADS
+    gradio.mount_gradio_app(app, page, path="/", run_history=False, **_options(page))
+    mounted = app.routes[-1].app
+    return mounted.stop_event.set
+
+
+def launch(page: gradio.Blocks, host: str | None = None, port: int | None = None, wait: bool = True) -> str:
+    """Serve the page and return its address.
 
     Args:
         page: see `build_page`.
@@ -296,13 +323,10 @@ def launch(page: gradio.Blocks, host: str | None = None, port: int | None = None
     Raises:
         SearchError: if the port is taken.
     """
-    theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     try:
         _, address, _ = page.launch(
-            server_name=host, server_port=port, prevent_thread_lock=not wait, quiet=True, show_error=False, share=False,
-            max_file_size=MAX_UPLOAD_SIZE, footer_links=[], theme=theme, css_paths=STYLE, ssr_mode=False,
-            max_threads=MAX_PARALLEL_SEARCHES + _OTHER_THREADS, enable_monitoring=False, pwa=False, mcp_server=False,
-            app_kwargs={"middleware": [Middleware(OwnFilesOnly, page=page)]},
+            server_name=host, server_port=port, prevent_thread_lock=not wait, quiet=True, share=False,
+            max_threads=_MAX_THREADS, **_options(page),
         )  # fmt: skip
     except OSError as error:
         raise SearchError(f"Cannot listen on {host}:{port} ({error}). Choose another port.") from error

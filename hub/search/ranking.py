@@ -7,7 +7,7 @@ import numpy as np
 
 from bifocal.embedding.items import KINDS
 
-_SAMPLE_SIZE = 1024
+SAMPLE_SIZE = 1024  # of each kind
 _MIN_SAMPLE_SIZE = 8  # the mean and deviation of fewer scores mean nothing
 _HIGHEST = 0.999  # of a caption among images: an image that is the query itself comes first
 
@@ -102,5 +102,5 @@ def sample_rows(kinds: np.ndarray) -> dict[str, np.ndarray]:
     for kind in KINDS:
         rows = np.flatnonzero(kinds == kind)
         if len(rows) >= _MIN_SAMPLE_SIZE:
-            samples[kind] = np.sort(generator.choice(rows, min(_SAMPLE_SIZE, len(rows)), replace=False))
+            samples[kind] = np.sort(generator.choice(rows, min(SAMPLE_SIZE, len(rows)), replace=False))
     return samples

@@ -1,34 +1,26 @@
 """A model and an index together: search by text, by image, or by both, for any number of threads at once."""
 
 import os
-import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from bifocal.embedding.embed import EmbedSettings, embed_items
-from bifocal.embedding.items import KINDS, Item, ItemError, decode_item, normalize
+from bifocal.embedding.items import KINDS, Item, normalize
 from bifocal.embedding.models import EmbeddingModel, load_model, weights_hash
 from bifocal.hub.search.batching import Batcher
-from bifocal.hub.search.hits import Hit, QueryError
+from bifocal.hub.search.encoder import BATCH_SIZE, Encoder, Piece, about_tokens
+from bifocal.hub.search.hits import Hit, QueryError, SearchError
 from bifocal.hub.search.index import SearchIndex
+from bifocal.hub.search.searchable import Ranked, Searchable
 from bifocal.hub.search.settings import Variant
-from bifocal.hub.search.snapshot import Rankings
 from bifocal.hub.search.sync import AddResult, ItemSource
 from bifocal.modeling.dtype_bifocal import default_device, is_fast
-from bifocal.modeling.image_batches_bifocal import PreparedImage
 
 MAX_QUERY_LENGTH = 20_000  # characters; tokenizing a book takes minutes
-_DECODED_AT_ONCE = 4  # images of queries: a large one takes hundreds of megabytes until it is resized
-_BATCH_SIZE = 64
-_BATCH_TOKENS = 2048  # per batch of several queries: those who wait for it should not wait long
-_LONG_TEXT = 128  # tokens; queries with longer texts wait for each other, and no others for them
-_BYTES_PER_TOKEN = 4  # of UTF-8, about
-_IMAGE_TOKENS = 256  # about as many as patches of an image
 
 
 @dataclass(frozen=True)
@@ -40,37 +32,23 @@ class _Ranking:
     variant: Variant
 
 
-@dataclass
-class _Query:
-    """A query that is ready to be embedded.
+@dataclass(frozen=True)
+class _Search:
+    """A vector to search with.
 
     Args:
-        text: empty for none.
-        image: decoded and prepared for the model; None for none.
-        weight: weight of the text if there are both.
-        rankings: what to search for with its vector.
+        vector: (dimensions,) of length 1.
+        rankings: what to search for.
     """
 
-    text: str
-    image: PreparedImage | Image.Image | None
-    weight: float
-    rankings: tuple[_Ranking, ...] = ()
-
-    @property
-    def text_tokens(self) -> int:
-        """About the number of tokens of the text."""
-        return 1 + len(self.text.encode()) // _BYTES_PER_TOKEN if self.text else 0
-
-    @property
-    def tokens(self) -> int:
-        """About the number of tokens to embed."""
-        return self.text_tokens + (_IMAGE_TOKENS if self.image is not None else 0)
+    vector: np.ndarray
+    rankings: tuple[_Ranking, ...]
 
 
 class Searcher:
     """An index with the model that it was made with, for any number of threads.
 
-    Queries of threads that wait at the same time are embedded and searched together (see `Batcher`): each gets what it
+    Queries of threads that wait at the same time are embedded and searched together (see `Encoder`): each gets what it
     would get alone, to float32's precision. Images are decoded and resized in the thread of their query.
 
     Args:
@@ -87,9 +65,9 @@ class Searcher:
 
     def __init__(
         self,
-        index: SearchIndex,
+        index: Searchable,
         model: str | EmbeddingModel | None = None,
-        batch_size: int = _BATCH_SIZE,
+        batch_size: int = BATCH_SIZE,
         dtype: str | None = None,
         variant: Sequence[Any] | None = None,
     ) -> None:
@@ -101,11 +79,8 @@ class Searcher:
             model = load_model(index.model if model is None else os.path.expanduser(model), dtype)
         self.model = model
         index.require_same_weights(weights_hash(model.name), model.name)
-        batching = _Batching(index, model)
-        self._decoding = threading.Semaphore(_DECODED_AT_ONCE)
-        self._short, self._long = (
-            Batcher(batching.answer, lambda query: query.tokens, batch_size, _BATCH_TOKENS) for _ in range(2)
-        )
+        self.encoder = Encoder(model, batch_size, index.fast_decoding)
+        self._searches = Batcher(self._rank, max_items=batch_size)
 
     def vector(self, text: str | None = None, image: Any = None, weight: float = 0.5) -> np.ndarray:
         """Return the unit vector of a query.
@@ -118,7 +93,20 @@ class Searcher:
         Raises:
             QueryError: if there is neither, the image cannot be read, or the model embeds no images.
         """
-        return self._answer(self._query(text, image, weight)).vector
+        text = (text or "").strip()[:MAX_QUERY_LENGTH]
+        if not text and image is None:
+            raise QueryError("Enter a text, an image or both.")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise QueryError("The text is not valid Unicode: it holds half a character. Enter it again.") from error
+        texts = (text,) if text else ()
+        images = () if image is None else (self.encoder.prepare(image),)
+        prompt = self.index.prompts.get("query", "")
+        of_texts, of_images = self.encoder.embed(Piece(texts, images, "query", prompt, about_tokens(text)))
+        if texts and images:
+            return normalize(weight * of_texts[0] + (1.0 - weight) * of_images[0])
+        return of_texts[0] if texts else of_images[0]
 
     def search(
         self, text: str | None = None, image: Any = None, k: int = 10, kinds: Sequence[str] = KINDS,
@@ -132,34 +120,25 @@ class Searcher:
         weight: float = 0.5, variant: Sequence[Any] | None = None,
     ) -> list[list[Hit]]:  # fmt: skip
         """Return several rankings of one query, each of some kinds; see `search`."""
-        query = self._query(text, image, weight)
         chosen = self.variant if variant is None else Variant(*variant)
-        query.rankings = tuple(_Ranking(k, tuple(kinds), chosen) for kinds in rankings)
+        asked = tuple(_Ranking(k, tuple(kinds), chosen) for kinds in rankings)
+        search = _Search(self.vector(text, image, weight), asked)
         # Texts and thumbnails of hits are read by the thread of the query.
-        return [found.hits(number) for found, number in self._answer(query).rankings]
+        words = (text or "").strip()[:MAX_QUERY_LENGTH]
+        return [found.hits(number, words) for found, number in self._searches(search)]
 
-    def _query(self, text: str | None, image: Any, weight: float) -> _Query:
-        text = (text or "").strip()[:MAX_QUERY_LENGTH]
-        if not text and image is None:
-            raise QueryError("Enter a text, an image or both.")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise QueryError("The text is not valid Unicode: it holds half a character. Enter it again.") from error
-        prepared = None
-        if image is not None:
-            if not self.model.embeds_images:
-                raise QueryError(f"'{self.model.name}' embeds no images; use texts only, or a model that embeds both.")
-            try:
-                preparer = self.model.image_preparer(self.index.fast_decoding)
-                with self._decoding:
-                    prepared = preparer.prepare(decode_item(image, preparer))
-            except ItemError as error:
-                raise QueryError(f"The image cannot be used: {error}. Choose another one.") from error
-        return _Query(text, prepared, weight)
-
-    def _answer(self, query: _Query) -> "_Answer":
-        return (self._long if query.text_tokens > _LONG_TEXT else self._short)(query)
+    def _rank(self, searches: Sequence[_Search]) -> list[list[tuple[Ranked, int]]]:
+        """Return, for each search and ranking, the rankings of a group of searches and the number of this one in it."""
+        groups: dict[_Ranking, list[int]] = defaultdict(list)
+        for number, search in enumerate(searches):
+            for ranking in dict.fromkeys(search.rankings):
+                groups[ranking].append(number)
+        ranked: dict[tuple[_Ranking, int], tuple[Ranked, int]] = {}
+        for ranking, numbers in groups.items():
+            vectors = np.stack([searches[number].vector for number in numbers])
+            rankings = self.index.rank(vectors, ranking.k, ranking.kinds, ranking.variant)
+            ranked |= {(ranking, number): (rankings, row) for row, number in enumerate(numbers)}
+        return [[ranked[ranking, number] for ranking in search.rankings] for number, search in enumerate(searches)]
 
     def add(
         self, items: Iterable[Item], batch_size: int = 32, progress: Callable[[int], None] = lambda count: None,
@@ -172,64 +151,11 @@ class Searcher:
             num_workers: threads that decode and resize images ahead of the model; see `encode_image` of a model.
 
         Raises:
-            SearchError: if the model was loaded in another dtype than the index was made in.
+            SearchError: if the model was loaded in another dtype than the index was made in, or it is a database.
         """
+        if not isinstance(self.index, SearchIndex):
+            raise SearchError("A database is written by bifocal embed --database, not through a search.")
         self.index.require_same_dtype(self.model.dtype)
         prompt, fast = self.index.prompts.get("document", ""), self.index.fast_decoding
         settings = EmbedSettings("document", prompt, batch_size, num_workers, fast)
         return self.index.add(items, lambda part: embed_items(part, self.model, settings), progress, source, prune)
-
-
-@dataclass
-class _Answer:
-    """What a query gets.
-
-    Args:
-        vector: (dimensions,) of length 1.
-        rankings: for each ranking, those of a group of queries, and the number of this query in it.
-    """
-
-    vector: np.ndarray
-    rankings: list[tuple[Rankings, int]]
-
-
-@dataclass
-class _Batching:
-    """What embeds and searches queries together."""
-
-    index: SearchIndex
-    model: EmbeddingModel
-
-    def answer(self, queries: Sequence[_Query]) -> list[_Answer]:
-        """Return the answers to queries: texts and images are embedded in one call each, then searched for together."""
-        vectors = self.vectors(queries)
-        answers = [_Answer(vector, []) for vector in vectors]
-        groups: dict[_Ranking, list[int]] = defaultdict(list)
-        for number, query in enumerate(queries):
-            for ranking in dict.fromkeys(query.rankings):
-                groups[ranking].append(number)
-        found: dict[tuple[_Ranking, int], tuple[Rankings, int]] = {}
-        for ranking, numbers in groups.items():
-            rankings = self.index.rank(vectors[numbers], ranking.k, ranking.kinds, ranking.variant)
-            found |= {(ranking, number): (rankings, row) for row, number in enumerate(numbers)}
-        for number, (query, answer) in enumerate(zip(queries, answers, strict=True)):
-            answer.rankings = [found[ranking, number] for ranking in query.rankings]
-        return answers
-
-    def vectors(self, queries: Sequence[_Query]) -> np.ndarray:
-        """Return the unit vectors (queries, dimensions) of queries."""
-        texts = [query.text for query in queries if query.text]
-        images = [query.image for query in queries if query.image is not None]
-        prompt = self.index.prompts.get("query", "")
-        of_images = iter(normalize(self.model.encode_image(images, len(images)))) if images else iter(())
-        of_texts = iter(normalize(self.model.encode_text(texts, "query", prompt, len(texts)))) if texts else iter(())
-        vectors = []
-        for query in queries:
-            has_both = query.text and query.image is not None
-            weighted = []
-            if query.image is not None:
-                weighted.append((1.0 - query.weight if has_both else 1.0) * next(of_images))
-            if query.text:
-                weighted.append((query.weight if has_both else 1.0) * next(of_texts))
-            vectors.append(normalize(np.sum(weighted, axis=0)))
-        return np.stack(vectors)

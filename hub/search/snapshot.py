@@ -221,6 +221,11 @@ class Rankings:
     snapshot: SearchSnapshot
     matches: list[list[Match]]
 
-    def hits(self, query: int) -> list[Hit]:
-        """Return the hits of a query, with their texts and thumbnails, which are read only now."""
+    def hits(self, query: int, text: str = "") -> list[Hit]:
+        """Return the hits of a query, with their texts and thumbnails, which are read only now.
+
+        Args:
+            query: number of the query.
+            text: text of the query, which was ranked by its vector only.
+        """
         return [self.snapshot.hit(match) for match in self.matches[query]]

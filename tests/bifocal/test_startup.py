@@ -106,6 +106,8 @@ push nope organisation/name                              | The folder 'nope' doe
 embed ./nope new --model model                           | './nope' does not exist
 embed pairs.jsonl new --model ./nope                     | There is no model at './nope'
 embed pairs.jsonl new --model model --precision x        | 'x' is not a precision
+embed pairs.jsonl new --model model --database --precision int8 | holds no vectors in int8
+embed pairs.jsonl file.txt --model model --database      | 'file.txt' is a file
 embed pairs.jsonl notes --model model                    | 'notes' holds other files
 index ./nope new --model model                           | './nope' does not exist
 index pairs.jsonl new --model ./nope                     | There is no model at './nope'
@@ -120,15 +122,32 @@ search index                                             | Enter a text, an imag
 search index --image nope.png                            | The image cannot be used: it does not exist
 search index cat --only x                                | 'x' cannot be searched for
 search index cat --dim 5                                 | cannot be searched by 5 dimensions
-search index cat --lancedb x --dim 5                     | Omit them with --lancedb
+search index cat --database x                            | either an index or a database
+search cat --database x --dim 5                          | choose a form of an index. Omit them
+search cat --database nope                               | There is no database at 'nope'
+search index cat --hybrid                                | Pass --database, too
 search index cat --model ./nope                          | There is no model at './nope'
 remove index                                             | Nothing to delete
 remove nope name                                         | 'nope' is not an index
 export-lancedb nope out                                  | 'nope' is not an index
+serve --database nope                                    | There is no database at 'nope'
 serve nope                                               | 'nope' is not an index
 serve index --model ./nope                               | There is no model at './nope'
 serve index --space notes                                | 'notes' holds
 serve index --space index/x                              | lies in 'index'
+serve                                                    | --database, or --model FOLDER with --api
+serve --model model                                      | --database, or --model FOLDER with --api
+serve --model ./nope --api                               | There is no model at './nope'
+serve --model empty --api                                | 'empty' holds no model
+serve index --model-name x                               | Pass --api, too
+serve index --api --space new                            | Pass one of them
+serve index --api --api-key ü                            | --api-key is not a key
+serve index --api --host 192.0.2.1                       | Cannot listen on 192.0.2.1:7860
+serve index --static notes                               | 'notes' holds
+serve index --static index/x                             | lies in 'index'
+serve index --static new --npm-packages empty            | 'empty' has no onnxruntime-web
+serve index --static new --space new2                    | Pass one of them
+serve index --with-images                                | Pass --static FOLDER
 data show nope                                           | There is no corpus, mixture or recipe 'nope'
 data show nope.yaml                                      | There is no recipe 'nope'
 data list --kind x                                       | 'x' is not a kind of rows

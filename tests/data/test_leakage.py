@@ -81,13 +81,16 @@ def test_clean_removes_them(images, pairs):
     assert json.loads((pairs / "texts/skipped.jsonl").read_text())["row"] == "train.jsonl:1"
 
 
-def test_images_with_labels(images):
+def test_images_with_labels(images, caplog):
     lines(
         images / "eval/metadata.jsonl", [{"file_name": "0.jpg", "label": "cat"}, {"file_name": "9.jpg", "label": "x"}]
     )
     done = invoke(images, "data", "leakage", "train", "eval")
     assert done.stdout.splitlines()[0] == "1 of 3 rows (33.33%) are in eval, by their image."
     assert "not compared, since they cannot be read: 0 rows of train, 1 of eval" in done.stdout
+    with caplog.at_level("WARNING", "bifocal"):
+        invoke(images, "data", "clean", "train", "out", "clean.exclude_rows_of=eval")
+    assert "1 rows of 'eval' cannot be read, so they exclude nothing." in caplog.text
 
 
 def test_fail_above(pairs):

@@ -22,6 +22,8 @@ from bifocal.training.recipe import TaskRecipe, find_recipe, load_recipe
 from tests.bifocal.commands import invoke
 from tests.conftest import small_config
 from tests.docs.pages import PAGES, README, ROOT, blocks, commands
+from tests.hub.search.serving import Server, free_port
+from tests.processes import Process
 
 GENERATED = {"docs/reference/commands.md", "docs/reference/recipes.md", "docs/contributing.md", "docs/changelog.md"}
 ROOMS = ("bifocal", "modeling", "embedding", "data", "training", "evaluation", "hub", "benchmarks")
@@ -29,6 +31,9 @@ ELSEWHERE = {
     "--accum-freq",
     "--data",
     "add_adapter",
+    "base_url",
+    "check_embedding_ctx_length",
+    "client_max_body_size",
     "mine_hard_negatives",
     "additional_kwargs",
     "default_prompt_name",
@@ -68,9 +73,20 @@ def folder(processor, tmp_path_factory) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def api(folder):
+    """The address of the demo's model, as `bifocal serve --api` serves it."""
+    port = free_port()
+    command = ("-m", "bifocal", "serve", "--model", "runs/demo/model", "--api", "--port", str(port))
+    with Server(Process(*command, cwd=folder), port, folder, "/health") as server:
+        yield server.address
+
+
 @pytest.mark.parametrize("block", PYTHON)
-def test_python_runs(block, folder, monkeypatch):
+def test_python_runs(block, folder, monkeypatch, request):
     monkeypatch.chdir(folder)
+    if "http://127.0.0.1:7860" in block:
+        block = block.replace("http://127.0.0.1:7860", request.getfixturevalue("api"))
     short = block.replace("max_steps=100,", "max_steps=1,").replace("batch_size=16", "batch_size=4")
     exec(compile(short, "page", "exec"), {"__name__": "page"})
 

@@ -19,17 +19,18 @@ def free_port() -> int:
 
 
 class Server:
-    """A process that serves a page, from the moment that it answers until it is stopped."""
+    """A process that serves a page, from the moment that it answers at a path until it is stopped."""
 
-    def __init__(self, process: Process, port: int, folder: Path) -> None:
+    def __init__(self, process: Process, port: int, folder: Path, path: str = "") -> None:
         self.process = process
         self.folder = folder
+        self.path = path
         self.address = f"http://127.0.0.1:{port}"
 
     def __enter__(self) -> "Server":
         for _ in range(1200):
             try:
-                urllib.request.urlopen(self.address, timeout=5).close()
+                urllib.request.urlopen(self.address + self.path, timeout=5).close()
                 return self
             except OSError:
                 if not self.process.running:

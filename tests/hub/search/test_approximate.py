@@ -173,6 +173,6 @@ def test_the_commands_say_how_good_it_is(desk, monkeypatch):
     invoke(desk, "index", "texts.jsonl", "exact", "--model", "model")
     for command in (["search", "exact", "a star"], ["serve", "exact"]):
         assert "'exact' has no approximate form. Add one with" in error_of(desk, *command, "--approximate")
-    assert "Omit it with --space." in error_of(desk, "serve", "index", "--space", "space", "--approximate")
+    assert "Omit it with --space and --static." in error_of(desk, "serve", "index", "--space", "space", "--approximate")
     refused = error_of(desk, "search", "index", "a star", "--dim", "16", "--approximate")
     assert "cannot be searched by 16 dimensions in float32, approximately, only by 40 float32 approx" in refused

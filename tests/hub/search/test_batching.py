@@ -215,7 +215,7 @@ class Counted:
     def __init__(self, searcher: Searcher, monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
         self.texts: list[int] = []
         self.images: list[int] = []
-        batchers = (searcher._short, searcher._long)
+        batchers = (searcher.encoder.short, searcher.encoder.long)
         model = searcher.model.model
 
         def count(name: str, rows: list[int]) -> None:
@@ -359,7 +359,7 @@ def test_a_long_text_keeps_nobody_waiting(searcher, monkeypatch):
     monkeypatch.setattr(searcher.model, "encode_text", slow)
     with ThreadPoolExecutor(2) as pool:
         long = pool.submit(searcher.search, "a red star " * 500)
-        wait_until(lambda: searcher._long._leader is not None)
+        wait_until(lambda: searcher.encoder.long._leader is not None)
         assert pool.submit(searcher.search, "a red star").result(60)
         assert not long.done()
         held.set()

@@ -88,9 +88,9 @@ def test_copied_to_a_database(reader, indexed):
     assert indexed.exit_code == 0, indexed.stderr[-3000:]
     done = invoke(reader, "export-lancedb", "runs/texts", "runs/lance")
     assert done.exit_code == 0, done.stderr[-3000:]
-    assert re.fullmatch(r"\d+ rows are in runs/lance\.\n", done.stdout)
-    query = ("search", "runs/texts", "black star", "--only", "text", "--json")
-    here, there = (json.loads(invoke(reader, *query, *options).stdout) for options in ((), ("--lancedb", "runs/lance")))
+    assert re.fullmatch(r"1 parts written, 0 unchanged, 0 deleted; \d+ rows, .* in runs/lance\.\n", done.stdout)
+    query, where = ("black star", "--only", "text", "--json"), (("runs/texts",), ("--database", "runs/lance"))
+    here, there = (json.loads(invoke(reader, "search", *options, *query).stdout) for options in where)
     assert len(here) == 10
     assert [hit["score"] for hit in there] == pytest.approx([hit["score"] for hit in here], abs=1e-5)
     # Captions that differ in their number only have the same tokens, and so scores whose order is that of rounding.
@@ -116,7 +116,7 @@ def test_a_lost_part_is_made_again_as_the_message_says(reader, indexed):
     [
         (["index", "images", "runs/index", "--fast-decoding"], "was made with exact decoding of images"),
         (["index", "images", "runs/index", "--dtype", "bfloat16"], "Use dtype model, or index into another folder."),
-        (["search", "runs/index", "star", "--lancedb", "runs/nowhere"], "There is no table 'items' at 'runs/nowhere'"),
+        (["search", "star", "--database", "runs"], "There is no table 'items' at 'runs'"),
         (["search", "runs/index", "star", "--dim", "0"], "cannot be searched by 0 dimensions in float32"),
     ],
 )
@@ -156,7 +156,7 @@ def test_written_as_a_space(reader, indexed):
         (["search", "runs/index", "x", "--only", "video"], "'video' cannot be searched for"),
         (["remove", "runs/index", "gone"], "Nothing in 'runs/index' is called 'gone'"),
         (["serve", "images"], "'images' is not an index"),
-        (["search", "runs/index", "x", "--lancedb", "runs/none"], "There is no table 'items' at 'runs/none'"),
+        (["search", "x", "--database", "runs/none"], "There is no database at 'runs/none'"),
     ],
 )
 def test_bad_input_gets_one_sentence(reader, indexed, command, message):

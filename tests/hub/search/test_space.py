@@ -61,7 +61,7 @@ def test_a_space_runs_on_its_own(searcher, tmp_path):
 
 def test_a_space_is_pushed_as_one(searcher, tmp_path):
     space = write_space(searcher.index, tmp_path / "space", 'A "search": all\n---')
-    assert validate_folder(space).is_space, "whatever is in the title"
+    assert validate_folder(space).space_sdk == "gradio", "whatever is in the title"
     with hub() as (_, state):
         done = run("-c", PUSH, space, hub=True, HF_TOKEN=TOKEN)
         assert done.returncode == 0, done.stderr[-2000:]

@@ -1,0 +1,306 @@
+"""The routes, as an ASGI application."""
+
+import hmac
+import logging
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+from typing import Any, TypeVar
+
+import anyio
+import anyio.to_thread
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import HTMLResponse, JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from bifocal.errors import BifocalError
+from bifocal.hub.api import schemas
+from bifocal.hub.api.body import parse_json, read_body
+from bifocal.hub.api.documentation import documentation_page
+from bifocal.hub.api.errors import ApiError, try_again
+from bifocal.hub.api.inputs import Input, check_text, parse_image, parse_inputs, with_urls
+from bifocal.hub.api.metrics import HUNG_UP
+from bifocal.hub.api.service import HungUpError, Service, unknown_model
+
+logger = logging.getLogger(__name__)
+
+OPEN_ROUTES = ("/health", "/docs", "/openapi.json")  # they need no key
+_ROUTES = ("/v1/embeddings", "/v1/search", "/v1/models", "/metrics", *OPEN_ROUTES)
+_WORKING_THREADS = 256  # requests beyond wait for a thread, in the queue like those that have one
+_PARSING_THREADS = 8
+_PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
+
+Result = TypeVar("Result")
+
+
+def build_app(service: Service) -> FastAPI:
+    """Return the application of a service."""
+    app = FastAPI(
+        title="Bifocal", version=version("bifocal"), docs_url=None, redoc_url=None,
+        description=f"Embeddings of `{service.name}`"
+        + (", and searches of its index." if service.searcher is not None else "."),
+    )  # fmt: skip
+    app.add_middleware(Gate, service=service)
+    _add_error_handlers(app)
+    _Routes(service).add_to(app)
+    return app
+
+
+class _Routes:
+    """What each route does.
+
+    Args:
+        service: what is offered.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self.started = int(time.time())
+        self._parsing, self._working = anyio.CapacityLimiter(_PARSING_THREADS), anyio.CapacityLimiter(_WORKING_THREADS)
+
+    def add_to(self, app: FastAPI) -> None:
+        """Add the routes to an application."""
+        errors: dict[int | str, dict[str, Any]] = {
+            status: {"model": schemas.ErrorResponse, "description": what}
+            for status, what in (
+                (400, "The request is not valid."), (401, "The key is missing or wrong."),
+                (413, "The body, an image or a list is too large."), (429, "The queue is full; see Retry-After."),
+            )
+        }  # fmt: skip
+        common: dict[str, Any] = {"responses": errors}
+        app.post(
+            "/v1/embeddings", response_model=schemas.EmbeddingsResponse, summary="Embed texts and images",
+            openapi_extra=_body(schemas.EmbeddingsRequest), **common,
+        )(self.embeddings)  # fmt: skip
+        if self.service.searcher is not None:
+            app.post(
+                "/v1/search", response_model=schemas.SearchResponse, summary="Search by text, image or both",
+                openapi_extra=_body(schemas.SearchRequest), **common,
+            )(self.search)  # fmt: skip
+        app.get("/v1/models", response_model=schemas.ModelsResponse, summary="The served model")(self.models)
+        app.get("/v1/models/{name:path}", response_model=schemas.Model, summary="The served model by name")(self.model)
+        app.get("/health", summary="200 if the server is ready, 503 while it stops")(self.health)
+        app.get("/metrics", summary="Counters for Prometheus")(self.metrics)
+        page = ""
+
+        async def documentation() -> HTMLResponse:
+            nonlocal page
+            page = page or documentation_page(app.openapi())
+            return HTMLResponse(page, headers={"Content-Security-Policy": _PAGE_POLICY})
+
+        app.get("/docs", include_in_schema=False)(documentation)
+        # A page that is mounted at / would answer these in its own way.
+        app.api_route("/v1/{path:path}", methods=list(_METHODS), include_in_schema=False)(self.unknown)
+
+    async def embeddings(self, request: Request) -> Response:
+        """Embed a text, an image, or a list of them."""
+        service = self.service
+        with service.memory.hold() as held:
+            settings = service.settings
+            body = await read_body(request, settings.max_body_size, settings.body_seconds, held)
+            asked, inputs = await self._parse(self._parse_embeddings, body)
+            del body
+            await self._fetch(inputs, held)
+            with service.queue.admit(len(inputs)):
+                return await self._work(request, partial(service.embed, asked, inputs))
+
+    def _parse_embeddings(self, body: bytes) -> tuple[schemas.EmbeddingsRequest, list[Input]]:
+        asked = schemas.parse_request(schemas.EmbeddingsRequest, parse_json(body))
+        inputs = parse_inputs(asked.input)
+        self.service.check(asked, any(not item.is_text for item in inputs))
+        self.service.prompt(asked)
+        return asked, inputs
+
+    async def search(self, request: Request) -> Response:
+        """Return the items of the index that are nearest to a text, an image or both."""
+        service = self.service
+        with service.memory.hold() as held:
+            settings = service.settings
+            body = await read_body(request, settings.max_body_size, settings.body_seconds, held)
+            asked, image = await self._parse(self._parse_search, body)
+            del body
+            await self._fetch([] if image is None else [image], held)
+            with service.queue.admit(1):
+                return await self._work(request, partial(service.search, asked, image))
+
+    def _parse_search(self, body: bytes) -> tuple[schemas.SearchRequest, Input | None]:
+        asked = schemas.parse_request(schemas.SearchRequest, parse_json(body))
+        if asked.text is None and asked.image is None:
+            raise ApiError(400, "Pass 'text', 'image' or both.", "text")
+        if asked.text is not None:
+            check_text(asked.text, "text")
+        image = None if asked.image is None else parse_image(asked.image, "image")
+        self.service.check(asked, image is not None)
+        return asked, image
+
+    async def models(self) -> JSONResponse:
+        """Return the served model, in a list."""
+        return JSONResponse({"object": "list", "data": [self._model()]})
+
+    async def model(self, name: str) -> JSONResponse:
+        """Return the served model."""
+        if name != self.service.name:
+            raise unknown_model(self.service.name)
+        return JSONResponse(self._model())
+
+    def _model(self) -> dict[str, Any]:
+        service = self.service
+        return {
+            "id": service.name, "object": "model", "created": self.started, "owned_by": "bifocal",
+            "dimensions": service.dimensions, "max_tokens": service.tokens.max_tokens,
+            "modalities": ["text", "image"] if service.model.embeds_images else ["text"],
+            "prompts": list(service.prompts),
+        }  # fmt: skip
+
+    async def health(self) -> JSONResponse:
+        """Return whether the server is ready. It listens only once the model is loaded."""
+        if self.service.is_stopping:
+            return JSONResponse({"status": "stopping"}, 503)
+        return JSONResponse({"status": "ready", "model": self.service.name})
+
+    async def metrics(self) -> Response:
+        """Return the counters in Prometheus' text format."""
+        return Response(self.service.metrics.text(), media_type=self.service.metrics.content_type)
+
+    async def unknown(self, path: str, request: Request) -> Response:
+        """Refuse what no other route has answered."""
+        route = f"/v1/{path}"
+        exists = route in _ROUTES and (route != "/v1/search" or self.service.searcher is not None)
+        raise HTTPException(405 if exists else 404)
+
+    async def _parse(self, parse: Callable[[bytes], Result], body: bytes) -> Result:
+        return await anyio.to_thread.run_sync(parse, body, limiter=self._parsing)
+
+    async def _fetch(self, inputs: list[Input], held: Any) -> None:
+        images = with_urls(inputs)
+        if images and not self.service.settings.allow_image_urls:
+            raise ApiError(
+                403, f"'{images[0].param}' is an address, and this server fetches none. Send the image as base64.",
+                images[0].param,
+            )  # fmt: skip
+        if images:
+            await self.service.fetcher.fetch_all(images, held)
+
+    async def _work(self, request: Request, work: Callable[[threading.Event], bytes]) -> Response:
+        """Return the answer that a worker thread makes, which stops soon after the client has hung up."""
+        hung_up = threading.Event()
+
+        async def listen() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+            hung_up.set()
+
+        try:
+            async with anyio.create_task_group() as group:
+                group.start_soon(listen)
+                # The group would wrap what is raised.
+                outcome = await _outcome(anyio.to_thread.run_sync(work, hung_up, limiter=self._working))
+                group.cancel_scope.cancel()
+        finally:
+            hung_up.set()
+        if isinstance(outcome, Exception):
+            raise outcome
+        return Response(outcome, media_type="application/json")
+
+
+_METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS")
+
+
+async def _outcome(awaitable: Any) -> Any:
+    try:
+        return await awaitable
+    except Exception as error:
+        return error
+
+
+def _body(kind: Any) -> dict[str, Any]:
+    """Return a request's body for the OpenAPI document. FastAPI does not read it: its size would not be limited."""
+    schema = kind.model_json_schema()
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+class Gate:
+    """Middleware that counts requests, limits how many there are at once, and asks for the key.
+
+    Args:
+        app: the application.
+        service: what is offered.
+    """
+
+    def __init__(self, app: Any, service: Service) -> None:
+        self.app, self.service = app, service
+        key = service.settings.api_key
+        self._key = None if key is None else key.encode("ascii")
+        self._requests = 0
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started, status = time.perf_counter(), 500
+
+        async def watched_send(message: Any) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        metrics = self.service.metrics
+        self._requests += 1
+        metrics.in_flight.inc()
+        try:
+            error = self._refusal(scope)
+            await (self.app if error is None else error.response())(scope, receive, watched_send)
+        finally:
+            self._requests -= 1
+            metrics.in_flight.dec()
+            metrics.count_request(_route(scope["path"]), status, time.perf_counter() - started)
+
+    def _refusal(self, scope: Any) -> ApiError | None:
+        """Return the error of a request that is refused whatever it asks."""
+        if scope["path"] in OPEN_ROUTES:
+            return None
+        if self._key is not None:
+            sent = dict(scope["headers"]).get(b"authorization", b"")
+            scheme, _, key = sent.partition(b" ")
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self._key):
+                headers = {"WWW-Authenticate": "Bearer", "Connection": "close"}
+                return ApiError(401, "Send the server's key: Authorization: Bearer KEY.", headers=headers)
+        if self._requests > self.service.settings.max_requests:
+            return try_again("The server is busy: too many requests at once. Send this one again later.")
+        return None
+
+
+def _route(path: str) -> str:
+    """Return the route of a path, one of a few: each is a time series."""
+    if path.startswith("/v1/models/"):
+        return "/v1/models"
+    return path if path in _ROUTES else "other"
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    @app.exception_handler(ApiError)
+    async def _(request: Request, error: ApiError) -> Response:
+        return error.response()
+
+    @app.exception_handler(HTTPException)
+    async def _(request: Request, error: HTTPException) -> Response:
+        message = {404: "There is no such route. /docs lists them.", 405: "This route has another method. See /docs."}
+        return ApiError(error.status_code, message.get(error.status_code, error.detail)).response()
+
+    @app.exception_handler(BifocalError)
+    async def _(request: Request, error: BifocalError) -> Response:
+        logger.error(str(error))  # it names the server's files, which clients should not see
+        return ApiError(500, "The index cannot be searched now. The server's log says why.").response()
+
+    @app.exception_handler(ClientDisconnect)
+    @app.exception_handler(HungUpError)
+    async def _(request: Request, error: Exception) -> Response:
+        return Response(status_code=HUNG_UP)
+
+    @app.exception_handler(Exception)
+    async def _(request: Request, error: Exception) -> Response:
+        return ApiError(500, "The server failed. Its log says why.").response()
