@@ -1,7 +1,7 @@
 """`bifocal embed` in one process, in two, and on Ray on this machine, in rows per second.
 
-Run: python benchmarks/embed_parallel.py [--rows 12000] [--files 8] [--workers 2] [--rounds 2] [--width 384] [--layers 6]
-    [--only one workers ray]
+Run: python benchmarks/embed_parallel.py [--rows 12000] [--files 8] [--workers 2] [--rounds 2] [--width 384]
+    [--layers 6] [--only one workers ray]
 
 Prints one JSON line: for each way the seconds until a run over one text per process ends ("start", mostly imports and
 loading the model), the seconds of a whole run ("total"), the rows per second of what lies between, and its ratio to one
