@@ -1,7 +1,7 @@
 """`bifocal embed` in one process, in two, and on Ray on this machine, in rows per second.
 
-Run: python benchmarks/embed_parallel.py [--rows 4000] [--files 8] [--workers 2] [--rounds 2] [--width 384] [--layers 6]
-    [--only one workers ray]
+Run: python benchmarks/embed_parallel.py [--rows 12000] [--files 8] [--workers 2] [--rounds 2] [--width 384]
+    [--layers 6] [--only one workers ray]
 
 Prints one JSON line: for each way the seconds until a run over one text per process ends ("start", mostly imports and
 loading the model), the seconds of a whole run ("total"), the rows per second of what lies between, and its ratio to one
@@ -25,7 +25,7 @@ WORDS = ("a dog", "two boats", "an old man", "some kites", "a red house", "three
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("rows", 4000), ("files", 8), ("workers", 2), ("rounds", 2), ("width", 384), ("layers", 6)):
+    for name, default in (("rows", 12000), ("files", 8), ("workers", 2), ("rounds", 2), ("width", 384), ("layers", 6)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--only", nargs="+", choices=WAYS, default=list(WAYS))
     options = parser.parse_args()
@@ -49,6 +49,10 @@ def main() -> None:
         result: dict[str, dict[str, float | bool]] = {}
         for way, times in seconds.items():
             start, total = min(times["short"]), min(times["long"])
+            if total < 1.5 * start:
+                sys.exit(
+                    f"'{way}' starts in {start:.1f} s and ends in {total:.1f} s, too few to tell. Give more --rows."
+                )
             result[way] = {"start": start, "total": total, "rows_per_second": rows / (total - start)}
         first = options.only[0]
         for way, numbers in result.items():
