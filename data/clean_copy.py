@@ -31,6 +31,7 @@ _GROUP = 256  # rows held in memory, images included
 _PART_BYTES = 64 * 2**20  # small files of a source are cleaned together
 _UNFINISHED = ".unfinished"
 _LOCK = ".lock"
+_PLAN = "plan.json"  # what an interrupted move of complete parts still has to move
 _COUNTS, _SKIPS = "counts.json", "skips.jsonl"
 
 
@@ -80,18 +81,31 @@ def write_clean(source: Source, kind: str, out: Path, skipped: SkipLog, executio
     source = named_source(source).model_copy(update={"streaming": False, "clean": cleaning})
     unfinished = out.absolute() / _UNFINISHED
     parts = _parts(source, kind, unfinished, out)
+    key = _key(source, kind, parts)
     unfinished.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(unfinished / _LOCK, timeout=0):
-            _write_parts(parts, unfinished, execution or Execution())
-            if skipped.log is not None:
-                start_log(skipped.log)
-            rows = _count(parts, title, source.max_bad_fraction, skipped)
-            _publish(parts, out)
+            plan = _read_plan(out)
+            if plan is None:
+                _write_parts(parts, unfinished, execution or Execution())
+                if skipped.log is not None:
+                    start_log(skipped.log)
+                rows = _count(parts, title, source.max_bad_fraction, skipped)
+                plan = _write_plan(parts, unfinished, key, rows, skipped)
+            elif plan["key"] == key:
+                skipped.load_state(plan["skipped"])
+            else:
+                raise DataError(
+                    f"'{out}' has rows of a run with another source or other filters, stopped while it moved its "
+                    "files. Run that command again, or choose another folder."
+                )
+            _publish(plan, out)
+            for folder in filter(Path.is_dir, list(unfinished.iterdir())):  # the plan stays until no part does
+                shutil.rmtree(folder)
             shutil.rmtree(unfinished)
     except Timeout:
         raise DataError(f"Another run is writing to '{out}'. Wait for it or choose another folder.") from None
-    return rows
+    return int(plan["rows"])
 
 
 def _require_free(out: Path) -> None:
@@ -101,10 +115,12 @@ def _require_free(out: Path) -> None:
         DataError: if it holds anything else.
     """
     names = [path.name for path in sorted(out.iterdir())] if out.exists() else []
-    others = [name for name in names if name not in ("skipped.jsonl", _UNFINISHED)]
+    plan = _read_plan(out) or {"files": {}}
+    moved = {name for name, path in plan["files"].items() if not (out / _UNFINISHED / path).exists()}
+    others = [name for name in names if name not in ("skipped.jsonl", _UNFINISHED, *moved)]
     if _UNFINISHED in names:
-        inside = os.listdir(out / _UNFINISHED)
-        others += [f"{_UNFINISHED}/{name}" for name in inside if name != _LOCK and not re.match(r"\d{5}-", name)]
+        inside = [name for name in os.listdir(out / _UNFINISHED) if name not in (_LOCK, _PLAN)]
+        others += [f"{_UNFINISHED}/{name}" for name in inside if not re.match(r"\d{5}-", name)]
     if others:
         raise DataError(f"'{out}' is not empty (it has {others[0]}). Choose another folder or empty this one.")
 
@@ -314,8 +330,41 @@ def _count(parts: list[_Part], title: str, max_bad_fraction: float, skipped: Ski
     return good
 
 
-def _publish(parts: list[_Part], out: Path) -> None:
-    """Move the files of all parts to where a source finds them."""
+def _key(source: Source, kind: str, parts: list[_Part]) -> str:
+    """Return what tells the rows of a run from those of others: the source with its filters, and its files."""
+    stream = open_stream(source, kind) if len(parts) == 1 and source.path != "symbols" else None
+    whole = rows_fingerprint(source, kind, list(stream.shards) if stream is not None else "")
+    return "/".join([whole, hashlib.blake2b(repr([part.folder.name for part in parts]).encode()).hexdigest()[:16]])
+
+
+def _write_plan(parts: list[_Part], unfinished: Path, key: str, rows: int, skipped: SkipLog) -> dict[str, Any]:
+    """Write where the files of all parts are to be moved, so that a run that is killed meanwhile resumes."""
     files = [path for part in parts for path in sorted(part.folder.glob("*.parquet"))]
-    for number, path in enumerate(files):
-        os.replace(path, out / f"{number:05}-of-{len(files):05}.parquet")
+    targets = {
+        f"{number:05}-of-{len(files):05}.parquet": path.relative_to(unfinished).as_posix()
+        for number, path in enumerate(files)
+    }
+    plan = {"key": key, "rows": rows, "skipped": skipped.state(), "files": targets}
+    scratch = unfinished / "00000-plan"
+    scratch.write_text(json.dumps(plan))
+    os.replace(scratch, unfinished / _PLAN)
+    return plan
+
+
+def _read_plan(out: Path) -> dict[str, Any] | None:
+    """Return the plan of a run that was stopped while it moved its files; None if there is none."""
+    path = out / _UNFINISHED / _PLAN
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _publish(plan: dict[str, Any], out: Path) -> None:
+    """Move the files of all parts to where a source finds them; those that are there already stay.
+
+    Raises:
+        DataError: if one was removed since the run was stopped.
+    """
+    for name, path in plan["files"].items():
+        if (out / _UNFINISHED / path).exists():
+            os.replace(out / _UNFINISHED / path, out / name)
+        elif not (out / name).exists():
+            raise DataError(f"'{out / name}', written by a stopped run, is missing. Choose another folder.")

@@ -30,8 +30,9 @@ REVIEWED = {
     "data/skips.py": Counter(start_log=1, load_state=1),  # a log whose first line is ours
     "data/symbols.py": Counter(build_symbols=2),  # in our cache
     "data/clean_copy.py": Counter(
-        write_clean=1, _write_parts=1, _is_complete=1, _clean=2,  # the folder of its parts, under its lock
-        _publish=1,  # into a folder that was empty
+        # The folder of its parts, under its lock.
+        write_clean=2, _write_parts=1, _is_complete=1, _clean=2, _write_plan=1,
+        _publish=1,  # into a folder that was empty, but for what it has moved there before
     ),
 }  # fmt: skip
 _CALLS = {"rmtree", "unlink", "remove", "replace", "move", "rename", "renames", "rmdir", "removedirs", "truncate"}

@@ -125,6 +125,43 @@ def test_a_stopped_run_resumes(tmp_path, written, monkeypatch):
     assert contents(out) == contents(tmp_path / "other")
 
 
+@pytest.mark.parametrize("clean", [None, {"near_duplicate_texts": 1.0}])
+def test_a_run_that_was_killed_while_it_moved_its_files_resumes(tmp_path, written, monkeypatch, clean):
+    monkeypatch.setattr(clean_copy, "_ROWS", 4)
+    source, out = pairs(tmp_path, clean=clean), tmp_path / "out"
+    moves = []
+    replace = clean_copy.os.replace
+
+    def stop_at_third(path, target) -> None:
+        if Path(target).suffix == ".parquet":
+            moves.append(target)
+            if len(moves) == 3:
+                raise KeyboardInterrupt
+        replace(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(clean_copy.os, "replace", stop_at_third)
+        with pytest.raises(KeyboardInterrupt):
+            write(source, out)
+    moved = [path.name for path in sorted(out.glob("*.parquet"))]
+    assert [name[:5] for name in moved] == ["00000", "00001"]
+    before = contents_of_folder(out)
+    with pytest.raises(DataError, match=r"with another source or other filters.* Run that command again"):
+        write(source.model_copy(update={"clean": clean_copy.Cleaning(min_characters=2)}), out)
+    (out / "00002-of-00009.parquet").write_bytes(b"mine")
+    with pytest.raises(DataError, match=r"is not empty \(it has 00002-of-00009\.parquet\)"):
+        write(source, out)
+    (out / "00002-of-00009.parquet").unlink()
+    assert contents_of_folder(out) == before
+    written.clear()
+    rows, log = write(source, out)
+    assert written == []
+    whole, other_log = write(source, tmp_path / "other")
+    assert rows == whole == 27
+    assert contents(out) == contents(tmp_path / "other")
+    assert log.state() == other_log.state()
+
+
 def test_a_part_that_fails_does_not_stop_the_others(tmp_path, written, monkeypatch):
     source, out = pairs(tmp_path), tmp_path / "out"
     tables = clean_copy._tables
