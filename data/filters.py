@@ -92,13 +92,12 @@ class Cleaning(BaseModel):
     @property
     def needs_whole(self) -> bool:
         """Return whether a filter compares rows with one another, and so needs all of them."""
-        return (
-            self.deduplicate_images
-            or self.deduplicate_texts
-            or self.compares_signatures
-            or bool(self.exclude_rows_of)
-            or self.consistency is not None
-        )
+        return self.deduplicate_images or self.deduplicate_texts or self.compares_rows
+
+    @property
+    def compares_rows(self) -> bool:
+        """Return whether a filter works only when all rows are loaded; exact duplicates are found while reading."""
+        return self.compares_signatures or bool(self.exclude_rows_of) or self.consistency is not None
 
     @property
     def compares_signatures(self) -> bool:

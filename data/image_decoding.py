@@ -25,6 +25,18 @@ def disable_image_decoding(dataset: Any) -> Any:
     return view
 
 
+def image_paths(dataset: Any, column: str) -> list[str | None] | None:
+    """Return the paths of images that a data set does not hold as bytes; None for one that it holds."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    values = dataset.with_format("arrow").select_columns([column])[:][column]
+    if not pa.types.is_struct(values.type):
+        return values.to_pylist() if pa.types.is_string(values.type) else None
+    held = pc.is_valid(pc.struct_field(values, "bytes"))
+    return pc.if_else(held, None, pc.struct_field(values, "path")).to_pylist()
+
+
 def _decodes(feature: Any) -> bool:
     from datasets import Image
 

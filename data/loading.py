@@ -3,8 +3,8 @@
 import json
 import os
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -12,17 +12,19 @@ from typing import Any
 from bifocal.data.beir import is_beir
 from bifocal.data.columns import MissingColumnError, require_columns
 from bifocal.data.corpora import corpus
-from bifocal.data.filters import RowFilter
+from bifocal.data.filters import Cleaning, RowFilter
 from bifocal.data.image_decoding import disable_image_decoding
 from bifocal.data.kinds import INFERRED, KINDS
 from bifocal.data.leakage import filter_leaks, read_content
 from bifocal.data.locate import SourceSplit, holds_files, is_files, locate
+from bifocal.data.near_duplicates import rows_of
 from bifocal.data.normalize import COLUMN_LAYOUTS, ColumnLayout, RowNormaliser, as_is, dpr
 from bifocal.data.paths import AllowedRoots, DatasetsRoots
 from bifocal.data.readers import IMAGE_SUFFIXES, READERS
+from bifocal.data.row_names import ROW, RowNames
 from bifocal.data.schema import validated
 from bifocal.data.shards import ShardStream
-from bifocal.data.skips import ERROR_COLUMN, RowError, SkipLog
+from bifocal.data.skips import ERROR_COLUMN, RowError, SkipLog, SkippedRow
 from bifocal.data.source import Source
 from bifocal.data.tables import normalise_dataset, to_dataset
 from bifocal.errors import DataError, first_line
@@ -125,13 +127,20 @@ class RowPipeline:
 
 
 def iter_rows(source: Source, kind: str) -> Iterator[tuple[str, dict[str, Any] | RowError]]:
-    """Yield every row of a source with its name, in order; a bad row is a `RowError`."""
-    stream = open_stream(source, kind)
+    """Yield every row of a source with its name, in order; a row that is bad or filtered is a `RowError`.
+
+    Raises:
+        DataError: if the source cannot be read, or a filter cannot work on a stream.
+    """
+    clean = source.clean if source.clean is not None and source.path != "symbols" else Cleaning()
+    stream = None if clean.compares_rows else open_stream(source, kind)
     if stream is not None:
         yield from stream.rows()
         return
-    if source.clean is None or not source.clean.needs_whole:
-        source = source.model_copy(update={"streaming": source.path != "symbols"})
+    if clean.needs_whole:
+        yield from _compared_rows(source, kind)
+        return
+    source = source.model_copy(update={"streaming": source.path != "symbols"})
     for number, row in enumerate(load_source(source, kind)):
         row_error = row.pop(ERROR_COLUMN, None)
         if row_error is not None:
@@ -147,6 +156,38 @@ def iter_rows(source: Source, kind: str) -> Iterator[tuple[str, dict[str, Any] |
         if image is not None:
             row.setdefault("image_id", name)
         yield name, row
+
+
+def _compared_rows(source: Source, kind: str) -> Iterator[tuple[str, dict[str, Any] | RowError]]:
+    """Yield the rows of a source that is loaded as a whole, and each that is skipped in its place."""
+    skipped = _SkippedRows()
+    data = load_source(source.model_copy(update={"max_bad_fraction": 1.0}), kind, skipped=skipped)
+    names: RowNames = data.row_names
+    kept = iter(names.rows)
+    following = next(kept, None)
+    good = rows_of(data)
+    for number, name in enumerate(names.source[ROW]):
+        if number == following:
+            yield next(good)
+            following = next(kept, None)
+            continue
+        skips = skipped.by_name[name]
+        skip = skips.pop(0) if len(skips) > 1 else skips[0]
+        yield name, RowError(skip.cause, skip.detail, skip.filtered, skip.file_lost)
+
+
+class _SkippedRows(SkipLog):
+    """Keeps each skipped row, by its name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_name: defaultdict[str, list[SkippedRow]] = defaultdict(list)
+
+    def add(self, task: str, rows: int, skips: Iterable[SkippedRow] = (), shards: int = 0) -> None:
+        skips = list(skips)
+        for skip in skips:
+            self.by_name[skip.row].append(skip)
+        super().add(task, rows, skips, shards)
 
 
 def infer_kind(source: Source) -> str:
@@ -202,7 +243,7 @@ def compared_kind(source: Source) -> str:
     except DataError:
         for kind in ("image-only", "scored-pair"):
             try:
-                rows = list(islice(iter_rows(source, kind), _PEEKED))
+                rows = list(islice(iter_rows(source.model_copy(update={"clean": None}), kind), _PEEKED))
             except DataError:
                 continue
             if not all(isinstance(row, RowError) for _, row in rows):

@@ -4,18 +4,22 @@ Two passes: signatures of rows, which are small and independent of one another, 
 """
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from bifocal.data.filters import Cleaning, comparable_text
+from bifocal.data.image_decoding import image_paths
 from bifocal.data.image_errors import image_row_error
 from bifocal.data.row_names import row_name, select_rows
 from bifocal.data.skips import RowError, SkipLog, SkippedRow
 from bifocal.errors import DataError
+from bifocal.files import replace_file
 
 # Defaults, measured in docs/data.md.
 IMAGE_DISTANCE = 8  # bits of 64
@@ -32,7 +36,9 @@ _HASHED_SIDE = 64  # pixels to which an image is reduced before it is hashed
 _PERMUTATIONS = 128
 _NGRAM = 5  # characters
 _MISSED = 0.01  # largest probability that a pair at the threshold is missed
+_VERSION = 1  # of the cached rows; raise it when others are found
 _BLOCK = 4096  # pairs compared at a time
+_SEARCHED = 256  # hashes looked up at a time; each may have a pair with every earlier one
 
 
 @dataclass
@@ -147,9 +153,9 @@ def similar_images(rows: Signatures, max_distance: int, others: Signatures | Non
     ours = _groups(np.concatenate([rows.hashes, rows.colours], axis=1), ~rows.plain)
     theirs = ours if others is None else _groups(np.concatenate([second.hashes, second.colours], axis=1), ~second.plain)
     one, other = (np.array([group[0] for group in groups], np.int64) for groups in (ours, theirs))
-    pairs = _near_hashes(rows.hashes[one], second.hashes[other], max_distance)
-    pairs = pairs[_same_colours(rows.colours[one], second.colours[other], pairs)]
-    return _row_pairs(pairs, ours, None if others is None else theirs)
+    left = rows.hashes[one], rows.colours[one]
+    right = None if others is None else (second.hashes[other], second.colours[other])
+    return _row_pairs(_near_images(left, right, max_distance), ours, None if others is None else theirs)
 
 
 def similar_texts(rows: Signatures, min_similarity: float, others: Signatures | None = None) -> np.ndarray:
@@ -169,13 +175,16 @@ def similar_texts(rows: Signatures, min_similarity: float, others: Signatures | 
     theirs = ours if others is None else _groups(right)
     left, right = left[[group[0] for group in ours]], right[[group[0] for group in theirs]]
     bands, width = band_shape(min_similarity, len(columns))
-    found: set[tuple[int, int]] = set()
+    matches = np.empty(0, np.int64)  # row * number of partners + partner
     for band in range(bands):
         keys = slice(band * width, (band + 1) * width)
+        of_band = [matches]
         for block in _equal_rows(left[:, :, keys], None if others is None else right[:, :, keys]):
             equal = (left[block[:, 0]] == right[block[:, 1]]).mean(axis=2)
-            found.update(map(tuple, block[(equal >= min_similarity).all(axis=1)].tolist()))
-    pairs = np.array(list(found), np.int64).reshape(-1, 2)
+            block = block[(equal >= min_similarity).all(axis=1)]
+            of_band.append(block[:, 0] * len(right) + block[:, 1])
+        matches = np.unique(np.concatenate(of_band))
+    pairs = np.stack(np.divmod(matches, max(1, len(right))), axis=1)
     return _row_pairs(pairs, ours, None if others is None else theirs)
 
 
@@ -206,18 +215,65 @@ def first_of_groups(pairs: np.ndarray) -> dict[int, int]:
         pairs: as returned by `similar_images`, the later row first, sorted.
     """
     skipped: dict[int, int] = {}
-    for later, earlier in pairs.tolist():
-        if later not in skipped and earlier not in skipped:
-            skipped[later] = earlier
+    is_skipped = np.zeros(int(pairs.max(initial=-1)) + 1, bool)
+    laters, starts = np.unique(pairs[:, 0], return_index=True)
+    for later, earlier in zip(laters.tolist(), np.split(pairs[:, 1], starts[1:]), strict=False):
+        staying = np.flatnonzero(~is_skipped[earlier])
+        if len(staying):
+            skipped[later] = int(earlier[staying[0]])
+            is_skipped[later] = True
     return skipped
 
 
 def filter_near_duplicates(dataset: Any, cleaning: Cleaning, skipped: SkipLog, name: str) -> Any:
     """Return the rows of a `datasets.Dataset` that are no near-duplicates of earlier ones; the others are logged.
 
+    Which ones they are is cached next to the data set's cache, until a file changes.
+
     Raises:
         DataError: if a library is not installed, or an image cannot be read.
     """
+    causes = ("near-duplicate image", "near-duplicate text")
+    rows = _cached_skips(dataset, cleaning, name)
+    skips = [
+        SkippedRow(row_name(dataset, later), causes[cause], f"near-duplicate of {row_name(dataset, earlier)}", True)
+        for later, earlier, cause in rows.tolist()
+    ]
+    skipped.add(name, 0, skips)
+    return select_rows(dataset, np.setdiff1d(np.arange(len(dataset)), rows[:, 0]).tolist()) if skips else dataset
+
+
+def _cached_skips(dataset: Any, cleaning: Cleaning, name: str) -> np.ndarray:
+    """Return `_skips`, from the cache if nothing has changed."""
+    from datasets.fingerprint import Hasher
+
+    settings = [cleaning.near_duplicate_images, cleaning.near_duplicate_texts]
+    files = dataset.cache_files
+    stamps = _image_stamps(dataset) if cleaning.near_duplicate_images is not None else []
+    if not files or stamps is None:
+        return _skips(dataset, cleaning, name)
+    key = Hasher.hash([_VERSION, dataset._fingerprint, settings, stamps])
+    path = Path(files[0]["filename"]).with_name(f"near-duplicates-{key}.npy")
+    if path.exists():
+        return np.load(path)
+    skips = _skips(dataset, cleaning, name)
+    with replace_file(path) as scratch:
+        np.save(scratch, skips)
+    return skips
+
+
+def _image_stamps(dataset: Any) -> list[tuple[int, int]] | None:
+    """Return the sizes and times of the images' files, of which a data set knows only the paths; None if unknown."""
+    paths = image_paths(dataset, "image") if "image" in dataset.column_names else None
+    try:
+        files = [os.stat(path) for path in paths or [] if path is not None]
+    except OSError:
+        return None
+    return [(file.st_size, file.st_mtime_ns) for file in files]
+
+
+def _skips(dataset: Any, cleaning: Cleaning, name: str) -> np.ndarray:
+    """Return the rows to skip, sorted: number, that of the row that stays in its place, and 1 if the texts decided."""
     most, least = cleaning.near_duplicate_images, cleaning.near_duplicate_texts
     try:
         signatures = sign_rows(rows_of(dataset), most is not None, least is not None)
@@ -225,19 +281,16 @@ def filter_near_duplicates(dataset: Any, cleaning: Cleaning, skipped: SkipLog, n
         raise DataError(
             f"'{name}' has an image that cannot be read ({error}). Add clean.verify_images=true, which skips such rows."
         ) from error
-    causes = []
+    pairs_by_cause = []
     if most is not None:
-        causes.append(("near-duplicate image", similar_images(signatures, most)))
+        pairs_by_cause.append((0, similar_images(signatures, most)))
     if least is not None:
-        causes.append(("near-duplicate text", similar_texts(signatures, least)))
-    skips: dict[int, SkippedRow] = {}
-    for cause, pairs in causes:
-        kept_pairs = pairs[[not {later, earlier} & skips.keys() for later, earlier in pairs.tolist()]]
-        for later, earlier in first_of_groups(kept_pairs).items():
-            of = f"near-duplicate of {signatures.names[earlier]}"
-            skips[later] = SkippedRow(signatures.names[later], cause, of, filtered=True)
-    skipped.add(name, 0, [skips[row] for row in sorted(skips)])
-    return select_rows(dataset, [row for row in range(len(dataset)) if row not in skips]) if skips else dataset
+        pairs_by_cause.append((1, similar_texts(signatures, least)))
+    skips: dict[int, tuple[int, int]] = {}
+    for cause, pairs in pairs_by_cause:
+        others = pairs[~np.isin(pairs, list(skips)).any(axis=1)]
+        skips |= {later: (earlier, cause) for later, earlier in first_of_groups(others).items()}
+    return np.array([(row, *skips[row]) for row in sorted(skips)], np.int64).reshape(-1, 3)
 
 
 def _not_installed(what: str, package: str) -> DataError:
@@ -267,33 +320,54 @@ def _groups(signatures: np.ndarray, compared: np.ndarray | None = None) -> list[
 
 def _row_pairs(pairs: np.ndarray, ours: list[list[int]], theirs: list[list[int]] | None) -> np.ndarray:
     """Return the pairs of rows for pairs of groups, sorted."""
-    if theirs is not None:
-        found = [(row, theirs[j][0]) for i, j in pairs.tolist() for row in ours[i]]
+    if theirs is None:
+        first = np.array([group[0] for group in ours], np.int64)
+        repeated = [(row, group[0]) for group in ours for row in group[1:]]
+        row_pairs = np.concatenate([first[pairs], np.array(repeated, np.int64).reshape(-1, 2)])
     else:
-        between = [(max(i, j), min(i, j)) for i, j in pairs.tolist() if i != j]
-        found = [(row, ours[j][0]) for i, j in between for row in ours[i][:1]]
-        found += [(row, group[0]) for group in ours for row in group[1:]]
-    return np.array(sorted(set(found)), np.int64).reshape(-1, 2)
+        sizes = np.array([len(group) for group in ours], np.int64)
+        members = [ours[group] for group in pairs[:, 0].tolist()]
+        rows = np.array([row for group in members for row in group], np.int64)
+        partners = np.array([group[0] for group in theirs], np.int64)[pairs[:, 1]]
+        row_pairs = np.stack([rows, np.repeat(partners, sizes[pairs[:, 0]])], axis=1)
+    return row_pairs[np.lexsort((row_pairs[:, 1], row_pairs[:, 0]))]
 
 
-def _near_hashes(first: np.ndarray, second: np.ndarray, max_distance: int) -> np.ndarray:
-    """Return the pairs of hashes within a distance."""
+def _near_images(
+    left: tuple[np.ndarray, np.ndarray], right: tuple[np.ndarray, np.ndarray] | None, max_distance: int
+) -> np.ndarray:
+    """Return the pairs of images whose hashes are within a distance, and whose colours are the same.
+
+    Args:
+        left, right: hashes and colours; without `right` the pairs are among those of `left`, the later one first.
+    """
     try:
         import faiss
     except ImportError as error:
         raise _not_installed("images", "faiss-cpu") from error
-    if not len(first) or not len(second):
-        return np.empty((0, 2), np.int64)
+    hashes, colours = left
+    other_hashes, other_colours = left if right is None else right
+    pairs = [np.empty((0, 2), np.int64)]
+    if not len(hashes) or not len(other_hashes):
+        return pairs[0]
     # Of hashes that differ in d bits, one of n substrings differs in d // n bits at most: none is missed.
     index = faiss.IndexBinaryMultiHash(_HASH_BITS, _HASH_PARTS, _HASH_BITS // _HASH_PARTS)
     index.nflip = max_distance // _HASH_PARTS
-    index.add(np.ascontiguousarray(second))
-    pairs = []
-    for start in range(0, len(first), _BLOCK):
-        block = np.ascontiguousarray(first[start : start + _BLOCK])
+    if right is not None:
+        index.add(np.ascontiguousarray(other_hashes))
+    for start in range(0, len(hashes), _SEARCHED):
+        block = np.ascontiguousarray(hashes[start : start + _SEARCHED])
+        if right is None:
+            index.add(block)  # later rows find these
         limits, _, numbers = index.range_search(block, max_distance + 1)
         rows = np.repeat(np.arange(start, start + len(block)), np.diff(limits).astype(np.int64))
-        pairs.append(np.stack([rows, numbers], axis=1))
+        near = np.stack([rows, numbers], axis=1)
+        if right is None:
+            near = near[near[:, 0] > near[:, 1]]
+        same = _same_colours(colours, other_colours, near)
+        if right is None:  # either image may be the one that is made brighter
+            same[~same] = _same_colours(colours, colours, near[~same][:, ::-1])
+        pairs.append(near[same])
     return np.concatenate(pairs)
 
 
@@ -318,16 +392,19 @@ def _equal_rows(left: np.ndarray, right: np.ndarray | None) -> Iterator[np.ndarr
     starts = np.flatnonzero(np.diff(keys[order], prepend=-1))
     sizes = np.diff(starts, append=len(order))
     block: list[np.ndarray] = []
+    held = 0
     for start, size in zip(starts[sizes > 1].tolist(), sizes[sizes > 1].tolist()):
         group = order[start : start + size]
         if right is None:
             members = [(group[number], group[:number]) for number in range(1, size)]
         else:
-            members = [(row, group[group >= len(left)] - len(left)) for row in group[group < len(left)]]
+            of_right = group[group >= len(left)] - len(left)
+            members = [(row, of_right) for row in group[group < len(left)]]
         for row, partners in members:
             block.append(np.stack([np.full(len(partners), row), partners], axis=1))
-            if sum(map(len, block)) >= _BLOCK:
+            held += len(partners)
+            if held >= _BLOCK:
                 yield np.concatenate(block)
-                block = []
+                block, held = [], 0
     if block:
         yield np.concatenate(block)

@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from bifocal.data.image_decoding import image_paths
 from bifocal.data.kinds import KINDS
 from bifocal.data.labels import class_names, with_class_names
 from bifocal.data.near_duplicates import filter_near_duplicates
@@ -201,7 +202,7 @@ def _with_captions(dataset: Any, source: Source, normalise: Any, skipped: SkipLo
     steps = normalise.normalise
     named = {ours: steps.column_of(ours, dataset.column_names) for ours in ("image", "caption", "image_id")}
     good, skips = [], []
-    paths = _paths(dataset, named["image"])
+    paths = image_paths(dataset, named["image"])
     for number, value in enumerate(dataset.select_columns([named["caption"]])[named["caption"]]):
         try:
             steps.texts("caption", {named["caption"]: value})
@@ -216,18 +217,6 @@ def _with_captions(dataset: Any, source: Source, normalise: Any, skipped: SkipLo
     dataset = dataset if not skips else dataset.select(good)
     dataset = dataset.rename_columns({theirs: ours for ours, theirs in named.items() if theirs not in (None, ours)})
     return with_row_names(dataset, RowNames(source.title, good))
-
-
-def _paths(dataset: Any, column: str) -> list[str | None] | None:
-    """Return the paths of images that a data set does not hold as bytes; None for one that it holds."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    values = dataset.with_format("arrow").select_columns([column])[:][column]
-    if not pa.types.is_struct(values.type):
-        return values.to_pylist() if pa.types.is_string(values.type) else None
-    held = pc.is_valid(pc.struct_field(values, "bytes"))
-    return pc.if_else(held, None, pc.struct_field(values, "path")).to_pylist()
 
 
 class _TableReader:

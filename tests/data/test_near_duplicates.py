@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image, ImageEnhance
 from bifocal.data import near_duplicates
 from bifocal.data.clean_copy import write_clean
 from bifocal.data.inspection import inspect_source
-from bifocal.data.loading import load_source
+from bifocal.data.loading import iter_rows, load_source
 from bifocal.data.near_duplicates import (
     Signatures,
     band_shape,
@@ -21,7 +22,8 @@ from bifocal.data.near_duplicates import (
     similar_images,
     similar_texts,
 )
-from bifocal.data.skips import SkipLog
+from bifocal.data.row_names import row_name
+from bifocal.data.skips import RowError, SkipLog
 from bifocal.data.source import Source
 from tests.bifocal.commands import error_of, invoke
 from tests.data.files import image_bytes, lines
@@ -189,6 +191,62 @@ def test_inspect_counts_and_shows_them(folder):
     assert "Near-duplicate images" in page
     assert "clean.near_duplicate_images=8" in page
     assert "near-duplicate texts" in page
+
+
+@pytest.mark.parametrize("setting", ["near_duplicate_texts", "near_duplicate_images", "exclude_rows_of"])
+def test_every_reader_applies_the_filters(folder, setting):
+    evaluation = lines(folder / "evaluation.jsonl", [{"image": "2.jpg", "caption": "x"}])
+    lines(folder / "metadata.jsonl", [{"file_name": f"{n}.jpg", "caption": SENTENCES[n % 4]} for n in range(6)])
+    value = {"near_duplicate_texts": 0.8, "near_duplicate_images": 8, "exclude_rows_of": [str(evaluation)]}[setting]
+    source = Source(path=str(folder), clean={setting: value})
+    loaded, skipped = load_source(source, "image-text"), SkipLog()
+    rows = list(iter_rows(source, "image-text"))
+    assert [name for name, _ in rows] == [f"metadata.jsonl:{n}" for n in range(1, 7)]
+    good = [(name, row["caption"]) for name, row in rows if isinstance(row, dict)]
+    assert good == [(row_name(loaded, number), row["caption"]) for number, row in enumerate(loaded)]
+    assert 0 < len(good) < 6
+    load_source(source, "image-text", skipped=skipped)
+    causes = Counter(row.cause for _, row in rows if isinstance(row, RowError))
+    assert skipped.filtered == {source.title: causes}
+    inspection = inspect_source(source, "image-text")
+    assert (inspection.rows, inspection.good) == (6, len(good))
+    assert {cause["cause"]: cause["count"] for cause in inspection.skipped} == causes
+
+
+def test_near_duplicates_are_searched_again_only_when_an_image_changes(folder, monkeypatch):
+    source = Source(path=str(folder), clean={"near_duplicate_images": 8})
+    searched = []
+    monkeypatch.setattr(near_duplicates, "similar_images", lambda *args: searched.append(1) or similar_images(*args))
+    logs = [SkipLog(), SkipLog()]
+    captions = [load_source(source, "image-text", skipped=log)[:]["caption"] for log in logs]
+    assert captions[0] == captions[1]
+    assert logs[0].first == logs[1].first
+    assert len(searched) == 1
+    (folder / "3.jpg").write_bytes(image_bytes((160, 120), seed=9))
+    assert len(load_source(source, "image-text")) == 4
+    assert len(searched) == 2
+
+
+def test_many_similar_images_equal_brute_force(monkeypatch):
+    monkeypatch.setattr(near_duplicates, "_SEARCHED", 7)
+    draws = np.random.default_rng(0)
+    hashes = np.packbits(draws.random((60, 64)) < 0.06, axis=1)
+    colours = draws.choice([90, 110, 124], (60, 1)).astype(np.uint8) + draws.integers(0, 34, (60, 192), dtype=np.uint8)
+    hashes[40:], colours[40:] = hashes[:20], colours[:20]  # equal ones are paired with the first only
+    rows = Signatures([], hashes, colours, np.zeros(60, bool))
+    distance = np.unpackbits(hashes[:, None] ^ hashes[None], axis=2).sum(axis=2)
+    everything = np.stack(np.indices((60, 60)), axis=2).reshape(-1, 2)
+    same = near_duplicates._same_colours(colours, colours, everything).reshape(60, 60)
+    near = (distance <= 8) & (same | same.T)
+    expected = {(i, j) for i in range(40) for j in range(i) if near[i, j]} | {(i + 40, i) for i in range(20)}
+    assert 100 < len(expected) < 40 * 39 // 2
+    found = similar_images(rows, 8)
+    assert found.tolist() == sorted(map(list, expected))
+    skipped: dict[int, int] = {}
+    for later, earlier in found.tolist():
+        if later not in skipped and earlier not in skipped:
+            skipped[later] = earlier
+    assert first_of_groups(found) == skipped
 
 
 @pytest.mark.parametrize("setting", ["images=17", "images=-1", "texts=0.3", "texts=1.5"])
