@@ -28,6 +28,7 @@ from bifocal.hub.search.hits import SearchError
 if TYPE_CHECKING:
     import pyarrow as pa
 
+_ALL = 2**31 - 1  # rows of a query without a limit
 _STARTED, _WRITTEN = "started", "written"
 _PRECISIONS = ("float32", "float16")  # those that LanceDB searches with a query in float32
 
@@ -69,9 +70,10 @@ class LanceParts:
     def __init__(self, uri: str) -> None:
         self.uri = uri
         self._tables: tuple[Any, Any] | None = None
+        self._log_names: list[str] = []  # parts of the entries in the log, as far as they were read
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"uri": self.uri, "_tables": None}
+        return {"uri": self.uri, "_tables": None, "_log_names": []}
 
     def recorded(self) -> dict[str, Any] | None:
         """Return the settings that the table was written with; None if there is no table.
@@ -163,12 +165,23 @@ class LanceParts:
         with errors_as_search_errors(self.uri):
             items, log = self._open()
             is_part = f"part = {quoted(name)}"
-            if log.count_rows(is_part):
+            if self._is_logged(log, name):
                 items.delete(is_part)
             self._log(log, name, _STARTED)
             if len(rows):
                 items.add(_to_items(rows, name, items.schema))
             self._log(log, name, _WRITTEN, len(rows), record)
+
+    def _is_logged(self, log: Any, name: str) -> bool:
+        """Return whether a part was started, by any process. Only what is new in the log is read."""
+        for last in (max(0, len(self._log_names) - 1), 0):
+            rows = log.search().select(["part"]).offset(last).limit(_ALL).to_arrow()
+            entries = rows.column("part").to_pylist()
+            if entries[:1] == self._log_names[last : last + 1] or last == 0:
+                break  # otherwise another process has rewritten the log in another order
+        del self._log_names[last:]
+        self._log_names += entries
+        return name in self._log_names
 
     def delete(self, names: Sequence[str]) -> None:
         """Delete parts with their rows."""

@@ -2,6 +2,7 @@
 
 import pickle
 import time
+from collections import Counter
 
 import lancedb
 import numpy as np
@@ -44,6 +45,28 @@ def test_a_part_written_again_has_each_row_once(uri):
     again.write("part-1", rows("one", 4, seed=1), {"rows_read": 7})
     assert keys(uri) == [f"one-{row:04d}" for row in range(4)]
     assert again.written() == {"part-1": {"rows_read": 7}, "part-2": {"rows_read": 3}}
+
+
+def test_a_part_that_another_process_has_started_meanwhile_has_each_row_once(uri):
+    parts, other = started(uri), LanceParts(uri)
+    for writer, number in ((parts, 1), (other, 2), (parts, 3), (other, 4)):
+        writer.write(f"part-{number}", rows(f"n{number}", 3), {})
+    parts.write("part-4", rows("again", 2), {})
+    other._open()[1].optimize()
+    other.write("part-5", rows("five", 2), {})
+    parts.write("part-5", rows("again-five", 1), {})
+    counted = Counter(key.rpartition("-")[0] for key in keys(uri))
+    assert counted == {"n1": 3, "n2": 3, "n3": 3, "again": 2, "again-five": 1}
+    parts.finish()
+
+
+def test_the_log_is_read_again_where_it_was_rewritten_in_another_order(uri):
+    parts = started(uri)
+    parts.write("part-1", rows("one", 2), {})
+    parts.write("part-2", rows("two", 2), {})
+    parts._log_names[:] = ["part-1", "part-1", "part-3"]
+    assert parts._is_logged(parts._open()[1], "part-1")
+    assert not parts._is_logged(parts._open()[1], "part-3")
 
 
 def test_a_part_of_a_killed_run_is_not_written(uri, monkeypatch):
