@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import math
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,22 +76,38 @@ def require_image(source: Any, max_pixels: int | None = MAX_PIXELS) -> None:
     Raises:
         ItemError: if it is not an image, or too large. The message does not name the image.
     """
+    size = _image_size(source)
+    if max_pixels is not None and size[0] * size[1] > max_pixels:
+        raise ItemError(f"it has {size[0]} x {size[1]} pixels, more than {max_pixels:,}")
+
+
+def image_pixels(source: Any) -> int:
+    """Return the number of pixels by an image's header; 0 for what is no image."""
+    try:
+        return math.prod(_image_size(source))
+    except ItemError:
+        return 0
+
+
+def _image_size(source: Any) -> tuple[int, int]:
+    """Return the width and height by an image's header.
+
+    Raises:
+        ItemError: if it is not an image.
+    """
     try:
         if isinstance(source, Image.Image):
-            size = source.size
-        else:
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-                size = image.size
-                if image.format == "EPS":  # a program, which Pillow would pass to Ghostscript
-                    raise ItemError("it is PostScript, not an image")
+            return source.size
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            if image.format == "EPS":  # a program, which Pillow would pass to Ghostscript
+                raise ItemError("it is PostScript, not an image")
+            return image.size
     except ItemError:
         raise
     except FileNotFoundError as error:
         raise ItemError("it does not exist") from error
     except Exception as error:  # Pillow raises many kinds here
         raise ItemError("it cannot be read as an image") from error
-    if max_pixels is not None and size[0] * size[1] > max_pixels:
-        raise ItemError(f"it has {size[0]} x {size[1]} pixels, more than {max_pixels:,}")
 
 
 def decode_item(

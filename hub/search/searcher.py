@@ -101,9 +101,11 @@ class Searcher:
         except UnicodeEncodeError as error:
             raise QueryError("The text is not valid Unicode: it holds half a character. Enter it again.") from error
         texts = (text,) if text else ()
-        images = () if image is None else (self.encoder.prepare(image),)
         prompt = self.index.prompts.get("query", "")
-        of_texts, of_images = self.encoder.embed(Piece(texts, images, "query", prompt, about_tokens(text)))
+        sources = () if image is None else (image,)
+        with self.encoder.room_for(sources):
+            images = tuple(map(self.encoder.prepare, sources))
+            of_texts, of_images = self.encoder.embed(Piece(texts, images, "query", prompt, about_tokens(text)))
         if texts and images:
             return normalize(weight * of_texts[0] + (1.0 - weight) * of_images[0])
         return of_texts[0] if texts else of_images[0]
