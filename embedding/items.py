@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # they import torch
 
 KINDS = ("image", "text")
 MAX_PIXELS = 64_000_000  # of an image; decoding a larger one takes gigabytes
-_THUMBNAIL_SIZE = 256
+THUMBNAIL_SIZE = 256
 _LOSSLESS_SIZE = 64  # thumbnails up to this size are PNG
 
 
@@ -94,14 +94,14 @@ def require_image(source: Any, max_pixels: int | None = MAX_PIXELS) -> None:
 
 
 def decode_item(
-    source: Any, preparer: "ImagePreparer", for_thumbnail: bool = True, max_pixels: int | None = MAX_PIXELS
+    source: Any, preparer: "ImagePreparer", smallest_side: int = THUMBNAIL_SIZE, max_pixels: int | None = MAX_PIXELS
 ) -> "DecodedImage":
     """Return an image as upright RGB, at reduced scale if the preparer does that.
 
     Args:
         source: a Pillow image, a path or the bytes of a file.
         preparer: decodes the image if it is not too large.
-        for_thumbnail: keep at least the size of a thumbnail.
+        smallest_side: length that the shorter side keeps in any case.
         max_pixels: largest image that is decoded; None for Pillow's own limit.
 
     Raises:
@@ -111,7 +111,7 @@ def decode_item(
 
     require_image(source, max_pixels)
     try:
-        return preparer.decode(source, smallest_side=_THUMBNAIL_SIZE if for_thumbnail else 0)
+        return preparer.decode(source, smallest_side=smallest_side)
     except NarrowImageError as error:
         raise ItemError("it is too narrow to embed") from error
     except (ValueError, FileNotFoundError) as error:
@@ -121,7 +121,7 @@ def decode_item(
 def thumbnail(image: Image.Image) -> bytes:
     """Return a small version of an image as the bytes of a PNG or JPEG."""
     small = image.copy()
-    small.thumbnail((_THUMBNAIL_SIZE, _THUMBNAIL_SIZE))
+    small.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
     buffer = io.BytesIO()
     if max(small.size) <= _LOSSLESS_SIZE:
         small.save(buffer, "PNG")

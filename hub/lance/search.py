@@ -347,7 +347,8 @@ class _Query:
     def _things_of(self, row_id: int) -> list[str]:
         """Return the keys of the things that a row stands for; images of one caption are ordered by their scores."""
         row = self.rows[row_id]
-        images = {key: image for name in row["image_names"] or () for key, image in self.images.get(name, {}).items()}
+        named = [image for name in row["image_names"] or () for image in self.images.get(name, {}).items()]
+        images = {key: image for key, image in named if row["text"] in (image["text"] or "")}
         keys = sorted(images, key=lambda key: -images[key]["score"])
         is_text = row["is_text"] or ("image" in self.kinds and not keys)  # a caption whose image is not there
         own = [row["key"]] if row["kind"] == "image" or (is_text and "text" in self.kinds) else []
