@@ -122,10 +122,10 @@ class Encoder:
             image: a Pillow image, a path or the bytes of a file, up to 64 million pixels.
 
         Raises:
-            QueryError: if the model embeds no images, or the image cannot be read. The message does not name the image.
+            QueryError: if the model embeds no images, or the image cannot be read. The message names no file.
         """
         if not self.model.embeds_images:
-            raise QueryError(f"'{self.model.name}' embeds no images; use texts only, or a model that embeds both.")
+            raise QueryError("The model embeds no images. Use texts only, or a model that embeds both.")
         try:
             preparer = self.model.image_preparer(self.fast_decoding)
             with self._decoding:
