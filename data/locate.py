@@ -3,7 +3,7 @@
 import hashlib
 import os
 import pickle
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,6 +60,7 @@ class SourceSplit(Source):
     whole: str
     _files: SourceFiles = PrivateAttr()
     _ambiguous: bool = PrivateAttr()
+    _folder: str | None = PrivateAttr()
 
     @classmethod
     def of(cls, source: Source, files: SourceFiles, number: int) -> "SourceSplit":
@@ -68,6 +69,7 @@ class SourceSplit(Source):
         digest = hashlib.blake2b(facts, digest_size=8).hexdigest()
         split = cls.model_construct(**{**dict(source), "path": files.paths[number], "whole": digest})
         split._files, split._ambiguous = files._replace(paths=[files.paths[number]]), files.ambiguous
+        split._folder = common_folder(files.paths)
         return split
 
     @property
@@ -75,9 +77,24 @@ class SourceSplit(Source):
         return self._files
 
     @property
+    def folder(self) -> str | None:
+        """The innermost local folder of all files of the source; None if there is none."""
+        return self._folder
+
+    @property
     def ambiguous(self) -> bool:
         """Return whether another file of the source has the same name."""
         return self._ambiguous
+
+
+def common_folder(files: Sequence[str]) -> str | None:
+    """Return the innermost folder that holds all of some local files; None if some are not local, or there are none."""
+    if not files or any(map(is_remote, files)):
+        return None
+    try:
+        return os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])
+    except ValueError:  # on different drives
+        return None
 
 
 def locate(source: Source, kind: str) -> SourceFiles | None:

@@ -62,6 +62,8 @@ class Execution:
         if self.num_gpus < 0 or self.num_cpus < 0 or not (self.num_gpus or self.num_cpus):
             raise BifocalError("A Ray actor needs a part of a CPU or GPU. Give num_cpus or num_gpus above 0.")
         if self.ray is None:
+            if self.concurrency is not None or self.num_gpus:
+                raise BifocalError("--concurrency and --num-gpus are for actors on Ray. Pass --ray, or use --workers.")
             return
         if self.workers > 1:
             raise BifocalError("Processes on this machine (--workers) and Ray (--ray) exclude each other. Give one.")
@@ -220,11 +222,15 @@ def _stop_with(alive: Any) -> None:
     os._exit(1)
 
 
+def available_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _share_threads(workers: int) -> None:
     if "OMP_NUM_THREADS" in os.environ:  # the user's choice
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = max(1, cores // workers)
+    threads = max(1, available_cores() // workers)
     for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS"):  # of torch and pyarrow, and of tokenizers
         os.environ.setdefault(name, str(threads))
     if "torch" in sys.modules:

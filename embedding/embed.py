@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bifocal.embedding.items import MAX_PIXELS, Item, ItemError, decode_item, normalize, thumbnail
+from bifocal.embedding.items import MAX_PIXELS, THUMBNAIL_SIZE, Item, ItemError, decode_item, normalize, thumbnail
 from bifocal.embedding.models import EmbeddingModel
 from bifocal.modeling.image_batches_bifocal import ImagePreparer
 
@@ -24,6 +24,7 @@ class EmbedSettings:
         num_workers: threads that decode and resize images ahead of the model; see `BifocalModel.encode_image`.
         fast_decoding: whether large JPEGs are decoded at reduced scale; see `BifocalModel.encode_image`.
         thumbnails: whether thumbnails of images are made.
+        smallest_side: length that the shorter side of an image keeps in fast decoding.
         max_pixels: largest image that is decoded; None for Pillow's own limit.
     """
 
@@ -33,6 +34,7 @@ class EmbedSettings:
     num_workers: int | None = None
     fast_decoding: bool = False
     thumbnails: bool = True
+    smallest_side: int = THUMBNAIL_SIZE
     max_pixels: int | None = MAX_PIXELS
 
 
@@ -95,18 +97,16 @@ def _embed_images(
     """Yield a thumbnail, or an error, and a vector for each image."""
     if not sources:
         return
-    read = partial(_read, thumbnails=settings.thumbnails, max_pixels=settings.max_pixels)
+    read = partial(_read, settings=settings)
     ahead = model.embed_ahead(sources, read, settings.batch_size, settings.num_workers, settings.fast_decoding)
     with closing(ahead) as images:
         yield from images
 
 
-def _read(
-    preparer: ImagePreparer, source: Any, thumbnails: bool, max_pixels: int | None
-) -> tuple[bytes | ItemError | None, Any]:
+def _read(preparer: ImagePreparer, source: Any, settings: EmbedSettings) -> tuple[bytes | ItemError | None, Any]:
     """Return an image's thumbnail and what is embedded of it; an error and None if it cannot be read."""
     try:
-        decoded = decode_item(source, preparer, thumbnails, max_pixels)
+        decoded = decode_item(source, preparer, settings.smallest_side, settings.max_pixels)
     except ItemError as error:
         return error, None
-    return thumbnail(decoded.image) if thumbnails else None, preparer.prepare(decoded)
+    return thumbnail(decoded.image) if settings.thumbnails else None, preparer.prepare(decoded)

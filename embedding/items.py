@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import math
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ if TYPE_CHECKING:  # they import torch
 
 KINDS = ("image", "text")
 MAX_PIXELS = 64_000_000  # of an image; decoding a larger one takes gigabytes
-_THUMBNAIL_SIZE = 256
+THUMBNAIL_SIZE = 256
 _LOSSLESS_SIZE = 64  # thumbnails up to this size are PNG
 
 
@@ -75,33 +76,49 @@ def require_image(source: Any, max_pixels: int | None = MAX_PIXELS) -> None:
     Raises:
         ItemError: if it is not an image, or too large. The message does not name the image.
     """
+    size = _image_size(source)
+    if max_pixels is not None and size[0] * size[1] > max_pixels:
+        raise ItemError(f"it has {size[0]} x {size[1]} pixels, more than {max_pixels:,}")
+
+
+def image_pixels(source: Any) -> int:
+    """Return the number of pixels by an image's header; 0 for what is no image."""
+    try:
+        return math.prod(_image_size(source))
+    except ItemError:
+        return 0
+
+
+def _image_size(source: Any) -> tuple[int, int]:
+    """Return the width and height by an image's header.
+
+    Raises:
+        ItemError: if it is not an image.
+    """
     try:
         if isinstance(source, Image.Image):
-            size = source.size
-        else:
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-                size = image.size
-                if image.format == "EPS":  # a program, which Pillow would pass to Ghostscript
-                    raise ItemError("it is PostScript, not an image")
+            return source.size
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            if image.format == "EPS":  # a program, which Pillow would pass to Ghostscript
+                raise ItemError("it is PostScript, not an image")
+            return image.size
     except ItemError:
         raise
     except FileNotFoundError as error:
         raise ItemError("it does not exist") from error
     except Exception as error:  # Pillow raises many kinds here
         raise ItemError("it cannot be read as an image") from error
-    if max_pixels is not None and size[0] * size[1] > max_pixels:
-        raise ItemError(f"it has {size[0]} x {size[1]} pixels, more than {max_pixels:,}")
 
 
 def decode_item(
-    source: Any, preparer: "ImagePreparer", for_thumbnail: bool = True, max_pixels: int | None = MAX_PIXELS
+    source: Any, preparer: "ImagePreparer", smallest_side: int = THUMBNAIL_SIZE, max_pixels: int | None = MAX_PIXELS
 ) -> "DecodedImage":
     """Return an image as upright RGB, at reduced scale if the preparer does that.
 
     Args:
         source: a Pillow image, a path or the bytes of a file.
         preparer: decodes the image if it is not too large.
-        for_thumbnail: keep at least the size of a thumbnail.
+        smallest_side: length that the shorter side keeps in any case.
         max_pixels: largest image that is decoded; None for Pillow's own limit.
 
     Raises:
@@ -111,7 +128,7 @@ def decode_item(
 
     require_image(source, max_pixels)
     try:
-        return preparer.decode(source, smallest_side=_THUMBNAIL_SIZE if for_thumbnail else 0)
+        return preparer.decode(source, smallest_side=smallest_side)
     except NarrowImageError as error:
         raise ItemError("it is too narrow to embed") from error
     except (ValueError, FileNotFoundError) as error:
@@ -121,7 +138,7 @@ def decode_item(
 def thumbnail(image: Image.Image) -> bytes:
     """Return a small version of an image as the bytes of a PNG or JPEG."""
     small = image.copy()
-    small.thumbnail((_THUMBNAIL_SIZE, _THUMBNAIL_SIZE))
+    small.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
     buffer = io.BytesIO()
     if max(small.size) <= _LOSSLESS_SIZE:
         small.save(buffer, "PNG")

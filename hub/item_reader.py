@@ -13,7 +13,7 @@ from bifocal.data.image_files import FoundImages, by_suffix, find_images, image_
 from bifocal.data.kinds import INDEXED
 from bifocal.data.loading import infer_kind as infer_row_kind
 from bifocal.data.loading import iter_rows
-from bifocal.data.locate import METADATA_FILES
+from bifocal.data.locate import METADATA_FILES, SourceSplit, common_folder
 from bifocal.data.paths import AllowedRoots, expand, is_remote
 from bifocal.data.skips import RowError
 from bifocal.data.source import Source
@@ -43,7 +43,7 @@ def infer_kind(source: Source, kind: str | None = None) -> str:
         raise DataError(f"The folder '{source.title}' is empty. Nothing can be indexed.")
     if kind is not None:
         return kind
-    if _image_files(source) is not None:
+    if image_files(source) is not None:
         return "image-only"
     try:
         kind = infer_row_kind(source)
@@ -61,7 +61,7 @@ def infer_kind(source: Source, kind: str | None = None) -> str:
     return "text-pair" if kind == "text-triplet" else kind
 
 
-def _image_files(source: Source) -> tuple[str, list[str]] | None:
+def image_files(source: Source) -> tuple[str, list[str]] | None:
     """Return folder and names of the images that a path or pattern matches; None if it matches anything else."""
     if not isinstance(source.path, str) or is_remote(source.path) or _folder(source) is not None:
         return None
@@ -71,6 +71,17 @@ def _image_files(source: Source) -> tuple[str, list[str]] | None:
     # The path before the pattern, which is the same whatever files match.
     root = os.path.dirname(re.split(r"[*?\[{]", os.path.expanduser(source.path))[0]) or "."
     return root, [os.path.relpath(file, root).replace(os.sep, "/") for file in files]
+
+
+def _name_root(source: Source) -> str:
+    """Return the folder that names of rows are relative to, the same for a source and for its splits."""
+    paths = [source.path] if isinstance(source.path, str) else source.path
+    if isinstance(source, SourceSplit):
+        folder = source.folder
+    else:
+        local = not any(is_remote(path) for path in paths) and source.format != "hub"
+        folder = common_folder([file for path in paths for file in expand(path)] if local else [])
+    return folder or os.path.dirname(os.path.expanduser(paths[0])) or "."
 
 
 def _folder(source: Source) -> str | None:
@@ -114,6 +125,7 @@ class ItemReader:
         other_files: filled with the files of a folder that are not images, counted by suffix.
         hidden_files: set to the number of hidden files and folders.
         images_without_row: set to the number of images that the folder's table does not name.
+        is_cut: set to whether a file is missing or was not read to its end.
     """
 
     source: Source
@@ -124,6 +136,7 @@ class ItemReader:
     other_files: Counter[str] = field(default_factory=Counter)
     hidden_files: int = 0
     images_without_row: int = 0
+    is_cut: bool = False
 
     def __post_init__(self) -> None:
         self.folder = _folder(self.source)
@@ -131,8 +144,7 @@ class ItemReader:
         self.table = _table_of(self.folder, self.source.split) if self.folder is not None and images else None
         # Names are relative to this folder.
         self.root = os.path.dirname(self.table) if self.table is not None else self.folder
-        paths = [self.source.path] if isinstance(self.source.path, str) else self.source.path
-        parent = self.root or os.path.dirname(os.path.expanduser(paths[0])) or "."
+        parent = self.root or _name_root(self.source)
         roots = [*AllowedRoots(self.source.image_root).roots.items(), ("", os.path.realpath(parent))]
         self.roots = sorted(roots, key=lambda root: -len(root[1]))  # innermost first
         self.item_source = ItemSource(self._identity(), {"captions": self.captions}, complete=self.source.limit is None)
@@ -167,7 +179,7 @@ class ItemReader:
         if folder is not None and self.kind == "image-only" and not has_rows:
             yield from self._file_items(folder, find_images(folder, self.exclude))
             return
-        matched = _image_files(self.source) if self.kind == "image-only" else None
+        matched = image_files(self.source) if self.kind == "image-only" else None
         if matched is not None:
             yield from self._file_items(matched[0], FoundImages(matched[1]))
             return
@@ -180,6 +192,7 @@ class ItemReader:
                 name = printable(self._name(name))
                 self.skipped.append((name, str(row)))
                 self.item_source.complete &= not row.file_lost
+                self.is_cut |= row.file_lost
                 if not row.filtered:  # what a filter excludes may be deleted
                     self.item_source.unread.add(name)
                     # An image has the name of its file, and which file this row names is unknown. In a folder, images
@@ -195,10 +208,17 @@ class ItemReader:
             files.names = [n for n in files.names if os.path.realpath(os.path.join(root, n)) not in image_paths]
             self.images_without_row = len(files.names)
             yield from self._file_items(root, files)
-        elif tars and folder is not None:
-            files = find_images(folder, (*self.exclude, *tars))
-            self.hidden_files, self.other_files = files.hidden, files.others
-            self.other_files.update(os.path.splitext(name)[1].lower() for name in files.names)
+        elif tars:
+            self.count_files_outside_shards()
+
+    def count_files_outside_shards(self) -> None:
+        """Count the files of a folder of tar shards that are not read."""
+        if self.folder is None or self.table is not None:
+            return
+        tars = sorted(Path(self.folder).glob("*.tar"))
+        files = find_images(self.folder, (*self.exclude, *tars))
+        self.hidden_files, self.other_files = files.hidden, files.others
+        self.other_files.update(os.path.splitext(name)[1].lower() for name in files.names)
 
     def _is_for_datasets(self) -> bool:
         return self.source.format == "hub" or os.path.exists(os.path.join(self.folder or "", "state.json"))

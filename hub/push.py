@@ -13,7 +13,12 @@ _SPACES = {"gradio": "app.py", "static": "index.html"}  # what a Space of each k
 _NEEDED = ("config.json", "README.md")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 # Tokens of the Hub and of other services, private keys; a folder that holds one is not uploaded.
-_SECRET = re.compile(rb"hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{30,}|AKIA[0-9A-Z]{16}|-----BEGIN [A-Z ]*PRIVATE KEY-----")
+# A token starts a word or follows an escape (\n, %3D): in names such as dusk-over-the-harbour.jpg it does neither.
+_SECRET = re.compile(
+    rb"(?:(?<![A-Za-z0-9])|(?<=\\[nrt])|(?<=%[0-9A-Fa-f]{2}))"
+    rb"(?:hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{30,}|AKIA[0-9A-Z]{16})"
+    rb"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+)
 _LARGEST_SEARCHED = 5 * 2**20  # bytes of the largest file that is searched for secrets; weights are larger
 
 

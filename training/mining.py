@@ -161,7 +161,7 @@ def mine_across(
     embedding_model = EmbeddingModel(type(model).__name__, model)
     embed = EmbedSettings(
         role, prompt or "", settings.batch_size, settings.num_workers, settings.fast_decoding, thumbnails=False,
-        max_pixels=None,
+        smallest_side=0, max_pixels=None,
     )  # fmt: skip
     texts = embedded_rows(
         len(pairs), lambda rows: [Item("", text) if text else None for text in captions[rows]], embedding_model, embed,

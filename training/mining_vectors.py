@@ -14,6 +14,7 @@ from bifocal.files import write_json
 from bifocal.modeling import load_image
 from bifocal.training.mining_settings import MiningError
 
+_ROWS_IN_MEMORY = 256  # with the bytes of their images
 _BATCHES_SAVED = 16  # batches that are written at once: a killed run loses at most as many
 
 
@@ -54,9 +55,11 @@ def embedded_rows(
     done = _progress(file, progress)
     vectors = np.load(file, mmap_mode="r+") if done else None
     for batch in slices(count, _BATCHES_SAVED * settings.batch_size, done):
-        items = {row: item for row, item in enumerate(items_of(batch), batch.start) if item is not None}
-        results = zip(items, embed_items(list(items.values()), model, settings), strict=True)
-        embedded = {row: result.vector for row, result in results if result.vector is not None}
+        embedded: dict[int, np.ndarray] = {}
+        for part in slices(batch.stop, max(_ROWS_IN_MEMORY, settings.batch_size), batch.start):
+            items = {row: item for row, item in enumerate(items_of(part), part.start) if item is not None}
+            results = zip(items, embed_items(list(items.values()), model, settings), strict=True)
+            embedded |= {row: result.vector for row, result in results if result.vector is not None}
         if embedded and vectors is None:
             length = len(next(iter(embedded.values())))
             vectors = np.lib.format.open_memmap(file, "w+", np.float32, (count, length))

@@ -51,7 +51,10 @@ def serve(
     allow_image_urls: Annotated[
         bool, typer.Option("--allow-image-urls", help="Let programs send public addresses of images.")
     ] = False,
-    max_queue: Annotated[int, typer.Option(min=1, help="Most texts and images of programs that wait at once.")] = 4096,
+    max_queue: Annotated[
+        int | None,
+        typer.Option(min=1, help="Most texts and images of programs that wait at once; 4,096 if omitted."),
+    ] = None,
     static: Annotated[
         Path | None,
         typer.Option(help="Write a page that needs no server into this folder, for a static host, instead of serving."),
@@ -72,16 +75,18 @@ def serve(
     """Serve an index or a database as a page, to programs, an index also as a Space or static page; or only a model."""
     if static is None and (with_images or npm_packages is not None):
         raise BifocalError("--with-images and --npm-packages are for a static page. Pass --static FOLDER, too.")
-    if not api and (api_key is not None or model_name is not None or allow_image_urls):
-        raise BifocalError("--api-key, --model-name and --allow-image-urls are options of --api. Pass --api, too.")
+    if not api and (api_key is not None or model_name is not None or allow_image_urls or max_queue is not None):
+        raise BifocalError(
+            "--api-key, --model-name, --allow-image-urls and --max-queue are options of --api. Pass --api, too."
+        )
     if sum((api, space is not None, static is not None)) > 1:
         raise BifocalError("--api, --space and --static are different ways to serve. Pass one of them.")
     if api:
         require(*_API_NEEDS)
         from bifocal.hub.api.server import bind
-        from bifocal.hub.api.settings import Settings, read_key
+        from bifocal.hub.api.settings import MAX_QUEUE, Settings, read_key
 
-        settings = Settings(read_key(api_key), allow_image_urls, max_queue)
+        settings = Settings(read_key(api_key), allow_image_urls, MAX_QUEUE if max_queue is None else max_queue)
     from bifocal.hub.search.arguments import require_model_path
 
     if index is None and database is None:

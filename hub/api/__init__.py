@@ -8,5 +8,6 @@ it.
 - `errors`, `schemas`, `inputs`: errors and bodies of requests, and what the bodies hold.
 - `body`, `fetch`, `admission`: what protects the server: sizes and times of bodies, addresses of images, the queue.
 - `service`: embeds and searches in worker threads; `tokens` counts tokens, `metrics` counts all.
+- `gate`, `answer`: what all requests pass, and how answers are sent.
 - `app`, `documentation`: the routes and their page; `server`: listens, and stops without dropping what it has begun.
 """

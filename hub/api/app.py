@@ -1,6 +1,5 @@
 """The routes, as an ASGI application."""
 
-import hmac
 import logging
 import threading
 import time
@@ -18,19 +17,21 @@ from starlette.requests import ClientDisconnect
 
 from bifocal.errors import BifocalError
 from bifocal.hub.api import schemas
+from bifocal.hub.api.answer import Answer
 from bifocal.hub.api.body import parse_json, read_body
 from bifocal.hub.api.documentation import documentation_page
-from bifocal.hub.api.errors import ApiError, try_again
+from bifocal.hub.api.errors import ApiError
+from bifocal.hub.api.gate import ROUTES, Gate
 from bifocal.hub.api.inputs import Input, check_text, parse_image, parse_inputs, with_urls
 from bifocal.hub.api.metrics import HUNG_UP
 from bifocal.hub.api.service import HungUpError, Service, unknown_model
+from bifocal.hub.search.searcher import MAX_QUERY_LENGTH
 
 logger = logging.getLogger(__name__)
 
-OPEN_ROUTES = ("/health", "/docs", "/openapi.json")  # they need no key
-_ROUTES = ("/v1/embeddings", "/v1/search", "/v1/models", "/metrics", *OPEN_ROUTES)
 _WORKING_THREADS = 256  # requests beyond wait for a thread, in the queue like those that have one
 _PARSING_THREADS = 8
+_LARGE_BODY = 2**20  # bytes; larger ones are parsed one at a time, since that takes several times their memory
 _PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
 
 Result = TypeVar("Result")
@@ -59,7 +60,9 @@ class _Routes:
     def __init__(self, service: Service) -> None:
         self.service = service
         self.started = int(time.time())
-        self._parsing, self._working = anyio.CapacityLimiter(_PARSING_THREADS), anyio.CapacityLimiter(_WORKING_THREADS)
+        self._parsing, self._parsing_large, self._working = map(
+            anyio.CapacityLimiter, (_PARSING_THREADS, 1, _WORKING_THREADS)
+        )
 
     def add_to(self, app: FastAPI) -> None:
         """Add the routes to an application."""
@@ -104,6 +107,7 @@ class _Routes:
             asked, inputs = await self._parse(self._parse_embeddings, body)
             del body
             await self._fetch(inputs, held)
+            held.add(service.answer_size(asked, len(inputs)))
             with service.queue.admit(len(inputs)):
                 return await self._work(request, partial(service.embed, asked, inputs))
 
@@ -131,7 +135,7 @@ class _Routes:
         if asked.text is None and asked.image is None:
             raise ApiError(400, "Pass 'text', 'image' or both.", "text")
         if asked.text is not None:
-            check_text(asked.text, "text")
+            check_text(asked.text, "text", MAX_QUERY_LENGTH)
         image = None if asked.image is None else parse_image(asked.image, "image")
         self.service.check(asked, image is not None)
         return asked, image
@@ -168,11 +172,12 @@ class _Routes:
     async def unknown(self, path: str, request: Request) -> Response:
         """Refuse what no other route has answered."""
         route = f"/v1/{path}"
-        exists = route in _ROUTES and (route != "/v1/search" or self.service.searcher is not None)
+        exists = route in ROUTES and (route != "/v1/search" or self.service.searcher is not None)
         raise HTTPException(405 if exists else 404)
 
     async def _parse(self, parse: Callable[[bytes], Result], body: bytes) -> Result:
-        return await anyio.to_thread.run_sync(parse, body, limiter=self._parsing)
+        limiter = self._parsing_large if len(body) > _LARGE_BODY else self._parsing
+        return await anyio.to_thread.run_sync(parse, body, limiter=limiter)
 
     async def _fetch(self, inputs: list[Input], held: Any) -> None:
         images = with_urls(inputs)
@@ -203,7 +208,7 @@ class _Routes:
             hung_up.set()
         if isinstance(outcome, Exception):
             raise outcome
-        return Response(outcome, media_type="application/json")
+        return Answer(outcome, self.service.memory, self.service.settings.answer_seconds)
 
 
 _METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS")
@@ -220,65 +225,6 @@ def _body(kind: Any) -> dict[str, Any]:
     """Return a request's body for the OpenAPI document. FastAPI does not read it: its size would not be limited."""
     schema = kind.model_json_schema()
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
-
-
-class Gate:
-    """Middleware that counts requests, limits how many there are at once, and asks for the key.
-
-    Args:
-        app: the application.
-        service: what is offered.
-    """
-
-    def __init__(self, app: Any, service: Service) -> None:
-        self.app, self.service = app, service
-        key = service.settings.api_key
-        self._key = None if key is None else key.encode("ascii")
-        self._requests = 0
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        started, status = time.perf_counter(), 500
-
-        async def watched_send(message: Any) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        metrics = self.service.metrics
-        self._requests += 1
-        metrics.in_flight.inc()
-        try:
-            error = self._refusal(scope)
-            await (self.app if error is None else error.response())(scope, receive, watched_send)
-        finally:
-            self._requests -= 1
-            metrics.in_flight.dec()
-            metrics.count_request(_route(scope["path"]), status, time.perf_counter() - started)
-
-    def _refusal(self, scope: Any) -> ApiError | None:
-        """Return the error of a request that is refused whatever it asks."""
-        if scope["path"] in OPEN_ROUTES:
-            return None
-        if self._key is not None:
-            sent = dict(scope["headers"]).get(b"authorization", b"")
-            scheme, _, key = sent.partition(b" ")
-            if scheme.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self._key):
-                headers = {"WWW-Authenticate": "Bearer", "Connection": "close"}
-                return ApiError(401, "Send the server's key: Authorization: Bearer KEY.", headers=headers)
-        if self._requests > self.service.settings.max_requests:
-            return try_again("The server is busy: too many requests at once. Send this one again later.")
-        return None
-
-
-def _route(path: str) -> str:
-    """Return the route of a path, one of a few: each is a time series."""
-    if path.startswith("/v1/models/"):
-        return "/v1/models"
-    return path if path in _ROUTES else "other"
 
 
 def _add_error_handlers(app: FastAPI) -> None:

@@ -8,9 +8,14 @@ from starlette.requests import ClientDisconnect, Request
 
 from bifocal.hub.api.admission import Held
 from bifocal.hub.api.errors import ApiError
+from bifocal.hub.api.settings import MAX_INPUTS
 
 _DRAIN_SECONDS = 2.0  # in which the rest of a body that is too large is read, so that its sender sees the answer
 _CLOSE = {"Connection": "close"}
+# Most of what a request may hold: an object with one field for each input, and its other fields. Each value becomes an
+# object of about 50 bytes, so that millions of small ones would need many times the memory of the body.
+_MAX_QUOTES = 4 * MAX_INPUTS + 200
+_MAX_VALUES = 2 * MAX_INPUTS + 200
 
 
 async def read_body(request: Request, max_size: int, seconds: float, held: Held) -> bytes:
@@ -69,8 +74,10 @@ def parse_json(body: bytes) -> dict[str, Any]:
     """Return the object of a body.
 
     Raises:
-        ApiError: if it is not valid JSON (NaN, half characters and deep nesting are not), or not an object.
+        ApiError: if it holds far too many values, is not valid JSON (NaN, half characters and deep nesting are not), or
+            is not an object.
     """
+    _require_few_values(body)
     try:
         content = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -78,3 +85,21 @@ def parse_json(body: bytes) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ApiError(400, 'The body must be a JSON object, such as {"input": "a text"}.')
     return content
+
+
+def _require_few_values(body: bytes) -> None:
+    """Check roughly how many values a body holds before it is parsed. What is within strings does not count.
+
+    Raises:
+        ApiError: if it holds more than any valid request.
+    """
+    unescaped = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    too_many = unescaped.count(b'"') > _MAX_QUOTES
+    if not too_many:
+        outside = unescaped.split(b'"')[::2]
+        too_many = sum(part.count(mark) for part in outside for mark in (b",", b"[", b"{")) > _MAX_VALUES
+    if too_many:
+        raise ApiError(
+            413, f"The body has too many values. Send up to {MAX_INPUTS:,} inputs, and texts rather than token ids "
+            "(LangChain: check_embedding_ctx_length=False).", "input",
+        )  # fmt: skip

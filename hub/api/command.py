@@ -3,6 +3,7 @@
 import logging
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from bifocal.embedding.models import load_model
@@ -42,7 +43,9 @@ def serve_api(
     """
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     host, port = bound.getsockname()[:2]
-    if settings.api_key is None and not is_loopback(host):
+    if settings.api_key is None and is_loopback(host):
+        settings = replace(settings, local_only=True)
+    elif settings.api_key is None:
         logger.warning(f"Anyone who reaches {host}:{port} may use this server. Set {KEY_VARIABLE} to ask for a key.")
     searcher = None
     if index is None:

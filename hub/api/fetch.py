@@ -7,6 +7,7 @@ name that changes its address in between (DNS rebinding) gains nothing. Each red
 import ipaddress
 import socket
 import ssl
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,13 +16,18 @@ import anyio
 import httpx
 
 from bifocal.hub.api.admission import Held
-from bifocal.hub.api.errors import ApiError
+from bifocal.hub.api.errors import ApiError, try_again
 from bifocal.hub.api.inputs import Input, too_large
-from bifocal.hub.api.settings import MAX_IMAGE_SIZE
+from bifocal.hub.api.settings import MAX_IMAGE_SIZE, MAX_IMAGE_URLS
 
 _MAX_REDIRECTS = 3
 _AT_ONCE = 16  # images of all requests
+_AT_ONCE_PER_REQUEST = 4
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # its last four bytes are an IPv4 address
+_NOT_PUBLIC = (
+    ipaddress.IPv4Network("192.0.0.0/24"),  # of protocols; some of it counts as global
+    ipaddress.IPv4Network("168.63.129.16/32"),  # services of Azure for its own virtual machines
+)
 _REDIRECTS = (301, 302, 303, 307, 308)
 
 
@@ -42,6 +48,8 @@ def is_public(address: str) -> bool:
             return is_public(str(inner))
         if ip.is_site_local:
             return False
+    elif any(ip in network for network in _NOT_PUBLIC):
+        return False
     return ip.is_global and not ip.is_multicast and not ip.is_reserved
 
 
@@ -85,16 +93,32 @@ class ImageFetcher:
             held: counts the bytes.
 
         Raises:
-            ApiError: if one cannot be fetched; those that are still on their way are given up.
+            ApiError: if there are too many, or one cannot be fetched; those that are still on their way are given up.
         """
+        if len(inputs) > MAX_IMAGE_URLS:
+            raise ApiError(
+                413, f"The request has {len(inputs):,} addresses of images, more than {MAX_IMAGE_URLS}. Send fewer, or "
+                "the images themselves.", inputs[MAX_IMAGE_URLS].param,
+            )  # fmt: skip
         if self._limiter is None:  # within the event loop
             self._limiter, self._tls = anyio.CapacityLimiter(_AT_ONCE), ssl.create_default_context()
+        own_limiter = anyio.CapacityLimiter(_AT_ONCE_PER_REQUEST)
         errors: list[ApiError] = []
+        waited = 0.0  # for images of other requests, in all slots of this one
 
         async def fetch(item: Input) -> None:
+            nonlocal waited
             try:
-                async with self._limiter:
-                    item.image = await self.fetch(item.url or "", item.param)
+                async with own_limiter:
+                    since = time.monotonic()
+                    try:
+                        await self._limiter.acquire()
+                    finally:
+                        waited += time.monotonic() - since
+                    try:
+                        item.image = await self.fetch(item.url or "", item.param)
+                    finally:
+                        self._limiter.release()
                 held.add(len(item.image))
             except ApiError as error:
                 errors.append(error)
@@ -107,6 +131,8 @@ class ImageFetcher:
         if errors:
             raise errors[0]
         if scope.cancelled_caught:
+            if waited > min(len(inputs), _AT_ONCE_PER_REQUEST) * self.request_seconds / 2:
+                raise try_again("The server is busy: it fetches images of other requests. Send this one again later.")
             raise ApiError(400, f"The images took more than {self.request_seconds:g} seconds to fetch. Send fewer.")
 
     async def fetch(self, url: str, param: str) -> bytes:

@@ -10,10 +10,10 @@ from typing import Any
 from bifocal.hub.api.errors import ApiError
 from bifocal.hub.api.settings import MAX_IMAGE_SIZE, MAX_INPUTS, MAX_TEXT_LENGTH
 
-_DATA = re.compile(r"data:[\w.+-]*/?[\w.+-]*((?:;[\w.+-]+=[\w.+-]*)*)(;base64)?,", re.IGNORECASE)
 _ADDRESS = re.compile(r"https?://", re.IGNORECASE)
 _FORMS = 'a string, {"text": ...} or {"image": ...}'
 _IMAGE_FORMS = "an http(s) address, a data URI or base64"
+_MAX_HEADER_LENGTH = 200  # characters of a data URI before its comma
 
 
 @dataclass
@@ -71,16 +71,20 @@ def _parse_input(value: Any, param: str) -> Input:
     return Input(param, text=check_text(content, param)) if name == "text" else parse_image(content, param)
 
 
-def check_text(text: str, param: str) -> str:
+def check_text(text: str, param: str, max_length: int = MAX_TEXT_LENGTH) -> str:
     """Return a text that can be embedded.
+
+    Args:
+        param: where it is in the request.
+        max_length: most characters.
 
     Raises:
         ApiError: if it is blank or too long.
     """
     if not text.strip():
         raise ApiError(400, f"'{param}' is blank. All blank texts would get the same embedding; leave it out.", param)
-    if len(text) > MAX_TEXT_LENGTH:
-        raise ApiError(413, f"'{param}' has {len(text):,} characters, more than {MAX_TEXT_LENGTH:,}. Split it.", param)
+    if len(text) > max_length:
+        raise ApiError(413, f"'{param}' has {len(text):,} characters, more than {max_length:,}. Split it.", param)
     return text
 
 
@@ -93,22 +97,22 @@ def parse_image(source: str, param: str) -> Input:
     if _ADDRESS.match(source):
         return Input(param, url=source)
     if source[:5].lower() == "data:":
-        match = _DATA.match(source)
-        if match is None or match[2] is None:
+        header, comma, content = source.partition(",")
+        if not comma or len(header) > _MAX_HEADER_LENGTH or not header.lower().endswith(";base64"):
             raise ApiError(400, f"'{param}' is a data URI without ;base64. Encode the image as base64.", param)
-        source = source[match.end() :]
+        source = content
     encoded = source.strip()
     if len(encoded) // 4 * 3 > MAX_IMAGE_SIZE + 3:
         raise too_large(param)
     try:
-        content = base64.b64decode(encoded, validate=True)
+        image = base64.b64decode(encoded, validate=True)
     except (ValueError, binascii.Error) as error:
         raise ApiError(400, f"'{param}' must be {_IMAGE_FORMS}, but it is none of them.", param) from error
-    if not content:
+    if not image:
         raise ApiError(400, f"'{param}' is empty. Pass {_IMAGE_FORMS}.", param)
-    if len(content) > MAX_IMAGE_SIZE:
+    if len(image) > MAX_IMAGE_SIZE:
         raise too_large(param)
-    return Input(param, image=content)
+    return Input(param, image=image)
 
 
 def too_large(param: str) -> ApiError:

@@ -31,7 +31,9 @@ class Metrics:
             "bifocal_request_seconds", "Seconds from the header of a request to the end of its answer.", ["route"],
             buckets=_SECONDS, registry=registry,
         )  # fmt: skip
-        self.in_flight = Gauge("bifocal_requests_in_flight", "Requests that are not answered yet.", registry=registry)
+        self.in_flight = Gauge(
+            "bifocal_requests_in_flight", "Requests of programs that are not answered yet.", registry=registry
+        )
         Gauge(
             "bifocal_queue_inputs", "Texts and images that wait or are embedded.", registry=registry
         ).set_function(queue_length)  # fmt: skip

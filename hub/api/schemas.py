@@ -32,7 +32,9 @@ class EmbeddingsRequest(_Request):
         "float", description="base64: the little-endian float32 values of each embedding."
     )
     task: str | None = Field(
-        None, description="retrieval.query or retrieval.passage: the model's prompt for queries or documents."
+        None,
+        description="retrieval.query or retrieval.passage: the model's prompt for queries or documents. Omitted: its "
+        "default prompt, if it has one.",
     )
     prompt_name: str | None = Field(None, description="Name of one of the model's prompts, instead of a task.")
     prompt: str | None = Field(None, max_length=2000, description="Text that goes before each text, instead of those.")
@@ -54,7 +56,7 @@ class SearchRequest(_Request):
     kinds: list[Literal["image", "text"]] = Field(["image", "text"], min_length=1, description="Kinds of hits.")
     weight: float = Field(0.5, ge=0, le=1, description="Weight of the text against the image.")
     dimensions: int | None = Field(None, ge=1, description="Search by this number of leading dimensions.")
-    precision: Literal["float32", "int8"] | None = Field(None, description="The most exact if omitted.")
+    precision: Literal["float32", "float16", "int8"] | None = Field(None, description="The most exact if omitted.")
     thumbnails: bool = Field(False, description="Send a small image, as a data URI, with each hit that is an image.")
     model: str | None = Field(None, description="Name of the served model, as /v1/models says it.")
 

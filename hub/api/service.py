@@ -19,15 +19,19 @@ from bifocal.hub.api.metrics import Metrics
 from bifocal.hub.api.schemas import EmbeddingsRequest, SearchRequest
 from bifocal.hub.api.settings import Settings
 from bifocal.hub.api.tokens import TokenCounter
-from bifocal.hub.search.encoder import BATCH_SIZE, IMAGE_TOKENS, Encoder, Piece
+from bifocal.hub.search.encoder import BATCH_SIZE, Encoder, Piece
 from bifocal.hub.search.hits import Hit, QueryError
 from bifocal.hub.search.searcher import Searcher
 from bifocal.hub.search.settings import Variant
 
+# The prompts of each role by the names that models give them; the first that a model has counts.
+_PROMPTS = {"query": ("query", "search_query"), "document": ("document", "passage", "search_document", "corpus")}
 _ROLES = {
-    "retrieval.query": "query", "query": "query", "search_query": "query",
-    "retrieval.passage": "document", "passage": "document", "document": "document", "search_document": "document",
+    "retrieval.query": "query", "retrieval.passage": "document",
+    **{name: role for role, names in _PROMPTS.items() for name in names},
 }  # fmt: skip
+_DIGITS = 13  # bytes of a number in JSON, about; 5.4 in base64
+_PRECISIONS = ("int8", "float16", "float32")  # the most exact last
 _DECODING_THREADS = 4
 
 
@@ -92,12 +96,21 @@ class Service:
         if name is None:
             default = getattr(self.model.model, "default_prompt_name", None)
             return Prompt("document", self.prompts.get(default, "") if default else "")
-        if name in _ROLES:
-            return Prompt(_ROLES[name], self.prompts.get(_ROLES[name], ""))
-        if name not in self.prompts:
-            known = ", ".join(dict.fromkeys(["retrieval.query", "retrieval.passage", *self.prompts]))
-            raise ApiError(400, f"'{ways[0]}' is unknown to this model. Choose one of {known}.", ways[0])
-        return Prompt("document", self.prompts[name])
+        role = _ROLES.get(name, "document")
+        if asked.task is not None and name in _ROLES:
+            # sentence-transformers has empty prompts of both roles for models that name theirs in another way.
+            return Prompt(role, next(filter(None, map(self.prompts.get, (name, *_PROMPTS[role]))), ""))
+        if name in self.prompts:
+            return Prompt(role, self.prompts[name])
+        known = list(dict.fromkeys([*(["retrieval.query", "retrieval.passage"] if asked.task else []), *self.prompts]))
+        if not known:
+            raise ApiError(400, "This model has no prompts. Omit 'prompt_name', or pass a 'prompt'.", ways[0])
+        raise ApiError(400, f"'{ways[0]}' is unknown to this model. Choose one of {', '.join(known)}.", ways[0])
+
+    def answer_size(self, asked: EmbeddingsRequest, inputs: int) -> int:
+        """Return about how many bytes the answer to a request for embeddings has."""
+        dimensions = asked.dimensions or self.dimensions
+        return inputs * (100 + (6 if _as_base64(asked) else _DIGITS) * dimensions)
 
     def check(self, asked: EmbeddingsRequest | SearchRequest, has_images: bool) -> None:
         """Check that a request means this model, and what it can do.
@@ -136,19 +149,22 @@ class Service:
         read = {number: min(length, limit) for number, length in lengths.items()}
         self._check_images(inputs)
         vectors = np.empty((len(inputs), self.dimensions), np.float32)
-        for numbers in self._pieces(len(inputs), read):
+        for numbers in self._pieces(inputs, read):
             if hung_up.is_set():
                 raise HungUpError
             texts = [number for number in numbers if number in read]
             images = [number for number in numbers if number not in read]
-            piece = Piece(
-                tuple(inputs[number].text for number in texts),
-                tuple(self._decoding.map(self._prepare, [inputs[number] for number in images])),
-                prompt.role,
-                prompt.text,
-                sum(read[number] for number in texts),
-            )
-            for kind, of_kind in zip((texts, images), self.encoder.embed(piece)):
+            with self.encoder.room_for([inputs[number].image for number in images]):
+                piece = Piece(
+                    tuple(inputs[number].text for number in texts),
+                    tuple(self._decoding.map(self._prepare, [inputs[number] for number in images])),
+                    prompt.role,
+                    prompt.text,
+                    sum(read[number] for number in texts),
+                )
+                embedded = self.encoder.embed(piece)
+                del piece
+            for kind, of_kind in zip((texts, images), embedded):
                 if kind:
                     vectors[kind] = of_kind
         count = sum(read.values())
@@ -165,9 +181,8 @@ class Service:
         if asked.dimensions is not None:
             vectors = normalize(vectors[:, : asked.dimensions])
         vectors = np.ascontiguousarray(vectors, "<f4")
-        as_base64 = "base64" in (asked.encoding_format, asked.embedding_type)
         embeddings: Any = vectors
-        if as_base64:
+        if _as_base64(asked):
             embeddings = [base64.b64encode(vector.tobytes()).decode("ascii") for vector in vectors]
         data = [
             {"object": "embedding", "index": number, "embedding": embedding}
@@ -181,9 +196,13 @@ class Service:
         numbers = [number for number, item in enumerate(inputs) if item.is_text]
         return dict(zip(numbers, self.tokens.count([prompt + inputs[number].text for number in numbers])))
 
-    def _pieces(self, count: int, tokens: dict[int, int]) -> Iterator[list[int]]:
+    def _pieces(self, inputs: Sequence[Input], tokens: dict[int, int]) -> Iterator[list[int]]:
         """Yield the numbers of the inputs of each piece: inputs of about the same length, up to the cost of a batch."""
-        costs = [tokens.get(number, IMAGE_TOKENS) for number in range(count)]
+        count = len(inputs)
+        costs = [
+            tokens[number] if number in tokens else self.encoder.image_cost(item.image)
+            for number, item in enumerate(inputs)
+        ]
         piece: list[int] = []
         cost = 0
         for number in sorted(range(count), key=lambda number: costs[number]):
@@ -232,18 +251,28 @@ class Service:
         return orjson.dumps({"object": "list", "data": data, "model": self.name})
 
     def _variant(self, asked: SearchRequest) -> Variant | None:
-        """Return the variant of the index that a search asks for; None for that of the server."""
+        """Return the most exact variant of the index that a search asks for; None for that of the server."""
         assert self.searcher is not None
         if asked.dimensions is None and asked.precision is None:
             return None
-        wanted = Variant(
-            asked.dimensions or self.dimensions, asked.precision or "float32", self.searcher.variant.approximate
-        )
-        known = self.searcher.index.variants
-        if wanted not in known:
-            choices = ", ".join(map(str, known))
-            raise ApiError(400, f"The index cannot be searched by {wanted}, only by {choices}.", "dimensions")
-        return wanted
+        approximate = self.searcher.variant.approximate
+        known = [variant for variant in self.searcher.index.variants if variant.approximate == approximate]
+        matching = [
+            variant
+            for variant in known
+            if asked.dimensions in (None, variant.dim) and asked.precision in (None, variant.precision)
+        ]
+        if not matching:
+            wanted = " ".join(str(value) for value in (asked.dimensions, asked.precision) if value is not None)
+            raise ApiError(
+                400, f"The index cannot be searched by {wanted}, only by {', '.join(map(str, known))}.",
+                "precision" if asked.dimensions is None else "dimensions",
+            )  # fmt: skip
+        return max(matching, key=lambda variant: (variant.dim, _PRECISIONS.index(variant.precision)))
+
+
+def _as_base64(asked: EmbeddingsRequest) -> bool:
+    return "base64" in (asked.encoding_format, asked.embedding_type)
 
 
 def _hit(hit: Hit, with_thumbnail: bool) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ from bifocal.hub.embed.settings import RunSettings
 
 _PART = re.compile(r"part-\d{5,}-\d{6,}\.parquet")
 _METADATA = b"bifocal"
+_READERS = 8
 
 
 class PartWriter(Protocol):
@@ -92,7 +94,7 @@ class ParquetParts:
             EmbedError: if there are other files, or parts with other settings.
         """
         recorded = self.recorded()
-        if recorded is not None:
+        if recorded is not None and self.count():  # a run that wrote nothing may be corrected
             settings.require_same(recorded, self.address)
             return
         system, folder = self._open()
@@ -133,17 +135,20 @@ class ParquetParts:
             EmbedError: if a part is damaged.
         """
         system, folder = self._open()
-        records = {}
-        for name in self.names():
+
+        def record(name: str) -> dict[str, Any]:
             path = f"{folder}/{name}.parquet"
             try:
                 with system.open_input_file(path) as file:
-                    records[name] = json.loads(pq.read_schema(file).metadata[_METADATA])
+                    return json.loads(pq.read_schema(file).metadata[_METADATA])
             except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
                 raise EmbedError(
                     f"'{path}' is damaged ({first_line(error)[:120]}). Delete this file and run the command again."
                 ) from error
-        return records
+
+        names = self.names()
+        with ThreadPoolExecutor(_READERS) as pool:  # of an object store, each is a request
+            return dict(zip(names, pool.map(record, names), strict=True))
 
     def write(self, name: str, rows: pa.Table, record: dict[str, Any]) -> None:
         """Write a part, whole or not at all."""

@@ -4,22 +4,23 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
-from bifocal.data.parallel import Execution, TaskFailed, run_tasks
+from bifocal.data.parallel import Execution, TaskFailed, available_cores, run_tasks
 from bifocal.data.paths import expand, is_remote
 from bifocal.data.source import Source
 from bifocal.data.splits import split_source
 from bifocal.embedding.models import EmbeddingModel, load_model, weights_hash
+from bifocal.errors import BifocalError
 from bifocal.hub.embed.arguments import EmbedError
 from bifocal.hub.embed.parts import PartWriter
-from bifocal.hub.embed.settings import RunSettings, Speed
+from bifocal.hub.embed.settings import PartRecord, RunSettings, Speed
 from bifocal.hub.embed.task import MakeWorker, Task, TaskDone, done_before, is_complete
-from bifocal.hub.item_reader import IMAGE_KINDS, infer_kind
+from bifocal.hub.item_reader import IMAGE_KINDS, ItemReader, image_files, infer_kind
 from bifocal.modeling.dtype_bifocal import default_device, resolve_dtype
 from bifocal.progress import no_progress_bars
 
@@ -89,32 +90,35 @@ def embed_source(
         EmbedError: if the table was written with other settings.
     """
     kind = infer_kind(source, choices.kind)
+    splits = [source] if image_files(source) is not None else split_source(source, kind)
     settings, model = _settings(source, kind, choices)
     parts.start(settings)
-    written = parts.written()
-    splits = split_source(source, kind)
+    written = _written(parts, splits, source)
     wanted = execution.workers if execution.ray is None else execution.concurrency or execution.workers
     strides = max(1, -(-wanted // len(splits)))
-    summary = EmbedSummary()
+    summary = EmbedSummary(ignored=_ignored(source, kind, splits, exclude))
     tasks = []
     for number, split in enumerate(splits):
-        prefix = Task(number, split).part_name(0)[: -len("000000")]
-        of_split = {name: record for name, record in written.items() if name.startswith(prefix)}
+        of_split = written.get(number, {})
         whole = Task(number, split, written=of_split)
         if is_complete(whole):
             _add(summary, done_before(whole))
         else:
             tasks += [Task(number, split, stride, strides, of_split) for stride in range(strides)]
-    strangers = [name for name in written if int(name.split("-")[1]) >= len(splits)]
-    if strangers:
-        raise EmbedError(
-            f"The table has parts of {1 + max(int(name.split('-')[1]) for name in strangers)} files, but "
-            f"'{source.title}' now has {len(splits)}. Embed it into another folder."
-        )
     in_this_process = execution.ray is None and min(execution.workers, len(tasks)) <= 1
     here: dict[str, Any] = {"on_rows": progress, "loaded": model} if in_this_process else {}
+    if not in_this_process:
+        del model
+        if speed.num_workers is None and execution.workers > 1:
+            speed = replace(speed, num_workers=max(1, available_cores() // execution.workers))
     worker = MakeWorker(settings, speed, parts, tuple(exclude), **here)
-    with _Watch(parts, len(written), settings.rows_per_part, progress, active=bool(tasks) and not in_this_process):
+    with _Watch(
+        parts,
+        sum(map(len, written.values())),
+        settings.rows_per_part,
+        progress,
+        active=bool(tasks) and not in_this_process,
+    ):
         for outcome in run_tasks(tasks, worker, execution, lambda task: task.name):
             if isinstance(outcome, TaskFailed):
                 summary.failed.append(outcome)
@@ -123,6 +127,36 @@ def embed_source(
     if not summary.failed:
         summary.finished = parts.finish()
     return summary
+
+
+def _written(parts: PartWriter, splits: Sequence[Source], source: Source) -> dict[int, dict[str, dict[str, Any]]]:
+    """Return the records of the parts that need not be written again, by the number of their split and by name.
+
+    Raises:
+        EmbedError: if a part is of another split than the source has under its number.
+    """
+    written: dict[int, dict[str, dict[str, Any]]] = {}
+    for name, values in parts.written().items():
+        number, record = int(name.split("-")[1]), PartRecord.from_dict(values)
+        now = splits[number].title if number < len(splits) else None
+        if record.split != now:
+            there = f"'{now}' is" if now is not None else "nothing is"
+            raise EmbedError(
+                f"The files of '{source.title}' have changed: '{record.split}' was file {number + 1}, and {there} now. "
+                "Embed them into another folder."
+            )
+        if not record.is_cut:
+            written.setdefault(number, {})[name] = values
+    return written
+
+
+def _ignored(source: Source, kind: str, splits: Sequence[Source], exclude: Sequence[Path]) -> list[str]:
+    """Return which files of a folder of shards are not read, in words; a single split says that when it is read."""
+    if len(splits) == 1:
+        return []
+    reader = ItemReader(source, kind, exclude=tuple(exclude))
+    reader.count_files_outside_shards()
+    return reader.ignored_files()
 
 
 def expected_rows(source: Source) -> int | None:
@@ -183,7 +217,10 @@ class _Watch:
 
     def _run(self) -> None:
         while not self._ended.wait(_POLL):
-            count = self.parts.count()
+            try:
+                count = self.parts.count()
+            except (BifocalError, OSError):  # of the store; what is wrong is said where parts are written
+                continue
             self.progress((count - self.seen) * self.rows_per_part)
             self.seen = count
 

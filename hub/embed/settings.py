@@ -67,10 +67,20 @@ class RunSettings:
         own = self.to_dict()
         for one in fields(self):
             if one.name != "model" and recorded.get(one.name) != own[one.name]:
+                difference = _difference(one.name, recorded.get(one.name), own)
                 raise EmbedError(
-                    f"'{address}' was written with other settings ({one.name.replace('_', ' ')}: "
-                    f"{recorded.get(one.name)}, not {own[one.name]}). Use the same, or choose another address."
+                    f"'{address}' was written with other settings ({difference}). Use the same, or choose another "
+                    "address."
                 )
+
+
+def _difference(name: str, recorded: Any, own: Mapping[str, Any]) -> str:
+    """Return in words how a setting differs; of a source, its first key that does."""
+    value = own[name]
+    if isinstance(recorded, dict) and isinstance(value, dict):
+        key = next(key for key in [*value, *recorded] if recorded.get(key) != value.get(key))
+        name, recorded, value = f"{name}.{key}", recorded.get(key), value.get(key)
+    return f"{name.replace('_', ' ')}: {recorded}, not {value}"
 
 
 @dataclass(frozen=True)
@@ -96,6 +106,9 @@ class PartRecord:
         is_last: whether the split ends with it.
         skipped: name and reason of each row that could not be embedded.
         files: path, bytes and modification time of the local files of the split; with the last part only.
+        split: the split that the part is of.
+        is_cut: whether a file was missing or was not read to its end; the part is written again by the next run.
+        rows: rows that were embedded.
     """
 
     rows_read: int
@@ -103,11 +116,13 @@ class PartRecord:
     is_last: bool
     skipped: list[tuple[str, str]] = field(default_factory=list)
     files: list[list[Any]] = field(default_factory=list)
+    split: str = ""
+    is_cut: bool = False
+    rows: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "PartRecord":
-        skipped = [(name, reason) for name, reason in values["skipped"]]
-        return cls(values["rows_read"], values["digest"], values["is_last"], skipped, values["files"])
+        return cls(**{**values, "skipped": [(name, reason) for name, reason in values["skipped"]]})

@@ -18,7 +18,8 @@ from bifocal.hub.embed.table import row, to_table
 from bifocal.hub.item_reader import ItemReader
 from bifocal.progress import no_progress_bars
 
-_ITEMS_AT_ONCE = 256  # of a part; a shard's images are in memory until they are embedded
+_ITEMS_AT_ONCE = 256  # of a part, or a few batches; a shard's images are in memory until they are embedded
+_BATCHES_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,8 @@ def run_task(task: Task, model: EmbeddingModel, worker: MakeWorker) -> TaskDone:
     new = known = 0
     skipped: list[tuple[str, str]] = []
     part = _Part(0)
-    for items, errors, is_end in _chunks(reader, settings.rows_per_part):
+    at_once = max(_ITEMS_AT_ONCE, _BATCHES_AT_ONCE * speed.batch_size)
+    for items, errors, is_end in _chunks(reader, settings.rows_per_part, at_once):
         is_own = part.number % task.strides == task.stride
         name = task.part_name(part.number)
         before = task.written.get(name)
@@ -124,21 +126,30 @@ def run_task(task: Task, model: EmbeddingModel, worker: MakeWorker) -> TaskDone:
             worker.on_rows(len(items))
         if part.size < settings.rows_per_part and not is_end:
             continue
-        record = part.record(is_end, _files(task.source) if is_end else [])
+        record = part.record(is_end, _files(task.source) if is_end else [], task.name, reader.is_cut)
         if before is not None:
             recorded = PartRecord.from_dict(before)
-            if (recorded.digest, recorded.is_last) != (record.digest, record.is_last):
+            changed = (recorded.digest, recorded.is_last) != (record.digest, record.is_last)
+            if changed and record.is_cut:
+                reason = part.skipped[-1][1] if part.skipped else "a file is missing"
+                raise EmbedError(f"'{task.name}' cannot be read to its end ({reason}). Run the command again.")
+            if changed:
                 raise EmbedError(
                     f"'{task.name}' has changed since its part '{name}' was written. Embed it into another folder."
                 )
             record = recorded
-            known += is_own * (record.rows_read - len(record.skipped))
+            known += is_own * record.rows
         elif is_own:
             worker.parts.write(name, to_table(part.rows, settings), record.to_dict())
             new += len(part.rows)
         if is_own:
             skipped += record.skipped
         part = _Part(part.number + 1)
+    later = [name for name in task.written if int(name.rpartition("-")[2]) >= part.number]
+    if later and not reader.is_cut:
+        raise EmbedError(
+            f"'{task.name}' has changed since its part '{later[0]}' was written. Embed it into another folder."
+        )
     return TaskDone(new, known, skipped, reader.ignored_files() if task.stride == 0 else [])
 
 
@@ -175,11 +186,16 @@ class _Part:
             else:
                 self.rows.append(row(key, result))
 
-    def record(self, is_last: bool, files: list[list[Any]]) -> PartRecord:
-        return PartRecord(self.size, self._digest.hexdigest(), is_last, self.skipped, files)
+    def record(self, is_last: bool, files: list[list[Any]], split: str, is_cut: bool) -> PartRecord:
+        is_cut &= is_last
+        return PartRecord(
+            self.size, self._digest.hexdigest(), is_last, self.skipped, files, split, is_cut, len(self.rows)
+        )
 
 
-def _chunks(reader: ItemReader, rows_per_part: int) -> Iterator[tuple[list[Item], list[tuple[str, str]], bool]]:
+def _chunks(
+    reader: ItemReader, rows_per_part: int, at_once: int
+) -> Iterator[tuple[list[Item], list[tuple[str, str]], bool]]:
     """Yield a few items at once, the errors of rows between them, and whether the source ends.
 
     No chunk crosses the end of a part.
@@ -195,7 +211,7 @@ def _chunks(reader: ItemReader, rows_per_part: int) -> Iterator[tuple[list[Item]
     items: list[Item] = []
     in_part = 0
     for item in reader.items():
-        if len(items) == min(_ITEMS_AT_ONCE, rows_per_part - in_part):
+        if len(items) == min(at_once, rows_per_part - in_part):
             # Only now, so that the last items of a source are known to be the last.
             in_part = (in_part + len(items)) % rows_per_part
             yield items, errors(), False
@@ -226,4 +242,4 @@ def done_before(task: Task) -> TaskDone:
     """Return what a complete split holds."""
     records = [PartRecord.from_dict(record) for record in task.written.values()]
     skipped = [skip for record in records for skip in record.skipped]
-    return TaskDone(0, sum(record.rows_read - len(record.skipped) for record in records), skipped, [])
+    return TaskDone(0, sum(record.rows for record in records), skipped, [])

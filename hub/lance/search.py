@@ -20,7 +20,7 @@ from bifocal.hub.lance.database import (
     table_names,
 )
 from bifocal.hub.lance.indexes import DISTANCE, WORDS, calibration_of, sample, vectors_of
-from bifocal.hub.search.hits import Hit, SearchError, check_kinds
+from bifocal.hub.search.hits import Hit, SearchError, check_kinds, require_finite
 from bifocal.hub.search.ranking import Calibration, Match, best_things
 from bifocal.hub.search.settings import Variant
 
@@ -207,18 +207,21 @@ class LanceIndex:
             variant: the only form of the vectors.
 
         Raises:
-            SearchError: if an option is wrong, or the database cannot be read.
+            SearchError: if an option is wrong, a vector is not finite, or the database cannot be read.
         """
         kinds = check_kinds(kinds)
         if k < 1:
             raise SearchError(f"The number of hits must be at least 1, not {k}.")
         if variant is not None:
             self.require_variant(*variant)
-        queries = normalize(np.asarray(vectors, np.float32)[:, : self.dimensions])
+        queries = np.asarray(vectors, np.float32)[:, : self.dimensions]
         if queries.shape[1] != self.dimensions:
             raise SearchError(f"The query has {queries.shape[1]} numbers, but '{self.uri}' has {self.dimensions}.")
+        require_finite(queries)
         with errors_as_search_errors(self.uri):
-            return LanceRankings(self, self._latest(), queries, k, tuple(kind for kind in KINDS if kind in kinds))
+            return LanceRankings(
+                self, self._latest(), normalize(queries), k, tuple(kind for kind in KINDS if kind in kinds)
+            )
 
 
 @dataclass
@@ -344,7 +347,8 @@ class _Query:
     def _things_of(self, row_id: int) -> list[str]:
         """Return the keys of the things that a row stands for; images of one caption are ordered by their scores."""
         row = self.rows[row_id]
-        images = {key: image for name in row["image_names"] or () for key, image in self.images.get(name, {}).items()}
+        named = [image for name in row["image_names"] or () for image in self.images.get(name, {}).items()]
+        images = {key: image for key, image in named if row["text"] in (image["text"] or "")}
         keys = sorted(images, key=lambda key: -images[key]["score"])
         is_text = row["is_text"] or ("image" in self.kinds and not keys)  # a caption whose image is not there
         own = [row["key"]] if row["kind"] == "image" or (is_text and "text" in self.kinds) else []

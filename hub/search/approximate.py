@@ -23,7 +23,13 @@ import numpy as np
 
 from bifocal.embedding.items import KINDS, normalize
 from bifocal.hub.search.atomic import replace_file
-from bifocal.hub.search.faiss_indexes import delete_earlier, new_faiss_index, table_state, write_faiss_index
+from bifocal.hub.search.faiss_indexes import (
+    WRITE_ERRORS,
+    delete_earlier,
+    new_faiss_index,
+    table_state,
+    write_faiss_index,
+)
 from bifocal.hub.search.settings import Variant
 from bifocal.hub.search.table import TableSnapshot
 
@@ -88,22 +94,22 @@ def open_approximate_index(
         variant: dimensions and precision.
         oversampling: candidates for each hit, see `SearchSnapshot.rank`.
     """
-    name = f"{variant.dim}-{variant.precision}-approximate"
-    facts = folder / f"{name}.{table_state(snapshot)}.json"
+    name, state = variant.file_name, table_state(snapshot)
+    facts = folder / f"{name}.{state}.json"
     names, counts = np.unique(groups, return_counts=True)
-    paths = {group: facts.with_name(f"{name}-{group}.{table_state(snapshot)}.faiss") for group in names.tolist()}
+    paths = {group: facts.with_name(f"{name}-{group}.{state}.faiss") for group in names.tolist()}
     # Damaged files raise errors of many kinds, MemoryError among them.
     with suppress(Exception):
         return _read(facts, paths, dict(zip(paths, counts.tolist(), strict=True)), variant.dim)
     built = _build(snapshot, groups, kinds, variant, oversampling)
-    with suppress(OSError):
+    with suppress(*WRITE_ERRORS):
         for group, path in paths.items():
-            write_faiss_index(built.groups[group], path, f"{name}-{group}.")
+            write_faiss_index(built.groups[group], path)
         values = {"recall": built.recall, "queries": dict(built.queries),
                   "files": {group: _hash(path) for group, path in paths.items()}}  # fmt: skip
         with replace_file(facts) as temporary:
             temporary.write_text(json.dumps(values) + "\n", encoding="utf-8")
-        delete_earlier(facts, f"{name}.")
+        delete_earlier(folder, name, state)
     return built
 
 

@@ -2,14 +2,16 @@
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from bifocal.embedding.items import ItemError, decode_item, normalize
+from bifocal.embedding.items import ItemError, decode_item, image_pixels, normalize
 from bifocal.embedding.models import EmbeddingModel
 from bifocal.hub.search.batching import Batcher
 from bifocal.hub.search.hits import QueryError
@@ -21,6 +23,7 @@ _TOKENS_PER_TEXT = 32  # a batch has as many tokens as its most texts have on av
 _LONG_TEXT = 128  # tokens; longer texts, and lists, wait for each other, and no single short text or image for them
 _BYTES_PER_TOKEN = 4  # of UTF-8, about
 _DECODED_AT_ONCE = 4  # images; a large one takes hundreds of megabytes until it is resized
+_MAX_PIXELS = 2**27  # of all images at once that stay at full size until they are embedded; Pillow has 4 bytes each
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,35 @@ class Encoder:
             Batcher(self._run, lambda piece: piece.cost, batch_size, self.max_cost) for _ in range(2)
         )
         self._decoding = threading.Semaphore(_DECODED_AT_ONCE)
+        self._whole = _PixelLimit(_MAX_PIXELS)
+
+    @cached_property
+    def resizes_images(self) -> bool:
+        """Whether `prepare` makes images small; otherwise the model's own processor does, when it embeds them."""
+        return self.model.image_preparer(self.fast_decoding).steps is not None
+
+    def image_cost(self, image: Any) -> int:
+        """Return the cost of an image in a piece; pieces of images that stay at full size have fewer of them.
+
+        Args:
+            image: as for `prepare`.
+        """
+        if self.resizes_images:
+            return IMAGE_TOKENS
+        return max(IMAGE_TOKENS, self.max_cost * image_pixels(image) // _MAX_PIXELS)
+
+    @contextmanager
+    def room_for(self, images: Sequence[Any]) -> Iterator[None]:
+        """Wait for memory to prepare images, and hold it until they are embedded.
+
+        Args:
+            images: all images of a piece, as for `prepare`.
+        """
+        if not images or not self.model.embeds_images or self.resizes_images:
+            yield
+            return
+        with self._whole.hold(sum(map(image_pixels, images))):
+            yield
 
     def prepare(self, image: Any) -> PreparedImage | Image.Image:
         """Return an image decoded and resized for the model, in this thread.
@@ -90,10 +122,10 @@ class Encoder:
             image: a Pillow image, a path or the bytes of a file, up to 64 million pixels.
 
         Raises:
-            QueryError: if the model embeds no images, or the image cannot be read. The message does not name the image.
+            QueryError: if the model embeds no images, or the image cannot be read. The message names no file.
         """
         if not self.model.embeds_images:
-            raise QueryError(f"'{self.model.name}' embeds no images; use texts only, or a model that embeds both.")
+            raise QueryError("The model embeds no images. Use texts only, or a model that embeds both.")
         try:
             preparer = self.model.image_preparer(self.fast_decoding)
             with self._decoding:
@@ -122,6 +154,32 @@ class Encoder:
             (_take(of_texts.get((piece.role, piece.prompt)), piece.texts), _take(of_images, piece.images))
             for piece in pieces
         ]
+
+
+class _PixelLimit:
+    """A limit on the pixels of images that are in memory at once. Who waits first is first.
+
+    Args:
+        limit: most pixels; more are accepted when there is nothing else.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.used = limit, 0
+        self._first = threading.Lock()
+        self._freed = threading.Condition()
+
+    @contextmanager
+    def hold(self, pixels: int) -> Iterator[None]:
+        """Wait until there is room for pixels, and hold it."""
+        with self._first, self._freed:
+            self._freed.wait_for(lambda: not self.used or self.used + pixels <= self.limit)
+            self.used += pixels
+        try:
+            yield
+        finally:
+            with self._freed:
+                self.used -= pixels
+                self._freed.notify_all()
 
 
 def _take(vectors: Any, of: Sequence[Any]) -> np.ndarray:

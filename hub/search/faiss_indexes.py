@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -11,22 +12,28 @@ import numpy as np
 
 from bifocal.embedding.items import normalize
 from bifocal.hub.search.atomic import replace_file
+from bifocal.hub.search.settings import Variant
 from bifocal.hub.search.table import TableSnapshot, have_unit_length
 
+logger = logging.getLogger(__name__)
 
-def open_faiss_index(folder: Path, snapshot: TableSnapshot, dim: int, precision: str) -> Any:
+# Of writing an index: FAISS has errors of its own, also for odd paths. Searching needs no permission to write.
+WRITE_ERRORS = (OSError, RuntimeError, TypeError, ValueError)
+
+
+def open_faiss_index(folder: Path, snapshot: TableSnapshot, variant: Variant) -> Any:
     """Return the FAISS index of a table: read from its file, or built and, if possible, written to it.
 
     The file is named after the table's state, so that no process reads the index of another state.
 
     Args:
         folder: folder of the FAISS indexes.
-        dim: leading dimensions of the vectors.
-        precision: "float32" or "int8".
+        variant: dimensions and precision.
     """
     import faiss
 
-    path = folder / f"{dim}-{precision}.{table_state(snapshot)}.faiss"
+    dim, precision = variant.dim, variant.precision
+    path = folder / f"{variant.file_name}.{table_state(snapshot)}.faiss"
     count = sum(map(len, snapshot.tables))
     index: Any
     if path.exists():
@@ -43,7 +50,9 @@ def open_faiss_index(folder: Path, snapshot: TableSnapshot, dim: int, precision:
         if not index.is_trained:  # the range of each dimension, by the first part
             index.train(leading)
         index.add(leading)
-    write_faiss_index(index, path, f"{dim}-{precision}.")
+    with suppress(*WRITE_ERRORS):
+        write_faiss_index(index, path)
+        delete_earlier(folder, variant.file_name, table_state(snapshot))
     return index
 
 
@@ -69,25 +78,29 @@ def _is_intact(index: Any, precision: str) -> bool:
     return have_unit_length(faiss.rev_swig_ptr(index.get_xb(), index.ntotal * index.d).reshape(index.ntotal, index.d))
 
 
-def write_faiss_index(index: Any, path: Path, prefix: str) -> None:
-    """Write a FAISS index and delete those of earlier states; searching needs no permission to write.
-
-    Args:
-        prefix: what the file's name has before the state.
-    """
+def write_faiss_index(index: Any, path: Path) -> None:
+    """Write a FAISS index, whole or not at all; it raises one of `WRITE_ERRORS`."""
     import faiss
 
-    # FAISS has errors of its own, also for odd paths.
-    with suppress(OSError, RuntimeError, TypeError, ValueError):
-        path.parent.mkdir(exist_ok=True)
-        with replace_file(path) as temporary:
-            faiss.write_index(index, str(temporary))
-        delete_earlier(path, prefix)
+    path.parent.mkdir(exist_ok=True)
+    with replace_file(path) as temporary:
+        faiss.write_index(index, str(temporary))
 
 
-def delete_earlier(path: Path, prefix: str) -> None:
-    """Delete the files that have the name of this one, of earlier states of the table."""
-    name = re.compile(re.escape(prefix) + r"[0-9a-f]{12}" + re.escape(path.suffix))
-    for old in path.parent.glob(f"*{path.suffix}"):
-        if name.fullmatch(old.name) and old != path:
-            old.unlink(missing_ok=True)
+def delete_earlier(folder: Path, name: str, state: str | None) -> None:
+    """Delete the FAISS indexes of a variant that were made of earlier states of the table, with vectors since removed.
+
+    Args:
+        folder: folder of the FAISS indexes.
+        name: see `Variant.file_name`.
+        state: state whose files are kept; None to keep those of no state.
+    """
+    # An approximate variant has a file for each group, also for groups that have no rows any more.
+    of_variant = re.compile(re.escape(name) + r"(?:-(?!approximate)[a-z-]+)?\.([0-9a-f]{12})\.(?:faiss|json)")
+    for path in sorted(folder.glob(f"{name}*")):
+        match = of_variant.fullmatch(path.name)
+        if match and match[1] != state:
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                logger.warning(f"'{path}' holds vectors of an earlier state and cannot be deleted ({error.strerror}).")

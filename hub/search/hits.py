@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from bifocal.embedding.items import KINDS
 from bifocal.errors import BifocalError
 
@@ -69,3 +71,15 @@ def check_kinds(kinds: Sequence[str]) -> tuple[str, ...]:
     if unknown is not None or not kinds:
         raise SearchError(f"'{unknown}' cannot be searched for. Choose one of {', '.join(KINDS)}.")
     return tuple(kinds)
+
+
+def require_finite(vectors: np.ndarray) -> None:
+    """Check the vectors (..., dimensions) of queries: nothing is near to one that has no length.
+
+    Raises:
+        SearchError: if a number or a length is not finite.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        lengths = np.linalg.norm(vectors, axis=-1)
+    if not np.isfinite(lengths).all():
+        raise SearchError("The vector of a query is not finite. The model's weights or dtype may be broken.")

@@ -12,7 +12,7 @@ from bifocal.embedding.items import KINDS, Item, normalize
 from bifocal.hub.search.approximate import ApproximateIndex
 from bifocal.hub.search.atomic import temporary_files
 from bifocal.hub.search.captions import captions_to_remove
-from bifocal.hub.search.hits import Hit, SearchError, check_kinds
+from bifocal.hub.search.hits import Hit, SearchError, check_kinds, require_finite
 from bifocal.hub.search.ingestion import Embed, Ingestion
 from bifocal.hub.search.lock import LOCK, index_lock, is_locked
 from bifocal.hub.search.settings import FORMAT, SETTINGS, IndexSettings, Variant, read_settings, write_settings
@@ -295,7 +295,7 @@ class SearchIndex(IndexSettings):
             variant: a `Variant` of the index; the most exact one if None, see `choose_variant`.
 
         Raises:
-            SearchError: if an option is wrong, or the index is empty.
+            SearchError: if an option is wrong, the vector is not finite, or the index is empty.
         """
         vector = np.asarray(vector, np.float32)
         if vector.shape != (self.dimensions,):
@@ -310,11 +310,13 @@ class SearchIndex(IndexSettings):
         kinds = check_kinds(kinds)
         if k < 1:
             raise SearchError(f"The number of hits must be at least 1, not {k}.")
+        queries = np.asarray(vectors, np.float32)
+        require_finite(queries)
         chosen = self.choose_variant() if variant is None else self.require_variant(*variant)
         snapshot = self._open(chosen)
         if not len(snapshot.keys):
             raise SearchError(f"The index '{self.folder}' is empty. Add something with bifocal index.")
-        return snapshot.rank(normalize(np.asarray(vectors, np.float32)), k, kinds, chosen)
+        return snapshot.rank(normalize(queries), k, kinds, chosen)
 
     def _open(self, variant: Variant | None = None) -> SearchSnapshot:
         """Return the present state; for an approximate variant, the one before as long as a command is changing it.

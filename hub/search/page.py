@@ -61,11 +61,9 @@ def build_page(
     """
     contents = count_in_words(searcher.index.counts())
     empty = note(f"Nothing searched yet. There are {contents}.")
-    accuracy = searcher.index.describe(searcher.variant)
     by_image = searcher.model.embeds_images
-    query = "a text, an image or both" if by_image else "a text"
     with gradio.Blocks(title=title, delete_cache=(_UPLOAD_LIFETIME, _UPLOAD_LIFETIME), analytics_enabled=False) as page:
-        gradio.Markdown(f"# {title}\n{contents}. Enter {query}, then press *Search*. {accuracy}")
+        gradio.Markdown(f"# {title}\n{contents}. {instructions(searcher)}")
         with gradio.Row():
             with gradio.Column(scale=3, min_width=280):
                 text = gradio.Textbox(
@@ -127,6 +125,14 @@ def build_page(
         )  # fmt: skip
     page.queue(max_size=_MAX_QUEUE_SIZE)
     return page
+
+
+def instructions(searcher: Searcher) -> str:
+    """Return what visitors should know before they search."""
+    query = "a text, an image or both" if searcher.model.embeds_images else "a text"
+    # Not how a database is searched: its address and condition are the server's own.
+    accuracy = searcher.index.describe(searcher.variant) if searcher.variant.approximate else ""
+    return f"Enter {query}, then press *Search*. {accuracy}".rstrip()
 
 
 _FILE_ROUTE = re.compile(r"(?:^|/gradio_api)/+(file|proxy)[=/](.*)", re.DOTALL)

@@ -13,7 +13,7 @@ from bifocal.embedding.items import KINDS, Item, normalize
 from bifocal.embedding.models import EmbeddingModel, load_model, weights_hash
 from bifocal.hub.search.batching import Batcher
 from bifocal.hub.search.encoder import BATCH_SIZE, Encoder, Piece, about_tokens
-from bifocal.hub.search.hits import Hit, QueryError, SearchError
+from bifocal.hub.search.hits import Hit, QueryError, SearchError, require_finite
 from bifocal.hub.search.index import SearchIndex
 from bifocal.hub.search.searchable import Ranked, Searchable
 from bifocal.hub.search.settings import Variant
@@ -92,6 +92,7 @@ class Searcher:
 
         Raises:
             QueryError: if there is neither, the image cannot be read, or the model embeds no images.
+            SearchError: if the vector is not finite.
         """
         text = (text or "").strip()[:MAX_QUERY_LENGTH]
         if not text and image is None:
@@ -101,12 +102,17 @@ class Searcher:
         except UnicodeEncodeError as error:
             raise QueryError("The text is not valid Unicode: it holds half a character. Enter it again.") from error
         texts = (text,) if text else ()
-        images = () if image is None else (self.encoder.prepare(image),)
         prompt = self.index.prompts.get("query", "")
-        of_texts, of_images = self.encoder.embed(Piece(texts, images, "query", prompt, about_tokens(text)))
+        sources = () if image is None else (image,)
+        with self.encoder.room_for(sources):
+            images = tuple(map(self.encoder.prepare, sources))
+            of_texts, of_images = self.encoder.embed(Piece(texts, images, "query", prompt, about_tokens(text)))
         if texts and images:
-            return normalize(weight * of_texts[0] + (1.0 - weight) * of_images[0])
-        return of_texts[0] if texts else of_images[0]
+            vector = normalize(weight * of_texts[0] + (1.0 - weight) * of_images[0])
+        else:
+            vector = of_texts[0] if texts else of_images[0]
+        require_finite(vector)  # here, not in a batch with those of others
+        return vector
 
     def search(
         self, text: str | None = None, image: Any = None, k: int = 10, kinds: Sequence[str] = KINDS,

@@ -32,6 +32,11 @@ class Variant(NamedTuple):
     def __str__(self) -> str:
         return f"{self.dim} {self.precision}" + self.approximate * " approximate"
 
+    @property
+    def file_name(self) -> str:
+        """What the names of its FAISS indexes begin with."""
+        return f"{self.dim}-{self.precision}" + self.approximate * "-approximate"
+
     def to_json(self) -> list[Any]:
         """Return the variant as the settings store it."""
         return [self.dim, self.precision, *(["approximate"] if self.approximate else [])]

@@ -12,7 +12,7 @@ import numpy as np
 from bifocal.embedding.items import KINDS, normalize
 from bifocal.hub.search.approximate import ApproximateIndex, open_approximate_index
 from bifocal.hub.search.captions import find_captions
-from bifocal.hub.search.faiss_indexes import open_faiss_index
+from bifocal.hub.search.faiss_indexes import delete_earlier, open_faiss_index, table_state
 from bifocal.hub.search.hits import Hit
 from bifocal.hub.search.ranking import Calibration, Match, best_things, sample_rows
 from bifocal.hub.search.settings import Variant
@@ -86,13 +86,15 @@ class SearchSnapshot:
                     index = open_approximate_index(folder, table, self.groups, self.kinds, variant, oversampling)
                     self._faiss[variant] = index
                 else:
-                    self._faiss[variant] = open_faiss_index(folder, table, variant.dim, variant.precision)
+                    self._faiss[variant] = open_faiss_index(folder, table, variant)
             return self._faiss[variant]
 
     def build(self) -> None:
-        """Build the FAISS indexes of all variants, so that no search has to."""
-        for variant in self.variants if self.keys else ():
-            self.faiss(variant)
+        """Build the FAISS indexes of all variants, so that no search has to, and delete those of earlier states."""
+        for variant in self.variants:
+            if self.keys:
+                self.faiss(variant)
+            delete_earlier(self._faiss_folder, variant.file_name, table_state(self._table) if self.keys else None)
 
     def _oversampling(self, variant: Variant) -> int:
         """Return how many rows to take from a FAISS index for each one that is trusted to be among the nearest.
@@ -117,7 +119,7 @@ class SearchSnapshot:
         searched = [rows for rows in self._searched[tuple(kind for kind in KINDS if kind in kinds)] if rows.count]
         oversampling = self._oversampling(variant)
         k = min(k, sum(self.counts[kind] for kind in set(kinds)))
-        ranked: list[list[Match]] = [[] for _ in queries]
+        ranked: list[list[Match] | None] = [None if k else [] for _ in queries]
         pending, trusted = list(range(len(queries))) if k else [], k
         while pending:  # several captions of one image may be among the rows: then more rows are needed
             candidates: list[list[tuple[float, float, int]]] = [[] for _ in pending]
@@ -133,9 +135,9 @@ class SearchSnapshot:
                         bounds[number] = max(bounds[number], float(worst))
             for number, query in enumerate(pending):
                 things_of = partial(self._things_of, kinds=kinds, query=queries[query])
-                ranked[query] = best_things(candidates[number], things_of, k, bounds[number]) or []
-            pending, trusted = [query for query in pending if not ranked[query]], 2 * trusted
-        return Rankings(self, ranked)
+                ranked[query] = best_things(candidates[number], things_of, k, bounds[number])
+            pending, trusted = [query for query in pending if ranked[query] is None], 2 * trusted
+        return Rankings(self, [matches or [] for matches in ranked])
 
     def _ranking_scores(self, scores: np.ndarray, kind: str, kinds: Sequence[str], query: np.ndarray) -> np.ndarray:
         """Return what rows of a kind are ranked by in a ranking of some kinds."""

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import http.client
 import io
 import os
 import shutil
@@ -153,7 +154,11 @@ def _download(package: NpmPackage) -> bytes:
     try:
         with urllib.request.urlopen(address, timeout=_TIMEOUT) as answer:
             tarball: bytes = answer.read()
-    except (OSError, ValueError) as error:  # no connection, a status, a broken connection, no address
+    except (
+        OSError,
+        http.client.HTTPException,
+        ValueError,
+    ) as error:  # no connection, a status, half a file, no address
         raise PackageError(f"{package} cannot be downloaded from {address} ({first_line(error)}). {remedy}") from error
     if not package.has_hash(tarball):
         raise PackageError(f"{address} is not {package} as npm has it: its hash differs. {remedy}")

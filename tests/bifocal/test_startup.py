@@ -140,6 +140,7 @@ serve --model model                                      | --database, or --mode
 serve --model ./nope --api                               | There is no model at './nope'
 serve --model empty --api                                | 'empty' holds no model
 serve index --model-name x                               | Pass --api, too
+serve index --max-queue 5                                | Pass --api, too
 serve index --api --space new                            | Pass one of them
 serve index --api --api-key ü                            | --api-key is not a key
 serve index --api --host 192.0.2.1                       | Cannot listen on 192.0.2.1:7860

@@ -145,6 +145,7 @@ def test_a_wrong_token_and_no_hub(exported, tmp_path):
     [
         ("weights.bin", b"x", "'weights.bin' is a pickle"),
         ("notes.txt", b"token: hf_" + b"a" * 34, "'notes.txt' holds what looks like a secret"),
+        ("notes.ipynb", b'"a\\nsk-' + b"a" * 34, "'notes.ipynb' holds what looks like a secret"),
         ("key.pem", b"-----BEGIN RSA PRIVATE KEY-----", "'key.pem' holds what looks like a secret"),
     ],
 )
@@ -155,6 +156,8 @@ def test_what_should_not_be_there_is_named(exported, tmp_path, name, content, me
     with pytest.raises(PushError, match=message):
         validate_folder(copy)
     (copy / name).unlink()
+    names = b"dusk-over-the-harbour-of-hamburg-germany.jpg, half_" + b"a" * 34
+    (copy / "names.txt").write_bytes(names)
     assert validate_folder(copy).files["model.safetensors"] > 0
     (copy / "link.txt").symlink_to("/etc/hostname")
     with pytest.raises(PushError, match=r"'link\.txt' is a link to a file outside the folder"):

@@ -93,10 +93,10 @@ export class Vectors {
       if (ofImages && group !== GROUPS.text) for (const image of this.images.get(row)) offer(image, row, value);
       if (ofTexts && group !== GROUPS.caption) offer(row, row, value);
     }
-    // Images that share a caption are ordered by their own scores.
+    // Images that share a caption are ordered by their own scores, and come before the caption as a text of its own.
     const order = (one, other) =>
       best[other] - best[one] || scores[matched[other]] - scores[matched[one]] || matched[one] - matched[other] ||
-      scores[other] - scores[one] || one - other;
+      (one === matched[one]) - (other === matched[other]) || scores[other] - scores[one] || one - other;
     const things = []; // ordered, at most k
     for (let thing = 0; thing < scores.length; thing++) {
       if (best[thing] === -Infinity || thing === without) continue;

@@ -167,7 +167,8 @@ def test_prompts(client, model, how, prompt):
 def test_clients_that_hang_up_disturb_nobody(served):
     host, port = served.address.removeprefix("http://").split(":")
     body = json.dumps({"input": [f"{LONG} {number}" for number in range(300)]}).encode()
-    head = f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    head = "POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(body)}"
     for sent in (body, body[:1000], b""):
         with socket.create_connection((host, int(port))) as connection:
             connection.sendall(f"{head}\r\n\r\n".encode() + sent)
@@ -176,6 +177,15 @@ def test_clients_that_hang_up_disturb_nobody(served):
     while not re.search(r"^bifocal_queue_inputs 0", httpx.get(f"{served.address}/metrics").text, re.MULTILINE):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_the_page_is_for_this_machine_and_its_uploads_have_a_limit(served):
+    assert httpx.get(served.address, headers={"Host": "evil.example"}).status_code == 403
+    head = "POST /gradio_api/upload HTTP/1.1\r\nHost: localhost\r\nContent-Length: 12000000\r\n\r\n"
+    host, port = served.address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(head.encode())
+        assert connection.recv(1000).startswith(b"HTTP/1.1 413")
 
 
 def test_documentation_needs_no_other_host(served):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import anyio
 import pytest
 
 from bifocal.hub.api.admission import Memory
@@ -31,6 +32,7 @@ FOUND = b"HTTP/1.1 200 OK\r\n"
         ("8.8.8.8", True), ("2001:4860:4860::8888", True), ("::ffff:8.8.8.8", True), ("64:ff9b::808:808", True),
         ("127.0.0.1", False), ("127.8.9.1", False), ("0.0.0.0", False), ("10.0.0.1", False), ("172.16.0.1", False),
         ("192.168.1.1", False), ("169.254.169.254", False), ("100.64.0.1", False), ("224.0.0.1", False),
+        ("192.0.0.9", False), ("168.63.129.16", False), ("::ffff:168.63.129.16", False),
         ("240.0.0.1", False), ("255.255.255.255", False), ("192.0.2.1", False), ("198.18.0.1", False), ("::", False),
         ("::1", False), ("fe80::1", False), ("fe80::1%eth0", False), ("fc00::1", False), ("fec0::1", False),
         ("ff02::1", False), ("::ffff:127.0.0.1", False), ("::ffff:169.254.169.254", False),
@@ -212,3 +214,31 @@ def test_addresses_in_a_request(searcher):
     assert found.json()["data"][0]["name"] == searcher.search(image=IMAGE, k=1)[0].name
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "input[1].image")
     assert build_app(service).openapi()["paths"]["/v1/search"]
+
+
+def test_one_request_leaves_room_for_others():
+    """It fetches a few images at once, and is not to blame for the time that it waits for others."""
+    at_once: list[int] = []
+
+    async def resolve(host: str, port: int) -> list[str]:
+        at_once.append(fetcher._limiter.borrowed_tokens)
+        await anyio.sleep(9)
+        return []
+
+    fetcher = ImageFetcher(resolve=resolve, request_seconds=0.3)
+
+    async def fetch_all(count: int) -> int:
+        inputs = [Input(f"input[{number}]", url="http://images.example/") for number in range(count)]
+        with Memory(2**30).hold() as held, pytest.raises(ApiError) as error:
+            await fetcher.fetch_all(inputs, held)
+        return error.value.status
+
+    async def run() -> None:
+        assert await fetch_all(65) == 413
+        assert await fetch_all(20) == 400
+        assert max(at_once) == 4
+        for _ in range(16):
+            fetcher._limiter.acquire_on_behalf_of_nowait(object())
+        assert await fetch_all(2) == 429
+
+    asyncio.run(run())

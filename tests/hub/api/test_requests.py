@@ -15,9 +15,12 @@ from PIL import Image
 
 from bifocal.hub.api import body as body_module
 from bifocal.hub.api.app import build_app
+from bifocal.hub.api.errors import ApiError
+from bifocal.hub.api.schemas import EmbeddingsRequest, SearchRequest
 from bifocal.hub.api.service import Service
 from bifocal.hub.api.settings import Settings, public_name, read_key
 from bifocal.hub.search.encoder import Encoder
+from bifocal.hub.search.settings import Variant
 from tests.modeling.test_images import photo, png
 
 
@@ -74,7 +77,10 @@ MALFORMED: list[tuple[Any, int, str | None]] = [
     (b"null", 400, None),
     (b'{"input": NaN}', 400, None),
     (b'{"input": "half a \\ud800 character"}', 400, None),
-    (b'{"input": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", 400, None),
+    (b'{"input": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", 413, "input"),
+    (b'{"input": ' + b"[" * 2000 + b"]" * 2000 + b"}", 400, None),
+    ({"input": [1] * 5000}, 413, "input"),
+    ({"input": [{"text": "a"}] * 2049}, 413, "input"),
     (b'{"input": ' + b"[" * 500 + b"]" * 500 + b"}", 400, "input[0]"),
     (b'{"input": ["a", 1e999]}', 400, None),
     ({}, 400, "input"),
@@ -93,6 +99,7 @@ MALFORMED: list[tuple[Any, int, str | None]] = [
     ({"input": {"image": "/etc/passwd"}}, 400, "input.image"),
     ({"input": {"image": "file:///etc/passwd"}}, 400, "input.image"),
     ({"input": {"image": "data:image/png,plain"}}, 400, "input.image"),
+    ({"input": {"image": "data:" + ";a=b" * 250_000}}, 400, "input.image"),
     ({"input": {"image": "data:image/png;base64,####"}}, 400, "input.image"),
     ({"input": {"image": "https://example.com/a.png"}}, 403, "input.image"),
     (encoded(b"no image"), 400, "input.image"),
@@ -111,6 +118,7 @@ MALFORMED: list[tuple[Any, int, str | None]] = [
     ({"input": "a", "task": "classification"}, 400, "task"),
     ({"input": "a", "task": "query", "prompt": "b"}, 400, "prompt"),
     ({"input": "a", "prompt_name": ["query"]}, 400, "prompt_name"),
+    ({"input": "a", "prompt_name": "passage"}, 400, "prompt_name"),
     ({"input": "a", "model": "other"}, 404, "model"),
     ({"input": "a", "dimension": 16}, 400, "dimension"),
     ({"input": "a", "normalized": False}, 400, "normalized"),
@@ -167,15 +175,18 @@ def test_a_body_that_is_no_json_or_too_large(searcher, monkeypatch):
 class Client:
     """A client that sends its request in parts, and may hang up; what it was answered."""
 
-    def __init__(self, *parts: bytes, hang_up: Callable[[], bool] | None = None) -> None:
-        self.parts, self.hang_up = list(parts), hang_up
+    def __init__(
+        self, *parts: bytes, hang_up: Callable[[], bool] | None = None, path: str = "/v1/embeddings", reads: bool = True
+    ) -> None:  # fmt: skip
+        self.parts, self.hang_up, self.path, self.reads = list(parts), hang_up, path, reads
+        self.chunks: list[bytes] = []
         self.status = 0
         self.read = 0
 
     async def __call__(self, app: Any) -> "Client":
         headers = [(b"content-type", b"application/json")]
         scope = {
-            "type": "http", "method": "POST", "path": "/v1/embeddings", "headers": headers, "query_string": b"",
+            "type": "http", "method": "POST", "path": self.path, "headers": headers, "query_string": b"",
             "http_version": "1.1", "scheme": "http", "server": ("test", 80), "root_path": "",
         }  # fmt: skip
         await app(scope, self.receive, self.send)
@@ -193,6 +204,10 @@ class Client:
     async def send(self, message: dict[str, Any]) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
+        elif self.reads:
+            self.chunks.append(message["body"])
+        else:
+            await asyncio.sleep(60)
 
 
 def test_a_body_that_never_ends(searcher, monkeypatch):
@@ -355,3 +370,47 @@ def test_what_fails_inside_says_so_without_details(searcher, monkeypatch):
     (answer,) = send(failed, ("/v1/embeddings", {"input": "a"}))
     assert answer.status_code == 500
     assert "not finite" in answer.text
+
+
+def test_what_is_within_texts_does_not_count_as_values(searcher):
+    texts = ['{[,"\\' * 3000, *["a star"] * 20]  # half of its characters are escaped
+    (answer,) = send(service(searcher), ("/v1/embeddings", {"input": [{"text": text} for text in texts]}))
+    assert (answer.status_code, len(answer.json()["data"])) == (200, len(texts))
+
+
+def test_long_queries_are_refused(searcher):
+    answers = send(service(searcher), *[("/v1/search", {"text": "a" * length}) for length in (20_000, 20_001)])
+    assert [answer.status_code for answer in answers] == [200, 413]
+
+
+def test_roles_have_the_prompt_that_the_model_has(searcher):
+    other = service(searcher)
+    other.prompts = {"query": "", "document": "", "search_query": "q: ", "corpus": "c: ", "title": "t: "}
+
+    def prompt(**how: str) -> tuple[str, str]:
+        asked = other.prompt(EmbeddingsRequest(input="a", **how))
+        return asked.role, asked.text
+
+    assert prompt(task="retrieval.query") == prompt(prompt_name="search_query") == ("query", "q: ")
+    assert prompt(task="passage") == ("document", "c: ")
+    assert prompt(task="title") == ("document", "t: ")
+    assert prompt(prompt_name="query") == ("query", "")
+    other.prompts = {}
+    assert prompt(task="query") == ("query", "")
+    with pytest.raises(ApiError, match="has no prompts"):
+        prompt(prompt_name="query")
+
+
+def test_a_search_has_the_most_exact_variant_of_what_is_given(searcher, monkeypatch):
+    searched = service(searcher)
+
+    def variant(**how: Any) -> Any:
+        return searched._variant(SearchRequest(text="a", **how))
+
+    assert variant() is None
+    assert variant(dimensions=16) == (16, "float32", False)
+    assert variant(precision="int8") == (40, "int8", False)
+    with pytest.raises(ApiError, match="by float16, only by 40 float32"):
+        variant(precision="float16")
+    monkeypatch.setattr(searcher.index, "variants", [Variant(40, "float16")])
+    assert variant(dimensions=40) == (40, "float16", False)

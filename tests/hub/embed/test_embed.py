@@ -1,8 +1,10 @@
 """`bifocal embed`: rows are what the model gives, runs resume with what is missing, and nothing else is touched."""
 
+import gzip
 import io
 import json
 import os
+import tarfile
 import time
 
 import numpy as np
@@ -170,12 +172,78 @@ def test_rows_that_cannot_be_read_are_named_and_counted(desk):
     assert "Skipped: 04.jpg: it is broken" in again.stderr
 
 
+def test_what_could_not_be_read_is_read_by_the_next_run(desk):
+    """The part in which a file broke off is written again; an image that is missing is said by every run."""
+    texts = "".join(json.dumps({"text": f"sentence {number}"}) + "\n" for number in range(3000))
+    whole = gzip.compress(texts.encode())
+    (desk / "long.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    options = ("--model", "model", "--rows-per-part", "500")
+    first = invoke(desk, "embed", "long.jsonl.gz", "cut", *options)
+    assert first.exit_code == 0, first.stderr
+    rows = len(table(desk, "cut"))
+    assert 0 < rows < 3000
+    assert "1 skipped" in first.stdout
+    assert (
+        f"{rows % 500} embedded, {rows - rows % 500:,} embedded before, 1 skipped"
+        in invoke(desk, "embed", "long.jsonl.gz", "cut", *options).stdout
+    )
+    (desk / "long.jsonl.gz").write_bytes(whole)
+    assert "0 skipped" in invoke(desk, "embed", "long.jsonl.gz", "cut", *options).stdout
+    assert [row["text"] for row in table(desk, "cut")] == [f"sentence {number}" for number in range(3000)]
+    (desk / "images" / "05.jpg").unlink()
+    assert "22 embedded, 0 embedded before, 1 skipped" in embed(desk, "images").stdout
+    again = embed(desk, "images")
+    assert "0 embedded, 22 embedded before, 1 skipped" in again.stdout
+    assert "missing image" in again.stderr
+
+
+def test_a_file_that_comes_between_others_is_refused(desk):
+    embed(desk, "texts-*.jsonl")
+    (desk / "texts-1.jsonl").rename(desk / "texts-4.jsonl")
+    error = error_of(desk, "embed", "texts-*.jsonl", "out", "--model", "model", "--rows-per-part", "4")
+    assert "'texts-1.jsonl' was file 2, and 'texts-2.jsonl' is now" in error
+    assert len(table(desk)) == 30
+
+
+def test_sources_of_several_kinds(desk):
+    embed(desk, "images/*.jpg", "pattern")
+    assert [row["name"] for row in table(desk, "pattern")] == [f"{number:02d}.jpg" for number in range(COUNT)]
+    for folder, colour in (("part-a", "red"), ("part-b", "blue")):  # shards of one name
+        (desk / "shards" / folder).mkdir(parents=True)
+        image = io.BytesIO()
+        Image.new("RGB", (40, 40), colour).save(image, "PNG")
+        with tarfile.open(desk / "shards" / folder / "00000.tar", "w") as tar:
+            for name, content in (("1.png", image.getvalue()), ("1.txt", colour.encode())):
+                entry = tarfile.TarInfo(name)
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+    embed(desk, "shards/*/*.tar", "tars", "--captions")
+    names = [row["name"] for row in table(desk, "tars")]
+    assert names == [f"shards/part-{one}/00000.tar/1{of}" for one in "ab" for of in ("", "#caption")]
+    done = invoke(desk, "index", "shards/*/*.tar", "index", "--model", "model", "--captions")
+    assert done.exit_code == 0, done.stderr
+    hits = json.loads(invoke(desk, "search", "index", "red", "--json").stdout)
+    assert {hit["name"]: hit["text"] for hit in hits} == {names[0]: "red", names[2]: "blue"}
+
+
+def test_a_run_that_wrote_nothing_may_be_corrected(desk):
+    (desk / "rows.jsonl").write_text('{"sentence": "a"}\n')
+    command = ("embed", "rows.jsonl", "out", "--model", "model", "--kind", "text-only")
+    assert invoke(desk, *command).exit_code == 1
+    done = invoke(desk, *command[:3], "column_mapping.sentence=text", *command[3:])
+    assert done.exit_code == 0, done.stderr
+    error = error_of(desk, *command[:3], "column_mapping.sentence=text", "limit=1", *command[3:])
+    assert "(source.limit: None, not 1)" in error
+
+
 def test_what_is_there_is_never_mixed_or_replaced(desk):
     embed(desk, "texts-0.jsonl")
     options = ("--model", "model", "--rows-per-part", "4")
     error = error_of(desk, "embed", "texts-0.jsonl", "out", *options, "--dim", "9")
     assert "'out' was written with other settings (dimensions: 40, not 9)" in error
-    assert "(source: " in error_of(desk, "embed", "texts-1.jsonl", "out", *options)
+    assert "(source.path: texts-0.jsonl, not texts-1.jsonl)" in error_of(
+        desk, "embed", "texts-1.jsonl", "out", *options
+    )
     assert "(rows per part: 4, not 4096)" in error_of(desk, "embed", "texts-0.jsonl", "out", "--model", "model")
     (desk / "mine").mkdir()
     (desk / "mine" / "thesis.tex").write_text("x")

@@ -129,6 +129,21 @@ def test_damaged_files_are_rebuilt_as_they_were(index, damage):
     assert "24-float32-approximate.mine.json" in kept
 
 
+def test_no_file_keeps_what_was_removed(index):
+    folder = index.folder / "faiss"
+    index._open().build()
+    assert len(list(folder.iterdir())) == 9, "three groups and facts of each approximate variant"
+    (folder / "24-float32.mine.faiss").write_text("mine")
+    assert index.remove(["*.jpg"]) == IMAGES + CAPTIONS
+    state = next(folder.glob("24-float32-approximate.*.json")).name.split(".")[1]
+    names = ["16-int8-approximate", "16-int8-approximate-text", "24-float32", "24-float32-approximate",
+             "24-float32-approximate-text"]  # fmt: skip
+    expected = {f"{name}.{state}.{'json' if name.endswith('approximate') else 'faiss'}" for name in names}
+    assert {path.name for path in folder.iterdir()} == {"24-float32.mine.faiss", *expected}
+    index.remove(["*"])
+    assert [path.name for path in folder.iterdir()] == ["24-float32.mine.faiss"]
+
+
 def test_a_small_index_is_searched_exhaustively(index, monkeypatch):
     monkeypatch.setattr(approximate, "MIN_ROWS", 5000)
     assert SearchIndex(index.folder).describe(APPROXIMATE[0]) == "Exhaustive search, since no kind has 5,000 rows."

@@ -305,11 +305,11 @@ def test_errors_of_the_model_and_the_index(searcher, monkeypatch):
     def failing(texts: list[str], *options: Any) -> np.ndarray:
         if "faulty" in texts:
             raise RuntimeError("out of memory")
-        return encode(texts, *options)
+        return encode(texts, *options) * np.array([[np.nan if text == "no number" else 1.0] for text in texts], "f4")
 
     monkeypatch.setattr(searcher.model, "encode_text", failing)
     texts = [f"star {number}" for number in range(30)]
-    texts[4], texts[9] = "faulty", "half a \ud800 character"
+    texts[4], texts[9], texts[22] = "faulty", "half a \ud800 character", "no number"
     with ThreadPoolExecutor(30) as pool:
         calls = [pool.submit(searcher.search, text, None, 0 if text == "star 17" else 5) for text in texts]
     for number, call in enumerate(calls):
@@ -320,6 +320,9 @@ def test_errors_of_the_model_and_the_index(searcher, monkeypatch):
         elif number == 17:
             assert isinstance(call.exception(), SearchError)
             assert "at least 1, not 0" in str(call.exception())
+        elif number == 22:
+            assert isinstance(call.exception(), SearchError)
+            assert "is not finite" in str(call.exception())
         else:
             assert_same(call.result(), searcher.search(texts[number], k=5))
     assert "not valid Unicode" in search_function(searcher)("\ud800", None, "One ranking", 5, 0.5)

@@ -170,6 +170,10 @@ def test_bad_options_are_named(new, tmp_path, model_folder):
         new([], ["int4"])
     with pytest.raises(SearchError, match=r"'video' cannot be searched for\. Choose one of image, text"):
         searcher.search("x", kinds=["video"])
+    searcher.add([Item("x", "x")])
+    for wrong in (np.nan, np.inf, 1e30):  # the square of the last one is infinite
+        with pytest.raises(SearchError, match="vector of a query is not finite"):
+            searcher.index.rank(np.array([[1.0] * 40, [wrong] * 40]), 1)
     with pytest.raises(SearchError, match=r"is not an index\. Make one with bifocal index"):
         SearchIndex(tmp_path)
     (tmp_path / "full").mkdir()

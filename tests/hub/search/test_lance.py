@@ -11,7 +11,7 @@ from bifocal.hub.lance.export import export_to_lancedb
 from bifocal.hub.lance.search import LanceIndex
 from bifocal.hub.search.captions import caption_name
 from bifocal.hub.search.hits import SearchError
-from bifocal.hub.search.page import search_function
+from bifocal.hub.search.page import instructions, search_function
 from bifocal.hub.search.searcher import Searcher
 from bifocal.hub.search.table import Occurrence
 from tests.bifocal.commands import error_of, invoke
@@ -113,10 +113,21 @@ def _unit_vectors(count: int, seed: int) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
+def test_visitors_see_neither_the_address_nor_the_filter(searcher, tmp_path):
+    uri = str(tmp_path / "lance")
+    export_to_lancedb(searcher.index, uri)
+    database = LanceIndex(uri, "kind = 'image' OR name != 'secret'", hybrid=True)
+    assert database.describe() == f"Searching {uri} by vectors and words, only where {database.where}."
+    shown = instructions(Searcher(database, searcher.model))
+    assert shown == "Enter a text, an image or both, then press *Search*."
+
+
 def test_a_database_of_other_weights_is_refused(searcher, new, tmp_path):
     uri = str(tmp_path / "lance")
     export_to_lancedb(searcher.index, uri)
     database = LanceIndex(uri)
+    with pytest.raises(SearchError, match="vector of a query is not finite"):
+        database.rank(np.full((1, 40), np.nan), 1)
     database.weights = "0123"
     with pytest.raises(SearchError, match="whose vectors cannot be compared"):
         Searcher(database, searcher.model)

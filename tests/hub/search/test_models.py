@@ -86,7 +86,9 @@ def test_texts_by_a_sentence_transformers_model(desk):
     sentence = "'sentences' embeds no images; use texts only, or a model that embeds both."
     assert sentence in error_of(desk, "index", "images", "other", "--model", "sentences")
     assert not (desk / "other").exists()
-    assert "sentences' embeds no images" in error_of(desk, "search", "index", "--image", "images/0.png")
+    refused = error_of(desk, "search", "index", "--image", "images/0.png")
+    assert "The model embeds no images. Use texts only" in refused
+    assert "sentences" not in refused, "a page shows it to visitors"
 
 
 def test_an_index_keeps_the_prompts_that_its_texts_have(desk):

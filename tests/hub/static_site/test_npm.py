@@ -24,6 +24,8 @@ def registry(monkeypatch, tmp_path):
         def do_GET(self) -> None:  # the base class's name
             content = answers.get(self.path)
             self.send_response(404 if content is None else 200)
+            if content is not None:  # less than that is a download that breaks off
+                self.send_header("Content-Length", str(max(len(content), len(CONTENT))))
             self.end_headers()
             self.wfile.write(content or b"")
 
@@ -52,6 +54,9 @@ def test_downloaded_once(registry):
         load_tarballs()
     registry[path] = b"another tarball"
     with pytest.raises(PackageError, match="its hash differs"):
+        load_tarballs()
+    registry[path] = CONTENT[:4]
+    with pytest.raises(PackageError, match=r"cannot be downloaded .*IncompleteRead.*npm pack @so"):
         load_tarballs()
     assert not default_cache().exists()
     registry[path] = CONTENT

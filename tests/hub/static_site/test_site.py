@@ -13,6 +13,7 @@ from bifocal.files import NotOursError
 from bifocal.hub.export import with_model_max_length
 from bifocal.hub.onnx import OnnxEncoder
 from bifocal.hub.push import validate_folder
+from bifocal.hub.search.ranking import best_things
 from bifocal.hub.search.searcher import Searcher
 from bifocal.hub.static_site import arguments
 from bifocal.hub.static_site import site as site_module
@@ -163,6 +164,34 @@ def test_images_are_resized_as_pillow_does(page, host):
             found = page.evaluate(script, [pixels.ravel().tolist(), *size, int(filter)])
             expected = np.asarray(Image.fromarray(pixels).resize(size, filter), int).ravel()
             np.testing.assert_allclose(found, expected, atol=1)
+
+
+def test_equal_scores_are_ordered_as_in_python(page, host):
+    page.goto(host.address)
+    random = np.random.default_rng(0)
+    vectors, groups = random.integers(1, 4, (80, 2)), random.integers(0, 4, 80)  # images, texts, captions, both
+    captions = np.flatnonzero(groups >= 2).tolist()
+    images_of = {row: sorted(random.choice(np.flatnonzero(groups == 0), 2, replace=False).tolist()) for row in captions}
+    pairs = [(row, image) for row, images in images_of.items() for image in images]
+    script = """async ([groups, pairs, vectors, rankings]) => {
+        const {Vectors} = await import("./vectors.js");
+        const site = {dimensions: 2, samples: {}, vectors: [{first_row: 0}]};
+        const found = new Vectors(site, Uint8Array.from(groups), Int32Array.from(pairs), [Int8Array.from(vectors)]);
+        const query = Float32Array.from([0.8, 0.6]);
+        return {scores: [...found.scores(query)], rankings: found.rank(query, rankings, 30)};
+    }"""
+    data = [groups.tolist(), np.ravel(pairs).tolist(), vectors.ravel().tolist(), KINDS_OF_VIEWS]
+    answer = page.evaluate(script, data)
+    scores = answer["scores"]
+    for kinds, hits in zip(KINDS_OF_VIEWS, answer["rankings"], strict=True):
+
+        def things_of(row: int, kinds: list[str] = kinds) -> list[int]:
+            images = [row] if groups[row] == 0 else sorted(images_of.get(row, ()), key=lambda image: -scores[image])
+            texts = [row] if groups[row] in (1, 3) else []
+            return images * ("image" in kinds) + texts * ("text" in kinds)
+
+        expected = best_things([(score, score, row) for row, score in enumerate(scores)], things_of, 30)
+        assert [(hit["row"], hit["matched"]) for hit in hits] == [(match.thing, match.row) for match in expected]
 
 
 def test_texts_are_no_html_and_images_stay_in_their_cards(page, host):
