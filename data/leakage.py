@@ -1,6 +1,7 @@
 """Find rows of training data that are in an evaluation set: the same image or text, or a near-duplicate."""
 
 import hashlib
+import json
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from bifocal.data.near_duplicates import (
     TEXT_COLUMNS,
     TEXT_SIMILARITY,
     Signatures,
+    cache_path,
     rows_of,
     sign_image,
     sign_texts,
@@ -23,6 +25,7 @@ from bifocal.data.near_duplicates import (
 from bifocal.data.row_names import row_name, select_rows
 from bifocal.data.skips import RowError, SkipLog, SkippedRow
 from bifocal.errors import DataError
+from bifocal.files import replace_file
 
 logger = logging.getLogger(__name__)
 
@@ -146,19 +149,41 @@ def filter_leaks(
 ) -> Any:
     """Return the rows of a `datasets.Dataset` that are not in the sources of `exclude_rows_of`; the others are logged.
 
+    Which ones they are is cached next to the data set's cache, until it or the content of a source changes.
+
     Args:
         evaluations: titles and contents of these sources.
 
     Raises:
         DataError: if nothing of a source can be compared.
     """
+    evaluations = list(evaluations)
+    for title, evaluation in evaluations:
+        if evaluation.skipped:
+            logger.warning(f"{evaluation.skipped:,} rows of '{title}' cannot be read, so they exclude nothing.")
+    compared = [(title, e.images.names, e.digests, e.texts.names, e.written) for title, e in evaluations]
+    path = cache_path(dataset, "leaks", [cleaning.near_duplicate_images, cleaning.near_duplicate_texts, compared])
+    if path is not None and path.exists():
+        skips = {row: SkippedRow(row, *rest) for row, *rest in json.loads(path.read_text())}
+    else:
+        skips = _leaked(dataset, cleaning, evaluations, name)
+        if path is not None:
+            with replace_file(path) as scratch:
+                scratch.write_text(json.dumps(list(skips.values())))
+    skipped.add(name, 0, skips.values())
+    kept = [number for number in range(len(dataset)) if row_name(dataset, number) not in skips]
+    return select_rows(dataset, kept) if skips else dataset
+
+
+def _leaked(
+    dataset: Any, cleaning: Cleaning, evaluations: list[tuple[str, Content]], name: str
+) -> dict[str, SkippedRow]:
+    """Return the rows to skip, by name."""
     train = read_content(rows_of(dataset))
     if train.skipped:
         raise DataError(f"'{name}' has images that cannot be read. Add clean.verify_images=true to skip such rows.")
     skips: dict[str, SkippedRow] = {}
     for title, evaluation in evaluations:
-        if evaluation.skipped:
-            logger.warning(f"{evaluation.skipped:,} rows of '{title}' cannot be read, so they exclude nothing.")
         deciding = decided_by(train, evaluation)
         if not (train.written and evaluation.written) and deciding == "text":
             raise DataError(f"'{name}' has nothing to compare with '{title}'. Correct exclude_rows_of.")
@@ -167,6 +192,4 @@ def filter_leaks(
             if leak.match == deciding and leak.train not in skips:
                 detail = f"{leak.match} of {leak.evaluation} in {title}"
                 skips[leak.train] = SkippedRow(leak.train, f"{leak.match} of an excluded source", detail, filtered=True)
-    skipped.add(name, 0, skips.values())
-    kept = [number for number in range(len(dataset)) if row_name(dataset, number) not in skips]
-    return select_rows(dataset, kept) if skips else dataset
+    return skips

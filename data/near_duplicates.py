@@ -3,6 +3,7 @@
 Two passes: signatures of rows, which are small and independent of one another, and pairs among all signatures.
 """
 
+import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -245,21 +246,30 @@ def filter_near_duplicates(dataset: Any, cleaning: Cleaning, skipped: SkipLog, n
 
 def _cached_skips(dataset: Any, cleaning: Cleaning, name: str) -> np.ndarray:
     """Return `_skips`, from the cache if nothing has changed."""
+    settings = [cleaning.near_duplicate_images, cleaning.near_duplicate_texts]
+    path = cache_path(dataset, "near-duplicates", settings)
+    if path is not None and path.exists():
+        return np.array(json.loads(path.read_text()), np.int64).reshape(-1, 3)
+    skips = _skips(dataset, cleaning, name)
+    if path is not None:
+        with replace_file(path) as scratch:
+            scratch.write_text(json.dumps(skips.tolist()))
+    return skips
+
+
+def cache_path(dataset: Any, name: str, facts: Any) -> Path | None:
+    """Return a file next to the cache of a data set, for what depends on its rows, their images, and other facts.
+
+    Returns:
+        None if the data set is not on disk, or the state of an image's file is unknown.
+    """
     from datasets.fingerprint import Hasher
 
-    settings = [cleaning.near_duplicate_images, cleaning.near_duplicate_texts]
-    files = dataset.cache_files
-    stamps = _image_stamps(dataset) if cleaning.near_duplicate_images is not None else []
+    files, stamps = dataset.cache_files, _image_stamps(dataset)
     if not files or stamps is None:
-        return _skips(dataset, cleaning, name)
-    key = Hasher.hash([_VERSION, dataset._fingerprint, settings, stamps])
-    path = Path(files[0]["filename"]).with_name(f"near-duplicates-{key}.npy")
-    if path.exists():
-        return np.load(path)
-    skips = _skips(dataset, cleaning, name)
-    with replace_file(path) as scratch:
-        np.save(scratch, skips)
-    return skips
+        return None
+    key = Hasher.hash([_VERSION, dataset._fingerprint, facts, stamps])
+    return Path(files[0]["filename"]).with_name(f"{name}-{key}.json")
 
 
 def _image_stamps(dataset: Any) -> list[tuple[int, int]] | None:

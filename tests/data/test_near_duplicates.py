@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from bifocal.data import near_duplicates
+from bifocal.data import leakage, near_duplicates
 from bifocal.data.clean_copy import write_clean
 from bifocal.data.inspection import inspect_source
+from bifocal.data.leakage import find_leaks
 from bifocal.data.loading import iter_rows, load_source
 from bifocal.data.near_duplicates import (
     Signatures,
@@ -225,6 +226,21 @@ def test_near_duplicates_are_searched_again_only_when_an_image_changes(folder, m
     (folder / "3.jpg").write_bytes(image_bytes((160, 120), seed=9))
     assert len(load_source(source, "image-text")) == 4
     assert len(searched) == 2
+
+
+def test_leaks_are_searched_again_only_when_a_source_changes(tmp_path, monkeypatch):
+    lines(tmp_path / "a.jsonl", [{"text": text} for text in SENTENCES])
+    source = Source(path=str(tmp_path / "a.jsonl"), clean={"exclude_rows_of": str(tmp_path / "b.jsonl")})
+    searched = []
+    monkeypatch.setattr(leakage, "find_leaks", lambda *args: searched.append(1) or find_leaks(*args))
+    for numbers, searches in (([1], 1), ([1], 1), ([1, 4], 2), ([1], 2)):
+        lines(tmp_path / "b.jsonl", [{"text": SENTENCES[number]} for number in numbers])
+        log = SkipLog()
+        kept = load_source(source, "text-only", skipped=log)[:]["text"]
+        assert kept == [text for number, text in enumerate(SENTENCES) if number not in numbers]
+        assert log.filtered == {source.title: {"text of an excluded source": len(numbers)}}
+        assert log.first[source.title, "text of an excluded source"].row == "a.jsonl:2"
+        assert len(searched) == searches
 
 
 def test_many_similar_images_equal_brute_force(monkeypatch):
