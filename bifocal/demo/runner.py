@@ -76,7 +76,7 @@ class DemoSettings:
 
 
 def full_settings(seed: int) -> DemoSettings:
-    """Return the settings of the demo as users run it: about six minutes on two cores."""
+    """Return the settings of the demo as users run it: about five minutes on two cores."""
     return DemoSettings(SymbolsConfig(image_size=32, seed=seed), 4000, {}, seed)
 
 
