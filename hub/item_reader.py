@@ -233,6 +233,11 @@ class ItemReader:
             raise DataError(
                 f"'{self.source.title}' has images and no table, so it has no columns. Remove column_mapping."
             )
+        if files.names and self.source.clean is not None and self.source.clean.compares_rows:
+            raise DataError(
+                f"'{self.source.title}' has images without rows, which filters that compare rows need. Clean a copy "
+                "with bifocal data clean first."
+            )
         row_filter = RowFilter(self.source.clean) if self.source.clean is not None else None
         for number, name in enumerate(files.names):
             path = os.path.join(root, name)

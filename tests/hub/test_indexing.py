@@ -68,6 +68,8 @@ def test_images_by_pattern_and_filters(desk):
     assert "image b.png" in rows(desk)
     said = error_of(desk, "index", "photos", "index", "column_mapping.photo=image")
     assert "'photos' has images and no table" in said
+    error = error_of(desk, "index", "photos", "other", "--model", "model", "clean.near_duplicate_images=4")
+    assert "'photos' has images without rows, which filters that compare rows need." in error
 
 
 def test_a_folder_whose_name_is_not_valid_text(desk):
