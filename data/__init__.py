@@ -13,7 +13,7 @@ It knows nothing of training or evaluation.
   `near_duplicates` (signatures and pairs of images and texts), `leakage` (training rows in an evaluation set).
 - Images: `images` (from a cell to pixel values), `image_errors` (why one cannot be read), `image_files` (in folders),
   `image_decoding` (views of data sets).
-- `parallel` runs tasks in this process, in several, or on a Ray cluster.
+- `parallel` runs tasks in this process, in several (`worker_processes`), or on a Ray cluster (`ray_actors`).
 - Made from sources: `inspection` and `inspection_page`, `leakage_report`, `clean_copy`, `captioning`; `symbols` and
   `symbol_texts` make a data set that needs no download.
 """

@@ -31,8 +31,11 @@ _GROUP = 256  # rows held in memory, images included
 _PART_BYTES = 64 * 2**20  # small files of a source are cleaned together
 _UNFINISHED = ".unfinished"
 _LOCK = ".lock"
+_NEW_PLAN = "new-plan"
 _PLAN = "plan.json"  # what an interrupted move of complete parts still has to move
 _COUNTS, _SKIPS = "counts.json", "skips.jsonl"
+_PART_NAME = re.compile(r"\d{5}-(whole|[0-9a-f]{16})(\.\w{8})?")  # with a suffix while it is written
+_PART_FILE = re.compile(rf"\d{{5}}\.parquet|{re.escape(_COUNTS)}|{re.escape(_SKIPS)}")
 
 
 @dataclass(frozen=True)
@@ -101,8 +104,10 @@ def write_clean(source: Source, kind: str, out: Path, skipped: SkipLog, executio
                 )
             _publish(plan, out)
             for folder in filter(Path.is_dir, list(unfinished.iterdir())):  # the plan stays until no part does
-                shutil.rmtree(folder)
-            shutil.rmtree(unfinished)
+                _remove_part(folder)
+            for name in (_PLAN, _LOCK):
+                (unfinished / name).unlink(missing_ok=True)
+            unfinished.rmdir()
     except Timeout:
         raise DataError(f"Another run is writing to '{out}'. Wait for it or choose another folder.") from None
     return int(plan["rows"])
@@ -119,10 +124,31 @@ def _require_free(out: Path) -> None:
     moved = {name for name, path in plan["files"].items() if not (out / _UNFINISHED / path).exists()}
     others = [name for name in names if name not in ("skipped.jsonl", _UNFINISHED, *moved)]
     if _UNFINISHED in names:
-        inside = [name for name in os.listdir(out / _UNFINISHED) if name not in (_LOCK, _PLAN)]
-        others += [f"{_UNFINISHED}/{name}" for name in inside if not re.match(r"\d{5}-", name)]
+        inside = [path for path in sorted((out / _UNFINISHED).iterdir()) if path.name not in (_LOCK, _PLAN, _NEW_PLAN)]
+        others += [str(path.relative_to(out)) for path in inside if not _PART_NAME.fullmatch(path.name)]
+        others += [str(file.relative_to(out)) for part in inside if part.is_dir() for file in _foreign(part)]
     if others:
         raise DataError(f"'{out}' is not empty (it has {others[0]}). Choose another folder or empty this one.")
+
+
+def _foreign(part: Path) -> list[Path]:
+    """Return what lies in the folder of a part and was not written by a run."""
+    return [path for path in sorted(part.iterdir()) if path.is_symlink() or not _PART_FILE.fullmatch(path.name)]
+
+
+def _remove_part(folder: Path) -> None:
+    """Remove the folder of a part.
+
+    Raises:
+        DataError: if it holds anything that a run does not write.
+    """
+    foreign = _foreign(folder)
+    if folder.is_symlink() or not _PART_NAME.fullmatch(folder.name) or foreign:
+        other = foreign[0] if foreign else folder
+        raise DataError(f"'{other}' was not written by Bifocal. Move it away and run the command again.")
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
 
 
 def _parts(source: Source, kind: str, unfinished: Path, shown: Path) -> list[_Part]:
@@ -171,8 +197,8 @@ def _write_parts(parts: list[_Part], unfinished: Path, execution: Execution) -> 
     from tqdm import tqdm
 
     for path in unfinished.glob("*.*"):
-        if path.name != _LOCK:
-            shutil.rmtree(path)  # begun by a process that was killed
+        if path.name not in (_LOCK, _PLAN):
+            _remove_part(path)  # begun by a process that was killed
     parts_to_write = [part for part in parts if not _is_complete(part)]
     failed: list[TaskFailed] = []
     with tqdm(total=len(parts), initial=len(parts) - len(parts_to_write), unit="part", disable=None) as progress:
@@ -197,7 +223,7 @@ def _is_complete(part: _Part) -> bool:
         return False
     if part.features is not None and not any(skip.cause == MISSING or skip.file_lost for skip in _skips(part)):
         return True
-    shutil.rmtree(part.folder)
+    _remove_part(part.folder)
     return False
 
 
@@ -345,7 +371,7 @@ def _write_plan(parts: list[_Part], unfinished: Path, key: str, rows: int, skipp
         for number, path in enumerate(files)
     }
     plan = {"key": key, "rows": rows, "skipped": skipped.state(), "files": targets}
-    scratch = unfinished / "00000-plan"
+    scratch = unfinished / _NEW_PLAN
     scratch.write_text(json.dumps(plan))
     os.replace(scratch, unfinished / _PLAN)
     return plan
@@ -361,10 +387,12 @@ def _publish(plan: dict[str, Any], out: Path) -> None:
     """Move the files of all parts to where a source finds them; those that are there already stay.
 
     Raises:
-        DataError: if one was removed since the run was stopped.
+        DataError: if one was removed since the run was stopped, or another file has its name.
     """
     for name, path in plan["files"].items():
         if (out / _UNFINISHED / path).exists():
+            if os.path.lexists(out / name):
+                raise DataError(f"'{out / name}' was written by others. Move it away and run the command again.")
             os.replace(out / _UNFINISHED / path, out / name)
         elif not (out / name).exists():
             raise DataError(f"'{out / name}', written by a stopped run, is missing. Choose another folder.")

@@ -83,7 +83,7 @@ def _cluster_in(folder: str) -> Iterator[RayCluster]:
     try:
         assert process.stdout is not None
         line = next((line for line in iter(process.stdout.readline, "") if line.startswith("{")), None)
-        assert line is not None, "the cluster has not started"
+        assert line is not None, "the cluster did not start"
         yield RayCluster(json.loads(line)["address"], process, folder)
     finally:
         below = children(process.pid)

@@ -107,7 +107,7 @@ def parse_image(source: str, param: str) -> Input:
     try:
         image = base64.b64decode(encoded, validate=True)
     except (ValueError, binascii.Error) as error:
-        raise ApiError(400, f"'{param}' must be {_IMAGE_FORMS}, but it is none of them.", param) from error
+        raise ApiError(400, f"'{param}' is not an image. Pass {_IMAGE_FORMS}.", param) from error
     if not image:
         raise ApiError(400, f"'{param}' is empty. Pass {_IMAGE_FORMS}.", param)
     if len(image) > MAX_IMAGE_SIZE:

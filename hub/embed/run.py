@@ -10,10 +10,11 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from bifocal.data.parallel import Execution, TaskFailed, available_cores, run_tasks
+from bifocal.data.parallel import Execution, TaskFailed, run_tasks
 from bifocal.data.paths import expand, is_remote
 from bifocal.data.source import Source
 from bifocal.data.splits import split_source
+from bifocal.data.worker_processes import available_cores
 from bifocal.embedding.models import EmbeddingModel, load_model, weights_hash
 from bifocal.errors import BifocalError
 from bifocal.hub.embed.arguments import EmbedError

@@ -1,6 +1,7 @@
 """Clean copies of sources: the same files however many processes write them, and runs that resume."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -118,7 +119,7 @@ def test_a_stopped_run_resumes(tmp_path, written, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             write(source, out)
     assert [path.name for path in out.iterdir()] == [".unfinished"]
-    (out / ".unfinished" / "00001-0123456789abcdef.tmp").mkdir()  # of a process that was killed
+    (out / ".unfinished" / "00001-0123456789abcdef.abcd_123").mkdir()  # of a process that was killed
     assert write(source, out)[0] == 27
     assert written == ["0.jsonl", "1.jsonl", "2.jsonl"]
     assert write(source, tmp_path / "other")[0] == 27
@@ -237,6 +238,37 @@ def test_what_others_have_written_is_left_alone(tmp_path):
     with pytest.raises(DataError, match=r"is not empty \(it has \.unfinished/mine\.txt\)"):
         write(source, out)
     assert (out / ".unfinished" / "mine.txt").read_text() == "mine"
+    (out / ".unfinished" / "mine.txt").unlink()
+    for part in ("00001-photos", "00001-0123456789abcdef", "00001-0123456789abcdef.abcd_123", "00000-plan"):
+        mine = out / ".unfinished" / part / "thesis.tex"
+        mine.parent.mkdir()
+        mine.write_text("mine")
+        with pytest.raises(DataError, match=rf"is not empty \(it has \.unfinished/{re.escape(part)}"):
+            write(pairs(tmp_path), out)
+        assert mine.read_text() == "mine"
+        mine.unlink()
+        mine.parent.rmdir()
+
+
+@pytest.mark.parametrize("name", ["00000-of-00003.parquet", ".unfinished/{part}/thesis.tex"])
+def test_what_others_write_meanwhile_is_left_alone(tmp_path, monkeypatch, name):
+    source, out, plan = pairs(tmp_path), tmp_path / "out", clean_copy._write_plan
+
+    def while_running(parts, *args):
+        made = plan(parts, *args)
+        (out / name.format(part=parts[1].folder.name)).write_text("mine")
+        return made
+
+    monkeypatch.setattr(clean_copy, "_write_plan", while_running)
+    with pytest.raises(DataError, match=r"was (not )?written by .* Move it away and run the command again\."):
+        write(source, out)
+    monkeypatch.undo()
+    mine = next(path for path in out.rglob("*") if path.is_file() and path.read_bytes() == b"mine")
+    mine.rename(tmp_path / "mine")
+    rows, _ = write(source, out)
+    assert rows == 27
+    assert len(list(out.glob("*-of-00003.parquet"))) == 3
+    assert not (out / ".unfinished").exists()
 
 
 def test_two_runs_do_not_write_into_one_folder(tmp_path):

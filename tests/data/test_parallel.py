@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from bifocal.data import parallel
-from bifocal.data.parallel import Execution, TaskFailed, WorkerDiedError, run_tasks
+from bifocal.data import parallel, ray_actors, worker_processes
+from bifocal.data.parallel import Execution, TaskFailed, run_tasks
+from bifocal.data.worker_processes import WorkerDiedError
 from bifocal.errors import BifocalError, ModelError
 from tests.data.tasks import MakeSquarer, Square, Squared
 from tests.processes import Process, skip_if_quick
@@ -108,19 +109,19 @@ def test_processes_share_cores_and_gpus(monkeypatch):
         monkeypatch.setenv(name, "")  # what is set below is undone at the end
         monkeypatch.delenv(name)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(13)), raising=False)
-    monkeypatch.setattr(parallel, "sys", type("Sys", (), {"modules": {}}))
-    parallel._share_threads(4)
+    monkeypatch.setattr(worker_processes, "sys", type("Sys", (), {"modules": {}}))
+    worker_processes._share_threads(4)
     assert (os.environ["OMP_NUM_THREADS"], os.environ["RAYON_NUM_THREADS"]) == ("3", "3")
-    parallel._share_threads(2)
+    worker_processes._share_threads(2)
     assert os.environ["OMP_NUM_THREADS"] == "3"  # is set
 
     def gpu_of(number: int) -> str | None:
-        parallel._share_gpus(number)
+        worker_processes._share_gpus(number)
         return os.environ.pop("CUDA_VISIBLE_DEVICES", None)
 
-    monkeypatch.setattr(parallel.glob, "glob", lambda _: [])
+    monkeypatch.setattr(worker_processes.glob, "glob", lambda _: [])
     assert gpu_of(1) is None
-    monkeypatch.setattr(parallel.glob, "glob", lambda _: ["/dev/nvidia0", "/dev/nvidia1", "/dev/nvidia2"])
+    monkeypatch.setattr(worker_processes.glob, "glob", lambda _: ["/dev/nvidia0", "/dev/nvidia1", "/dev/nvidia2"])
     assert [gpu_of(number) for number in range(4)] == ["0", "1", "2", "0"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
     assert gpu_of(3) == "GPU-b"
@@ -135,7 +136,7 @@ def test_torch_is_told_its_share(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     threads = []
     monkeypatch.setattr("torch.set_num_threads", threads.append)
-    parallel._share_threads(2)
+    worker_processes._share_threads(2)
     assert threads == [4]
     assert os.environ["RAYON_NUM_THREADS"] == "1"
 
@@ -164,9 +165,9 @@ def test_ray_is_named_where_it_is_missing(monkeypatch):
 
 def test_an_address_where_nothing_listens(monkeypatch):
     with pytest.raises(BifocalError, match=r"^The Ray cluster '127\.0\.0\.1:1' cannot be used .* `ray start --head`"):
-        parallel._require_reachable("127.0.0.1:1")
-    parallel._require_reachable("auto")
-    parallel._require_reachable("local")
+        ray_actors._require_reachable("127.0.0.1:1")
+    ray_actors._require_reachable("auto")
+    ray_actors._require_reachable("local")
 
 
 @pytest.mark.parametrize(
@@ -187,7 +188,7 @@ def test_as_many_actors_as_fit_the_nodes(nodes, settings, expected, monkeypatch)
     dead = {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}
     alive = [{"Alive": True, "Resources": {"CPU": float(cpus), "GPU": float(gpus)}} for cpus, gpus in nodes]
     monkeypatch.setattr(ray, "nodes", lambda: [dead, *alive])
-    assert parallel._actors(Execution(**{"ray": "local", **settings})) == expected
+    assert ray_actors._actors(Execution(**{"ray": "local", **settings})) == expected
 
 
 def test_actors_that_would_wait_forever(monkeypatch):
@@ -195,4 +196,4 @@ def test_actors_that_would_wait_forever(monkeypatch):
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0}}])
     for settings in (dict(ray="auto"), dict(ray="local"), dict(ray="local", concurrency=2)):
         with pytest.raises(BifocalError, match="has the 1 CPUs and 1 GPUs that a worker needs"):
-            parallel._actors(Execution(num_gpus=1.0, **settings))
+            ray_actors._actors(Execution(num_gpus=1.0, **settings))

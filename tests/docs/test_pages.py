@@ -24,9 +24,10 @@ from tests.conftest import small_config
 from tests.docs.pages import PAGES, README, ROOT, blocks, commands
 from tests.hub.search.serving import Server, free_port
 from tests.processes import Process
+from tests.test_architecture import ROOMS as PACKAGE_ROOMS
 
 GENERATED = {"docs/reference/commands.md", "docs/reference/recipes.md", "docs/contributing.md", "docs/changelog.md"}
-ROOMS = ("bifocal", "modeling", "embedding", "data", "training", "evaluation", "hub", "benchmarks")
+ROOMS = (*PACKAGE_ROOMS, "benchmarks")
 ELSEWHERE = {
     "--accum-freq",
     "--data",
