@@ -28,6 +28,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from random_model import random_model
+
 TOPICS = ["a dog", "two boats", "an old man", "some kites", "a small red house", "three children", "a market"]
 PLACES = ["on a beach", "in the snow", "near a river", "under a bridge", "in a crowded street", "on a hill at dusk"]
 WAYS = ("one_by_one", "batched")
@@ -127,26 +129,14 @@ class Server:
 
 
 def make_index(folder: Path, options: argparse.Namespace) -> Path:
-    import torch
-
     from bifocal.embedding.items import Item
     from bifocal.embedding.models import weights_hash
-    from bifocal.hub.export import export_model
     from bifocal.hub.sample_images import sample_pairs
     from bifocal.hub.search.index import SearchIndex
     from bifocal.hub.search.searcher import Searcher
-    from bifocal.modeling import BifocalConfig, BifocalModel, BifocalProcessor
-    from bifocal.modeling.processing_bifocal import image_processor_of_size
-    from bifocal.training.tokenizer import train_wordpiece
 
-    torch.manual_seed(0)
-    tower = dict(hidden_size=options.width, num_hidden_layers=options.layers, num_attention_heads=options.width // 64)
-    text = {**tower, "vocab_size": 320, "intermediate_size": 4 * options.width, "max_position_embeddings": 512}
-    vision = {**tower, "intermediate_size": 8 * options.width // 3, "image_size": 224, "patch_size": 16}
-    model = BifocalModel(BifocalConfig(text_config=text, vision_config=vision, projection_dim=options.width))
-    tokenizer = train_wordpiece([f"{a} {b}" for a in TOPICS for b in PLACES], 300, 512)
-    images = image_processor_of_size(224)
-    exported = export_model(model, folder / "model", BifocalProcessor(images, tokenizer))
+    texts = [f"{a} {b}" for a in TOPICS for b in PLACES]
+    exported = random_model(folder / "model", texts, options.width, options.layers)
     index = SearchIndex.create(folder / "index", str(exported), weights_hash(exported), options.width)
     items = [Item(f"text {n}", f"{TOPICS[n % 7]} {PLACES[n % 6]} {n}") for n in range(options.rows - 64)]
     for caption, image in sample_pairs():

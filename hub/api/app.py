@@ -3,7 +3,8 @@
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from functools import partial
 from importlib.metadata import version
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from starlette.requests import ClientDisconnect
 
 from bifocal.errors import BifocalError
 from bifocal.hub.api import schemas
+from bifocal.hub.api.admission import Held
 from bifocal.hub.api.answer import Answer
 from bifocal.hub.api.body import parse_json, read_body
 from bifocal.hub.api.documentation import documentation_page
@@ -35,6 +37,8 @@ _LARGE_BODY = 2**20  # bytes; larger ones are parsed one at a time, since that t
 _PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
 
 Result = TypeVar("Result")
+_Asked = TypeVar("_Asked")
+_Content = TypeVar("_Content")
 
 
 def build_app(service: Service) -> FastAPI:
@@ -101,11 +105,7 @@ class _Routes:
     async def embeddings(self, request: Request) -> Response:
         """Embed a text, an image, or a list of them."""
         service = self.service
-        with service.memory.hold() as held:
-            settings = service.settings
-            body = await read_body(request, settings.max_body_size, settings.body_seconds, held)
-            asked, inputs = await self._parse(self._parse_embeddings, body)
-            del body
+        async with self._received(request, self._parse_embeddings) as (asked, inputs, held):
             await self._fetch(inputs, held)
             held.add(service.answer_size(asked, len(inputs)))
             with service.queue.admit(len(inputs)):
@@ -121,14 +121,22 @@ class _Routes:
     async def search(self, request: Request) -> Response:
         """Return the items of the index that are nearest to a text, an image or both."""
         service = self.service
-        with service.memory.hold() as held:
-            settings = service.settings
-            body = await read_body(request, settings.max_body_size, settings.body_seconds, held)
-            asked, image = await self._parse(self._parse_search, body)
-            del body
+        async with self._received(request, self._parse_search) as (asked, image, held):
             await self._fetch([] if image is None else [image], held)
             with service.queue.admit(1):
                 return await self._work(request, partial(service.search, asked, image))
+
+    @asynccontextmanager
+    async def _received(
+        self, request: Request, parse: Callable[[bytes], tuple[_Asked, _Content]]
+    ) -> AsyncIterator[tuple[_Asked, _Content, Held]]:
+        """Yield what a request asks for, its content, and the memory that it holds until the end."""
+        settings = self.service.settings
+        with self.service.memory.hold() as held:
+            body = await read_body(request, settings.max_body_size, settings.body_seconds, held)
+            asked, content = await self._parse(parse, body)
+            del body
+            yield asked, content, held
 
     def _parse_search(self, body: bytes) -> tuple[schemas.SearchRequest, Input | None]:
         asked = schemas.parse_request(schemas.SearchRequest, parse_json(body))

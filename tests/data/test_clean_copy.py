@@ -259,10 +259,10 @@ def test_what_others_write_meanwhile_is_left_alone(tmp_path, monkeypatch, name):
         (out / name.format(part=parts[1].folder.name)).write_text("mine")
         return made
 
-    monkeypatch.setattr(clean_copy, "_write_plan", while_running)
-    with pytest.raises(DataError, match=r"was (not )?written by .* Move it away and run the command again\."):
-        write(source, out)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(clean_copy, "_write_plan", while_running)
+        with pytest.raises(DataError, match=r"was (not )?written by .* Move it away and run the command again\."):
+            write(source, out)
     mine = next(path for path in out.rglob("*") if path.is_file() and path.read_bytes() == b"mine")
     mine.rename(tmp_path / "mine")
     rows, _ = write(source, out)
