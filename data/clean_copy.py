@@ -146,6 +146,7 @@ def _remove_part(folder: Path) -> None:
     if folder.is_symlink() or not _PART_NAME.fullmatch(folder.name) or foreign:
         other = foreign[0] if foreign else folder
         raise DataError(f"'{other}' was not written by Bifocal. Move it away and run the command again.")
+    (folder / _COUNTS).unlink(missing_ok=True)  # first: without it, the part counts as not written
     for path in folder.iterdir():
         path.unlink()
     folder.rmdir()
@@ -219,9 +220,14 @@ def _write_parts(parts: list[_Part], unfinished: Path, execution: Execution) -> 
 
 def _is_complete(part: _Part) -> bool:
     """Return whether an earlier run wrote a part, with nothing that may be read better now; remove it if not."""
-    if not (part.folder / _COUNTS).exists():
+    if not part.folder.exists():
         return False
-    if part.features is not None and not any(skip.cause == MISSING or skip.file_lost for skip in _skips(part)):
+    is_written = (part.folder / _COUNTS).exists()  # not if a run was killed while it removed the part
+    if (
+        is_written
+        and part.features is not None
+        and not any(skip.cause == MISSING or skip.file_lost for skip in _skips(part))
+    ):
         return True
     _remove_part(part.folder)
     return False

@@ -18,11 +18,10 @@ from bifocal.data.near_duplicates import (
     TEXT_COLUMNS,
     TEXT_SIMILARITY,
     Signatures,
-    first_of_groups,
+    near_duplicate_images,
+    near_duplicate_texts,
     sign_image,
     sign_texts,
-    similar_images,
-    similar_texts,
 )
 from bifocal.data.skips import RowError
 from bifocal.data.source import Source
@@ -144,12 +143,12 @@ class _Compared:
         signatures = Signatures.of_images(self.names, self.signed)
         counted: dict[str, dict[str, Any]] = {}
         if self.signed:
-            groups = first_of_groups(similar_images(signatures, IMAGE_DISTANCE))
+            groups = near_duplicate_images(signatures, IMAGE_DISTANCE)
             differing = [pair for pair in groups.items() if self.digests[pair[0]] != self.digests[pair[1]]]
             counted["images"] = self._counted(differing)
         if self.written:
             signatures.texts = {column: sign_texts(values) for column, values in self.written.items()}
-            groups = first_of_groups(similar_texts(signatures, TEXT_SIMILARITY))
+            groups = near_duplicate_texts(signatures, TEXT_SIMILARITY)
             columns = self.written.values()
             differing = [pair for pair in groups.items() if any(c[pair[0]] != c[pair[1]] for c in columns)]
             counted["texts"] = self._counted(differing)

@@ -100,10 +100,11 @@ def open_stream(source: Source, kind: str, seed: int | None = None) -> ShardStre
     files = locate(source, kind)
     if files is None:
         return None
-    shards, read, layout, root = files
-    allowed_roots = AllowedRoots(source.image_root if source.image_root is not None else root)
+    allowed_roots = AllowedRoots(source.image_root if source.image_root is not None else files.root)
+    own_folders = files.own_folders and source.image_root is None
     ambiguous = source.ambiguous if isinstance(source, SourceSplit) else files.ambiguous
-    return ShardStream(shards, read, normaliser(source, kind, allowed_roots, layout), kind, seed, ambiguous)
+    normalise = normaliser(source, kind, allowed_roots, files.layout)
+    return ShardStream(files.paths, files.read, normalise, kind, seed, ambiguous, own_folders)
 
 
 def normaliser(
@@ -121,8 +122,8 @@ class RowPipeline:
     def __init__(self, layout: ColumnLayout, normalise: RowNormaliser, row_filter: RowFilter | None) -> None:
         self.layout, self.normalise, self.filter = layout, normalise, row_filter
 
-    def __call__(self, name: str, raw: Any) -> dict[str, Any]:
-        row = self.normalise(name, self.layout(raw))
+    def __call__(self, name: str, raw: Any, folder: str | None = None) -> dict[str, Any]:
+        row = self.normalise(name, self.layout(raw), folder)
         return row if self.filter is None else self.filter(row)
 
 

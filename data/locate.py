@@ -3,7 +3,8 @@
 import hashlib
 import os
 import pickle
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,12 +38,14 @@ class SourceFiles(NamedTuple):
         read: their reader.
         layout: their column layout.
         root: folder that relative image paths start from; None if no image may be named by a path.
+        own_folders: whether they start from the folder of their file instead, since the files lie in several.
     """
 
     paths: list[str]
     read: Reader
     layout: ColumnLayout
     root: str | None
+    own_folders: bool = False
 
     @property
     def ambiguous(self) -> bool:
@@ -63,14 +66,17 @@ class SourceSplit(Source):
     _folder: str | None = PrivateAttr()
 
     @classmethod
-    def of(cls, source: Source, files: SourceFiles, number: int) -> "SourceSplit":
-        """Return the split of a source that is one of its files."""
-        facts = pickle.dumps((files._replace(paths=[]), files.ambiguous))
+    def all_of(cls, source: Source, files: SourceFiles) -> list["SourceSplit"]:
+        """Return the splits of a source, one for each of its files."""
+        ambiguous, folder = files.ambiguous, name_folder(source)
+        facts = pickle.dumps((files._replace(paths=[]), ambiguous))
         digest = hashlib.blake2b(facts, digest_size=8).hexdigest()
-        split = cls.model_construct(**{**dict(source), "path": files.paths[number], "whole": digest})
-        split._files, split._ambiguous = files._replace(paths=[files.paths[number]]), files.ambiguous
-        split._folder = common_folder(files.paths)
-        return split
+        splits = []
+        for path in files.paths:
+            split = cls.model_construct(**{**dict(source), "path": path, "whole": digest})
+            split._files, split._ambiguous, split._folder = files._replace(paths=[path]), ambiguous, folder
+            splits.append(split)
+        return splits
 
     @property
     def files(self) -> SourceFiles:
@@ -78,7 +84,7 @@ class SourceSplit(Source):
 
     @property
     def folder(self) -> str | None:
-        """The innermost local folder of all files of the source; None if there is none."""
+        """The folder that names of the source's images are relative to, see `name_folder`."""
         return self._folder
 
     @property
@@ -87,12 +93,19 @@ class SourceSplit(Source):
         return self._ambiguous
 
 
-def common_folder(files: Sequence[str]) -> str | None:
-    """Return the innermost folder that holds all of some local files; None if some are not local, or there are none."""
-    if not files or any(map(is_remote, files)):
+def name_folder(source: Source) -> str | None:
+    """Return the folder that names of a source's images are relative to; None if it is not local.
+
+    It is the folder before a pattern, which is the same whatever files match, and the innermost one of several paths.
+    """
+    if isinstance(source, SourceSplit):
+        return source.folder
+    paths = [source.path] if isinstance(source.path, str) else source.path
+    if any(map(is_remote, paths)):
         return None
+    before = [re.split(r"[*?\[{]", os.path.expanduser(path))[0] for path in paths]
     try:
-        return os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])
+        return os.path.commonpath([os.path.abspath(os.path.dirname(path)) for path in before])
     except ValueError:  # on different drives
         return None
 
@@ -115,7 +128,10 @@ def locate(source: Source, kind: str) -> SourceFiles | None:
     shards = expand(paths)
     if not shards or (len(shards) == 1 and not is_remote(shards[0]) and not os.path.exists(shards[0])):
         raise DataError(f"There is nothing at '{source.title}'; check the path.")
-    return _locate_files(shards, source, kind, None if is_remote(shards[0]) else os.path.dirname(shards[0]) or ".")
+    if is_remote(shards[0]):
+        return _locate_files(shards, source, kind, None)
+    files = _locate_files(shards, source, kind, os.path.dirname(shards[0]) or ".")
+    return files._replace(own_folders=files.root is not None and len(set(map(os.path.dirname, shards))) > 1)
 
 
 def is_files(path: str) -> bool:

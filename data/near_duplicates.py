@@ -37,7 +37,7 @@ _HASHED_SIDE = 64  # pixels to which an image is reduced before it is hashed
 _PERMUTATIONS = 128
 _NGRAM = 5  # characters
 _MISSED = 0.01  # largest probability that a pair at the threshold is missed
-_VERSION = 1  # of the cached rows; raise it when others are found
+_VERSION = 2  # of the cached rows; raise it when others are found
 _BLOCK = 4096  # pairs compared at a time
 _SEARCHED = 256  # hashes looked up at a time; each may have a pair with every earlier one
 
@@ -151,12 +151,40 @@ def similar_images(rows: Signatures, max_distance: int, others: Signatures | Non
     assert rows.plain is not None
     assert second.colours is not None
     assert second.plain is not None
-    ours = _groups(np.concatenate([rows.hashes, rows.colours], axis=1), ~rows.plain)
-    theirs = ours if others is None else _groups(np.concatenate([second.hashes, second.colours], axis=1), ~second.plain)
+    ours = _equal_images(rows)
+    theirs = ours if others is None else _equal_images(second)
     one, other = (np.array([group[0] for group in groups], np.int64) for groups in (ours, theirs))
     left = rows.hashes[one], rows.colours[one]
     right = None if others is None else (second.hashes[other], second.colours[other])
     return _row_pairs(_near_images(left, right, max_distance), ours, None if others is None else theirs)
+
+
+def near_duplicate_images(rows: Signatures, max_distance: int) -> dict[int, int]:
+    """Return the rows to skip, each with the row that stays in its place; see `first_of_groups`."""
+    return _with_equal_rows(first_of_groups(similar_images(rows, max_distance)), _equal_images(rows))
+
+
+def near_duplicate_texts(rows: Signatures, min_similarity: float) -> dict[int, int]:
+    """Return the rows to skip, each with the row that stays in its place; see `first_of_groups`."""
+    equal = _equal_texts(rows, list(rows.texts)) if rows.texts else []
+    return _with_equal_rows(first_of_groups(similar_texts(rows, min_similarity)), equal)
+
+
+def _equal_images(rows: Signatures) -> list[list[int]]:
+    if rows.hashes is None or rows.colours is None or rows.plain is None:
+        return []
+    return _groups(np.concatenate([rows.hashes, rows.colours], axis=1), ~rows.plain)
+
+
+def _equal_texts(rows: Signatures, columns: Sequence[str]) -> list[list[int]]:
+    return _groups(np.stack([rows.texts[column] for column in columns], axis=1))
+
+
+def _with_equal_rows(skipped: dict[int, int], groups: Sequence[Sequence[int]]) -> dict[int, int]:
+    """Return the rows to skip with all rows that equal another one: pairs know only the first of equal rows."""
+    for first, *later in groups:
+        skipped |= dict.fromkeys(later, skipped.get(first, first))
+    return skipped
 
 
 def similar_texts(rows: Signatures, min_similarity: float, others: Signatures | None = None) -> np.ndarray:
@@ -172,8 +200,8 @@ def similar_texts(rows: Signatures, min_similarity: float, others: Signatures | 
     if not columns or len(columns) != len(rows.texts):
         return np.empty((0, 2), np.int64)
     left, right = (np.stack([side.texts[column] for column in columns], axis=1) for side in (rows, second))
-    ours = _groups(left)
-    theirs = ours if others is None else _groups(right)
+    ours = _equal_texts(rows, columns)
+    theirs = ours if others is None else _equal_texts(second, columns)
     left, right = left[[group[0] for group in ours]], right[[group[0] for group in theirs]]
     bands, width = band_shape(min_similarity, len(columns))
     matches = np.empty(0, np.int64)  # row * number of partners + partner
@@ -291,15 +319,14 @@ def _skips(dataset: Any, cleaning: Cleaning, name: str) -> np.ndarray:
         raise DataError(
             f"'{name}' has an image that cannot be read ({error}). Add clean.verify_images=true, which skips such rows."
         ) from error
-    pairs_by_cause = []
-    if most is not None:
-        pairs_by_cause.append((0, similar_images(signatures, most)))
-    if least is not None:
-        pairs_by_cause.append((1, similar_texts(signatures, least)))
     skips: dict[int, tuple[int, int]] = {}
-    for cause, pairs in pairs_by_cause:
-        others = pairs[~np.isin(pairs, list(skips)).any(axis=1)]
-        skips |= {later: (earlier, cause) for later, earlier in first_of_groups(others).items()}
+    if most is not None:
+        skips |= {row: (stays, 0) for row, stays in near_duplicate_images(signatures, most).items()}
+    if least is not None:  # among the rows that stay
+        kept = np.setdiff1d(np.arange(len(signatures.names)), list(skips)).astype(np.int64)
+        texts = Signatures([], texts={column: values[kept] for column, values in signatures.texts.items()})
+        found = near_duplicate_texts(texts, least).items()
+        skips |= {int(kept[row]): (int(kept[stays]), 1) for row, stays in found}
     return np.array([(row, *skips[row]) for row in sorted(skips)], np.int64).reshape(-1, 3)
 
 

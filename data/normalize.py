@@ -74,11 +74,12 @@ class RowNormaliser:
         self.allowed_roots = allowed_roots or AllowedRoots(None)
         self.negatives = negatives
 
-    def __call__(self, name: str, raw: Mapping[str, Any]) -> dict[str, Any]:
+    def __call__(self, name: str, raw: Mapping[str, Any], folder: str | None = None) -> dict[str, Any]:
         """Return a row of the kind.
 
         Args:
             name: name of the row, the `image_id` of an image without another one.
+            folder: folder that a relative image path starts from; None for that of the allowed roots.
 
         Raises:
             RowError: if a column is missing or its value cannot be used.
@@ -86,7 +87,7 @@ class RowNormaliser:
         row: dict[str, Any] = {}
         for column in KINDS[self.kind]:
             if column == "image":
-                row["image"], where = self._image(raw)
+                row["image"], where = self._image(raw, folder)
                 known = self._find("image_id", raw, required=False)
                 row["image_id"] = str(where or name if known is None else known)
             elif column in ("label", "score"):
@@ -167,7 +168,7 @@ class RowNormaliser:
             raise RowError("too few negatives", f"{len(negatives)} of {wanted or 1}")
         return negatives[:wanted]
 
-    def _image(self, raw: Mapping[str, Any]) -> tuple[Any, str | None]:
+    def _image(self, raw: Mapping[str, Any], folder: str | None) -> tuple[Any, str | None]:
         """Return the image as bytes or path, and its id if it has a path."""
         value = self._find("image", raw)
         if isinstance(value, Mapping):  # an undecoded `datasets.Image`
@@ -184,7 +185,7 @@ class RowNormaliser:
                 raise RowError("no image", f"a text of {len(value):,} characters is not a path: {value[:40]!r}...")
             if _CONTROL.search(value):
                 raise RowError("control characters", f"in the path {value[:200]!r}")
-            path = self.allowed_roots.resolve(value)
+            path = self.allowed_roots.resolve(value, folder)
             return (self._fetched(path) if is_remote(path) else path), path
         if value is None or isinstance(value, str):
             raise RowError("no image", "the cell is empty")

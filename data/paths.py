@@ -113,8 +113,11 @@ class AllowedRoots:
         given = {"": roots} if isinstance(roots, str) else dict(roots or {})
         self.roots = {prefix.strip("/"): os.path.realpath(os.path.expanduser(root)) for prefix, root in given.items()}
 
-    def resolve(self, name: str) -> str:
+    def resolve(self, name: str, folder: str | None = None) -> str:
         """Return the file that a path names.
+
+        Args:
+            folder: root of all paths, in place of the given ones.
 
         Raises:
             RowError: if it is an address, leads out of its root (also through a link), has no root or does not exist.
@@ -124,14 +127,15 @@ class AllowedRoots:
                 "path outside the roots",
                 f"{shown(name)} is an address; download the images, and name them by their files",
             )
-        prefix = max((p for p in self.roots if not p or name.startswith(f"{p}/")), key=len, default=None)
+        roots = self.roots if folder is None else {"": os.path.realpath(os.path.expanduser(folder))}
+        prefix = max((p for p in roots if not p or name.startswith(f"{p}/")), key=len, default=None)
         if prefix is None:
-            known = ", ".join(self.roots) or "none is set"
+            known = ", ".join(roots) or "none is set"
             raise RowError(
                 "path outside the roots",
                 f"{shown(name)} is below none of the folders of images ({known}); set image_root=FOLDER",
             )
-        root = self.roots[prefix]
+        root = roots[prefix]
         path = os.path.realpath(os.path.join(root, name[len(prefix) :].lstrip("/") if prefix else name))
         found = existing(path, root) if Path(path).is_relative_to(root) else None
         if not Path(found or path).is_relative_to(root):
@@ -189,7 +193,7 @@ class DatasetsRoots(AllowedRoots):
         ]
         self.folders = [os.path.realpath(os.path.expanduser(folder)) for folder in folders]
 
-    def resolve(self, name: str) -> str:
+    def resolve(self, name: str, folder: str | None = None) -> str:
         if is_remote(name):
             if "hf://" in name:
                 return name

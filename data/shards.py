@@ -1,5 +1,7 @@
 """A source of many files as a stream: read in parts without overlap or gap, and resumed from a saved position."""
 
+import copy
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +17,7 @@ _BLOCK_BYTES = 256 * 2**20  # of images per block
 _TRIES = 3  # to resume after a lost connection, each after a longer pause
 _PAUSE = 0.5  # seconds
 
-Normalise = Callable[[str, dict[str, Any]], dict[str, Any]]
+Normalise = Callable[..., dict[str, Any]]  # from a name, a raw row and perhaps its folder; raises RowError
 
 
 class Block(NamedTuple):
@@ -45,6 +47,7 @@ class ShardStream:
         kind: kind of the rows.
         seed: seed for the order of the files in each epoch; None keeps their order.
         full_names: name rows by the whole path of their file, since two files of the source have the same name.
+        own_folders: relative image paths start from the folder of their file, since the files lie in several.
     """
 
     def __init__(
@@ -55,13 +58,14 @@ class ShardStream:
         kind: str,
         seed: int | None = 0,
         full_names: bool = False,
+        own_folders: bool = False,
     ) -> None:
         self.shards = shards
         self.read = read
         self.normalise = normalise
         self.kind = kind
         self.seed = seed
-        self._full_names = full_names
+        self._full_names, self._own_folders = full_names, own_folders
         self.column_names = [*KINDS[kind], *(["image_id"] if "image" in KINDS[kind] else [])]
 
     def part(self, number: int, count: int) -> "ShardPart":
@@ -80,8 +84,9 @@ class ShardStream:
     def read_shard(self, shard: str, start: Any = None) -> Iterator[Row]:
         """Yield the rows of a file."""
         for row in read_on(self.read, shard, start):
-            named = self._full_names and row.name.startswith(file_name(shard))
-            yield row._replace(name=shard + row.name.removeprefix(file_name(shard))) if named else row
+            if self._full_names and row.name.startswith(file_name(shard)):
+                row = row._replace(name=shard + row.name.removeprefix(file_name(shard)))
+            yield row._replace(folder=os.path.dirname(shard) or ".") if self._own_folders else row
 
     def rows(self) -> Iterator[tuple[str, dict[str, Any] | RowError]]:
         """Yield every row with its name, in the order of the files; a bad row is a `RowError`."""
@@ -94,7 +99,8 @@ class ShardStream:
 
 
 def _good_rows(shards: list[str], stream: ShardStream) -> Iterator[dict[str, Any]]:
-    part = ShardStream(shards, stream.read, stream.normalise, stream.kind, None)
+    part = copy.copy(stream)
+    part.shards, part.seed = shards, None
     return iter(part)
 
 
@@ -103,7 +109,7 @@ def normalised(normalise: Normalise, row: Row) -> dict[str, Any] | RowError:
     if isinstance(row.value, RowError):
         return row.value
     try:
-        return normalise(row.name, row.value)
+        return normalise(row.name, row.value) if row.folder is None else normalise(row.name, row.value, row.folder)
     except RowError as row_error:
         return row_error
 

@@ -32,11 +32,13 @@ class Row(NamedTuple):
         position: where to resume after this row, in plain JSON types.
         name: name for logs: the file's name and the row's number or line.
         value: its columns, or why it cannot be read.
+        folder: folder that its relative image paths start from; None for that of the source.
     """
 
     position: Any
     name: str
     value: dict[str, Any] | RowError
+    folder: str | None = None
 
 
 Reader = Callable[[str, Any], Iterator[Row]]

@@ -13,7 +13,7 @@ from bifocal.data.image_files import FoundImages, by_suffix, find_images, image_
 from bifocal.data.kinds import INDEXED
 from bifocal.data.loading import infer_kind as infer_row_kind
 from bifocal.data.loading import iter_rows
-from bifocal.data.locate import METADATA_FILES, SourceSplit, common_folder
+from bifocal.data.locate import METADATA_FILES, name_folder
 from bifocal.data.paths import AllowedRoots, expand, is_remote
 from bifocal.data.skips import RowError
 from bifocal.data.source import Source
@@ -71,17 +71,6 @@ def image_files(source: Source) -> tuple[str, list[str]] | None:
     # The path before the pattern, which is the same whatever files match.
     root = os.path.dirname(re.split(r"[*?\[{]", os.path.expanduser(source.path))[0]) or "."
     return root, [os.path.relpath(file, root).replace(os.sep, "/") for file in files]
-
-
-def _name_root(source: Source) -> str:
-    """Return the folder that names of rows are relative to, the same for a source and for its splits."""
-    paths = [source.path] if isinstance(source.path, str) else source.path
-    if isinstance(source, SourceSplit):
-        folder = source.folder
-    else:
-        local = not any(is_remote(path) for path in paths) and source.format != "hub"
-        folder = common_folder([file for path in paths for file in expand(path)] if local else [])
-    return folder or os.path.dirname(os.path.expanduser(paths[0])) or "."
 
 
 def _folder(source: Source) -> str | None:
@@ -144,7 +133,7 @@ class ItemReader:
         self.table = _table_of(self.folder, self.source.split) if self.folder is not None and images else None
         # Names are relative to this folder.
         self.root = os.path.dirname(self.table) if self.table is not None else self.folder
-        parent = self.root or _name_root(self.source)
+        parent = self.root or name_folder(self.source) or "."
         roots = [*AllowedRoots(self.source.image_root).roots.items(), ("", os.path.realpath(parent))]
         self.roots = sorted(roots, key=lambda root: -len(root[1]))  # innermost first
         self.item_source = ItemSource(self._identity(), {"captions": self.captions}, complete=self.source.limit is None)
@@ -234,10 +223,16 @@ class ItemReader:
                 f"'{self.source.title}' has images and no table, so it has no columns. Remove column_mapping."
             )
         if files.names and self.source.clean is not None and self.source.clean.compares_rows:
-            raise DataError(
-                f"'{self.source.title}' has images without rows, which filters that compare rows need. Clean a copy "
-                "with bifocal data clean first."
-            )
+            if self.table is None:
+                raise DataError(
+                    f"'{self.source.title}' has images without rows, which filters that compare rows need. Clean a "
+                    "copy with bifocal data clean first."
+                )
+            names = list(map(printable, files.names))
+            self.skipped += [(name, "it has no row, which filters that compare rows need") for name in names]
+            self.item_source.unread.update(names)
+            self.images_without_row = 0
+            return
         row_filter = RowFilter(self.source.clean) if self.source.clean is not None else None
         for number, name in enumerate(files.names):
             path = os.path.join(root, name)

@@ -34,7 +34,7 @@ REVIEWED = {
     "data/clean_copy.py": Counter(
         # The folder of its parts, under its lock.
         write_clean=2, _clean=2, _write_plan=1,
-        _remove_part=2,  # files of a part by their names, and the folder if it is empty then
+        _remove_part=3,  # files of a part by their names, and the folder if it is empty then
         _publish=1,  # under a name that no file has
     ),
 }  # fmt: skip

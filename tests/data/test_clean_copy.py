@@ -271,6 +271,19 @@ def test_what_others_write_meanwhile_is_left_alone(tmp_path, monkeypatch, name):
     assert not (out / ".unfinished").exists()
 
 
+def test_a_run_that_was_killed_while_it_removed_a_part_resumes(tmp_path, monkeypatch):
+    source, out = pairs(tmp_path), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(clean_copy, "_publish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            write(source, out)
+    (out / ".unfinished" / "plan.json").unlink()
+    part = sorted((out / ".unfinished").glob("0*"))[1]
+    (part / "counts.json").unlink()
+    (part / "skips.jsonl").unlink()
+    assert write(source, out)[0] == 27
+
+
 def test_two_runs_do_not_write_into_one_folder(tmp_path):
     from filelock import FileLock
 

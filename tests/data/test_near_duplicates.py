@@ -18,6 +18,7 @@ from bifocal.data.near_duplicates import (
     band_shape,
     first_of_groups,
     missing_probability,
+    near_duplicate_images,
     sign_image,
     sign_texts,
     similar_images,
@@ -258,11 +259,24 @@ def test_many_similar_images_equal_brute_force(monkeypatch):
     assert 100 < len(expected) < 40 * 39 // 2
     found = similar_images(rows, 8)
     assert found.tolist() == sorted(map(list, expected))
-    skipped: dict[int, int] = {}
-    for later, earlier in found.tolist():
-        if later not in skipped and earlier not in skipped:
-            skipped[later] = earlier
-    assert first_of_groups(found) == skipped
+    assert near_duplicate_images(rows, 8).keys() == greedy(near), "also of rows that equal a skipped one"
+
+
+def greedy(near: np.ndarray) -> set[int]:
+    """The rows that have an earlier one that stays, by all pairs."""
+    skipped: set[int] = set()
+    for row in range(len(near)):
+        if any(near[row, other] and other not in skipped for other in range(row)):
+            skipped.add(row)
+    return skipped
+
+
+def test_copies_of_a_skipped_row_are_skipped(tmp_path):
+    text = "a dog runs over the green meadow behind the old house"
+    rows = [text, text + "s", text + "s", "another one", text + "s"]
+    path = lines(tmp_path / "a.jsonl", [{"text": row} for row in rows])
+    source = Source(path=str(path), clean={"near_duplicate_texts": 0.8})
+    assert load_source(source, "text-only")["text"][:] == [text, "another one"]
 
 
 @pytest.mark.parametrize("setting", ["images=17", "images=-1", "texts=0.3", "texts=1.5"])

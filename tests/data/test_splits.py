@@ -8,13 +8,16 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from datasets import Dataset
+from PIL import Image
 from pyarrow.parquet import write_table
 
 from bifocal.data.loading import iter_rows, load_source
+from bifocal.data.row_names import row_name
 from bifocal.data.skips import RowError
 from bifocal.data.source import Source
 from bifocal.data.splits import split_source
 from bifocal.errors import DataError
+from bifocal.modeling import load_image
 from tests.data.files import image_bytes, lines, shard, shards
 
 
@@ -135,7 +138,7 @@ def filtered(folder: Path) -> dict:
 
 
 def image_paths(folder: Path) -> dict:
-    """Paths of images start from the folder of the first file."""
+    """Paths of images start from the folder of the file that names them."""
     for name in ("one", "two"):
         (folder / name).mkdir()
         (folder / name / "image.png").write_bytes(image_bytes(form="PNG", seed=len(name)))
@@ -205,9 +208,33 @@ def test_a_source_that_does_not_exist(tmp_path):
 
 
 def test_the_cache_tells_a_split_from_the_file_alone(tmp_path):
-    """The image of the second file is another one where the file is read alone."""
-    options = image_paths(tmp_path)
-    kind = options.pop("kind")
-    second = split_source(Source(**options), kind)[1]
-    alone = load_source(Source(path=options["path"][1]), kind)[0]["image"]["path"]
-    assert load_source(second, kind)[0]["image"]["path"] == str(tmp_path / "one" / "image.png") != alone
+    """Of files with the same name, rows have the whole path; a file that is read alone needs only its name."""
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        lines(tmp_path / folder / "rows.jsonl", table(0, 2))
+    second = split_source(Source(path=f"{tmp_path}/*/rows.jsonl"), "text-pair")[1]
+    alone = Source(path=str(tmp_path / "two" / "rows.jsonl"))
+    assert row_name(load_source(alone, "text-pair"), 0) == "rows.jsonl:1"
+    assert row_name(load_source(second, "text-pair"), 0) == f"{tmp_path}/two/rows.jsonl:1"
+
+
+def test_images_are_those_next_to_the_file_that_names_them(tmp_path):
+    """Tables in two folders, each with an image of the same name: as a whole, as splits, and loaded."""
+    for folder, colour in (("a", "red"), ("b", "blue")):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (9, 9), colour).save(tmp_path / folder / "1.png")
+        lines(tmp_path / folder / f"{folder}.jsonl", [{"image": "1.png", "caption": colour}])
+    source = Source(path=f"{tmp_path}/*/*.jsonl")
+    rows = [row for _, row in iter_rows(source, "image-text")]
+    assert [(row["image"], row["caption"]) for row in rows] == [
+        (str(tmp_path / "a" / "1.png"), "red"), (str(tmp_path / "b" / "1.png"), "blue"),
+    ]  # fmt: skip
+    of_splits = [row for split in split_source(source, "image-text") for _, row in iter_rows(split, "image-text")]
+    assert of_splits == rows
+    assert [load_image(row["image"]).getpixel((0, 0)) for row in load_source(source, "image-text")] == [
+        (255, 0, 0), (0, 0, 255),
+    ]  # fmt: skip
+    stream = load_source(source.model_copy(update={"streaming": True}), "image-text")
+    assert [row["image"] for row in stream.as_iterable()] == [row["image"] for row in rows]
+    rooted = source.model_copy(update={"image_root": str(tmp_path / "a")})
+    assert [row["image"] for _, row in iter_rows(rooted, "image-text")] == [str(tmp_path / "a" / "1.png")] * 2

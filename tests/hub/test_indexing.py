@@ -70,6 +70,11 @@ def test_images_by_pattern_and_filters(desk):
     assert "'photos' has images and no table" in said
     error = error_of(desk, "index", "photos", "other", "--model", "model", "clean.near_duplicate_images=4")
     assert "'photos' has images without rows, which filters that compare rows need." in error
+    (desk / "photos" / "metadata.jsonl").write_text('{"file_name": "b.png", "caption": "b"}\n')
+    command = ("index", "photos", "rows", "--model", "model", "clean.near_duplicate_images=4")
+    done = invoke(desk, *command)
+    assert "Skipped: c.jpg: it has no row, which filters that compare rows need" in done.stderr
+    assert "1 new, 0 known before, 1 skipped" in done.stdout
 
 
 def test_a_folder_whose_name_is_not_valid_text(desk):

@@ -197,6 +197,17 @@ def test_what_could_not_be_read_is_read_by_the_next_run(desk):
     assert "missing image" in again.stderr
 
 
+def test_a_pattern_of_one_file_takes_a_second_one(desk):
+    (desk / "texts-2.jsonl").rename(desk / "later.jsonl")
+    (desk / "texts-1.jsonl").unlink()
+    embed(desk, "texts-*.jsonl")
+    (desk / "later.jsonl").rename(desk / "texts-2.jsonl")
+    assert "10 embedded, 10 embedded before" in embed(desk, "texts-*.jsonl").stdout
+    assert [row["text"] for row in table(desk)] == [
+        f"sentence {file} {number}" for file in (0, 2) for number in range(10)
+    ]
+
+
 def test_a_file_that_comes_between_others_is_refused(desk):
     embed(desk, "texts-*.jsonl")
     (desk / "texts-1.jsonl").rename(desk / "texts-4.jsonl")
