@@ -1,23 +1,18 @@
-"""Find near-duplicate images (difference hash and colours) and texts (MinHash) among the rows of a source.
-
-Two passes: signatures of rows, which are small and independent of one another, and pairs among all signatures.
-"""
+"""Find near-duplicate images and texts among the rows of a source, by their signatures, and remove them."""
 
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from bifocal.data.filters import Cleaning, comparable_text
+from bifocal.data.filters import Cleaning
 from bifocal.data.image_decoding import image_paths
-from bifocal.data.image_errors import image_row_error
-from bifocal.data.row_names import row_name, select_rows
+from bifocal.data.row_names import row_name, rows_of, select_rows
+from bifocal.data.signatures import PERMUTATIONS, Signatures, not_installed, sign_rows
 from bifocal.data.skips import RowError, SkipLog, SkippedRow
 from bifocal.errors import DataError
 from bifocal.files import replace_file
@@ -25,113 +20,15 @@ from bifocal.files import replace_file
 # Defaults, measured in docs/data.md.
 IMAGE_DISTANCE = 8  # bits of 64
 TEXT_SIMILARITY = 0.8
-TEXT_COLUMNS = ("caption", "query", "positive", "text", "first", "second")
 
-_HASH_BITS, _HASH_BYTES = 64, 8
+_HASH_BITS = 64
 _HASH_PARTS = 4  # substrings that the index looks up
-_GRID = 8  # colours are means of 8 x 8 fields
 _COLOUR_DIFFERENCE = 32.0  # of 255, in any field, after the brightness is made equal
 _BRIGHTNESS = 4 / 3  # largest ratio of brightness that is made equal
-_PLAIN = 2.0  # standard deviation of the grey values below which an image has nothing to compare
-_HASHED_SIDE = 64  # pixels to which an image is reduced before it is hashed
-_PERMUTATIONS = 128
-_NGRAM = 5  # characters
 _MISSED = 0.01  # largest probability that a pair at the threshold is missed
 _VERSION = 2  # of the cached rows; raise it when others are found
 _BLOCK = 4096  # pairs compared at a time
 _SEARCHED = 256  # hashes looked up at a time; each may have a pair with every earlier one
-
-
-@dataclass
-class Signatures:
-    """What is compared of rows: 200 bytes for each image and 512 for each text.
-
-    Args:
-        names: names of the rows.
-        hashes: difference hashes of the images, of shape (rows, 8); None if the rows have no images.
-        colours: mean colours of the fields of each image, of shape (rows, 192).
-        plain: whether an image is of one colour, and so is no near-duplicate of another.
-        texts: MinHash values by column, of shape (rows, 128).
-    """
-
-    names: list[str] = field(default_factory=list)
-    hashes: np.ndarray | None = None
-    colours: np.ndarray | None = None
-    plain: np.ndarray | None = None
-    texts: dict[str, np.ndarray] = field(default_factory=dict)
-
-    @classmethod
-    def of_images(cls, names: list[str], signed: Sequence[tuple[np.ndarray, np.ndarray, bool]]) -> "Signatures":
-        """Return the signatures of images, each as returned by `sign_image`."""
-        if not signed:
-            return cls(names)
-        hashes, colours, plain = zip(*signed, strict=True)
-        return cls(names, np.stack(hashes), np.stack(colours), np.array(plain))
-
-
-def sign_rows(rows: Iterable[tuple[str, dict[str, Any]]], images: bool = True, texts: bool = True) -> Signatures:
-    """Return the signatures of good rows, in their order.
-
-    Args:
-        rows: names and rows, whose images are bytes or paths.
-        images, texts: whether to sign the images and the texts.
-
-    Raises:
-        DataError: if ImageHash or datasketch is not installed.
-        RowError: if an image cannot be read.
-    """
-    names: list[str] = []
-    signed: list[tuple[np.ndarray, np.ndarray, bool]] = []
-    written: dict[str, list[str]] = {}
-    for name, row in rows:
-        names.append(name)
-        if images and "image" in row:
-            signed.append(sign_image(row["image"]))
-        if texts:
-            for column in TEXT_COLUMNS:
-                if column in row:
-                    written.setdefault(column, []).append(comparable_text(row[column]))
-    signatures = Signatures.of_images(names, signed)
-    signatures.texts = {column: sign_texts(values) for column, values in written.items()}
-    return signatures
-
-
-def sign_image(value: Any) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Return the difference hash of an image, the mean colours of its fields, and whether it is of one colour.
-
-    Raises:
-        DataError: if ImageHash is not installed.
-        RowError: if the image cannot be read.
-    """
-    from bifocal.modeling.image_bifocal import decode_image
-
-    try:
-        import imagehash
-    except ImportError as error:
-        raise _not_installed("images", "ImageHash") from error
-    try:
-        image = decode_image(value, smallest_side=2 * _HASHED_SIDE).image
-    except Exception as error:
-        raise image_row_error(error) from error
-    image = image.resize((_HASHED_SIDE, _HASHED_SIDE), Image.Resampling.BOX, reducing_gap=2.0)
-    colours = np.asarray(image.resize((_GRID, _GRID), Image.Resampling.BOX)).reshape(-1)
-    bits = imagehash.dhash(image).hash.reshape(-1)
-    return np.packbits(bits), colours, bool(np.asarray(image.convert("L")).std() < _PLAIN)
-
-
-def sign_texts(texts: Sequence[str]) -> np.ndarray:
-    """Return MinHash values of the character 5-grams of texts, of shape (texts, 128).
-
-    Raises:
-        DataError: if datasketch is not installed.
-    """
-    try:
-        from datasketch import MinHash
-    except ImportError as error:
-        raise _not_installed("texts", "datasketch") from error
-    ngrams = ([ngram.encode("utf-8", "surrogatepass") for ngram in _ngrams(text)] for text in texts)
-    values = [minhash.hashvalues for minhash in MinHash.generator(ngrams, num_perm=_PERMUTATIONS)]
-    return np.stack(values).astype(np.uint32) if values else np.empty((0, _PERMUTATIONS), np.uint32)
 
 
 def similar_images(rows: Signatures, max_distance: int, others: Signatures | None = None) -> np.ndarray:
@@ -222,11 +119,11 @@ def band_shape(min_similarity: float, columns: int = 1) -> tuple[int, int]:
 
     It is the widest band, which compares the fewest pairs, that misses at most 1 % of the pairs at the threshold.
     """
-    for width in range(_PERMUTATIONS, 1, -1):
-        bands = _PERMUTATIONS // width
+    for width in range(PERMUTATIONS, 1, -1):
+        bands = PERMUTATIONS // width
         if missing_probability(min_similarity, bands, width, columns) <= _MISSED:
             return bands, width
-    return _PERMUTATIONS, 1
+    return PERMUTATIONS, 1
 
 
 def missing_probability(similarity: float, bands: int, width: int, columns: int = 1) -> float:
@@ -262,14 +159,19 @@ def filter_near_duplicates(dataset: Any, cleaning: Cleaning, skipped: SkipLog, n
     Raises:
         DataError: if a library is not installed, or an image cannot be read.
     """
-    causes = ("near-duplicate image", "near-duplicate text")
     rows = _cached_skips(dataset, cleaning, name)
     skips = [
-        SkippedRow(row_name(dataset, later), causes[cause], f"near-duplicate of {row_name(dataset, earlier)}", True)
-        for later, earlier, cause in rows.tolist()
+        near_duplicate(row_name(dataset, later), row_name(dataset, earlier), by_text)
+        for later, earlier, by_text in rows.tolist()
     ]
     skipped.add(name, 0, skips)
     return select_rows(dataset, np.setdiff1d(np.arange(len(dataset)), rows[:, 0]).tolist()) if skips else dataset
+
+
+def near_duplicate(later: str, earlier: str, by_text: bool) -> SkippedRow:
+    """Return a row that is skipped as the near-duplicate of an earlier one."""
+    cause = f"near-duplicate {'text' if by_text else 'image'}"
+    return SkippedRow(later, cause, f"near-duplicate of {earlier}", filtered=True)
 
 
 def _cached_skips(dataset: Any, cleaning: Cleaning, name: str) -> np.ndarray:
@@ -311,40 +213,33 @@ def _image_stamps(dataset: Any) -> list[tuple[int, int]] | None:
 
 
 def _skips(dataset: Any, cleaning: Cleaning, name: str) -> np.ndarray:
-    """Return the rows to skip, sorted: number, that of the row that stays in its place, and 1 if the texts decided."""
-    most, least = cleaning.near_duplicate_images, cleaning.near_duplicate_texts
+    """Return `near_duplicate_rows` of a data set."""
+    images, texts = cleaning.near_duplicate_images is not None, cleaning.near_duplicate_texts is not None
     try:
-        signatures = sign_rows(rows_of(dataset), most is not None, least is not None)
+        signatures = sign_rows(rows_of(dataset), images, texts)
     except RowError as error:
         raise DataError(
             f"'{name}' has an image that cannot be read ({error}). Add clean.verify_images=true, which skips such rows."
         ) from error
+    return near_duplicate_rows(signatures, len(dataset), cleaning)
+
+
+def near_duplicate_rows(signatures: Signatures, count: int, cleaning: Cleaning) -> np.ndarray:
+    """Return the rows to skip, sorted: number, that of the row that stays in its place, and 1 if the texts decided.
+
+    Args:
+        count: number of rows.
+    """
+    most, least = cleaning.near_duplicate_images, cleaning.near_duplicate_texts
     skips: dict[int, tuple[int, int]] = {}
     if most is not None:
         skips |= {row: (stays, 0) for row, stays in near_duplicate_images(signatures, most).items()}
     if least is not None:  # among the rows that stay
-        kept = np.setdiff1d(np.arange(len(signatures.names)), list(skips)).astype(np.int64)
+        kept = np.setdiff1d(np.arange(count), list(skips)).astype(np.int64)
         texts = Signatures([], texts={column: values[kept] for column, values in signatures.texts.items()})
-        found = near_duplicate_texts(texts, least).items()
-        skips |= {int(kept[row]): (int(kept[stays]), 1) for row, stays in found}
+        text_skips = near_duplicate_texts(texts, least).items()
+        skips |= {int(kept[row]): (int(kept[stays]), 1) for row, stays in text_skips}
     return np.array([(row, *skips[row]) for row in sorted(skips)], np.int64).reshape(-1, 3)
-
-
-def _not_installed(what: str, package: str) -> DataError:
-    return DataError(f"Near-duplicate {what} need {package}. Install it with `pip install {package}`.")
-
-
-def rows_of(dataset: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the rows of a `datasets.Dataset` with their names, images as bytes or paths."""
-    for number, row in enumerate(dataset):
-        image = row.get("image")
-        if isinstance(image, dict):
-            row["image"] = image["bytes"] if image["bytes"] is not None else image["path"]
-        yield row_name(dataset, number), row
-
-
-def _ngrams(text: str) -> set[str]:
-    return {text[start : start + _NGRAM] for start in range(max(1, len(text) - _NGRAM + 1))}
 
 
 def _groups(signatures: np.ndarray, compared: np.ndarray | None = None) -> list[list[int]]:
@@ -381,7 +276,7 @@ def _near_images(
     try:
         import faiss
     except ImportError as error:
-        raise _not_installed("images", "faiss-cpu") from error
+        raise not_installed("images", "faiss-cpu") from error
     hashes, colours = left
     other_hashes, other_colours = left if right is None else right
     pairs = [np.empty((0, 2), np.int64)]
