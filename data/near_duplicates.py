@@ -4,6 +4,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,22 @@ _MISSED = 0.01  # largest probability that a pair at the threshold is missed
 _VERSION = 2  # of the cached rows; raise it when others are found
 _BLOCK = 4096  # pairs compared at a time
 _SEARCHED = 256  # hashes looked up at a time; each may have a pair with every earlier one
+
+
+def require_libraries(cleaning: Cleaning) -> None:
+    """Require the libraries that find near-duplicates, before many rows are read.
+
+    Raises:
+        DataError: if one is not installed.
+    """
+    libraries = []
+    if cleaning.near_duplicate_images is not None:
+        libraries += [("images", "imagehash", "ImageHash"), ("images", "faiss", "faiss-cpu")]
+    if cleaning.near_duplicate_texts is not None:
+        libraries += [("texts", "datasketch", "datasketch")]
+    for what, module, package in libraries:
+        if find_spec(module) is None:
+            raise not_installed(what, package)
 
 
 def similar_images(rows: Signatures, max_distance: int, others: Signatures | None = None) -> np.ndarray:
