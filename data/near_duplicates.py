@@ -13,7 +13,7 @@ import numpy as np
 from bifocal.data.filters import Cleaning
 from bifocal.data.image_decoding import image_paths
 from bifocal.data.row_names import row_name, rows_of, select_rows
-from bifocal.data.signatures import PERMUTATIONS, Signatures, not_installed, sign_rows
+from bifocal.data.signatures import PERMUTATIONS, Signatures, digest_of, not_installed, sign_rows
 from bifocal.data.skips import RowError, SkipLog, SkippedRow
 from bifocal.errors import DataError
 from bifocal.files import replace_file
@@ -23,7 +23,7 @@ IMAGE_DISTANCE = 8  # bits of 64
 TEXT_SIMILARITY = 0.8
 
 _HASH_BITS = 64
-_HASH_PARTS = 4  # substrings that the index looks up
+_CANDIDATE = 12  # lookups in the time in which one hash is compared, measured
 _COLOUR_DIFFERENCE = 32.0  # of 255, in any field, after the brightness is made equal
 _BRIGHTNESS = 4 / 3  # largest ratio of brightness that is made equal
 _MISSED = 0.01  # largest probability that a pair at the threshold is missed
@@ -87,11 +87,17 @@ def near_duplicate_texts(rows: Signatures, min_similarity: float) -> dict[int, i
 def _equal_images(rows: Signatures) -> list[list[int]]:
     if rows.hashes is None or rows.colours is None or rows.plain is None:
         return []
-    return _groups(np.concatenate([rows.hashes, rows.colours], axis=1), ~rows.plain)
+    return _groups([rows.hashes, rows.colours], ~rows.plain)
 
 
 def _equal_texts(rows: Signatures, columns: Sequence[str]) -> list[list[int]]:
-    return _groups(np.stack([rows.texts[column] for column in columns], axis=1))
+    return _groups([rows.texts[column] for column in columns])
+
+
+def _first_texts(rows: Signatures, columns: Sequence[str], groups: list[list[int]]) -> np.ndarray:
+    """Return the signatures of the first row of each group, of shape (groups, columns, 128)."""
+    first = np.array([group[0] for group in groups], np.int64)
+    return np.stack([rows.texts[column][first] for column in columns], axis=1)
 
 
 def _with_equal_rows(skipped: dict[int, int], groups: Sequence[Sequence[int]]) -> dict[int, int]:
@@ -113,10 +119,10 @@ def similar_texts(rows: Signatures, min_similarity: float, others: Signatures | 
     columns = [column for column in rows.texts if column in second.texts]
     if not columns or len(columns) != len(rows.texts):
         return np.empty((0, 2), np.int64)
-    left, right = (np.stack([side.texts[column] for column in columns], axis=1) for side in (rows, second))
     ours = _equal_texts(rows, columns)
     theirs = ours if others is None else _equal_texts(second, columns)
-    left, right = left[[group[0] for group in ours]], right[[group[0] for group in theirs]]
+    left = _first_texts(rows, columns, ours)
+    right = left if others is None else _first_texts(second, columns, theirs)
     bands, width = band_shape(min_similarity, len(columns))
     matches = np.empty(0, np.int64)  # row * number of partners + partner
     for band in range(bands):
@@ -253,17 +259,17 @@ def near_duplicate_rows(signatures: Signatures, count: int, cleaning: Cleaning) 
         skips |= {row: (stays, 0) for row, stays in near_duplicate_images(signatures, most).items()}
     if least is not None:  # among the rows that stay
         kept = np.setdiff1d(np.arange(count), list(skips)).astype(np.int64)
-        texts = Signatures([], texts={column: values[kept] for column, values in signatures.texts.items()})
+        texts = signatures if not skips else Signatures([], texts={c: v[kept] for c, v in signatures.texts.items()})
         text_skips = near_duplicate_texts(texts, least).items()
         skips |= {int(kept[row]): (int(kept[stays]), 1) for row, stays in text_skips}
     return np.array([(row, *skips[row]) for row in sorted(skips)], np.int64).reshape(-1, 3)
 
 
-def _groups(signatures: np.ndarray, compared: np.ndarray | None = None) -> list[list[int]]:
-    """Return the rows of each group with one signature, in order: a million equal pairs are a thousand rows."""
+def _groups(signatures: Sequence[np.ndarray], compared: np.ndarray | None = None) -> list[list[int]]:
+    """Return the rows of each group with the same signatures, in order: a million equal pairs are a thousand rows."""
     groups: dict[bytes, list[int]] = {}
-    for row in range(len(signatures)) if compared is None else np.flatnonzero(compared).tolist():
-        groups.setdefault(signatures[row].tobytes(), []).append(row)
+    for row in range(len(signatures[0])) if compared is None else np.flatnonzero(compared).tolist():
+        groups.setdefault(digest_of(b"".join(values[row].tobytes() for values in signatures)), []).append(row)
     return list(groups.values())
 
 
@@ -300,8 +306,9 @@ def _near_images(
     if not len(hashes) or not len(other_hashes):
         return pairs[0]
     # Of hashes that differ in d bits, one of n substrings differs in d // n bits at most: none is missed.
-    index = faiss.IndexBinaryMultiHash(_HASH_BITS, _HASH_PARTS, _HASH_BITS // _HASH_PARTS)
-    index.nflip = max_distance // _HASH_PARTS
+    parts = _hash_parts(len(other_hashes), max_distance)
+    index = faiss.IndexBinaryMultiHash(_HASH_BITS, parts, _HASH_BITS // parts)
+    index.nflip = max_distance // parts
     if right is not None:
         index.add(np.ascontiguousarray(other_hashes))
     for start in range(0, len(hashes), _SEARCHED):
@@ -318,6 +325,17 @@ def _near_images(
             same[~same] = _same_colours(colours, colours, near[~same][:, ::-1])
         pairs.append(near[same])
     return np.concatenate(pairs)
+
+
+def _hash_parts(hashes: int, max_distance: int) -> int:
+    """Return the number of substrings of a hash by which hashes are looked up in the shortest time."""
+
+    def cost(parts: int) -> float:
+        bits = _HASH_BITS // parts
+        lookups = parts * sum(math.comb(bits, flipped) for flipped in range(max_distance // parts + 1))
+        return lookups * (1 + _CANDIDATE * hashes / 2**bits)
+
+    return min(range(2, 9), key=cost)
 
 
 def _same_colours(first: np.ndarray, second: np.ndarray, pairs: np.ndarray) -> np.ndarray:

@@ -85,8 +85,9 @@ def test_colour_tells_images_apart_and_plain_ones_are_not_compared():
     assert not len(similar_images(images_of(plain), 16))
 
 
-@pytest.mark.parametrize("most", [0, 3, 8, 16])
-def test_pairs_of_hashes_equal_brute_force(most):
+@pytest.mark.parametrize(("most", "parts"), [(0, 2), (0, 4), (3, 2), (3, 3), (8, 2), (8, 3), (8, 7), (16, 4), (16, 5)])
+def test_pairs_of_hashes_equal_brute_force(most, parts, monkeypatch):
+    monkeypatch.setattr(near_duplicates, "_hash_parts", lambda *_: parts)
     draws = np.random.default_rng(0)
     hashes = draws.integers(0, 256, (300, 8), dtype=np.uint8)
     for number in range(150):  # neighbours at every distance
@@ -101,6 +102,10 @@ def test_pairs_of_hashes_equal_brute_force(most):
     other = Signatures([], hashes[:100], colours[:100], np.zeros(100, bool))
     expected = {(i, j) for i in range(300) for j in range(100) if distance[i, j] <= most}
     assert {tuple(pair) for pair in similar_images(signatures, most, other).tolist()} == expected
+
+
+def test_more_hashes_are_looked_up_by_longer_substrings():
+    assert [near_duplicates._hash_parts(hashes, 8) for hashes in (10, 10**5, 10**9)] == [5, 3, 2]
 
 
 def edited(text: str, number: int) -> str:

@@ -2,12 +2,14 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bifocal.data import clean_copy, near_duplicates, part_comparison
 from bifocal.data.clean_copy import write_clean
 from bifocal.data.clean_parts import Part, ReducedPart
+from bifocal.data.filters import read_image_bytes
 from bifocal.data.loading import load_source
 from bifocal.data.parallel import Execution
 from bifocal.data.row_names import rows_of
@@ -15,7 +17,7 @@ from bifocal.data.skips import SkipLog
 from bifocal.data.source import Source
 from bifocal.errors import DataError
 from tests.bifocal.commands import error_of
-from tests.data.files import image_bytes, lines
+from tests.data.files import image_bytes, lines, shard, shards
 from tests.data.test_near_duplicates import SENTENCES, altered
 from tests.processes import skip_if_quick
 
@@ -67,18 +69,23 @@ def source(folder: Path, **clean) -> Source:
     return Source(path=f"{folder}/[a-e].jsonl", max_bad_fraction=0.7, clean=clean)
 
 
-def write(source: Source, out: Path, execution: Execution | None = None) -> tuple[int, SkipLog]:
+def write(
+    source: Source, out: Path, execution: Execution | None = None, kind: str = "image-text"
+) -> tuple[int, SkipLog]:
     log = SkipLog(out / "skipped.jsonl")
-    return write_clean(source, "image-text", out, log, execution), log
+    return write_clean(source, kind, out, log, execution), log
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def copied(out: Path) -> list[tuple[list[str], bytes]]:
-    rows = load_source(Source(path=f"{out}/*.parquet"), "image-text")
-    return [(row["caption"], row["image"]) for _, row in rows_of(rows)]
+def copied(out: Path, kind: str = "image-text") -> list[dict[str, Any]]:
+    return [with_bytes(row) for _, row in rows_of(load_source(Source(path=f"{out}/*.parquet"), kind))]
+
+
+def with_bytes(row: dict[str, Any]) -> dict[str, Any]:
+    return {**row, "image": read_image_bytes(row["image"])} if "image" in row else row
 
 
 ALL = {"near_duplicate_images": 8, "near_duplicate_texts": 0.75, "exclude": ["images.jsonl", "texts.jsonl"]}
@@ -102,17 +109,43 @@ EXACT = {"deduplicate_images": True, "deduplicate_texts": True}
 )
 def test_parts_give_the_rows_of_the_whole_source(folder, clean, kept):
     cleaned = source(folder, **clean)
-    rows, log = write(cleaned, folder / "out")
+    require_rows_of_whole(cleaned, "image-text", folder, kept)
+
+
+def require_rows_of_whole(cleaned: Source, kind: str, folder: Path, kept: int) -> None:
+    """Clean a source over parts, and compare rows, log and counts with those of the source when it is loaded whole."""
+    rows, log = write(cleaned, folder / "out", kind=kind)
     expected_log = SkipLog(folder / "expected.jsonl")
     verified = cleaned.clean.model_copy(update={"verify_images": True})
-    whole = load_source(cleaned.model_copy(update={"clean": verified}), "image-text", skipped=expected_log)
+    whole = load_source(cleaned.model_copy(update={"clean": verified}), kind, skipped=expected_log)
     assert rows == len(whole) == kept
-    assert copied(folder / "out") == [(row["caption"], Path(row["image"]).read_bytes()) for _, row in rows_of(whole)]
+    assert copied(folder / "out", kind) == [with_bytes(row) for _, row in rows_of(whole)]
     logs = [path.read_text().splitlines() for path in (folder / "out" / "skipped.jsonl", folder / "expected.jsonl")]
-    if "deduplicate_texts" in clean:  # when reading a whole source, these are found between bad rows
+    if cleaned.clean.deduplicate_texts:  # when reading a whole source, these are found between bad rows
         logs = [sorted(log) for log in logs]
     assert logs[0] == logs[1]
     assert {**log.state(), "log": 0} == {**expected_log.state(), "log": 0}
+
+
+def test_every_text_of_triplets_is_compared(tmp_path):
+    rows = [{"query": f"query of {text}", "positive": text, "negatives": ["no", f"not {text}"]} for text in SENTENCES]
+    changed = {**rows[1], "positive": SENTENCES[1] + " again"}
+    other = {**rows[2], "query": "another question altogether"}
+    leak = {**rows[4], "negatives": ["no", "this text is in the evaluation set"]}
+    lines(tmp_path / "0.jsonl", [{**rows[0], "negatives": []}, *rows[:3]])
+    lines(tmp_path / "1.jsonl", [rows[3], changed, {**rows[5], "positive": ""}, other, leak])
+    lines(tmp_path / "2.jsonl", [rows[5], rows[3]])
+    lines(tmp_path / "e.txt.jsonl", [{"text": "This text is in the evaluation set!"}])
+    clean = {"near_duplicate_texts": 0.75, "exclude_rows_of": f"{tmp_path}/e.txt.jsonl"}
+    cleaned = Source(path=f"{tmp_path}/[0-2].jsonl", max_bad_fraction=0.5, clean=clean)
+    require_rows_of_whole(cleaned, "text-triplet", tmp_path, 6)
+
+
+def test_images_in_tar_shards(tmp_path):
+    shards(tmp_path / "tars", [5, 4])
+    shard(tmp_path / "tars" / "00002.tar", 3, 4)  # samples 3 to 6 again, of both shards
+    cleaned = Source(path=f"{tmp_path}/tars/*.tar", clean={"near_duplicate_images": 8})
+    require_rows_of_whole(cleaned, "image-text", tmp_path, 9)
 
 
 def test_two_processes_write_what_one_writes(folder):
@@ -206,7 +239,7 @@ def test_copies_of_what_is_no_longer_there_are_kept(folder, written, monkeypatch
     assert written == ["a", "d again"]  # of `e` the same rows are skipped, for other ones
     write(source(folder, near_duplicate_images=8), folder / "fresh")
     assert contents(out) == contents(folder / "fresh")
-    assert copied(out)[1] == ([SENTENCES[2]], IMAGES["half 0"])
+    assert (copied(out)[1]["caption"], copied(out)[1]["image"]) == ([SENTENCES[2]], IMAGES["half 0"])
 
 
 def test_a_part_that_is_written_again_is_reduced_again(folder, written, monkeypatch):
@@ -222,7 +255,7 @@ def test_a_part_that_is_written_again_is_reduced_again(folder, written, monkeypa
     written.clear()
     write(source(folder, near_duplicate_images=8), out)
     assert written == ["b", "b again"]
-    captions = [caption for [caption], _ in copied(out)]
+    captions = [row["caption"][0] for row in copied(out)]
     assert captions == [SENTENCES[0], SENTENCES[1], "copy", "last"]
 
 
