@@ -80,7 +80,9 @@ def write_clean(source: Source, kind: str, out: Path, skipped: SkipLog, executio
                     start_log(skipped.log)
                 _count(parts, title, source.max_bad_fraction, skipped)
                 complete = _reduced(parts, title, skipped)
-                _write_parts(complete, MakeWriter(), unfinished, execution)
+                reduced = [part for part in complete if isinstance(part, ReducedPart)]
+                if reduced:
+                    _write_parts(reduced, MakeWriter(), unfinished, execution)
                 rows = _require_rows(complete, title, skipped)
                 plan = _write_plan(complete, unfinished, key, rows, skipped)
             elif plan["key"] == key:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bifocal.data.filters import DUPLICATE_IMAGE, DUPLICATE_TEXT, Cleaning, comparable_texts, read_image_bytes
+from bifocal.data.filters import DUPLICATE_IMAGE, DUPLICATE_TEXT, Cleaning, comparable_texts
 from bifocal.data.kinds import KINDS
 from bifocal.data.leakage import Evaluations, deciding_matches, leaked_rows
 from bifocal.data.near_duplicates import near_duplicate, near_duplicate_rows
@@ -26,7 +26,8 @@ from bifocal.data.signatures import (
     sign_image,
     sign_rows,
 )
-from bifocal.data.skips import SkippedRow
+from bifocal.data.skips import RowError, SkippedRow
+from bifocal.errors import DataError
 
 NAMES = "names.jsonl"  # of a part's rows, one on each line
 SIGNATURES, LEAKS = "signatures.bin", "leaks.jsonl"  # files of a signed part
@@ -53,7 +54,7 @@ def sign_part(
         name: name of the part, for messages.
 
     Raises:
-        DataError: if a library is not installed, or nothing of an excluded source can be compared.
+        DataError: if a library is not installed, or an image cannot be compared.
         OSError: if the files cannot be written.
     """
     matches = deciding_matches(KINDS[kind], evaluations, name)
@@ -62,7 +63,7 @@ def sign_part(
     iterator = iter(rows)
     done = 0
     with (folder / SIGNATURES).open("wb") as signatures, (folder / LEAKS).open("w", encoding="utf-8") as leaks:
-        while block := list(islice(_without_images(iterator, signs_images), _BLOCK)):
+        while block := list(islice(_without_images(iterator, signs_images, name), _BLOCK)):
             records = _signed([row for _, row in block], [digest for digest, _ in block], record, cleaning)
             if evaluations:
                 leaked = leaked_rows((row for _, row in block), cleaning, evaluations, matches, name)
@@ -72,15 +73,20 @@ def sign_part(
             done += len(block)
 
 
-def _without_images(rows: Iterator[dict[str, Any]], signs_images: bool) -> Iterator[tuple[bytes, dict[str, Any]]]:
+def _without_images(
+    rows: Iterator[dict[str, Any]], signs_images: bool, name: str
+) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Yield the digest of each row's image, and the row with its signed image in the place of the image's bytes."""
     for row in rows:
         digest = b""
         if "image" in row and signs_images:
-            row["image"] = sign_image(row["image"])
+            try:
+                row["image"] = sign_image(row["image"])
+            except RowError as error:  # it can be decoded, though, or the row would be a bad one
+                raise DataError(f"An image of '{name}' cannot be compared ({error}). Remove it.") from error
             digest = row["image"].digest
         elif "image" in row:
-            digest = digest_of(read_image_bytes(row.pop("image")))
+            digest = digest_of(row.pop("image"))
         yield digest, row
 
 

@@ -1,6 +1,7 @@
 """Filters that compare rows give the same rows over parts, however they are written, as over the whole source."""
 
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from bifocal.errors import DataError
 from tests.bifocal.commands import error_of
 from tests.data.files import image_bytes, lines, shard, shards
 from tests.data.test_near_duplicates import SENTENCES, altered
-from tests.processes import skip_if_quick
+from tests.processes import run, skip_if_quick
 
 IMAGES = {
     "photo 0": image_bytes((160, 120), seed=0),
@@ -177,29 +178,36 @@ def written(monkeypatch) -> list[str]:
     return names
 
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from bifocal.data import clean_copy, clean_parts
+from tests.data.test_part_comparison import ALL, source, write
+folder, kind, stopped = Path(sys.argv[1]), getattr(clean_parts, sys.argv[2]), sys.argv[3]
+clean_copy._PART_BYTES = 0
+write_of_kind = kind.write
+def killed(part, target, *args):
+    if Path(part.name).stem == stopped:
+        (target / "00000.parquet").write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+    write_of_kind(part, target, *args)
+kind.write = killed
+write(source(folder, **ALL), folder / "out")
+"""
+
+
 @pytest.mark.parametrize(
     ("kind", "stopped", "resumed"),
     [
-        (Part, "c", [*"cde", *(f"{name} again" for name in "abde")]),
-        (ReducedPart, "d", ["d again", "e again"]),
+        ("Part", "c", [*"cde", *(f"{name} again" for name in "abde")]),
+        ("ReducedPart", "d", ["d again", "e again"]),
     ],
 )
-def test_a_stopped_run_resumes(folder, written, monkeypatch, kind, stopped, resumed):
+def test_a_killed_run_resumes(folder, written, kind, stopped, resumed):
+    skip_if_quick()
     out = folder / "out"
-    with monkeypatch.context() as patch:
-        write_of_kind = kind.write
-
-        def stop(part, target: Path, *args) -> None:
-            if Path(part.name).stem == stopped:
-                (target / "00000.parquet").write_bytes(b"half")
-                raise KeyboardInterrupt
-            write_of_kind(part, target, *args)
-
-        patch.setattr(kind, "write", stop)
-        with pytest.raises(KeyboardInterrupt):
-            write(source(folder, **ALL), out)
-    (out / ".unfinished" / "00003-0123456789abcdef.abcd_123").mkdir()  # of a process that was killed
-    written.clear()
+    assert run("-c", KILLED, folder, kind, stopped).returncode == -signal.SIGKILL
+    assert not list(out.glob("*.parquet"))
     rows, log = write(source(folder, **ALL), out)
     assert written == resumed
     fresh_rows, fresh_log = write(source(folder, **ALL), folder / "fresh")
@@ -257,6 +265,18 @@ def test_a_part_that_is_written_again_is_reduced_again(folder, written, monkeypa
     assert written == ["b", "b again"]
     captions = [row["caption"][0] for row in copied(out)]
     assert captions == [SENTENCES[0], SENTENCES[1], "copy", "last"]
+
+
+def test_each_part_is_written_once(folder, written):
+    lines(folder / "c.jsonl", [{"image": "absent.jpg", "caption": "x"}, {"image": "7.jpg", "caption": "the same"}])
+    write(source(folder, near_duplicate_images=8), folder / "out")
+    assert written == [*"abcde", "b again", "d again", "e again"]
+    written.clear()
+    (folder / "loaded").mkdir()
+    lines(folder / "loaded" / "train.jsonl", [{"text": SENTENCES[0]}, {"text": SENTENCES[0]}, {"text": SENTENCES[1]}])
+    loaded = Source(path=str(folder / "loaded"), format="hub", clean={"near_duplicate_texts": 0.9})
+    assert write(loaded, folder / "other", kind="text-only")[0] == 2
+    assert written == ["loaded"]
 
 
 def test_a_limit_counts_rows_that_are_no_duplicates(folder, written):
