@@ -48,15 +48,15 @@ def test_a_row_has_a_source_and_a_figure_for_each_column(table, row):
 
 def test_long_clip_and_jina_clip_v2_are_among_them():
     names = [row["name"] for _, row in ROWS]
-    assert sum(name.startswith("Long-CLIP") for name in names) >= 6
-    assert names.count("jina-clip-v2") == 3
+    assert sum(name.startswith("Long-CLIP") for name in names) >= 5
+    assert "jina-clip-v2" in names
 
 
 def test_a_figure_in_two_tables_is_the_same():
     """Recall@5 of text to image stands as a fraction beside the other direction, and in per cent beside languages."""
     retrieval, languages = ({row["name"]: row["values"] for row in TABLES[number]["models"]} for number in (0, 2))
     both = retrieval.keys() & languages.keys()
-    assert len(both) == 2
+    assert both == {"NLLB-CLIP large (SigLIP)"}
     for name in both:
         flickr, _, coco, _ = retrieval[name]
         assert [100 * flickr, 100 * coco] == pytest.approx(languages[name][:2])
