@@ -109,10 +109,12 @@ class ReducedPart:
 
     @property
     def name(self) -> str:
+        """The first file of the part, for messages."""
         return self.part.name
 
     @property
     def shown(self) -> Path:
+        """The folder of the copy, for messages."""
         return self.part.shown
 
     @property

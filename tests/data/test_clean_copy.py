@@ -11,7 +11,6 @@ from bifocal.data import clean_copy, clean_parts
 from bifocal.data.clean_copy import write_clean
 from bifocal.data.clean_parts import Part
 from bifocal.data.loading import iter_rows, load_source
-from bifocal.data.parallel import Execution
 from bifocal.data.skips import BadRowsError, SkipLog
 from bifocal.data.source import Source
 from bifocal.errors import DataError
@@ -23,9 +22,9 @@ def small_files_alone(monkeypatch) -> None:
     monkeypatch.setattr(clean_copy, "_PART_BYTES", 0)
 
 
-def write(source: Source, out: Path, kind: str = "text-pair", workers: int = 1) -> tuple[int, SkipLog]:
+def write(source: Source, out: Path, kind: str = "text-pair") -> tuple[int, SkipLog]:
     log = SkipLog(out / "skipped.jsonl")
-    return write_clean(source, kind, out, log, Execution(workers)), log
+    return write_clean(source, kind, out, log), log
 
 
 def contents(folder: Path) -> dict[str, bytes]:
