@@ -1,4 +1,4 @@
-"""Clean copies of sources: the same files however many processes write them, and runs that resume."""
+"""Clean copies of sources: their files, and runs that resume; `test_part_comparison` has those of several processes."""
 
 import json
 import re
