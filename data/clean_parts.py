@@ -282,7 +282,7 @@ def _tables(part: Part, recorder: _Recorder) -> Iterator[Any]:
         assert stream is not None  # by `clean_copy`
         held: list[dict[str, Any]] = []
         lost = 0
-        for name, row in uniform_rows(stream, source.limit, part.features):
+        for name, row in uniform_rows(stream, source, part.features):
             if isinstance(row, RowError):
                 lost += row.file_lost
                 recorder.add(part.name, 1, [SkippedRow.of(name, row)])

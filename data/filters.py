@@ -15,7 +15,8 @@ from bifocal.dtypes import DtypeChoice
 from bifocal.errors import DataError
 
 _SPACE = re.compile(r"\s+")
-_TEXTS = ("caption", "query", "positive", "text")
+_FILTERED_TEXTS = ("caption", "query", "positive", "text")
+TEXT_COLUMNS = (*_FILTERED_TEXTS, "first", "second")  # compared for duplicates and near-duplicates
 DUPLICATE_IMAGE, DUPLICATE_TEXT = "duplicate image", "duplicate text"  # causes
 
 
@@ -118,11 +119,10 @@ class Cleaning(BaseModel):
 
 
 class RowFilter:
-    """Applies the filters of a `Cleaning` that look at one row, and exact duplicates, which take 16 bytes per row."""
+    """Applies the filters of a `Cleaning` that look at one row alone."""
 
     def __init__(self, cleaning: Cleaning) -> None:
         self.cleaning = cleaning
-        self.seen: set[bytes] = set()
         self._include = re.compile(cleaning.include) if cleaning.include else None
         self._exclude = [re.compile(pattern) for pattern in cleaning.exclude]
         self._identify = _identifier(cleaning.languages) if cleaning.languages else None
@@ -134,17 +134,13 @@ class RowFilter:
             RowError: if the row is filtered.
         """
         kept = dict(row)
-        for column in _TEXTS:
+        for column in _FILTERED_TEXTS:
             if column in row:
                 kept[column] = self._texts(column, row[column])
         if "image" in row:
             if self.cleaning.verify_images:
                 require_readable(read_image_bytes(row["image"]))
             self._check_size(row["image"])
-        if self.cleaning.deduplicate_images and "image" in row:
-            self._require_new(DUPLICATE_IMAGE, read_image_bytes(row["image"]))
-        if self.cleaning.deduplicate_texts:
-            self._require_new(DUPLICATE_TEXT, comparable_texts(kept))
         return kept
 
     def _texts(self, column: str, value: Any) -> Any:
@@ -188,6 +184,25 @@ class RowFilter:
         if most is not None and max(width, height) > most * min(width, height):
             raise RowError("extreme ratio", f"{width} x {height}", filtered=True)
 
+
+class DuplicateFilter:
+    """Finds the exact duplicates of earlier rows that a `Cleaning` removes, with 16 bytes of memory for each row."""
+
+    def __init__(self, cleaning: Cleaning) -> None:
+        self.cleaning = cleaning
+        self.seen: set[bytes] = set()
+
+    def __call__(self, row: Mapping[str, Any]) -> None:
+        """Remember a row that passes all other filters.
+
+        Raises:
+            RowError: if an earlier row has the same image or the same texts, or the image cannot be read.
+        """
+        if self.cleaning.deduplicate_images and "image" in row:
+            self._require_new(DUPLICATE_IMAGE, read_image_bytes(row["image"]))
+        if self.cleaning.deduplicate_texts and (texts := comparable_texts(row)):
+            self._require_new(DUPLICATE_TEXT, texts)
+
     def _require_new(self, cause: str, content: bytes) -> None:
         key = hashlib.blake2b(content, digest_size=16, person=cause.encode()[:16]).digest()
         if key in self.seen:
@@ -202,8 +217,8 @@ def comparable_text(text: Any) -> str:
 
 
 def comparable_texts(row: Mapping[str, Any]) -> bytes:
-    """Return the texts of a row in the form that is compared for duplicates."""
-    texts = (comparable_text(row[column]) for column in _TEXTS if column in row)
+    """Return the texts of a row in the form that is compared for duplicates; empty if its kind has no texts."""
+    texts = (comparable_text(row[column]) for column in TEXT_COLUMNS if column in row)
     return "\0".join(texts).encode("utf-8", "surrogatepass")
 
 

@@ -10,7 +10,14 @@ from typing import Any
 
 from PIL import Image
 
-from bifocal.data.filters import comparable_text, image_size, read_image_bytes, require_readable
+from bifocal.data.filters import (
+    TEXT_COLUMNS,
+    comparable_text,
+    comparable_texts,
+    image_size,
+    read_image_bytes,
+    require_readable,
+)
 from bifocal.data.loading import iter_rows
 from bifocal.data.near_duplicates import (
     IMAGE_DISTANCE,
@@ -18,7 +25,7 @@ from bifocal.data.near_duplicates import (
     near_duplicate_images,
     near_duplicate_texts,
 )
-from bifocal.data.signatures import TEXT_COLUMNS, Signatures, SignedImage, digest_of, sign_image, sign_texts
+from bifocal.data.signatures import Signatures, SignedImage, digest_of, sign_image, sign_texts
 from bifocal.data.skips import RowError
 from bifocal.data.source import Source
 
@@ -79,7 +86,11 @@ def inspect_source(source: Source, kind: str, max_rows: int | None = 10_000, see
     seen: dict[str, set[bytes]] = {"images": set(), "texts": set()}
     sample: list[tuple[str, dict[str, Any]]] = []
     compared = _Compared()
-    rows = iter_rows(source, kind)
+    if source.clean is not None and source.clean.needs_whole:
+        # As in a clean copy, no row is a duplicate of one whose image is broken.
+        verified = source.clean.model_copy(update={"verify_images": True})
+        source = source.model_copy(update={"clean": verified})
+    rows = iter_rows(source, kind, one_layout=True)
     for name, row in islice(rows, max_rows):
         inspection.rows += 1
         if not isinstance(row, RowError):
@@ -181,9 +192,8 @@ def _measure(inspection: Inspection, row: dict[str, Any], seen: dict[str, set[by
             continue
         lengths = inspection.lengths.setdefault(column, [])
         lengths.extend(len(text) for text in (value if isinstance(value, list) else [value]))
-    written = [comparable_text(value) for value in texts.values() if not isinstance(value, float)]
-    if written and "label" not in row:
-        _repeated(inspection, seen, "texts", "\0".join(written).encode())
+    if written := comparable_texts(row):
+        _repeated(inspection, seen, "texts", written)
 
 
 def _repeated(inspection: Inspection, seen: dict[str, set[bytes]], what: str, value: bytes) -> None:

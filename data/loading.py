@@ -26,7 +26,7 @@ from bifocal.data.schema import validated
 from bifocal.data.shards import ShardStream
 from bifocal.data.skips import ERROR_COLUMN, RowError, SkipLog, SkippedRow
 from bifocal.data.source import Source
-from bifocal.data.tables import normalise_dataset, to_dataset
+from bifocal.data.tables import list_columns, normalise_dataset, selected_rows, to_dataset
 from bifocal.errors import DataError, first_line
 
 logger = logging.getLogger(__name__)
@@ -82,10 +82,16 @@ def load_source(
 
 
 def _without_leaks(dataset: Any, source: Source, skipped: SkipLog, name: str) -> Any:
-    """Return the rows of a data set that are not in the sources of `exclude_rows_of`."""
-    if source.clean is None or not source.clean.exclude_rows_of:
-        return dataset
-    return filter_leaks(dataset, source.clean, excluded_contents(source.clean), skipped, name)
+    """Return the rows of a data set that are not in the sources of `exclude_rows_of`.
+
+    Raises:
+        DataError: if no row is left.
+    """
+    if source.clean is not None and source.clean.exclude_rows_of:
+        dataset = filter_leaks(dataset, source.clean, excluded_contents(source.clean), skipped, name)
+    if not len(dataset):
+        raise DataError(f"'{source.title}' has no usable row{skipped.example(name)}.")
+    return dataset
 
 
 def excluded_contents(cleaning: Cleaning) -> list[tuple[str, Content]]:
@@ -141,8 +147,11 @@ class RowPipeline:
         return row if self.filter is None else self.filter(row)
 
 
-def iter_rows(source: Source, kind: str) -> Iterator[tuple[str, dict[str, Any] | RowError]]:
+def iter_rows(source: Source, kind: str, one_layout: bool = False) -> Iterator[tuple[str, dict[str, Any] | RowError]]:
     """Yield every row of a source with its name, in order; a row that is bad or filtered is a `RowError`.
+
+    Args:
+        one_layout: whether a list where other rows have one text is bad, as when the source is loaded.
 
     Raises:
         DataError: if the source cannot be read, or a filter cannot work on a stream.
@@ -150,7 +159,7 @@ def iter_rows(source: Source, kind: str) -> Iterator[tuple[str, dict[str, Any] |
     clean = source.clean if source.clean is not None and source.path != "symbols" else Cleaning()
     stream = None if clean.compares_rows else open_stream(source, kind)
     if stream is not None:
-        yield from stream.rows()
+        yield from selected_rows(stream, source, list_columns(stream) if one_layout else None)
         return
     if clean.needs_whole:
         yield from _compared_rows(source, kind)

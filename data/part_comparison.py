@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bifocal.data.filters import DUPLICATE_IMAGE, DUPLICATE_TEXT, Cleaning, comparable_texts
+from bifocal.data.filters import DUPLICATE_IMAGE, DUPLICATE_TEXT, TEXT_COLUMNS, Cleaning, comparable_texts
 from bifocal.data.kinds import KINDS
 from bifocal.data.leakage import Evaluations, deciding_matches, leaked_rows
 from bifocal.data.near_duplicates import near_duplicate, near_duplicate_rows
@@ -20,7 +20,6 @@ from bifocal.data.signatures import (
     COLOURS,
     HASH_BYTES,
     PERMUTATIONS,
-    TEXT_COLUMNS,
     Signatures,
     digest_of,
     sign_image,
@@ -69,7 +68,7 @@ def sign_part(
                 leaked = leaked_rows((row for _, row in block), cleaning, evaluations, matches, name)
                 records["leaked"][list(leaked)] = True
                 leaks.writelines(json.dumps([done + number, *reason]) + "\n" for number, reason in leaked.items())
-            records.tofile(signatures)
+            signatures.write(records.tobytes())  # `tofile` would not say that the disk is full
             done += len(block)
 
 
@@ -98,10 +97,11 @@ def _record(kind: str, cleaning: Cleaning) -> np.dtype:
             fields.append((_IMAGE, "V16"))
         if cleaning.near_duplicate_images is not None:
             fields += [("hash", "u1", HASH_BYTES), ("colours", "u1", COLOURS), ("plain", "?")]
-    if cleaning.deduplicate_texts:
+    texts = [column for column in TEXT_COLUMNS if column in KINDS[kind]]
+    if cleaning.deduplicate_texts and texts:
         fields.append((_TEXT, "V16"))
     if cleaning.near_duplicate_texts is not None:
-        fields += [(column, "<u4", PERMUTATIONS) for column in TEXT_COLUMNS if column in KINDS[kind]]
+        fields += [(column, "<u4", PERMUTATIONS) for column in texts]
     return np.dtype(fields)
 
 

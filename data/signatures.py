@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from bifocal.data.filters import comparable_text, read_image_bytes
+from bifocal.data.filters import TEXT_COLUMNS, comparable_text, read_image_bytes
 from bifocal.data.image_errors import image_row_error
 from bifocal.errors import DataError
 
-TEXT_COLUMNS = ("caption", "query", "positive", "text", "first", "second")
 PERMUTATIONS = 128
 HASH_BYTES, COLOURS = 8, 192
 

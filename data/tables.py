@@ -4,12 +4,13 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from bifocal.data.filters import Cleaning, DuplicateFilter
 from bifocal.data.image_decoding import image_paths
 from bifocal.data.kinds import KINDS
 from bifocal.data.labels import class_names, with_class_names
@@ -22,7 +23,7 @@ from bifocal.data.source import Source
 from bifocal.data.text_files import Row
 from bifocal.errors import DataError
 
-_VERSION = 4  # of the cached rows; raise it when they change
+_VERSION = 5  # of the cached rows; raise it when they change
 _PEEKED = 100  # rows read to learn whether a column holds lists
 
 
@@ -39,7 +40,7 @@ def to_dataset(stream: ShardStream, source: Source, skipped: SkipLog, name: str,
         OSError: if the cache cannot be written.
     """
     fingerprint = rows_fingerprint(source, stream.kind, mark or stream.shards)
-    arguments = {"stream": stream, "limit": source.limit, "features": row_features(stream, source)}
+    arguments = {"stream": stream, "source": source, "features": row_features(stream, source)}
     dataset = _cached(arguments, fingerprint)
     # Images that were missing when the rows were cached may exist now.
     returned = [skip.row for skip in _skips(dataset) if skip.cause == MISSING and existing(skip.detail) is not None]
@@ -126,41 +127,62 @@ def row_features(stream: ShardStream, source: Source) -> Any:
     rows = [row for _, row in islice(stream.rows(), _PEEKED)]
     if not rows:
         raise DataError(f"'{source.title}' has no rows.")
-    first = [row for row in rows if not isinstance(row, RowError)]
-    if getattr(stream.normalise, "filter", None) is not None:
-        stream.normalise.filter.seen.clear()  # type: ignore[attr-defined]  # these rows come again
+    lists = list_columns(stream, rows)
     features: dict[str, Any] = {}
     for column in stream.column_names:
         text = Value("string")
-        lists = column in ("negatives", "caption") or any(isinstance(row[column], list) for row in first)
         single = Value("float64") if column == "score" else text
-        features[column] = Image(decode=False) if column == "image" else List(text) if lists else single
+        features[column] = Image(decode=False) if column == "image" else List(text) if column in lists else single
     return Features(features)
 
 
-def uniform_rows(
-    stream: ShardStream, limit: int | None, features: Any
-) -> Iterator[tuple[str, dict[str, Any] | RowError]]:
-    """Yield rows with their names, the values of good ones as the features of the stream have them.
+def list_columns(stream: ShardStream, first: Sequence[dict[str, Any] | RowError] | None = None) -> set[str]:
+    """Return the columns of a stream that hold lists of texts, inferred from the first rows.
 
     Args:
-        limit: maximum number of good rows.
+        first: these rows, if they were read.
     """
+    rows = [row for _, row in islice(stream.rows(), _PEEKED)] if first is None else first
+    good = [row for row in rows if not isinstance(row, RowError)]
+    names = stream.column_names
+    return {c for c in names if c in ("negatives", "caption") or any(isinstance(row[c], list) for row in good)}
+
+
+def selected_rows(
+    stream: ShardStream, source: Source, lists: Collection[str] | None
+) -> Iterator[tuple[str, dict[str, Any] | RowError]]:
+    """Yield rows with their names, exact duplicates as `RowError`, up to the source's limit of good ones.
+
+    Args:
+        lists: the columns that may hold lists; None allows all.
+    """
+    require_new = DuplicateFilter(source.clean or Cleaning())
+    good = 0
+    for name, row in stream.rows():
+        if not isinstance(row, RowError):
+            try:
+                allowed = row if lists is None else lists
+                mixed = [column for column, value in row.items() if isinstance(value, list) and column not in allowed]
+                if mixed:
+                    raise RowError(f"a list as {mixed[0]}", "other rows have one text")
+                require_new(row)
+                good += 1
+            except RowError as row_error:
+                row = row_error
+        yield name, row
+        if good == source.limit:
+            return
+
+
+def uniform_rows(stream: ShardStream, source: Source, features: Any) -> Iterator[tuple[str, dict[str, Any] | RowError]]:
+    """Yield the selected rows with their names, the values of good ones as the features of the stream have them."""
     from datasets import List
 
     lists = {column for column, feature in features.items() if isinstance(feature, List)}
-    good = 0
-    for name, row in stream.rows():
-        if limit is not None and good >= limit:
-            return
-        if not isinstance(row, RowError):
-            mixed = next((c for c, v in row.items() if isinstance(v, list) and c not in lists), None)
-            if mixed is not None:
-                row = RowError(f"a list as {mixed}", "other rows have one text")
+    for name, row in selected_rows(stream, source, lists):
         if isinstance(row, RowError):
             yield name, row
             continue
-        good += 1
         values = {c: [v] if c in lists and not isinstance(v, list) else v for c, v in row.items()}
         if "image" in values:
             kept = "bytes" if isinstance(values["image"], bytes) else "path"
@@ -168,10 +190,10 @@ def uniform_rows(
         yield name, values
 
 
-def _rows(stream: ShardStream, limit: int | None, features: Any) -> Iterator[dict[str, Any]]:
+def _rows(stream: ShardStream, source: Source, features: Any) -> Iterator[dict[str, Any]]:
     """Yield rows for `Dataset.from_generator`: good ones, and empty ones with the cause."""
     empty = dict.fromkeys(stream.column_names)
-    for name, row in uniform_rows(stream, limit, features):
+    for name, row in uniform_rows(stream, source, features):
         if isinstance(row, RowError):
             yield {**empty, ERROR_COLUMN: json.dumps(SkippedRow.of(name, row)), ROW: name}
         else:

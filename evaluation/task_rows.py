@@ -169,8 +169,6 @@ def _read(source: Source, row_kind: str, scratch: Path) -> TaskRows:
     rows = TaskRows()
     digest = hashlib.blake2b(digest_size=16)
     for row_name, row in iter_rows(source, row_kind):
-        if source.limit is not None and len(rows.names) >= source.limit:
-            break
         rows.count += 1
         if isinstance(row, RowError):
             rows.skips.append(SkippedRow.of(row_name, row))

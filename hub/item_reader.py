@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bifocal.data.filters import RowFilter
+from bifocal.data.filters import Cleaning, DuplicateFilter, RowFilter
 from bifocal.data.image_files import FoundImages, by_suffix, find_images, image_suffixes, printable
 from bifocal.data.kinds import INDEXED
 from bifocal.data.loading import infer_kind as infer_row_kind
@@ -175,8 +175,6 @@ class ItemReader:
         image_paths: set[str] = set()
         count = 0
         for name, row in iter_rows(self.source, self.kind):
-            if self.source.limit is not None and count >= self.source.limit:
-                return
             if isinstance(row, RowError):
                 name = printable(self._name(name))
                 self.skipped.append((name, str(row)))
@@ -191,6 +189,8 @@ class ItemReader:
                 continue
             count += 1
             yield from self._row_items(name, row, image_paths)
+        if count == self.source.limit:
+            return
         if self.table is not None:
             root = os.path.dirname(self.table)
             files = find_images(root, (*self.exclude, self.table))
@@ -233,14 +233,14 @@ class ItemReader:
             self.item_source.unread.update(names)
             self.images_without_row = 0
             return
-        row_filter = RowFilter(self.source.clean) if self.source.clean is not None else None
+        cleaning = self.source.clean or Cleaning()
+        passes, require_new = RowFilter(cleaning), DuplicateFilter(cleaning)
         for number, name in enumerate(files.names):
             path = os.path.join(root, name)
             if self.source.limit is not None and number >= self.source.limit:
                 return
             try:
-                if row_filter is not None:
-                    row_filter({"image": path})
+                require_new(passes({"image": path}))
             except RowError as error:
                 self.skipped.append((printable(name), str(error)))
                 if not error.filtered:

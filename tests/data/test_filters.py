@@ -1,18 +1,22 @@
 """Filters skip the rows they are set to skip, and count them."""
 
 import json
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from bifocal.data import clean_copy, tables
 from bifocal.data.clean_copy import write_clean
 from bifocal.data.filters import Cleaning, RowFilter
-from bifocal.data.loading import load_source, open_stream
+from bifocal.data.inspection import inspect_source
+from bifocal.data.loading import iter_rows, load_source, open_stream
 from bifocal.data.skips import RowError, SkipLog
 from bifocal.data.source import Source, parse_source
 from bifocal.errors import DataError, RecipeError
 from tests.conftest import SHARED
-from tests.data.files import good, image_bytes, lines, row_errors
+from tests.data.files import good, image_bytes, lines
 
 
 def test_filters_of_texts(tmp_path):
@@ -34,10 +38,9 @@ def test_filters_of_texts(tmp_path):
         languages=["en"],
         include="[a-z]",
     )
-    found = open_stream(Source(path=str(path), clean=cleaning), "text-only")
-    assert [row["text"] for row in good(found)] == [dog]
-    found = open_stream(Source(path=str(path), clean=cleaning), "text-only")
-    assert list(row_errors(found).values()) == [
+    source = Source(path=str(path), clean=cleaning)
+    assert [row["text"] for row in good_rows(source, "text-only")] == [dog]
+    assert causes(source, "text-only") == [
         "short text", "long text", "text with a pattern", "duplicate text", "text in another language",
     ]  # fmt: skip
     keep = open_stream(Source(path=str(path), clean=Cleaning(include="dog")), "text-only")
@@ -51,15 +54,98 @@ def test_filters_of_images(tmp_path):
     (tmp_path / "5.jpg").write_bytes(b"no image")
     lines(tmp_path / "metadata.jsonl", [{"file_name": f"{n}.jpg", "caption": f"c {n}"} for n in range(7)])
     cleaning = Cleaning(min_image_size=32, max_aspect_ratio=3, deduplicate_images=True)
-    found = open_stream(Source(path=str(tmp_path), clean=cleaning), "image-text")
-    assert [row["caption"] for row in good(found)] == ["c 0", "c 4"]
-    found = open_stream(Source(path=str(tmp_path), clean=cleaning), "image-text")
-    assert list(row_errors(found).values()) == [
+    source = Source(path=str(tmp_path), clean=cleaning)
+    assert [row["caption"] for row in good_rows(source, "image-text")] == ["c 0", "c 4"]
+    assert causes(source, "image-text") == [
         "small image", "extreme ratio", "duplicate image", "not an image", "missing image",
     ]  # fmt: skip
-    filtered = [row.filtered for _, row in open_stream(Source(path=str(tmp_path), clean=cleaning), "image-text").rows()
-               if isinstance(row, RowError)]  # fmt: skip
+    filtered = [row.filtered for _, row in iter_rows(source, "image-text") if isinstance(row, RowError)]
     assert filtered == [True, True, True, False, False], "what cannot be read is bad, not filtered"
+
+
+def good_rows(source: Source, kind: str) -> list[dict]:
+    return [row for _, row in iter_rows(source, kind) if not isinstance(row, RowError)]
+
+
+def causes(source: Source, kind: str) -> list[str]:
+    return [row.cause for _, row in iter_rows(source, kind) if isinstance(row, RowError)]
+
+
+def cleaned(source: Source, kind: str, out: Path) -> tuple[int, dict[str, int]]:
+    """Return the number of rows of a clean copy, and how many rows are skipped for each cause."""
+    log = SkipLog(out / "skipped.jsonl")
+    return write_clean(source, kind, out, log), skips(log)
+
+
+def skips(log: SkipLog) -> dict[str, int]:
+    return dict(sum((Counter(counts) for counts in [*log.bad.values(), *log.filtered.values()]), Counter()))
+
+
+def test_rows_without_texts_are_no_duplicate_texts(tmp_path):
+    for number in range(3):
+        (tmp_path / f"{number}.jpg").write_bytes(image_bytes(seed=number // 2))
+    path = lines(tmp_path / "images.jsonl", [{"image": f"{number}.jpg", "label": "dog"} for number in range(3)])
+    both = Source(path=str(path), clean={"deduplicate_texts": True, "deduplicate_images": True})
+    for kind in ("image-only", "image-label"):
+        assert cleaned(both, kind, tmp_path / kind) == (2, {"duplicate image": 1})
+        assert causes(both, kind) == ["duplicate image"]
+
+
+def test_scored_pairs_are_duplicates_if_both_texts_are_equal(tmp_path):
+    rows = [{"sentence1": "a", "sentence2": second, "score": score} for score, second in enumerate(["b", "c", " B"])]
+    source = Source(path=str(lines(tmp_path / "a.jsonl", rows)), clean={"deduplicate_texts": True})
+    assert [row["second"] for row in good_rows(source, "scored-pair")] == ["b", "c"]
+    assert cleaned(source, "scored-pair", tmp_path / "out") == (2, {"duplicate text": 1})
+
+
+def test_a_bad_row_hides_no_duplicate_of_it(tmp_path, monkeypatch):
+    """A list where other rows have one text is bad, so a later row with its text stays."""
+    texts = ["a", "b", ["c"], "c", "C", "d"]
+    require_same_counts(tmp_path, texts, good=4, skipped={"a list as text": 1, "duplicate text": 1}, patch=monkeypatch)
+
+
+def test_a_duplicate_tells_that_a_column_holds_lists(tmp_path, monkeypatch):
+    texts = ["a", ["A"], *"bcd", ["e", "f"]]
+    require_same_counts(tmp_path, texts, good=5, skipped={"duplicate text": 1}, patch=monkeypatch)
+
+
+def require_same_counts(folder: Path, texts: list, good: int, skipped: dict[str, int], patch) -> None:
+    """Require the same numbers of a source that is loaded, inspected, and cleaned in one part and in several."""
+    patch.setattr(tables, "_PEEKED", 2)
+    for number in range(2):
+        lines(folder / f"{number}.jsonl", [{"text": text} for text in texts[number * 3 : number * 3 + 3]])
+    source = Source(path=f"{folder}/*.jsonl", clean={"deduplicate_texts": True}, max_bad_fraction=0.5)
+    log = SkipLog()
+    assert (len(load_source(source, "text-only", skipped=log)), skips(log)) == (good, skipped)
+    inspection = inspect_source(source, "text-only")
+    assert (inspection.good, {cause["cause"]: cause["count"] for cause in inspection.skipped}) == (good, skipped)
+    assert cleaned(source, "text-only", folder / "one part") == (good, skipped)
+    patch.setattr(clean_copy, "_PART_BYTES", 0)
+    assert cleaned(source, "text-only", folder / "two parts") == (good, skipped)
+
+
+def test_a_limit_counts_good_rows_wherever_rows_are_read(tmp_path):
+    path = lines(tmp_path / "a.jsonl", [{"text": text} for text in ["a", "", "A", "b", "c", "d"]])
+    source = Source(path=str(path), limit=2, clean={"deduplicate_texts": True}, max_bad_fraction=0.5)
+    assert [row["text"] for row in good_rows(source, "text-only")] == ["a", "b"]
+    inspection = inspect_source(source, "text-only")
+    assert (inspection.rows, inspection.good) == (4, 2)
+    assert cleaned(source, "text-only", tmp_path / "out") == (2, {"no text": 1, "duplicate text": 1})
+
+
+def test_no_row_passes_the_filters(tmp_path):
+    path = lines(tmp_path / "a.jsonl", [{"text": "a"}] * 2)
+    source = Source(path=str(path), clean={"exclude_rows_of": str(path)})
+    with pytest.raises(DataError, match=r"a\.jsonl' has no usable row"):
+        load_source(source, "text-only")
+
+
+def test_broken_images_are_no_duplicates_of_each_other(tmp_path):
+    (tmp_path / "0.jpg").write_bytes(b"no image")
+    path = lines(tmp_path / "a.jsonl", [{"image": "0.jpg", "caption": "the same"}] * 2)
+    source = Source(path=str(path), clean={"deduplicate_images": True, "deduplicate_texts": True})
+    inspection = inspect_source(source, "image-text")
+    assert [(cause["cause"], cause["count"]) for cause in inspection.skipped] == [("not an image", 2)]
 
 
 def test_an_image_keeps_the_captions_that_pass():
