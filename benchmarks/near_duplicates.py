@@ -23,13 +23,9 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageEnhance
 
 from bifocal.data.filters import comparable_text
-from bifocal.data.near_duplicates import (
-    near_duplicate_images,
-    near_duplicate_texts,
-    similar_images,
-    similar_texts,
-)
+from bifocal.data.near_duplicates import near_duplicate_images, near_duplicate_texts
 from bifocal.data.signatures import Signatures, sign_image, sign_texts
+from bifocal.data.similar_pairs import similar_images, similar_texts
 
 ALTERED, DIFFERENT, DIFFERENT_TEXTS = 1000, 2500, 4000
 

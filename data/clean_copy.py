@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ def write_clean(source: Source, kind: str, out: Path, skipped: SkipLog, executio
     unfinished.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(unfinished / _LOCK, timeout=0):
+            _require_free(out)  # another run may have ended since
             plan = _read_plan(out)
             if plan is None:
                 execution = execution or Execution()
@@ -97,9 +99,10 @@ def write_clean(source: Source, kind: str, out: Path, skipped: SkipLog, executio
                 remove_part(folder)
             for name in (_PLAN, _LOCK):
                 (unfinished / name).unlink(missing_ok=True)
-            unfinished.rmdir()
     except Timeout:
         raise DataError(f"Another run is writing to '{out}'. Wait for it or choose another folder.") from None
+    with suppress(OSError):  # a run that was started meanwhile has its lock there
+        unfinished.rmdir()  # without the lock's file open, which a network file system would keep under another name
     return int(plan["rows"])
 
 

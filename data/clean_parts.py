@@ -24,14 +24,16 @@ from bifocal.data.paths import MISSING
 from bifocal.data.row_names import with_plain_image
 from bifocal.data.skips import RowError, SkipLog, SkippedRow
 from bifocal.data.source import Source
-from bifocal.data.tables import uniform_rows
+from bifocal.data.tables import file_stamp, uniform_rows
 from bifocal.errors import DataError, first_line
 
 _ROWS = 10_000  # rows per file
 _GROUP = 256  # rows held in memory, images included
-_COUNTS, _SKIPS = "counts.json", "skips.jsonl"
+_COUNTS, _SKIPS, _IMAGES = "counts.json", "skips.jsonl", "images.jsonl"
 PART_NAME = re.compile(r"\d{5}-(whole|[0-9a-f]{16})(\.\w{8})?")  # with a suffix while it is written
-_PART_FILE = re.compile(r"\d{5}\.parquet|" + "|".join(map(re.escape, (_COUNTS, _SKIPS, NAMES, SIGNATURES, LEAKS))))
+_PART_FILE = re.compile(
+    r"\d{5}\.parquet|" + "|".join(map(re.escape, (_COUNTS, _SKIPS, _IMAGES, NAMES, SIGNATURES, LEAKS)))
+)
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,13 @@ class Part:
 
     @property
     def is_current(self) -> bool:
-        """Return whether it is complete, with nothing that may be read better now."""
+        """Return whether it is complete, with nothing that may be read better or otherwise now."""
         if not self.is_written or self.features is None:
             return False
-        return not any(skip.cause == MISSING or skip.file_lost for skip in self.skips())
+        if any(skip.cause == MISSING or skip.file_lost for skip in self.skips()):
+            return False
+        with (self.folder / _IMAGES).open(encoding="utf-8") as images:
+            return all(file_stamp(stamp[0]) == stamp for stamp in map(json.loads, images))
 
     @property
     def rows(self) -> int:
@@ -85,10 +90,11 @@ class Part:
         """Write the rows, what is known of each, and their counts."""
         with (
             (folder / _SKIPS).open("w", encoding="utf-8", errors="backslashreplace") as skips,
+            (folder / _IMAGES).open("w", encoding="utf-8") as images,
             (folder / NAMES).open("w", encoding="utf-8") if self.compared is not None else nullcontext() as names,
         ):
             recorder = _Recorder(skips, names)
-            good = _write_rows(_tables(self, recorder), folder)
+            good = _write_rows(_tables(self, recorder, images), folder)
         if self.compared is not None:
             sign_part(_plain_rows(folder), self.kind, self.compared, evaluations, self.name, folder)
         counts = {"good": good, "rows": recorder.rows.total(), "shards": recorder.shards.total()}
@@ -264,8 +270,25 @@ class _Recorder(SkipLog):
         super().add(task, 1)
 
 
-def _tables(part: Part, recorder: _Recorder) -> Iterator[Any]:
-    """Yield the good rows of a part as Arrow tables that hold their images."""
+class _StampedImages:
+    """Normalises rows, and writes path, size and time of each row's image file, whether its row is skipped or not."""
+
+    def __init__(self, normalise: Callable[..., dict[str, Any]], images: Any) -> None:
+        self.normalise, self.images = normalise, images
+
+    def __call__(self, *args: Any) -> dict[str, Any]:
+        row = self.normalise(*args)
+        if isinstance(row.get("image"), str):
+            self.images.write(json.dumps(file_stamp(row["image"])) + "\n")
+        return row
+
+
+def _tables(part: Part, recorder: _Recorder, images: Any) -> Iterator[Any]:
+    """Yield the good rows of a part as Arrow tables that hold their images.
+
+    Args:
+        images: text file for the state of each image file.
+    """
     import pyarrow as pa
     from datasets.table import embed_table_storage
 
@@ -280,6 +303,8 @@ def _tables(part: Part, recorder: _Recorder) -> Iterator[Any]:
     for source in part.sources:
         stream = open_stream(source, part.kind)
         assert stream is not None  # by `clean_copy`
+        pipeline: Any = stream.normalise
+        pipeline.normalise = _StampedImages(pipeline.normalise, images)
         held: list[dict[str, Any]] = []
         lost = 0
         for name, row in uniform_rows(stream, source, part.features):

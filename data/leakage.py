@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from bifocal.data.filters import TEXT_COLUMNS, Cleaning, comparable_text
-from bifocal.data.near_duplicates import IMAGE_DISTANCE, TEXT_SIMILARITY, cache_path, similar_images, similar_texts
+from bifocal.data.near_duplicates import IMAGE_DISTANCE, TEXT_SIMILARITY, cache_path
 from bifocal.data.row_names import row_name, rows_of, select_rows
 from bifocal.data.signatures import Signatures, SignedImage, digest_of, sign_image, sign_texts
+from bifocal.data.similar_pairs import similar_images, similar_texts
 from bifocal.data.skips import RowError, SkipLog, SkippedRow
 from bifocal.errors import DataError
 from bifocal.files import replace_file

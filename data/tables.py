@@ -67,7 +67,7 @@ def rows_fingerprint(source: Source, kind: str, rows: Sequence[str] | str) -> st
     # Relative paths mean other files in another working directory, also if these have the same sizes and times.
     roots = source.image_root.values() if isinstance(source.image_root, dict) else filter(None, [source.image_root])
     absolute = [os.path.abspath(os.path.expanduser(root)) for root in roots]
-    mark = rows if isinstance(rows, str) else [_stamp(shard) for shard in rows]
+    mark = rows if isinstance(rows, str) else [file_stamp(shard) for shard in rows]
     return hashlib.blake2b(json.dumps([_VERSION, settings, kind, mark, absolute]).encode(), digest_size=12).hexdigest()
 
 
@@ -279,8 +279,8 @@ class _Batch:
         return normalised
 
 
-def _stamp(shard: str) -> list[Any]:
-    """Return what changes when a file does: its size and time."""
+def file_stamp(shard: str) -> list[Any]:
+    """Return what changes when a file does, after its path: its size and time."""
     try:
         if is_remote(shard):
             import fsspec

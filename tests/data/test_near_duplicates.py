@@ -8,22 +8,16 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from bifocal.data import leakage, near_duplicates
+from bifocal.data import leakage, near_duplicates, similar_pairs
 from bifocal.data.clean_copy import write_clean
 from bifocal.data.filters import comparable_text
 from bifocal.data.inspection import inspect_source
 from bifocal.data.leakage import find_leaks
 from bifocal.data.loading import iter_rows, load_source
-from bifocal.data.near_duplicates import (
-    band_shape,
-    first_of_groups,
-    missing_probability,
-    near_duplicate_images,
-    similar_images,
-    similar_texts,
-)
+from bifocal.data.near_duplicates import first_of_groups, near_duplicate_images, near_duplicate_texts
 from bifocal.data.row_names import row_name
 from bifocal.data.signatures import Signatures, character_ngrams, sign_image, sign_texts
+from bifocal.data.similar_pairs import band_shape, missing_probability, similar_images, similar_texts
 from bifocal.data.skips import RowError, SkipLog
 from bifocal.data.source import Source
 from tests.bifocal.commands import error_of, invoke
@@ -87,7 +81,7 @@ def test_colour_tells_images_apart_and_plain_ones_are_not_compared():
 
 @pytest.mark.parametrize(("most", "parts"), [(0, 2), (0, 4), (3, 2), (3, 3), (8, 2), (8, 3), (8, 7), (16, 4), (16, 5)])
 def test_pairs_of_hashes_equal_brute_force(most, parts, monkeypatch):
-    monkeypatch.setattr(near_duplicates, "_hash_parts", lambda *_: parts)
+    monkeypatch.setattr(similar_pairs, "_hash_parts", lambda *_: parts)
     draws = np.random.default_rng(0)
     hashes = draws.integers(0, 256, (300, 8), dtype=np.uint8)
     for number in range(150):  # neighbours at every distance
@@ -105,7 +99,7 @@ def test_pairs_of_hashes_equal_brute_force(most, parts, monkeypatch):
 
 
 def test_more_hashes_are_looked_up_by_longer_substrings():
-    assert [near_duplicates._hash_parts(hashes, 8) for hashes in (10, 10**5, 10**9)] == [5, 3, 2]
+    assert [similar_pairs._hash_parts(hashes, 8) for hashes in (10, 10**5, 10**9)] == [5, 3, 2]
 
 
 def edited(text: str, number: int) -> str:
@@ -222,7 +216,8 @@ def test_every_reader_applies_the_filters(folder, setting):
 def test_near_duplicates_are_searched_again_only_when_an_image_changes(folder, monkeypatch):
     source = Source(path=str(folder), clean={"near_duplicate_images": 8})
     searched = []
-    monkeypatch.setattr(near_duplicates, "similar_images", lambda *args: searched.append(1) or similar_images(*args))
+    search = near_duplicates.near_duplicate_images
+    monkeypatch.setattr(near_duplicates, "near_duplicate_images", lambda *args: searched.append(1) or search(*args))
     logs = [SkipLog(), SkipLog()]
     captions = [load_source(source, "image-text", skipped=log)[:]["caption"] for log in logs]
     assert captions[0] == captions[1]
@@ -249,7 +244,8 @@ def test_leaks_are_searched_again_only_when_a_source_changes(tmp_path, monkeypat
 
 
 def test_many_similar_images_equal_brute_force(monkeypatch):
-    monkeypatch.setattr(near_duplicates, "_SEARCHED", 7)
+    for module in (near_duplicates, similar_pairs):
+        monkeypatch.setattr(module, "SEARCHED", 7)
     draws = np.random.default_rng(0)
     hashes = np.packbits(draws.random((60, 64)) < 0.06, axis=1)
     colours = draws.choice([90, 110, 124], (60, 1)).astype(np.uint8) + draws.integers(0, 34, (60, 192), dtype=np.uint8)
@@ -257,13 +253,49 @@ def test_many_similar_images_equal_brute_force(monkeypatch):
     rows = Signatures([], hashes, colours, np.zeros(60, bool))
     distance = np.unpackbits(hashes[:, None] ^ hashes[None], axis=2).sum(axis=2)
     everything = np.stack(np.indices((60, 60)), axis=2).reshape(-1, 2)
-    same = near_duplicates._same_colours(colours, colours, everything).reshape(60, 60)
+    same = similar_pairs._same_colours(colours, colours, everything).reshape(60, 60)
     near = (distance <= 8) & (same | same.T)
     expected = {(i, j) for i in range(40) for j in range(i) if near[i, j]} | {(i + 40, i) for i in range(20)}
     assert 100 < len(expected) < 40 * 39 // 2
     found = similar_images(rows, 8)
     assert found.tolist() == sorted(map(list, expected))
     assert near_duplicate_images(rows, 8).keys() == greedy(near), "also of rows that equal a skipped one"
+
+
+def test_many_similar_texts_equal_brute_force(monkeypatch):
+    monkeypatch.setattr(near_duplicates, "BLOCK", 2)
+    draws = np.random.default_rng(0)
+    values = draws.integers(0, 2**32, (2, 128), dtype=np.uint32)[draws.integers(0, 2, 80)]
+    changed = draws.random((80, 128)) < draws.choice([0.02, 0.1, 0.2], (80, 1))
+    values[changed] = draws.integers(0, 2**32, changed.sum(), dtype=np.uint32)
+    values[60:] = values[:20]
+    rows = Signatures([], texts={"query": values, "positive": values[::-1].copy()})
+    near = np.zeros((80, 80), bool)
+    near[tuple(similar_texts(rows, 0.75).T)] = True
+    near |= (values[:, None] == values[None]).all(axis=2) & (values[::-1][:, None] == values[::-1][None]).all(axis=2)
+    skipped = near_duplicate_texts(rows, 0.75)
+    assert 10 < len(skipped) < 79
+    assert skipped.keys() == greedy(near)
+    assert all(near[later, earlier] and earlier not in skipped for later, earlier in skipped.items())
+
+
+def test_comparisons_do_not_grow_with_the_square_of_similar_rows(monkeypatch):
+    """Scans of pages, or texts of one template: all are alike, and none is equal to another."""
+    count = 1000
+    monkeypatch.setattr(near_duplicates, "SEARCHED", 10)
+    colours = np.full((count, 192), 200, np.uint8)
+    colours[np.arange(count), np.arange(count) % 192] -= (np.arange(count) // 192).astype(np.uint8) + 1
+    compared = []
+    compare = near_duplicates.same_colours
+    monkeypatch.setattr(
+        near_duplicates, "same_colours", lambda of, pairs: compared.append(len(pairs)) or compare(of, pairs)
+    )
+    images = Signatures([], np.zeros((count, 8), np.uint8), colours, np.zeros(count, bool))
+    assert near_duplicate_images(images, 8) == dict.fromkeys(range(1, count), 0)
+    assert sum(compared) < 2 * count
+    values = np.tile(np.arange(128, dtype=np.uint32), (count, 1))
+    values[:, -1] = np.arange(count)
+    assert near_duplicate_texts(Signatures([], texts={"text": values}), 0.8) == dict.fromkeys(range(1, count), 0)
 
 
 def greedy(near: np.ndarray) -> set[int]:

@@ -267,6 +267,45 @@ def test_a_part_that_is_written_again_is_reduced_again(folder, written, monkeypa
     assert captions == [SENTENCES[0], SENTENCES[1], "copy", "last"]
 
 
+def test_an_image_that_is_replaced_is_read_again(folder, written):
+    """Also if its row was skipped: who corrects broken images runs the same command again."""
+    strict = source(folder, near_duplicate_images=8).model_copy(update={"max_bad_fraction": 0.4})
+    with pytest.raises(DataError, match="4 broken image"):
+        write(strict.model_copy(update={"max_bad_fraction": 0.1}), folder / "out")
+    assert written == [*"abcde"]
+    written.clear()
+    (folder / "6.jpg").write_bytes(image_bytes((160, 120), seed=9))
+    (folder / "7.jpg").write_bytes(image_bytes((160, 120), seed=8))
+    write(strict, folder / "out")
+    assert written[:4] == [*"abcd"], "e names none of them"
+    assert image_bytes((160, 120), seed=9) in [row["image"] for row in copied(folder / "out")]
+    assert image_bytes((160, 120), seed=8) in [row["image"] for row in copied(folder / "out")]
+
+
+def test_a_run_that_waited_while_another_ended(folder, monkeypatch):
+    """It found the folder empty; its log would replace that of the rows that are there now."""
+    out = folder / "out"
+    find_parts = clean_copy._parts
+
+    def other_run_ends(*args):
+        monkeypatch.setattr(clean_copy, "_parts", find_parts)
+        write(source(folder, near_duplicate_images=8), out)
+        return find_parts(*args)
+
+    monkeypatch.setattr(clean_copy, "_parts", other_run_ends)
+    with pytest.raises(DataError, match="is not empty"):
+        write(source(folder, near_duplicate_texts=0.75), out)
+    assert "near-duplicate image" in (out / "skipped.jsonl").read_text()
+    assert len(copied(out)) == 5
+
+
+def test_signatures_that_do_not_fit_on_the_disk(folder, monkeypatch):
+    monkeypatch.setattr(Path, "open", lambda self, *a, open=Path.open, **k: open(
+        Path("/dev/full") if self.name == "signatures.bin" else self, *a, **k))  # fmt: skip
+    with pytest.raises(DataError, match="No space left on device"):
+        write(source(folder, near_duplicate_texts=0.75), folder / "out")
+
+
 def test_each_part_is_written_once(folder, written):
     lines(folder / "c.jsonl", [{"image": "absent.jpg", "caption": "x"}, {"image": "7.jpg", "caption": "the same"}])
     write(source(folder, near_duplicate_images=8), folder / "out")
