@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ _PART_BYTES = 64 * 2**20  # small files of a source are cleaned together
 _UNFINISHED = ".unfinished"
 _LOCK = ".lock"
 _NEW_PLAN = "new-plan"
+_LIBRARIES = ("bifocal", "pillow", "ImageHash", "datasketch")  # on whose versions rows and signatures may depend
 _PLAN = "plan.json"  # what an interrupted move of complete parts still has to move
 
 
@@ -152,10 +154,21 @@ def _parts(source: Source, kind: str, unfinished: Path, shown: Path) -> tuple[li
     parts = []
     for number, group in enumerate(groups):
         files = [rows_fingerprint(split, kind, _files(split, stream.shards)) for split in group]
-        key = hashlib.blake2b(repr([files, features, signing]).encode(), digest_size=8).hexdigest()
+        key = hashlib.blake2b(repr([files, features, signing, _versions()]).encode(), digest_size=8).hexdigest()
         folder = unfinished / f"{number:05}-{key}"
         parts.append(Part(group[0].title, tuple(group), kind, features, folder, shown, compared if compares else None))
     return parts, evaluations
+
+
+def _versions() -> list[str | None]:
+    """Return the versions of the libraries that parts are written with, so that those of another one are not used."""
+    versions: list[str | None] = []
+    for library in _LIBRARIES:
+        try:
+            versions.append(version(library))
+        except PackageNotFoundError:
+            versions.append(None)
+    return versions
 
 
 def _files(split: Source, whole: Any) -> list[str]:

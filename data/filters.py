@@ -43,7 +43,8 @@ class Cleaning(BaseModel):
 
     Args:
         deduplicate_images: remove rows whose image has the same bytes as an earlier one.
-        deduplicate_texts: remove rows whose texts equal earlier ones, ignoring case and spaces.
+        deduplicate_texts: remove rows whose texts, other than negatives, equal those of an earlier one, ignoring case
+            and spaces.
         near_duplicate_images: remove rows whose image looks like that of an earlier row: hashes of 64 bits differ in at
             most this many, and colours hardly. 8 finds re-encoded and resized images.
         near_duplicate_texts: remove rows of which each text has at least this Jaccard similarity of character 5-grams

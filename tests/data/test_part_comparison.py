@@ -252,14 +252,15 @@ def test_copies_of_what_is_no_longer_there_are_kept(folder, written, monkeypatch
 
 def test_a_part_that_is_written_again_is_reduced_again(folder, written, monkeypatch):
     """Its image has come, so that other rows have the numbers of those that were skipped."""
-    rows = [("5.jpg", "first"), ("absent.jpg", "absent"), ("6.jpg", "broken"), ("0.jpg", "copy"), ("3.jpg", "last")]
+    rows = [("5.jpg", "first"), ("absent.jpg", "absent"), ("6.jpg", "broken"), ("copy.jpg", "copy"), ("3.jpg", "last")]
+    shutil.copy(folder / "0.jpg", folder / "copy.jpg")
     lines(folder / "b.jsonl", [{"image": image, "caption": caption} for image, caption in rows])
     for file in "cde":
         (folder / f"{file}.jsonl").unlink()
     out = folder / "out"
     stopped_while_moving(source(folder, near_duplicate_images=8), out, monkeypatch)
     (folder / "absent.jpg").write_bytes(IMAGES["photo 0"])
-    (folder / "0.jpg").write_bytes(image_bytes((160, 120), seed=7))
+    (folder / "copy.jpg").write_bytes(image_bytes((160, 120), seed=7))
     written.clear()
     write(source(folder, near_duplicate_images=8), out)
     assert written == ["b", "b again"]
@@ -280,6 +281,14 @@ def test_an_image_that_is_replaced_is_read_again(folder, written):
     assert written[:4] == [*"abcd"], "e names none of them"
     assert image_bytes((160, 120), seed=9) in [row["image"] for row in copied(folder / "out")]
     assert image_bytes((160, 120), seed=8) in [row["image"] for row in copied(folder / "out")]
+
+
+def test_parts_of_another_version_are_not_used(folder, written, monkeypatch):
+    stopped_while_moving(source(folder, near_duplicate_images=8), folder / "out", monkeypatch)
+    written.clear()
+    monkeypatch.setattr(clean_copy, "version", lambda library: "another one")
+    write(source(folder, near_duplicate_images=8), folder / "out")
+    assert written[:5] == [*"abcde"]
 
 
 def test_a_run_that_waited_while_another_ended(folder, monkeypatch):
