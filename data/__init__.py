@@ -9,7 +9,7 @@ It knows nothing of training or evaluation.
   `tar`, `beir`, `nli`.
 - From raw rows to rows of a kind: `columns`, `labels`, `normalize`; `row_names` for messages.
 - Many rows: `shards` (streams that resume), `splits` (the files of a source as sources), `tables` (cached data sets),
-  `skips` (skipped rows), `consistency`,
+  `skips` (skipped rows), `consistency`, `vector_cache` (files of vectors, with which a killed run resumes),
   `near_duplicates` (signatures and pairs of images and texts), `leakage` (training rows in an evaluation set).
 - Images: `images` (from a cell to pixel values), `image_errors` (why one cannot be read), `image_files` (in folders),
   `image_decoding` (views of data sets).
