@@ -11,7 +11,7 @@ from bifocal.data.row_names import row_name, select_rows
 from bifocal.data.skips import SkipLog, SkippedRow
 from bifocal.embedding.embed import EmbedSettings, embed_items
 from bifocal.embedding.items import Item
-from bifocal.embedding.models import EmbeddingModel, load_model
+from bifocal.embedding.models import EmbeddingModel, load_model, model_files_state
 from bifocal.errors import DataError, ModelError
 from bifocal.files import replace_file
 from bifocal.modeling.dtype_bifocal import default_device, resolve_dtype
@@ -21,7 +21,8 @@ def filter_consistent(pairs: Any, settings: Consistency, skipped: SkipLog, name:
     """Return the pairs of a `datasets.Dataset` that pass; the others are logged as filtered.
 
     The positives of each pool of rows are ranked for each of its queries, both with the model's prompts if it has
-    them. A text that equals the positive counts as the positive. The ranks are cached next to the data set's cache.
+    them. A text that equals the positive counts as the positive. The ranks are cached next to the data set's cache, by
+    the rows, the settings and the model's files.
 
     Raises:
         DataError: if the rows have no queries.
@@ -46,7 +47,7 @@ def _cached_ranks(pairs: Any, settings: Consistency) -> np.ndarray:
     files = pairs.cache_files
     dtype = resolve_dtype(settings.dtype, default_device())
     facts = settings.model_dump(exclude={"top_k", "dtype"}) | ({} if dtype == "model" else {"dtype": dtype})
-    key = Hasher.hash(["with prompts", pairs._fingerprint, json.dumps(facts)])
+    key = Hasher.hash(["with prompts", pairs._fingerprint, json.dumps(facts), model_files_state(settings.model)])
     path = Path(files[0]["filename"]).with_name(f"ranks-{key}.npy") if files else None
     if path is not None and path.exists():
         return np.load(path)

@@ -154,6 +154,13 @@ def model_path(name: str | Path) -> str:
     return f"sentence-transformers/{name}"
 
 
+def model_files_state(name: str) -> list[list[Any]]:
+    """Return path, bytes and modification time of each file of a local model; nothing for a Hub id."""
+    folder = Path(name).expanduser()
+    files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+    return [[str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+
+
 def weights_hash(model: str | Path) -> str:
     """Return a short hash of what decides a model's vectors: its weights, and settings that are not its family's.
 
