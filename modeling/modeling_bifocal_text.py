@@ -287,8 +287,14 @@ class BifocalMLMHead(nn.Module):
 
 
 class BifocalTextForMaskedLM(BifocalTextPreTrainedModel):
-    """The text tower with a masked-language-modelling head, for stage 0."""
+    """The text tower with a masked-language-modelling head, for stage 0.
 
+    Attributes:
+        sparse_prediction: with labels, predict only the tokens that have one, as training needs them: `logits` is then
+            (labelled tokens, vocabulary). The loss is the same, at a fraction of the time and memory.
+    """
+
+    sparse_prediction = False
     _tied_weights_keys = {"lm_head.decoder.weight": "text_model.embeddings.word_embeddings.weight"}
 
     def __init__(self, config: BifocalTextConfig) -> None:
@@ -329,10 +335,13 @@ class BifocalTextForMaskedLM(BifocalTextPreTrainedModel):
             `logits` (batch, length, vocabulary) and, with labels, `loss`, the mean cross-entropy.
         """
         outputs = self.text_model(input_ids, attention_mask, token_type_ids, inputs_embeds, return_dict=True, **kwargs)
-        logits = self.lm_head(outputs.last_hidden_state)
+        states = outputs.last_hidden_state
+        if labels is not None and self.sparse_prediction:
+            states, labels = states[labels != -100], labels[labels != -100]
+        logits = self.lm_head(states)
         loss = None
         if labels is not None:
-            loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+            loss = nn.functional.cross_entropy(logits.flatten(0, -2).float(), labels.flatten())
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

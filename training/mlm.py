@@ -73,6 +73,7 @@ def train_mlm(recipe: Recipe, arguments: BifocalTrainingArguments | None = None)
         )
     set_seed(recipe.seed)
     model = _model(recipe, tokenizer)
+    model.sparse_prediction = True
 
     def tokenize(rows: dict[str, list[Any]]) -> dict[str, Any]:
         good = [text for text in rows["text"] if text is not None]  # None: a bad row of a stream

@@ -1,24 +1,24 @@
-"""The claims: conditions that are trained, expectations, and rules for when a claim counts as shown."""
+"""The claims: what each expects, the conditions that are trained, and the rule for when it counts as shown."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import yaml
 
-from benchmarks.claims.conditions import Condition, Phase
-from benchmarks.claims.datasets import ClaimData, image_metric, text_metrics
-from benchmarks.claims.minilm import judge_minilm, minilm_conditions
-from benchmarks.claims.rules import Check, Outcomes, Verdict, at_least, difference
-from bifocal.evaluation.retrieval import recall_at, target_ranks
-from bifocal.evaluation.rows import image_digest
-from bifocal.modeling import BifocalModel, load_image
-from bifocal.training.tasks import Task
-
-R5, STS = "text retrieval R@5", "STS Spearman"
-_JOINT = "joint"
+from benchmarks.claims import (
+    batching,
+    collection,
+    languages,
+    minilm,
+    minilm_negatives,
+    pretraining,
+    small_towers,
+    switches,
+)
+from benchmarks.claims.conditions import Condition
+from benchmarks.claims.datasets import ClaimData
+from benchmarks.claims.rules import Outcomes, Verdict
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,9 @@ class Claim:
         expected: what the claim predicts at this scale.
         note: limits of the test.
         reason: explanation of the outcome of the full test.
+        means: what the outcome means for a user's choices.
+        runs: name of the claim whose folder holds the conditions; its own if empty.
+        needs: files of `--data` without which it cannot be tested.
     """
 
     name: str
@@ -44,293 +47,43 @@ class Claim:
     expected: str
     note: str = ""
     reason: str = ""
-
-
-def _both(model: BifocalModel, data: ClaimData) -> dict[str, float]:
-    return {**image_metric(model, data.images), **text_metrics(model, data)}
-
-
-def _photos(data: ClaimData, batch: int = 128) -> Task:
-    return Task("photos", "image-text", data.images.train, batch)
-
-
-def _captions(data: ClaimData, batch: int = 128) -> Task:
-    return Task("captions", "text-pair", data.captions.pairs, batch)
-
-
-# 1. One model for both
-
-
-def _multi_task(data: ClaimData) -> list[Condition]:
-    steps = 350
-
-    def condition(name: str, *tasks: Callable[[ClaimData], Task]) -> Condition:
-        return Condition(name, [Phase(_JOINT, lambda d: [make(d) for make in tasks], steps)], _both)
-
-    return [
-        condition("image-text only", _photos),
-        condition("text-text only", _captions),
-        condition("both", _photos, _captions),
-    ]
-
-
-def _judge_multi_task(outcomes: Outcomes, data: ClaimData) -> Verdict:
-    zero = data.images.metric
-    both, image, text = ((name, _JOINT) for name in ("both", "image-text only", "text-text only"))
-    texts = [R5] if data.sts is None else [R5, STS]
-    return Verdict(
-        [
-            at_least(outcomes, zero, both, image, -0.02, f"{zero}: both against image-text only"),
-            *(at_least(outcomes, m, both, text, -0.03, f"{m}: both against text-text only") for m in texts),
-            *(at_least(outcomes, m, both, image, 0.15, f"{m}: both against image-text only") for m in texts),
-        ]
-    )
-
-
-# 2. Three stages
-
-_SYMBOL, _LONG = "name finds image R@5", "long caption finds image R@5"
-_NEAR = "right among 21 near-duplicates"
-_SEEN_NEAR = "right before 7 negatives, trained on"
-
-
-def _symbol_recall(model: BifocalModel, test: Any, queries: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """Return Recall@5 from texts to the images of symbols, by name of the metric.
-
-    Args:
-        model: the model.
-        test: symbols; identical ones are right answers of each other.
-        queries: for each metric a text per symbol.
-    """
-    images = [images[0] for images in test["images"]]
-    image_vectors = model.encode_image(images, batch_size=128, show_progress=False)
-    digests = [image_digest(load_image(image)) for image in images]
-    metrics = {}
-    for metric, texts in queries.items():
-        vectors = model.encode_text(list(texts), batch_size=128, show_progress=False)
-        metrics[metric] = recall_at(target_ranks(vectors, image_vectors, query_keys=texts, item_keys=digests), 5)
-    return metrics
-
-
-def _symbol_metrics(model: BifocalModel, data: ClaimData) -> dict[str, float]:
-    test = data.symbols["test"]
-    long_captions = [captions[0] for captions in test["long_captions"]]
-    return _symbol_recall(model, test, {_SYMBOL: list(test["name"]), _LONG: long_captions})
-
-
-def _near(model: BifocalModel, data: ClaimData) -> dict[str, float]:
-    """Return how often a query's right text is nearer than its 20 near-duplicates."""
-    queries, items, candidates = data.near_duplicates
-    query_vectors = np.asarray(model.encode_text(queries, batch_size=128, show_progress=False))
-    item_vectors = np.asarray(model.encode_text(items, batch_size=128, show_progress=False))
-    scores = np.einsum("nd,nkd->nk", query_vectors, item_vectors[candidates])
-    return {_NEAR: float((scores[:, 1:].max(axis=1) < scores[:, 0]).mean())}
-
-
-def _staged(model: BifocalModel, data: ClaimData) -> dict[str, float]:
-    return {**_symbol_metrics(model, data), **text_metrics(model, data), **_near(model, data)}
-
-
-def _symbols(data: ClaimData, column: str, batch: int) -> Task:
-    return Task("symbols", "image-text", data.captioned_symbols(column), batch)
-
-
-def _triplets(data: ClaimData, negatives: int, batch: int) -> Task:
-    return Task("captions", "text-triplet" if negatives else "text-pair", data.triplets(negatives), batch)
-
-
-def _three_stages(data: ClaimData) -> list[Condition]:
-    one = Phase("stage 1", lambda d: [_symbols(d, "name", 128), _captions(d, 64)], 500, augment=False)
-    two = Phase("stage 2", lambda d: [_symbols(d, "long_captions", 96), _captions(d, 64)], 120, 4e-4, augment=False)
-    three = Phase(
-        "stage 3", lambda d: [_symbols(d, "long_captions", 64), _triplets(d, 7, 32)], 100, 3e-4, augment=False
-    )
-    # As many more steps of stage 1, to separate the effect of a stage from that of longer training.
-    more = Phase("stage 1 again", lambda d: [_symbols(d, "name", 128), _captions(d, 64)], 120, 4e-4, augment=False)
-    return [
-        Condition("three stages", [one, two, three], _staged, 8),
-        Condition("stage 1, longer", [one, more], _staged, 8),
-    ]
-
-
-def _judge_stages(outcomes: Outcomes, data: ClaimData) -> Verdict:
-    stages = [("three stages", f"stage {number}") for number in (1, 2, 3)]
-    longer = ("stage 1, longer", "stage 1 again")
-    return Verdict(
-        [
-            at_least(
-                outcomes, _LONG, stages[1], longer, 0.02, f"{_LONG}: stage 2 against as many more steps of stage 1"
-            ),
-            at_least(outcomes, _SYMBOL, stages[1], stages[0], -0.03, f"{_SYMBOL}: stage 2 against stage 1"),
-            at_least(outcomes, _NEAR, stages[2], stages[1], 0.01, f"{_NEAR}: stage 3 against stage 2"),
-            at_least(outcomes, _LONG, stages[2], stages[1], -0.03, f"{_LONG}: stage 3 against stage 2"),
-        ]
-    )
-
-
-# 3. How the text tower is initialised
-
-
-def _masked_first(data: ClaimData) -> list[Condition]:
-    masked = Phase("masked words", None, 400, 1e-3, 48, masked=64)
-    embedder = Phase("text pairs", lambda d: [_captions(d)], 250)
-
-    def joint(steps: int) -> Phase:
-        return Phase(_JOINT, lambda d: [_photos(d, 96), _captions(d, 64)], steps)
-
-    return [
-        Condition("from nothing", [joint(350)], _both, 8),
-        Condition("from nothing, fewer steps", [joint(200)], _both, 8),  # for comparison; not judged
-        Condition("from masked language modelling", [masked, joint(200)], _both, 8),
-        Condition("from a text embedder", [embedder, joint(200)], _both, 8),
-    ]
-
-
-def _judge_masked(outcomes: Outcomes, data: ClaimData) -> Verdict:
-    nothing = ("from nothing", _JOINT)
-    texts = [R5] if data.sts is None else [R5, STS]
-    return Verdict(
-        [
-            at_least(outcomes, metric, (condition, _JOINT), nothing, 0.0, f"{metric}: {condition} against from nothing")
-            for condition in ("from masked language modelling", "from a text embedder")
-            for metric in texts
-        ]
-    )
-
-
-# 4. Hard negatives
-
-
-def _near_and_texts(model: BifocalModel, data: ClaimData) -> dict[str, float]:
-    return {**_near(model, data), _SEEN_NEAR: _near_seen(model, data), **text_metrics(model, data)}
-
-
-def _near_seen(model: BifocalModel, data: ClaimData, count: int = 1000) -> float:
-    """Return the same on captions that were trained on. It is not judged, but shows whether the negatives work."""
-    rows = data.triplets(7)[:count]
-    flat = [text for texts in rows["negatives"] for text in texts]
-    query, right, wrong = (
-        np.asarray(model.encode_text(texts, batch_size=128, show_progress=False))
-        for texts in (rows["query"], rows["positive"], flat)
-    )
-    wrong = wrong.reshape(len(query), 7, -1)
-    return float((np.einsum("nd,nkd->nk", query, wrong).max(axis=1) < (query * right).sum(axis=1)).mean())
-
-
-def _hard_negatives(data: ClaimData) -> list[Condition]:
-    first = Phase("pairs", lambda d: [_captions(d, 128)], 200)
-
-    def condition(count: int) -> Condition:
-        second = Phase("negatives", lambda d: [_triplets(d, count, 64)], 600)
-        return Condition(f"{count} negatives", [first, second], _near_and_texts)
-
-    return [condition(count) for count in (0, 1, 3, 7)]
-
-
-def _judge_negatives(outcomes: Outcomes, data: ClaimData) -> Verdict:
-    none = ("0 negatives", "negatives")
-    seven = ("7 negatives", "negatives")
-    return Verdict(
-        [
-            at_least(outcomes, _NEAR, seven, none, 0.01, f"{_NEAR}: 7 negatives against none"),
-            at_least(outcomes, _NEAR, seven, ("1 negatives", "negatives"), 0.0, f"{_NEAR}: 7 negatives against 1"),
-            at_least(outcomes, R5, seven, none, -0.02, f"{R5}: 7 negatives against none"),
-        ]
-    )
-
-
-# 5. Long captions
-
-_SENTENCES = (1, 2, 3, 5)
-
-
-def _by_length(model: BifocalModel, data: ClaimData) -> dict[str, float]:
-    """Return Recall@5 by the number of first sentences of a long caption."""
-    test = data.symbols["test"]
-    queries = {
-        f"{count} sentence{'s' * (count > 1)}": [
-            ". ".join(captions[0].split(". ")[:count]) for captions in test["long_captions"]
-        ]
-        for count in _SENTENCES
-    }
-    return _symbol_recall(model, test, queries)
-
-
-def _long_captions(data: ClaimData) -> list[Condition]:
-    one = Phase("names", lambda d: [_symbols(d, "name", 128)], 450, augment=False)
-
-    def condition(name: str, column: str) -> Condition:
-        return Condition(
-            name, [one, Phase("then", lambda d: [_symbols(d, column, 96)], 150, 4e-4, augment=False)], _by_length, 8
-        )
-
-    return [condition("short captions only", "name"), condition("then long captions", "long_captions")]
-
-
-def _judge_long(outcomes: Outcomes, data: ClaimData) -> Verdict:
-    long, short = ("then long captions", "then"), ("short captions only", "then")
-    return Verdict(
-        [
-            at_least(
-                outcomes, "5 sentences", long, short, 0.05, "R@5 by 5 sentences: long captions against short ones only"
-            ),
-            at_least(
-                outcomes, "3 sentences", long, short, 0.03, "R@5 by 3 sentences: long captions against short ones only"
-            ),
-            at_least(
-                outcomes, "1 sentence", long, short, -0.03, "R@5 by 1 sentence: long captions against short ones only"
-            ),
-        ]
-    )
-
-
-# 6. Large batches
-
-_BATCHES = (64, 256, 1024, 4096)
-_PAIRS = 98_304  # seen in training, at full budget
-
-
-def _large_batches(data: ClaimData) -> list[Condition]:
-    conditions = []
-    for batch in _BATCHES:
-        # The learning rate grows with the square root of the batch, as is usual with Adam; chunks bound the memory.
-        rate = 1e-3 * (batch / 256) ** 0.5
-        options = {"text_chunk_size": 256} if batch > 256 else {}
-        tasks = _caption_task(batch)
-        conditions.append(
-            Condition(f"batch {batch:,}", [Phase(_JOINT, tasks, _PAIRS // batch, rate, options=options)], text_metrics)
-        )
-    return conditions
-
-
-def _caption_task(batch: int) -> Callable[[ClaimData], list[Task]]:
-    return lambda data: [_captions(data, min(batch, len(data.captions.train)))]
-
-
-def _judge_batches(outcomes: Outcomes, data: ClaimData) -> Verdict:
-    gains = {b: difference(outcomes, R5, (f"batch {b:,}", _JOINT), ("batch 64", _JOINT))[0] for b in _BATCHES}
-    best, larger = (max(batches, key=gains.__getitem__) for batches in (_BATCHES, _BATCHES[1:]))
-    return Verdict(
-        [
-            Check(f"{R5}: the best larger batch ({larger:,}) against 64", gains[larger], 0.01),
-            Check("the best batch is larger than 64", float(best > 64), 1.0),
-        ]
-    )
+    means: str = ""
+    runs: str = ""
+    needs: Sequence[str] = ()
+
+    @property
+    def folder(self) -> str:
+        return self.runs or self.name
+
+
+_FUNCTIONS = {
+    "minilm": (minilm.minilm_conditions, minilm.judge_minilm),
+    "freezing": (minilm.freezing_conditions, minilm.judge_freezing),
+    "multi-task": (small_towers.multi_task_conditions, small_towers.judge_multi_task),
+    "alternating": (batching.alternating_conditions, batching.judge_alternating),
+    "stages": (small_towers.stage_conditions, small_towers.judge_stages),
+    "mlm-first": (pretraining.pretraining_conditions, pretraining.judge_masked_first),
+    "mlm-budget": (pretraining.pretraining_conditions, pretraining.judge_masked_budget),
+    "hard-negatives": (small_towers.hard_negative_conditions, small_towers.judge_hard_negatives),
+    "minilm-negatives": (minilm_negatives.negative_conditions, minilm_negatives.judge_minilm_negatives),
+    "false-negatives": (batching.false_negative_conditions, batching.judge_false_negatives),
+    "long-captions": (small_towers.long_caption_conditions, small_towers.judge_long_captions),
+    "large-batches": (small_towers.large_batch_conditions, small_towers.judge_large_batches),
+    "languages": (languages.language_conditions, languages.judge_languages),
+    "switches": (switches.switch_conditions, switches.judge_switches),
+}
+# Claims on the conditions of another, and those that nothing can replace the data of.
+_RUNS = {"freezing": "minilm", "mlm-budget": "mlm-first"}
+_NEEDS = {"languages": languages.FILES, "freezing": collection.FILES}
 
 
 def _claims() -> dict[str, Claim]:
     """Return the claims with their texts from `claims.yaml`."""
-    functions = {
-        "multi-task": (_multi_task, _judge_multi_task),
-        "stages": (_three_stages, _judge_stages),
-        "mlm-first": (_masked_first, _judge_masked),
-        "hard-negatives": (_hard_negatives, _judge_negatives),
-        "long-captions": (_long_captions, _judge_long),
-        "large-batches": (_large_batches, _judge_batches),
-        "minilm": (minilm_conditions, judge_minilm),  # in minilm.py
-    }
     texts = yaml.safe_load(Path(__file__).with_name("claims.yaml").read_text(encoding="utf-8"))
-    return {name: Claim(name, *functions[name], **text) for name, text in texts.items()}
+    return {
+        name: Claim(name, *functions, **texts[name], runs=_RUNS.get(name, ""), needs=_NEEDS.get(name, ()))
+        for name, functions in _FUNCTIONS.items()
+    }
 
 
 CLAIMS = _claims()

@@ -1,12 +1,14 @@
 """Conditions of a claim: training in phases, with a measurement after each phase. A killed run resumes."""
 
 import json
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -38,8 +40,9 @@ class Phase:
         learning_rate: highest learning rate.
         max_length: tokens of a text.
         options: further training arguments.
-        augment: whether images are augmented.
+        augment: function that augments an image; None for none.
         masked: batch size of masked language modelling.
+        trainer: the trainer, where a claim is about what the trainer does.
     """
 
     name: str
@@ -48,8 +51,9 @@ class Phase:
     learning_rate: float = 1.5e-3
     max_length: int = LENGTH
     options: dict[str, Any] = field(default_factory=dict)
-    augment: bool = True
+    augment: Callable[[Image.Image, random.Random], Image.Image] | None = flip_and_shift
     masked: int = 0
+    trainer: type[MultiTaskTrainer] = MultiTaskTrainer
 
 
 @dataclass(frozen=True)
@@ -167,10 +171,8 @@ def _train(phase: Phase, model: BifocalModel, seed: int, steps: int, data: Claim
         save_total_limit=1, report_to="none", disable_tqdm=True, log_level="error",
     )  # fmt: skip
     args = BifocalTrainingArguments(output_dir=str(folder), max_steps=steps, seed=seed, **{**options, **phase.options})
-    trainer = MultiTaskTrainer(
-        model, args, list(phase.tasks(data)), model.processor, phase.max_length,
-        augment=flip_and_shift if phase.augment else None,
-    )  # fmt: skip
+    tasks = list(phase.tasks(data))
+    trainer = phase.trainer(model, args, tasks, model.processor, phase.max_length, augment=phase.augment)
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     checkpoint = last_complete_checkpoint(folder)

@@ -18,10 +18,11 @@ from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
 
 from benchmarks.claims.collection import Collection, has_collection, read_collection
+from benchmarks.claims.rules import R5, STS
 from bifocal.data.symbols import SymbolsConfig, build_symbols
 from bifocal.errors import BifocalError
 from bifocal.evaluation.retrieval import recall_at, target_ranks
-from bifocal.files import RUN, replace_file, replace_folder
+from bifocal.files import RUN, replace_folder
 from bifocal.modeling import BifocalModel, BifocalProcessor, load_image
 from bifocal.modeling.processing_bifocal import image_processor_of_size
 from bifocal.training.mining import MiningSettings, mine_texts, write_parquet
@@ -109,6 +110,10 @@ class ClaimData:
         self.lock = FileLock(out / ".lock")  # several processes need the same files; one writes them
         if folder is not None:
             require_files(folder)
+
+    def has(self, name: str) -> bool:
+        """Return whether the local files include this one."""
+        return self.folder is not None and (self.folder / name).exists()
 
     @property
     def described(self) -> str:
@@ -244,24 +249,6 @@ class ClaimData:
         settings = MiningSettings(num_negatives=7, range_min=2, range_max=30)
         write_parquet(mine_texts(pairs, load_minilm(SentenceTransformer), settings, self.out / "mining"), path)
 
-    @cached_property
-    def near_duplicates(self) -> tuple[list[str], list[str], np.ndarray]:
-        """Queries, texts, and the numbers of each query's candidates: the right one and the 20 most similar others."""
-        path = self.out / "near-duplicates.json"
-        queries = [texts[0] for texts in self.captions.test]
-        items = [texts[1] for texts in self.captions.test]
-        with self.lock:
-            if not path.exists():
-                model = load_minilm(SentenceTransformer)
-                vectors = model.encode(items, normalize_embeddings=True, batch_size=64)
-                scores = vectors @ vectors.T
-                np.fill_diagonal(scores, -1.0)
-                nearest = np.argsort(-scores, axis=1, kind="stable")[:, :20]
-                candidates = np.concatenate([np.arange(len(items))[:, None], nearest], axis=1)
-                with replace_file(path) as scratch:
-                    scratch.write_text(json.dumps(candidates.tolist()))
-        return queries, items, np.array(json.loads(path.read_text()))
-
 
 def load_minilm(load: Callable[[str], Model]) -> Model:
     """Load MiniLM from the package that contains it, or from the Hub.
@@ -286,8 +273,11 @@ def load_minilm(load: Callable[[str], Model]) -> Model:
 
 def flip_and_shift(image: Image.Image, generator: random.Random) -> Image.Image:
     """Return the image mirrored or not, moved by up to four pixels: the usual augmentation of photos of 32 pixels."""
-    if generator.random() < 0.5:
-        image = ImageOps.mirror(image)
+    return shift(ImageOps.mirror(image) if generator.random() < 0.5 else image, generator)
+
+
+def shift(image: Image.Image, generator: random.Random) -> Image.Image:
+    """Return the image moved by up to four pixels."""
     offset = generator.randint(-4, 4), generator.randint(-4, 4)
     return image.rotate(0, translate=offset)
 
@@ -307,11 +297,16 @@ def text_metrics(model: BifocalModel, data: ClaimData) -> dict[str, float]:
 
     queries, items = ([texts[number] for texts in data.captions.test] for number in (0, 1))
     ranks = target_ranks(encode(queries), encode(items), query_keys=queries, item_keys=items)
-    metrics = {"text retrieval R@5": recall_at(ranks, 5)}
+    metrics = {R5: recall_at(ranks, 5)}
     if data.sts is not None:
         first, second, scores = data.sts
-        metrics["STS Spearman"] = float(spearmanr((encode(first) * encode(second)).sum(axis=1), scores).statistic)
+        metrics[STS] = float(spearmanr((encode(first) * encode(second)).sum(axis=1), scores).statistic)
     return metrics
+
+
+def both_metrics(model: BifocalModel, data: ClaimData) -> dict[str, float]:
+    """Return the metrics of images and of texts."""
+    return {**image_metric(model, data.images), **text_metrics(model, data)}
 
 
 def _read_captions(path: Path) -> list[list[str]]:

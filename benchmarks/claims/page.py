@@ -21,16 +21,22 @@ class ClaimResult:
         outcomes: metrics of all conditions.
         verdict: whether the claim is shown.
         scale: share of the steps, 1 for the full budget.
-        minutes: minutes of two cores for all conditions and seeds.
-        resumed: whether a run was killed and resumed. Then `minutes` are those of the last sessions.
+        core_seconds: seconds of one core for a condition, mean over the seeds. Phases that conditions share
+            count for the first of them.
+        resumed: whether a run was killed and resumed. Then `core_seconds` are those of the last sessions.
     """
 
     claim: Claim
     outcomes: Outcomes
     verdict: Verdict
     scale: float
-    minutes: float
+    core_seconds: Mapping[str, float]
     resumed: bool = False
+
+    @property
+    def minutes(self) -> float:
+        """Minutes of two cores for all conditions and seeds."""
+        return sum(seconds * len(self.outcomes[name]) for name, seconds in self.core_seconds.items()) / 60 / 2
 
     @property
     def rows(self) -> list[dict[str, Any]]:

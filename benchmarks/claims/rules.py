@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+R5, STS = "text retrieval R@5", "STS Spearman"
 # Metrics by condition, seed and phase.
 Outcomes = Mapping[str, Mapping[int, Mapping[str, Mapping[str, float]]]]
 

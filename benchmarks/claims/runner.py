@@ -54,13 +54,18 @@ def run_claims(
     if data_folder is not None:
         require_files(data_folder)  # before `out` is bound to this data
     data = ClaimData(*_open_data(out, data_folder, say))
+    chosen = [name for name in CLAIMS if not only or name in only]
+    for name in list(chosen):
+        lack = next(
+            (file for file in CLAIMS[name].needs if data.folder is None or not (data.folder / file).exists()), None
+        )
+        if lack is not None and only:
+            raise ClaimsError(f"The claim '{name}' needs {lack} in the folder of --data.")
+        if lack is not None:
+            say(f"{CLAIMS[name].title}: not tested, since the folder of --data has no {lack}.")
+            chosen.remove(name)
     cores = max(1, available_cores() // workers)
-    jobs = [
-        Job(name, seed, budget / FULL, out, data.folder, cores)
-        for name in CLAIMS
-        if not only or name in only
-        for seed in seeds
-    ]
+    jobs = [Job(name, seed, budget / FULL, out, data.folder, cores) for name in chosen for seed in seeds]
     if workers == 1:
         for job in jobs:
             run_job(job, data, say)
@@ -68,10 +73,11 @@ def run_claims(
         with ThreadPoolExecutor(workers) as pool:
             for _ in pool.map(lambda job: start_job(job, say), jobs):
                 pass
-    results = [result for name in CLAIMS if (result := _load_result(out / name, name, data)) is not None]
+    results = [result for name in CLAIMS if (result := _load_result(out / CLAIMS[name].folder, name, data)) is not None]
     numbers = {
         result.claim.name: {
             "shown": result.verdict.shown, "scale": result.scale, "minutes": round(result.minutes, 1),
+            "core_seconds": result.core_seconds,
             "checks": [asdict(check) | {"holds": check.holds} for check in result.verdict.checks],
             "conditions": summary(result.outcomes),
         }
@@ -125,7 +131,7 @@ def _load_result(folder: Path, name: str, data: ClaimData) -> ClaimResult | None
     conditions = [condition.name for condition in claim.conditions(data)]
     for scale_folder in sorted(folder.glob("*-percent"), key=lambda path: -float(path.name.partition("-")[0])):
         outcomes: dict[str, dict[int, Any]] = {condition: {} for condition in conditions}
-        core_seconds, resumed = 0.0, False
+        core_seconds, resumed = dict.fromkeys(conditions, 0.0), False
         for seed_folder in sorted(scale_folder.glob("seed-*")):
             folders = {condition: seed_folder / file_name(condition) for condition in conditions}
             if all((one / "seconds.json").exists() for one in folders.values()):
@@ -133,9 +139,10 @@ def _load_result(folder: Path, name: str, data: ClaimData) -> ClaimResult | None
                     metrics = json.loads((condition_folder / "metrics.json").read_text(encoding="utf-8"))
                     outcomes[condition][int(seed_folder.name.partition("-")[2])] = metrics
                     cost = json.loads((condition_folder / "seconds.json").read_text(encoding="utf-8"))
-                    core_seconds += cost["core_seconds"]
+                    core_seconds[condition] += cost["core_seconds"]
                     resumed = resumed or cost["resumed"]
         if outcomes[conditions[0]]:
             scale = float(scale_folder.name.partition("-")[0]) / 100
-            return ClaimResult(claim, outcomes, claim.judge(outcomes, data), scale, core_seconds / 60 / 2, resumed)
+            seconds = {name: total / len(outcomes[name]) for name, total in core_seconds.items()}
+            return ClaimResult(claim, outcomes, claim.judge(outcomes, data), scale, seconds, resumed)
     return None

@@ -45,7 +45,7 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        return self.out / self.claim / f"{100 * self.scale:g}-percent" / f"seed-{self.seed}"
+        return self.out / CLAIMS[self.claim].folder / f"{100 * self.scale:g}-percent" / f"seed-{self.seed}"
 
     @property
     def data(self) -> ClaimData:

@@ -200,6 +200,23 @@ def test_masked_language_modelling_head():
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+def test_predicting_the_labelled_tokens_only_gives_the_same_gradients():
+    model = BifocalTextForMaskedLM(small_tower().config).eval()
+    ids = torch.randint(5, model.config.vocab_size, (3, 9))
+    labels = ids.masked_fill(torch.rand(ids.shape) < 0.6, -100)
+    losses, gradients = [], []
+    for model.sparse_prediction in (False, True):
+        model.zero_grad()
+        output = model(input_ids=ids, labels=labels)
+        output.loss.backward()
+        losses.append(output.loss.item())
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert output.logits.shape == ((labels != -100).sum(), model.config.vocab_size)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-6, rtol=1e-4)
+    assert model(input_ids=ids).logits.shape == (3, 9, model.config.vocab_size)
+
+
 def test_masked_language_model_survives_saving_and_its_tower_loads_alone(tmp_path):
     torch.manual_seed(0)
     model = BifocalTextForMaskedLM(small_tower().config).eval()
