@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoProcessor
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
-from bifocal.data.vector_cache import BATCHES_AT_ONCE, VectorCache
+from bifocal.data.vector_cache import BATCHES_AT_ONCE, VectorCache, slices
 from bifocal.embedding.fingerprint import model_fingerprint
 from bifocal.embedding.models import EmbeddingModel, load_model
 from bifocal.errors import EvaluationError, ModelError, first_line
@@ -92,14 +92,18 @@ class Encoder:
         of_search = {"query": self.query, "document": self.document}.get(prompt_name or "")
         encode = of_search or self.text
         items = _as_list("texts", texts)
-        if encode is None or not self._caches(len(items)):
+        if len(items) <= self._rows_at_once:
             return self._embed("texts", encode, items)
 
-        def embed(rows: slice) -> dict[int, np.ndarray]:
-            return dict(enumerate(self._embed("texts", encode, items[rows], rows.start), rows.start))
+        def embed(rows: slice) -> np.ndarray:
+            return self._embed("texts", encode, items[rows], rows.start)
 
-        role = prompt_name or "" if of_search is not None else ""
-        return np.array(self._cached("texts", [role, *items], len(items), embed))
+        if not self._caches(len(items)):  # in the same batches as with a cache, and so to the bit the same vectors
+            return np.concatenate([embed(rows) for rows in slices(len(items), self._rows_at_once)])
+        identity = [prompt_name or "" if of_search is not None else "", *items]
+        return np.array(
+            self._cached("texts", identity, len(items), lambda rows: dict(enumerate(embed(rows), rows.start)))
+        )
 
     def images(self, images: Sequence[Any]) -> np.ndarray:
         """Return (number, dimensions) unit vectors of images.
@@ -169,9 +173,13 @@ class Encoder:
             return None
         return self._cached("images", ["fast" if self.decodes_fast else "", *known], count, embed)
 
+    @property
+    def _rows_at_once(self) -> int:
+        return BATCHES_AT_ONCE * self.batch_size
+
     def _caches(self, count: int) -> bool:
         """Return whether a collection is cached: a smaller one would be embedded as a whole after it was killed."""
-        return self.cache is not None and self.fingerprint is not None and count > BATCHES_AT_ONCE * self.batch_size
+        return self.cache is not None and self.fingerprint is not None and count > self._rows_at_once
 
     def _cached(
         self, what: str, identity: Sequence[str], count: int, embed: Callable[[slice], Mapping[int, np.ndarray]]
@@ -180,7 +188,7 @@ class Encoder:
         assert self.fingerprint is not None
         if not self._model:
             self._model = self.fingerprint()
-        return self.cache.vectors(what, [self._model, *identity], count, embed, BATCHES_AT_ONCE * self.batch_size)
+        return self.cache.vectors(what, [self._model, *identity], count, embed, self._rows_at_once)
 
     def _image_preparer(self) -> ImagePreparer:
         return ImagePreparer() if self.preparer is None else self.preparer(self.fast_decoding)
