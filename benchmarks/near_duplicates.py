@@ -1,6 +1,7 @@
 """How many altered copies of images and texts are found as near-duplicates, and how many pairs of different ones.
 
 Run: python benchmarks/near_duplicates.py --images photos.parquet emoji.parquet --texts captions.jsonl
+     python benchmarks/near_duplicates.py --random 1000000
 
 Prints JSON lines. Of each Parquet file with a column `image` (bytes), the first 1,000 images are altered: for each
 limit in bits, the share of copies that `similar_images` pairs with their original, and the pairs among the first 2,500
@@ -12,14 +13,23 @@ import argparse
 import io
 import json
 import random
+import resource
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image, ImageEnhance
 
 from bifocal.data.filters import comparable_text
-from bifocal.data.near_duplicates import Signatures, sign_image, sign_texts, similar_images, similar_texts
+from bifocal.data.near_duplicates import (
+    near_duplicate_images,
+    near_duplicate_texts,
+    similar_images,
+    similar_texts,
+)
+from bifocal.data.signatures import Signatures, sign_image, sign_texts
 
 ALTERED, DIFFERENT, DIFFERENT_TEXTS = 1000, 2500, 4000
 
@@ -143,15 +153,40 @@ def measure_texts(file: Path) -> None:
         )  # fmt: skip
 
 
+def measure_random(rows: int) -> None:
+    """Print how long all rows take whose signatures are random, a tenth of them copies, and how much memory."""
+    draws = np.random.default_rng(0)
+    originals = np.arange(rows)
+    originals[1::10] -= 1
+    hashes = draws.integers(0, 256, (rows, 8), dtype=np.uint8)[originals]
+    images = Signatures([], hashes, np.tile(hashes, (1, 24)), np.zeros(rows, bool))
+    seconds, memory = measured(lambda: near_duplicate_images(images, 8))
+    figures = {"rows": rows, "seconds of images": seconds, "bytes of an image": 201 + memory / rows}
+    values = draws.integers(0, 2**32, (rows, 128), dtype=np.uint32)[originals]
+    texts = Signatures([], texts={"text": values})
+    seconds, memory = measured(lambda: near_duplicate_texts(texts, 0.8))
+    print(json.dumps({**figures, "seconds of texts": seconds, "bytes of a text": 512 + memory / rows}))
+
+
+def measured(skip: Callable[[], dict[int, int]]) -> tuple[float, float]:
+    """Return the seconds of a call, and by how many bytes the largest memory of this process grew."""
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    assert skip()
+    return time.monotonic() - started, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, nargs="*", default=[], help="Parquet files with a column `image`.")
     parser.add_argument("--texts", type=Path, help="JSONL file with `captions` or `text`.")
+    parser.add_argument("--random", type=int, help="Number of random signatures of which copies are found.")
     options = parser.parse_args()
     for file in options.images:
         measure_images(file)
     if options.texts is not None:
         measure_texts(options.texts)
+    if options.random is not None:
+        measure_random(options.random)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,11 @@ It knows nothing of training or evaluation.
 - From raw rows to rows of a kind: `columns`, `labels`, `normalize`; `row_names` for messages.
 - Many rows: `shards` (streams that resume), `splits` (the files of a source as sources), `tables` (cached data sets),
   `skips` (skipped rows), `consistency`, `vector_cache` (files of vectors, with which a killed run resumes),
-  `near_duplicates` (signatures and pairs of images and texts), `leakage` (training rows in an evaluation set).
+  `signatures` (what is compared of images and texts), `near_duplicates` (pairs of them), `leakage` (training rows in an
+  evaluation set).
 - Images: `images` (from a cell to pixel values), `image_errors` (why one cannot be read), `image_files` (in folders),
   `image_decoding` (views of data sets).
 - `parallel` runs tasks in this process, in several (`worker_processes`), or on a Ray cluster (`ray_actors`).
-- Made from sources: `inspection` and `inspection_page`, `leakage_report`, `clean_copy`, `captioning`; `symbols` and
-  `symbol_texts` make a data set that needs no download.
+- Made from sources: `inspection` and `inspection_page`, `leakage_report`, `captioning`, `clean_copy` (of `clean_parts`,
+  whose rows `part_comparison` compares); `symbols` and `symbol_texts` make a data set that needs no download.
 """

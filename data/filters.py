@@ -16,6 +16,7 @@ from bifocal.errors import DataError
 
 _SPACE = re.compile(r"\s+")
 _TEXTS = ("caption", "query", "positive", "text")
+DUPLICATE_IMAGE, DUPLICATE_TEXT = "duplicate image", "duplicate text"  # causes
 
 
 class Consistency(BaseModel):
@@ -99,6 +100,17 @@ class Cleaning(BaseModel):
         """Return whether a filter works only when all rows are loaded; exact duplicates are found while reading."""
         return self.compares_signatures or bool(self.exclude_rows_of) or self.consistency is not None
 
+    def separate(self, exact: bool) -> "tuple[Cleaning, Cleaning]":
+        """Return the filters that look at one row alone, and those that need only signatures of all rows.
+
+        Args:
+            exact: whether exact duplicates belong to the second ones.
+        """
+        names = {"near_duplicate_images", "near_duplicate_texts", "exclude_rows_of"}
+        names |= {"deduplicate_images", "deduplicate_texts"} if exact else set()
+        compared = self.model_dump(include=names)
+        return self.model_copy(update=Cleaning().model_dump(include=names)), Cleaning().model_copy(update=compared)
+
     @property
     def compares_signatures(self) -> bool:
         """Return whether near-duplicates are removed."""
@@ -130,12 +142,9 @@ class RowFilter:
                 require_readable(read_image_bytes(row["image"]))
             self._check_size(row["image"])
         if self.cleaning.deduplicate_images and "image" in row:
-            self._require_new("duplicate image", read_image_bytes(row["image"]))
+            self._require_new(DUPLICATE_IMAGE, read_image_bytes(row["image"]))
         if self.cleaning.deduplicate_texts:
-            self._require_new(
-                "duplicate text",
-                "\0".join(comparable_text(kept[column]) for column in _TEXTS if column in kept).encode(),
-            )
+            self._require_new(DUPLICATE_TEXT, comparable_texts(kept))
         return kept
 
     def _texts(self, column: str, value: Any) -> Any:
@@ -190,6 +199,12 @@ def comparable_text(text: Any) -> str:
     """Return a text in the form that is compared for duplicates: case and spaces do not count."""
     joined = "\n".join(text) if isinstance(text, list) else text
     return _SPACE.sub(" ", joined).strip().casefold()
+
+
+def comparable_texts(row: Mapping[str, Any]) -> bytes:
+    """Return the texts of a row in the form that is compared for duplicates."""
+    texts = (comparable_text(row[column]) for column in _TEXTS if column in row)
+    return "\0".join(texts).encode("utf-8", "surrogatepass")
 
 
 def read_image_bytes(value: Any) -> bytes:

@@ -1,7 +1,6 @@
 """Inspect a source: rows, lengths, sizes, duplicates, skipped rows and their causes, and a sample."""
 
 import base64
-import hashlib
 import io
 import random
 from collections import Counter
@@ -15,14 +14,11 @@ from bifocal.data.filters import comparable_text, image_size, read_image_bytes, 
 from bifocal.data.loading import iter_rows
 from bifocal.data.near_duplicates import (
     IMAGE_DISTANCE,
-    TEXT_COLUMNS,
     TEXT_SIMILARITY,
-    Signatures,
     near_duplicate_images,
     near_duplicate_texts,
-    sign_image,
-    sign_texts,
 )
+from bifocal.data.signatures import TEXT_COLUMNS, Signatures, SignedImage, digest_of, sign_image, sign_texts
 from bifocal.data.skips import RowError
 from bifocal.data.source import Source
 
@@ -116,8 +112,7 @@ class _Compared:
     """Signatures of the rows inspected so far, and what shows a row again."""
 
     def __init__(self) -> None:
-        self.signed: list[tuple[Any, Any, bool]] = []
-        self.digests: list[bytes] = []
+        self.signed: list[SignedImage] = []
         self.written: dict[str, list[str]] = {}
         self.names: list[str] = []
         self.thumbnails: list[str] = []
@@ -131,7 +126,6 @@ class _Compared:
         if "image" in row:
             data = read_image_bytes(row["image"])
             self.signed.append(sign_image(data))
-            self.digests.append(hashlib.blake2b(data, digest_size=16).digest())
             self.thumbnails.append(_thumbnail(data, _SMALL))
         self.names.append(name)
         for column in TEXT_COLUMNS:
@@ -144,7 +138,8 @@ class _Compared:
         counted: dict[str, dict[str, Any]] = {}
         if self.signed:
             groups = near_duplicate_images(signatures, IMAGE_DISTANCE)
-            differing = [pair for pair in groups.items() if self.digests[pair[0]] != self.digests[pair[1]]]
+            signed = self.signed
+            differing = [pair for pair in groups.items() if signed[pair[0]].digest != signed[pair[1]].digest]
             counted["images"] = self._counted(differing)
         if self.written:
             signatures.texts = {column: sign_texts(values) for column, values in self.written.items()}
@@ -192,7 +187,7 @@ def _measure(inspection: Inspection, row: dict[str, Any], seen: dict[str, set[by
 
 
 def _repeated(inspection: Inspection, seen: dict[str, set[bytes]], what: str, value: bytes) -> None:
-    key = hashlib.blake2b(value, digest_size=16).digest()
+    key = digest_of(value)
     inspection.duplicates[what] = inspection.duplicates.get(what, 0) + (key in seen[what])
     seen[what].add(key)
 

@@ -1,33 +1,21 @@
 """Find rows of training data that are in an evaluation set: the same image or text, or a near-duplicate."""
 
-import hashlib
 import json
-import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from bifocal.data.filters import Cleaning, comparable_text, read_image_bytes
-from bifocal.data.near_duplicates import (
-    IMAGE_DISTANCE,
-    TEXT_COLUMNS,
-    TEXT_SIMILARITY,
-    Signatures,
-    cache_path,
-    rows_of,
-    sign_image,
-    sign_texts,
-    similar_images,
-    similar_texts,
-)
-from bifocal.data.row_names import row_name, select_rows
+from bifocal.data.filters import Cleaning, comparable_text
+from bifocal.data.near_duplicates import IMAGE_DISTANCE, TEXT_SIMILARITY, cache_path, similar_images, similar_texts
+from bifocal.data.row_names import row_name, rows_of, select_rows
+from bifocal.data.signatures import TEXT_COLUMNS, Signatures, SignedImage, digest_of, sign_image, sign_texts
 from bifocal.data.skips import RowError, SkipLog, SkippedRow
 from bifocal.errors import DataError
 from bifocal.files import replace_file
 
-logger = logging.getLogger(__name__)
+_TEXTS = (*TEXT_COLUMNS, "negatives")
 
 
 @dataclass(frozen=True)
@@ -68,41 +56,52 @@ class Content:
     digests: list[bytes]
     written: list[str]
 
+    def fingerprint(self) -> str:
+        """Return a digest of what is compared, and of the rows' names."""
+        facts = repr((self.images.names, self.digests, self.texts.names, self.written))
+        return digest_of(facts.encode("utf-8", "surrogatepass")).hex()
 
-def read_content(rows: Iterable[tuple[str, dict[str, Any] | RowError]]) -> Content:
+
+Evaluations = Sequence[tuple[str, Content]]  # titles and contents of the sources of `exclude_rows_of`
+
+
+def read_content(
+    rows: Iterable[tuple[str, dict[str, Any] | RowError]], images: bool = True, texts: bool = True
+) -> Content:
     """Return what is compared of rows.
+
+    Args:
+        rows: names and rows, whose images are bytes, paths, or signed ones.
+        images, texts: whether the images and the texts are compared.
 
     Raises:
         DataError: if ImageHash or datasketch is not installed, or no row can be used.
     """
     good = skipped = 0
     image_names: list[str] = []
-    signed: list[tuple[np.ndarray, np.ndarray, bool]] = []
-    digests: list[bytes] = []
+    signed: list[SignedImage] = []
     text_names: list[str] = []
     written: list[str] = []
     for name, row in rows:
         try:
             if isinstance(row, RowError):
                 raise row
-            if "image" in row:
-                data = read_image_bytes(row["image"])
-                signed.append(sign_image(data))
+            if images and "image" in row:
+                signed.append(sign_image(row["image"]))
                 image_names.append(name)
-                digests.append(hashlib.blake2b(data, digest_size=16).digest())
         except RowError:
             skipped += 1
             continue
         good += 1
-        texts = [row[column] for column in (*TEXT_COLUMNS, "negatives") if column in row]
-        for text in dict.fromkeys(text for value in texts for text in (value if isinstance(value, list) else [value])):
+        values = [row[column] for column in _TEXTS if texts and column in row]
+        for text in dict.fromkeys(text for value in values for text in (value if isinstance(value, list) else [value])):
             text_names.append(name)
             written.append(text)
     if not good:
         raise DataError("No row can be compared. See `bifocal data inspect` for the causes.")
-    images = Signatures.of_images(image_names, signed)
-    texts_signed = sign_texts([comparable_text(text) for text in written])
-    return Content(good, skipped, images, Signatures(text_names, texts={"text": texts_signed}), digests, written)
+    text_signatures = Signatures(text_names, texts={"text": sign_texts([comparable_text(text) for text in written])})
+    digests = [image.digest for image in signed]
+    return Content(good, skipped, Signatures.of_images(image_names, signed), text_signatures, digests, written)
 
 
 def find_leaks(
@@ -144,52 +143,65 @@ def decided_by(train: Content, evaluation: Content) -> str:
     return "image" if train.digests and evaluation.digests else "text"
 
 
-def filter_leaks(
-    dataset: Any, cleaning: Cleaning, evaluations: Iterable[tuple[str, Content]], skipped: SkipLog, name: str
-) -> Any:
+def filter_leaks(dataset: Any, cleaning: Cleaning, evaluations: Evaluations, skipped: SkipLog, name: str) -> Any:
     """Return the rows of a `datasets.Dataset` that are not in the sources of `exclude_rows_of`; the others are logged.
 
     Which ones they are is cached next to the data set's cache, until it or the content of a source changes.
 
-    Args:
-        evaluations: titles and contents of these sources.
-
     Raises:
-        DataError: if nothing of a source can be compared.
+        DataError: if nothing of a source can be compared, or an image cannot be read.
     """
-    evaluations = list(evaluations)
-    for title, evaluation in evaluations:
-        if evaluation.skipped:
-            logger.warning(f"{evaluation.skipped:,} rows of '{title}' cannot be read, so they exclude nothing.")
-    compared = [(title, e.images.names, e.digests, e.texts.names, e.written) for title, e in evaluations]
+    matches = deciding_matches(dataset.column_names, evaluations, name)
+    compared = [(title, evaluation.fingerprint()) for title, evaluation in evaluations]
     path = cache_path(dataset, "leaks", [cleaning.near_duplicate_images, cleaning.near_duplicate_texts, compared])
     if path is not None and path.exists():
-        skips = {row: SkippedRow(row, *rest) for row, *rest in json.loads(path.read_text())}
+        leaked = {number: (cause, detail) for number, cause, detail in json.loads(path.read_text())}
     else:
-        skips = _leaked(dataset, cleaning, evaluations, name)
+        leaked = leaked_rows((row for _, row in rows_of(dataset)), cleaning, evaluations, matches, name)
         if path is not None:
             with replace_file(path) as scratch:
-                scratch.write_text(json.dumps(list(skips.values())))
-    skipped.add(name, 0, skips.values())
-    kept = [number for number in range(len(dataset)) if row_name(dataset, number) not in skips]
+                scratch.write_text(json.dumps([(number, *reason) for number, reason in leaked.items()]))
+    skips = [SkippedRow(row_name(dataset, number), *reason, filtered=True) for number, reason in leaked.items()]
+    skipped.add(name, 0, skips)
+    kept = [number for number in range(len(dataset)) if number not in leaked]
     return select_rows(dataset, kept) if skips else dataset
 
 
-def _leaked(
-    dataset: Any, cleaning: Cleaning, evaluations: list[tuple[str, Content]], name: str
-) -> dict[str, SkippedRow]:
-    """Return the rows to skip, by name."""
-    train = read_content(rows_of(dataset))
+def deciding_matches(columns: Collection[str], evaluations: Evaluations, name: str) -> list[str]:
+    """Return for each source of `exclude_rows_of` whether rows with these columns are compared by "image" or "text".
+
+    Raises:
+        DataError: if nothing can be compared.
+    """
+    matches = []
+    for title, evaluation in evaluations:
+        matches.append("image" if "image" in columns and evaluation.digests else "text")
+        if matches[-1] == "text" and not (evaluation.written and any(column in columns for column in _TEXTS)):
+            raise DataError(f"'{name}' has nothing to compare with '{title}'. Correct exclude_rows_of.")
+    return matches
+
+
+def leaked_rows(
+    rows: Iterable[dict[str, Any]], cleaning: Cleaning, evaluations: Evaluations, matches: list[str], name: str
+) -> dict[int, tuple[str, str]]:
+    """Return the rows that are in the sources of `exclude_rows_of`, in order: number, cause and detail.
+
+    Args:
+        matches: as returned by `deciding_matches`.
+        name: name of the source, for messages.
+
+    Raises:
+        DataError: if an image cannot be read.
+    """
+    numbered = ((str(number), row) for number, row in enumerate(rows))
+    train = read_content(numbered, images="image" in matches, texts="text" in matches)
     if train.skipped:
         raise DataError(f"'{name}' has images that cannot be read. Add clean.verify_images=true to skip such rows.")
-    skips: dict[str, SkippedRow] = {}
-    for title, evaluation in evaluations:
-        deciding = decided_by(train, evaluation)
-        if not (train.written and evaluation.written) and deciding == "text":
-            raise DataError(f"'{name}' has nothing to compare with '{title}'. Correct exclude_rows_of.")
-        most = IMAGE_DISTANCE if cleaning.near_duplicate_images is None else cleaning.near_duplicate_images
+    most = IMAGE_DISTANCE if cleaning.near_duplicate_images is None else cleaning.near_duplicate_images
+    leaked: dict[int, tuple[str, str]] = {}
+    for (title, evaluation), match in zip(evaluations, matches, strict=True):
         for leak in find_leaks(train, evaluation, most, cleaning.near_duplicate_texts or TEXT_SIMILARITY):
-            if leak.match == deciding and leak.train not in skips:
-                detail = f"{leak.match} of {leak.evaluation} in {title}"
-                skips[leak.train] = SkippedRow(leak.train, f"{leak.match} of an excluded source", detail, filtered=True)
-    return skips
+            if leak.match == match:
+                reason = f"{match} of an excluded source", f"{match} of {leak.evaluation} in {title}"
+                leaked.setdefault(int(leak.train), reason)
+    return dict(sorted(leaked.items()))

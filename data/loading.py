@@ -1,6 +1,7 @@
 """Load a source as a data set with the columns of one kind of rows."""
 
 import json
+import logging
 import os
 import re
 from collections import Counter, defaultdict
@@ -15,19 +16,20 @@ from bifocal.data.corpora import corpus
 from bifocal.data.filters import Cleaning, RowFilter
 from bifocal.data.image_decoding import disable_image_decoding
 from bifocal.data.kinds import INFERRED, KINDS
-from bifocal.data.leakage import filter_leaks, read_content
+from bifocal.data.leakage import Content, filter_leaks, read_content
 from bifocal.data.locate import SourceSplit, holds_files, is_files, locate
-from bifocal.data.near_duplicates import rows_of
 from bifocal.data.normalize import COLUMN_LAYOUTS, ColumnLayout, RowNormaliser, as_is, dpr
 from bifocal.data.paths import AllowedRoots, DatasetsRoots
 from bifocal.data.readers import IMAGE_SUFFIXES, READERS
-from bifocal.data.row_names import ROW, RowNames
+from bifocal.data.row_names import ROW, RowNames, rows_of
 from bifocal.data.schema import validated
 from bifocal.data.shards import ShardStream
 from bifocal.data.skips import ERROR_COLUMN, RowError, SkipLog, SkippedRow
 from bifocal.data.source import Source
 from bifocal.data.tables import normalise_dataset, to_dataset
 from bifocal.errors import DataError, first_line
+
+logger = logging.getLogger(__name__)
 
 _CORPUS = "corpus:"
 _PEEKED = 20  # rows read to infer their kind
@@ -83,11 +85,23 @@ def _without_leaks(dataset: Any, source: Source, skipped: SkipLog, name: str) ->
     """Return the rows of a data set that are not in the sources of `exclude_rows_of`."""
     if source.clean is None or not source.clean.exclude_rows_of:
         return dataset
+    return filter_leaks(dataset, source.clean, excluded_contents(source.clean), skipped, name)
+
+
+def excluded_contents(cleaning: Cleaning) -> list[tuple[str, Content]]:
+    """Return the titles and contents of the sources of `exclude_rows_of`.
+
+    Raises:
+        DataError: if a source cannot be read, or nothing of it can be compared.
+    """
     evaluations = []
-    for about in source.clean.exclude_rows_of:
-        excluded = validated(Source, {"path": about} if isinstance(about, str) else about, [])
-        evaluations.append((excluded.title, read_content(iter_rows(excluded, compared_kind(excluded)))))
-    return filter_leaks(dataset, source.clean, evaluations, skipped, name)
+    for about in cleaning.exclude_rows_of:
+        source = validated(Source, {"path": about} if isinstance(about, str) else about, [])
+        content = read_content(iter_rows(source, compared_kind(source)))
+        if content.skipped:
+            logger.warning(f"{content.skipped:,} rows of '{source.title}' cannot be read, so they exclude nothing.")
+        evaluations.append((source.title, content))
+    return evaluations
 
 
 def open_stream(source: Source, kind: str, seed: int | None = None) -> ShardStream | None:

@@ -1,23 +1,19 @@
-"""Find near-duplicate images (difference hash and colours) and texts (MinHash) among the rows of a source.
-
-Two passes: signatures of rows, which are small and independent of one another, and pairs among all signatures.
-"""
+"""Find near-duplicate images and texts among the rows of a source, by their signatures, and remove them."""
 
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from bifocal.data.filters import Cleaning, comparable_text
+from bifocal.data.filters import Cleaning
 from bifocal.data.image_decoding import image_paths
-from bifocal.data.image_errors import image_row_error
-from bifocal.data.row_names import row_name, select_rows
+from bifocal.data.row_names import row_name, rows_of, select_rows
+from bifocal.data.signatures import PERMUTATIONS, Signatures, digest_of, not_installed, sign_rows
 from bifocal.data.skips import RowError, SkipLog, SkippedRow
 from bifocal.errors import DataError
 from bifocal.files import replace_file
@@ -25,113 +21,31 @@ from bifocal.files import replace_file
 # Defaults, measured in docs/data.md.
 IMAGE_DISTANCE = 8  # bits of 64
 TEXT_SIMILARITY = 0.8
-TEXT_COLUMNS = ("caption", "query", "positive", "text", "first", "second")
 
-_HASH_BITS, _HASH_BYTES = 64, 8
-_HASH_PARTS = 4  # substrings that the index looks up
-_GRID = 8  # colours are means of 8 x 8 fields
+_HASH_BITS = 64
+_CANDIDATE = 12  # lookups in the time in which one hash is compared, measured
 _COLOUR_DIFFERENCE = 32.0  # of 255, in any field, after the brightness is made equal
 _BRIGHTNESS = 4 / 3  # largest ratio of brightness that is made equal
-_PLAIN = 2.0  # standard deviation of the grey values below which an image has nothing to compare
-_HASHED_SIDE = 64  # pixels to which an image is reduced before it is hashed
-_PERMUTATIONS = 128
-_NGRAM = 5  # characters
 _MISSED = 0.01  # largest probability that a pair at the threshold is missed
 _VERSION = 2  # of the cached rows; raise it when others are found
 _BLOCK = 4096  # pairs compared at a time
 _SEARCHED = 256  # hashes looked up at a time; each may have a pair with every earlier one
 
 
-@dataclass
-class Signatures:
-    """What is compared of rows: 200 bytes for each image and 512 for each text.
-
-    Args:
-        names: names of the rows.
-        hashes: difference hashes of the images, of shape (rows, 8); None if the rows have no images.
-        colours: mean colours of the fields of each image, of shape (rows, 192).
-        plain: whether an image is of one colour, and so is no near-duplicate of another.
-        texts: MinHash values by column, of shape (rows, 128).
-    """
-
-    names: list[str] = field(default_factory=list)
-    hashes: np.ndarray | None = None
-    colours: np.ndarray | None = None
-    plain: np.ndarray | None = None
-    texts: dict[str, np.ndarray] = field(default_factory=dict)
-
-    @classmethod
-    def of_images(cls, names: list[str], signed: Sequence[tuple[np.ndarray, np.ndarray, bool]]) -> "Signatures":
-        """Return the signatures of images, each as returned by `sign_image`."""
-        if not signed:
-            return cls(names)
-        hashes, colours, plain = zip(*signed, strict=True)
-        return cls(names, np.stack(hashes), np.stack(colours), np.array(plain))
-
-
-def sign_rows(rows: Iterable[tuple[str, dict[str, Any]]], images: bool = True, texts: bool = True) -> Signatures:
-    """Return the signatures of good rows, in their order.
-
-    Args:
-        rows: names and rows, whose images are bytes or paths.
-        images, texts: whether to sign the images and the texts.
+def require_libraries(cleaning: Cleaning) -> None:
+    """Require the libraries that find near-duplicates, before many rows are read.
 
     Raises:
-        DataError: if ImageHash or datasketch is not installed.
-        RowError: if an image cannot be read.
+        DataError: if one is not installed.
     """
-    names: list[str] = []
-    signed: list[tuple[np.ndarray, np.ndarray, bool]] = []
-    written: dict[str, list[str]] = {}
-    for name, row in rows:
-        names.append(name)
-        if images and "image" in row:
-            signed.append(sign_image(row["image"]))
-        if texts:
-            for column in TEXT_COLUMNS:
-                if column in row:
-                    written.setdefault(column, []).append(comparable_text(row[column]))
-    signatures = Signatures.of_images(names, signed)
-    signatures.texts = {column: sign_texts(values) for column, values in written.items()}
-    return signatures
-
-
-def sign_image(value: Any) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Return the difference hash of an image, the mean colours of its fields, and whether it is of one colour.
-
-    Raises:
-        DataError: if ImageHash is not installed.
-        RowError: if the image cannot be read.
-    """
-    from bifocal.modeling.image_bifocal import decode_image
-
-    try:
-        import imagehash
-    except ImportError as error:
-        raise _not_installed("images", "ImageHash") from error
-    try:
-        image = decode_image(value, smallest_side=2 * _HASHED_SIDE).image
-    except Exception as error:
-        raise image_row_error(error) from error
-    image = image.resize((_HASHED_SIDE, _HASHED_SIDE), Image.Resampling.BOX, reducing_gap=2.0)
-    colours = np.asarray(image.resize((_GRID, _GRID), Image.Resampling.BOX)).reshape(-1)
-    bits = imagehash.dhash(image).hash.reshape(-1)
-    return np.packbits(bits), colours, bool(np.asarray(image.convert("L")).std() < _PLAIN)
-
-
-def sign_texts(texts: Sequence[str]) -> np.ndarray:
-    """Return MinHash values of the character 5-grams of texts, of shape (texts, 128).
-
-    Raises:
-        DataError: if datasketch is not installed.
-    """
-    try:
-        from datasketch import MinHash
-    except ImportError as error:
-        raise _not_installed("texts", "datasketch") from error
-    ngrams = ([ngram.encode("utf-8", "surrogatepass") for ngram in _ngrams(text)] for text in texts)
-    values = [minhash.hashvalues for minhash in MinHash.generator(ngrams, num_perm=_PERMUTATIONS)]
-    return np.stack(values).astype(np.uint32) if values else np.empty((0, _PERMUTATIONS), np.uint32)
+    libraries = []
+    if cleaning.near_duplicate_images is not None:
+        libraries += [("images", "imagehash", "ImageHash"), ("images", "faiss", "faiss-cpu")]
+    if cleaning.near_duplicate_texts is not None:
+        libraries += [("texts", "datasketch", "datasketch")]
+    for what, module, package in libraries:
+        if find_spec(module) is None:
+            raise not_installed(what, package)
 
 
 def similar_images(rows: Signatures, max_distance: int, others: Signatures | None = None) -> np.ndarray:
@@ -173,11 +87,17 @@ def near_duplicate_texts(rows: Signatures, min_similarity: float) -> dict[int, i
 def _equal_images(rows: Signatures) -> list[list[int]]:
     if rows.hashes is None or rows.colours is None or rows.plain is None:
         return []
-    return _groups(np.concatenate([rows.hashes, rows.colours], axis=1), ~rows.plain)
+    return _groups([rows.hashes, rows.colours], ~rows.plain)
 
 
 def _equal_texts(rows: Signatures, columns: Sequence[str]) -> list[list[int]]:
-    return _groups(np.stack([rows.texts[column] for column in columns], axis=1))
+    return _groups([rows.texts[column] for column in columns])
+
+
+def _first_texts(rows: Signatures, columns: Sequence[str], groups: list[list[int]]) -> np.ndarray:
+    """Return the signatures of the first row of each group, of shape (groups, columns, 128)."""
+    first = np.array([group[0] for group in groups], np.int64)
+    return np.stack([rows.texts[column][first] for column in columns], axis=1)
 
 
 def _with_equal_rows(skipped: dict[int, int], groups: Sequence[Sequence[int]]) -> dict[int, int]:
@@ -199,10 +119,10 @@ def similar_texts(rows: Signatures, min_similarity: float, others: Signatures | 
     columns = [column for column in rows.texts if column in second.texts]
     if not columns or len(columns) != len(rows.texts):
         return np.empty((0, 2), np.int64)
-    left, right = (np.stack([side.texts[column] for column in columns], axis=1) for side in (rows, second))
     ours = _equal_texts(rows, columns)
     theirs = ours if others is None else _equal_texts(second, columns)
-    left, right = left[[group[0] for group in ours]], right[[group[0] for group in theirs]]
+    left = _first_texts(rows, columns, ours)
+    right = left if others is None else _first_texts(second, columns, theirs)
     bands, width = band_shape(min_similarity, len(columns))
     matches = np.empty(0, np.int64)  # row * number of partners + partner
     for band in range(bands):
@@ -222,11 +142,11 @@ def band_shape(min_similarity: float, columns: int = 1) -> tuple[int, int]:
 
     It is the widest band, which compares the fewest pairs, that misses at most 1 % of the pairs at the threshold.
     """
-    for width in range(_PERMUTATIONS, 1, -1):
-        bands = _PERMUTATIONS // width
+    for width in range(PERMUTATIONS, 1, -1):
+        bands = PERMUTATIONS // width
         if missing_probability(min_similarity, bands, width, columns) <= _MISSED:
             return bands, width
-    return _PERMUTATIONS, 1
+    return PERMUTATIONS, 1
 
 
 def missing_probability(similarity: float, bands: int, width: int, columns: int = 1) -> float:
@@ -262,14 +182,19 @@ def filter_near_duplicates(dataset: Any, cleaning: Cleaning, skipped: SkipLog, n
     Raises:
         DataError: if a library is not installed, or an image cannot be read.
     """
-    causes = ("near-duplicate image", "near-duplicate text")
     rows = _cached_skips(dataset, cleaning, name)
     skips = [
-        SkippedRow(row_name(dataset, later), causes[cause], f"near-duplicate of {row_name(dataset, earlier)}", True)
-        for later, earlier, cause in rows.tolist()
+        near_duplicate(row_name(dataset, later), row_name(dataset, earlier), by_text)
+        for later, earlier, by_text in rows.tolist()
     ]
     skipped.add(name, 0, skips)
     return select_rows(dataset, np.setdiff1d(np.arange(len(dataset)), rows[:, 0]).tolist()) if skips else dataset
+
+
+def near_duplicate(later: str, earlier: str, by_text: bool) -> SkippedRow:
+    """Return a row that is skipped as the near-duplicate of an earlier one."""
+    cause = f"near-duplicate {'text' if by_text else 'image'}"
+    return SkippedRow(later, cause, f"near-duplicate of {earlier}", filtered=True)
 
 
 def _cached_skips(dataset: Any, cleaning: Cleaning, name: str) -> np.ndarray:
@@ -311,47 +236,40 @@ def _image_stamps(dataset: Any) -> list[tuple[int, int]] | None:
 
 
 def _skips(dataset: Any, cleaning: Cleaning, name: str) -> np.ndarray:
-    """Return the rows to skip, sorted: number, that of the row that stays in its place, and 1 if the texts decided."""
-    most, least = cleaning.near_duplicate_images, cleaning.near_duplicate_texts
+    """Return `near_duplicate_rows` of a data set."""
+    images, texts = cleaning.near_duplicate_images is not None, cleaning.near_duplicate_texts is not None
     try:
-        signatures = sign_rows(rows_of(dataset), most is not None, least is not None)
+        signatures = sign_rows(rows_of(dataset), images, texts)
     except RowError as error:
         raise DataError(
             f"'{name}' has an image that cannot be read ({error}). Add clean.verify_images=true, which skips such rows."
         ) from error
+    return near_duplicate_rows(signatures, len(dataset), cleaning)
+
+
+def near_duplicate_rows(signatures: Signatures, count: int, cleaning: Cleaning) -> np.ndarray:
+    """Return the rows to skip, sorted: number, that of the row that stays in its place, and 1 if the texts decided.
+
+    Args:
+        count: number of rows.
+    """
+    most, least = cleaning.near_duplicate_images, cleaning.near_duplicate_texts
     skips: dict[int, tuple[int, int]] = {}
     if most is not None:
         skips |= {row: (stays, 0) for row, stays in near_duplicate_images(signatures, most).items()}
     if least is not None:  # among the rows that stay
-        kept = np.setdiff1d(np.arange(len(signatures.names)), list(skips)).astype(np.int64)
-        texts = Signatures([], texts={column: values[kept] for column, values in signatures.texts.items()})
-        found = near_duplicate_texts(texts, least).items()
-        skips |= {int(kept[row]): (int(kept[stays]), 1) for row, stays in found}
+        kept = np.setdiff1d(np.arange(count), list(skips)).astype(np.int64)
+        texts = signatures if not skips else Signatures([], texts={c: v[kept] for c, v in signatures.texts.items()})
+        text_skips = near_duplicate_texts(texts, least).items()
+        skips |= {int(kept[row]): (int(kept[stays]), 1) for row, stays in text_skips}
     return np.array([(row, *skips[row]) for row in sorted(skips)], np.int64).reshape(-1, 3)
 
 
-def _not_installed(what: str, package: str) -> DataError:
-    return DataError(f"Near-duplicate {what} need {package}. Install it with `pip install {package}`.")
-
-
-def rows_of(dataset: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the rows of a `datasets.Dataset` with their names, images as bytes or paths."""
-    for number, row in enumerate(dataset):
-        image = row.get("image")
-        if isinstance(image, dict):
-            row["image"] = image["bytes"] if image["bytes"] is not None else image["path"]
-        yield row_name(dataset, number), row
-
-
-def _ngrams(text: str) -> set[str]:
-    return {text[start : start + _NGRAM] for start in range(max(1, len(text) - _NGRAM + 1))}
-
-
-def _groups(signatures: np.ndarray, compared: np.ndarray | None = None) -> list[list[int]]:
-    """Return the rows of each group with one signature, in order: a million equal pairs are a thousand rows."""
+def _groups(signatures: Sequence[np.ndarray], compared: np.ndarray | None = None) -> list[list[int]]:
+    """Return the rows of each group with the same signatures, in order: a million equal pairs are a thousand rows."""
     groups: dict[bytes, list[int]] = {}
-    for row in range(len(signatures)) if compared is None else np.flatnonzero(compared).tolist():
-        groups.setdefault(signatures[row].tobytes(), []).append(row)
+    for row in range(len(signatures[0])) if compared is None else np.flatnonzero(compared).tolist():
+        groups.setdefault(digest_of(b"".join(values[row].tobytes() for values in signatures)), []).append(row)
     return list(groups.values())
 
 
@@ -381,15 +299,16 @@ def _near_images(
     try:
         import faiss
     except ImportError as error:
-        raise _not_installed("images", "faiss-cpu") from error
+        raise not_installed("images", "faiss-cpu") from error
     hashes, colours = left
     other_hashes, other_colours = left if right is None else right
     pairs = [np.empty((0, 2), np.int64)]
     if not len(hashes) or not len(other_hashes):
         return pairs[0]
     # Of hashes that differ in d bits, one of n substrings differs in d // n bits at most: none is missed.
-    index = faiss.IndexBinaryMultiHash(_HASH_BITS, _HASH_PARTS, _HASH_BITS // _HASH_PARTS)
-    index.nflip = max_distance // _HASH_PARTS
+    parts = _hash_parts(len(other_hashes), max_distance)
+    index = faiss.IndexBinaryMultiHash(_HASH_BITS, parts, _HASH_BITS // parts)
+    index.nflip = max_distance // parts
     if right is not None:
         index.add(np.ascontiguousarray(other_hashes))
     for start in range(0, len(hashes), _SEARCHED):
@@ -406,6 +325,17 @@ def _near_images(
             same[~same] = _same_colours(colours, colours, near[~same][:, ::-1])
         pairs.append(near[same])
     return np.concatenate(pairs)
+
+
+def _hash_parts(hashes: int, max_distance: int) -> int:
+    """Return the number of substrings of a hash by which hashes are looked up in the shortest time."""
+
+    def cost(parts: int) -> float:
+        bits = _HASH_BITS // parts
+        lookups = parts * sum(math.comb(bits, flipped) for flipped in range(max_distance // parts + 1))
+        return lookups * (1 + _CANDIDATE * hashes / 2**bits)
+
+    return min(range(2, 9), key=cost)
 
 
 def _same_colours(first: np.ndarray, second: np.ndarray, pairs: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Names of rows in logs and errors: the file and number that a row was read from."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 ROW = "_row"  # column of the cache with the names
@@ -51,3 +51,17 @@ def select_rows(dataset: Any, rows: Sequence[int]) -> Any:
     if names is None:
         return selected
     return with_row_names(selected, RowNames(names.source, [names.rows[int(row)] for row in rows]))
+
+
+def rows_of(dataset: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the rows of a `datasets.Dataset` with their names, images as bytes or paths."""
+    for number, row in enumerate(dataset):
+        yield row_name(dataset, number), with_plain_image(row)
+
+
+def with_plain_image(row: dict[str, Any]) -> dict[str, Any]:
+    """Replace the image of a row, as `datasets` has it, by its bytes or path, and return the row."""
+    image = row.get("image")
+    if isinstance(image, dict):
+        row["image"] = image["bytes"] if image["bytes"] is not None else image["path"]
+    return row

@@ -123,12 +123,19 @@ def test_data_clean_on_a_local_cluster_writes_what_one_process_writes(tmp_path, 
     skip_if_quick()
     for file in range(4):
         rows = [{"query": f"query {file} {n}", "positive": "" if n == 7 else f"text {n}"} for n in range(40)]
+        rows[8] = {"query": "asked in each file", "positive": "answered in each file"}
         lines(tmp_path / f"{file}.jsonl", rows)
+    (tmp_path / "evaluation").mkdir()
+    lines(tmp_path / "evaluation" / "rows.jsonl", [{"text": "query 2 5"}])
+    filters = ("clean.near_duplicate_texts=0.9", "clean.exclude_rows_of=evaluation/rows.jsonl", "max_bad_fraction=0.1")
     monkeypatch.setattr("bifocal.data.clean_copy._PART_BYTES", 0)
-    one = invoke(tmp_path, "data", "clean", "*.jsonl", "one", "max_bad_fraction=0.1")
-    assert one.exit_code == 0, one.stderr
+    one = invoke(tmp_path, "data", "clean", "*.jsonl", "one", *filters)
+    assert one.stdout == (
+        "152 rows are in one; skipped: 4 no positive, 3 near-duplicate text, 1 text of an excluded source "
+        "(see one/skipped.jsonl).\n"
+    )
     with ray_folder() as folder:
-        command = ("data", "clean", "*.jsonl", "two", "max_bad_fraction=0.1", "--ray", "local")
+        command = ("data", "clean", "*.jsonl", "two", *filters, "--ray", "local")
         done = run("-c", CLEAN, *command, cwd=tmp_path, **ENVIRONMENT, RAY_TMPDIR=folder)
         assert done.returncode == 0, done.stderr
         assert not [process for process in psutil.process_iter() if folder in name_of(process)]

@@ -15,7 +15,7 @@ from bifocal.training.mining import MiningSettings, mine_texts, write_parquet
 from bifocal.training.tasks import Task
 
 PHASE = "negatives"
-STEPS, BATCH = 32, 32
+STEPS, BATCH = 24, 32
 COUNTS = (0, 1, 3, 7)
 UNFILTERED = "7 negatives, wrong positives left in"
 _MINER_STEPS = 400
@@ -79,7 +79,20 @@ def _measure(model: BifocalModel, data: ClaimData) -> dict[str, float]:
         return np.asarray(miner(data).encode_text(texts, batch_size=128, show_progress=False))
 
     chosen = near_duplicates_by(encode, data, "near-duplicates-by-a-small-tower.json")
-    return {NEAR: right_among(model, chosen), **text_metrics(model, data)}
+    once: Any = _EncodesOnce(model)
+    return {NEAR: right_among(once, chosen), **text_metrics(once, data)}
+
+
+class _EncodesOnce:
+    """A model that embeds equal lists of texts once: two of the metrics are of the same captions."""
+
+    def __init__(self, model: BifocalModel) -> None:
+        self._model, self._vectors = model, dict[tuple[str, ...], np.ndarray]()
+
+    def encode_text(self, texts: list[str], **options: Any) -> np.ndarray:
+        if tuple(texts) not in self._vectors:
+            self._vectors[tuple(texts)] = np.asarray(self._model.encode_text(texts, **options))
+        return self._vectors[tuple(texts)]
 
 
 def judge_minilm_negatives(outcomes: Outcomes, data: ClaimData) -> Verdict:

@@ -64,7 +64,8 @@ def measure(model: BifocalModel, data: ClaimData) -> dict[str, float]:
         similarities = (vectors[0] * vectors[1]).sum(axis=1)
         known = known_pairs(data)
         for name, chosen in ((KNOWN, known), (OTHER, ~known)):
-            metrics[name] = float(spearmanr(similarities[chosen], np.array(scores)[chosen]).statistic)
+            if chosen.sum() > 1:
+                metrics[name] = float(spearmanr(similarities[chosen], np.array(scores)[chosen]).statistic)
     return metrics
 
 

@@ -33,9 +33,12 @@ REVIEWED = {
     "data/symbols.py": Counter(build_symbols=2),  # in our cache
     "data/clean_copy.py": Counter(
         # The folder of its parts, under its lock.
-        write_clean=2, _clean=2, _write_plan=1,
-        _remove_part=3,  # files of a part by their names, and the folder if it is empty then
+        write_clean=2, _write_plan=1,
         _publish=1,  # under a name that no file has
+    ),
+    "data/clean_parts.py": Counter(
+        _write=2,  # a folder that is being made
+        remove_part=3,  # files of a part by their names, and the folder if it is empty then
     ),
 }  # fmt: skip
 _CALLS = {"rmtree", "unlink", "remove", "replace", "move", "rename", "renames", "rmdir", "removedirs", "truncate"}

@@ -1,22 +1,20 @@
-"""Clean copies of sources: the same files however many processes write them, and runs that resume."""
+"""Clean copies of sources: their files, and runs that resume; `test_part_comparison` has those of several processes."""
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
 from pyarrow.parquet import read_table
 
-from bifocal.data import clean_copy
+from bifocal.data import clean_copy, clean_parts
 from bifocal.data.clean_copy import write_clean
+from bifocal.data.clean_parts import Part
 from bifocal.data.loading import iter_rows, load_source
-from bifocal.data.parallel import Execution
 from bifocal.data.skips import BadRowsError, SkipLog
 from bifocal.data.source import Source
 from bifocal.errors import DataError
 from tests.data.files import image_bytes, lines, shards
-from tests.processes import skip_if_quick
 
 
 @pytest.fixture(autouse=True)
@@ -24,9 +22,9 @@ def small_files_alone(monkeypatch) -> None:
     monkeypatch.setattr(clean_copy, "_PART_BYTES", 0)
 
 
-def write(source: Source, out: Path, kind: str = "text-pair", workers: int = 1) -> tuple[int, SkipLog]:
+def write(source: Source, out: Path, kind: str = "text-pair") -> tuple[int, SkipLog]:
     log = SkipLog(out / "skipped.jsonl")
-    return write_clean(source, kind, out, log, Execution(workers)), log
+    return write_clean(source, kind, out, log), log
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -46,13 +44,13 @@ def pairs(folder: Path, files: int = 3, **options) -> Source:
 def written(monkeypatch) -> list[str]:
     """The names of the parts that are written."""
     names: list[str] = []
-    write_part = clean_copy._write_part
+    write_part = Part.write
 
-    def named(part, folder: Path) -> int:
+    def named(part: Part, *args) -> None:
         names.append(Path(part.name).name)
-        return write_part(part, folder)
+        write_part(part, *args)
 
-    monkeypatch.setattr(clean_copy, "_write_part", named)
+    monkeypatch.setattr(Part, "write", named)
     return names
 
 
@@ -66,16 +64,6 @@ def test_images_are_copied_in_the_order_of_the_source(tmp_path):
     expected = [row for _, row in iter_rows(source, "image-text") if isinstance(row, dict)]
     assert copied[:]["caption"] == [[row["caption"]] for row in expected]
     assert [image["bytes"] for image in copied[:]["image"]] == [row["image"] for row in expected]
-
-
-def test_two_processes_write_what_one_writes(tmp_path):
-    skip_if_quick()
-    source = pairs(tmp_path)
-    outs = [tmp_path / f"out-{workers}" for workers in (1, 2)]
-    logs = [write(source, out, workers=workers) for workers, out in enumerate(outs, 1)]
-    assert [rows for rows, _ in logs] == [27, 27]
-    assert logs[0][1].state() == logs[1][1].state()
-    assert contents(outs[0]) == contents(outs[1])
 
 
 def test_the_log_names_rows_in_the_order_of_the_source(tmp_path):
@@ -93,8 +81,8 @@ def test_small_files_share_a_part(tmp_path, monkeypatch):
 
 
 def test_files_have_no_more_rows_than_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(clean_copy, "_ROWS", 7)
-    monkeypatch.setattr(clean_copy, "_GROUP", 4)
+    monkeypatch.setattr(clean_parts, "_ROWS", 7)
+    monkeypatch.setattr(clean_parts, "_GROUP", 4)
     source = pairs(tmp_path, files=2)
     assert write(source, tmp_path / "out")[0] == 18
     paths = sorted((tmp_path / "out").glob("*.parquet"))
@@ -106,16 +94,16 @@ def test_files_have_no_more_rows_than_said(tmp_path, monkeypatch):
 
 def test_a_stopped_run_resumes(tmp_path, written, monkeypatch):
     source, out = pairs(tmp_path), tmp_path / "out"
-    write_part = clean_copy._write_part
+    write_part = Part.write
 
-    def stop_at_second(part, folder: Path) -> int:
+    def stop_at_second(part: Part, folder: Path, *args) -> None:
         if part.name.endswith("1.jsonl"):
             (folder / "00000.parquet").write_bytes(b"half")
             raise KeyboardInterrupt
-        return write_part(part, folder)
+        write_part(part, folder, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(clean_copy, "_write_part", stop_at_second)
+        patch.setattr(Part, "write", stop_at_second)
         with pytest.raises(KeyboardInterrupt):
             write(source, out)
     assert [path.name for path in out.iterdir()] == [".unfinished"]
@@ -128,7 +116,7 @@ def test_a_stopped_run_resumes(tmp_path, written, monkeypatch):
 
 @pytest.mark.parametrize("clean", [None, {"near_duplicate_texts": 1.0}])
 def test_a_run_that_was_killed_while_it_moved_its_files_resumes(tmp_path, written, monkeypatch, clean):
-    monkeypatch.setattr(clean_copy, "_ROWS", 4)
+    monkeypatch.setattr(clean_parts, "_ROWS", 4)
     source, out = pairs(tmp_path, clean=clean), tmp_path / "out"
     moves = []
     replace = clean_copy.os.replace
@@ -165,7 +153,7 @@ def test_a_run_that_was_killed_while_it_moved_its_files_resumes(tmp_path, writte
 
 def test_a_part_that_fails_does_not_stop_the_others(tmp_path, written, monkeypatch):
     source, out = pairs(tmp_path), tmp_path / "out"
-    tables = clean_copy._tables
+    tables = clean_parts._tables
 
     def fail_at_second(part, skipped):
         if part.name.endswith("1.jsonl"):
@@ -173,7 +161,7 @@ def test_a_part_that_fails_does_not_stop_the_others(tmp_path, written, monkeypat
         return tables(part, skipped)
 
     with monkeypatch.context() as patch:
-        patch.setattr(clean_copy, "_tables", fail_at_second)
+        patch.setattr(clean_parts, "_tables", fail_at_second)
         with pytest.raises(
             DataError, match=r"^1 of 3 parts failed, such as .*1\.jsonl \(Cannot write to .* resumes\.$"
         ):
@@ -222,13 +210,9 @@ def test_a_part_with_a_missing_image_is_written_again(tmp_path, written):
     assert written == ["0.jsonl", "1.jsonl", "1.jsonl"]
 
 
-def test_rows_that_are_compared_are_one_part(tmp_path, written):
-    source = pairs(tmp_path)
-    shutil.copy(tmp_path / "0.jsonl", tmp_path / "3.jsonl")
-    unique = source.model_copy(update={"clean": clean_copy.Cleaning(deduplicate_texts=True)})
-    assert write(unique, tmp_path / "unique")[0] == 27
-    assert write(source.model_copy(update={"limit": 12}), tmp_path / "limited")[0] == 12
-    assert written == ["*.jsonl", "*.jsonl"]
+def test_rows_of_a_limit_are_one_part(tmp_path, written):
+    assert write(pairs(tmp_path, limit=12), tmp_path / "limited")[0] == 12
+    assert written == ["*.jsonl"]
 
 
 def test_what_others_have_written_is_left_alone(tmp_path):

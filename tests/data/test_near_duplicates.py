@@ -10,21 +10,20 @@ from PIL import Image, ImageEnhance
 
 from bifocal.data import leakage, near_duplicates
 from bifocal.data.clean_copy import write_clean
+from bifocal.data.filters import comparable_text
 from bifocal.data.inspection import inspect_source
 from bifocal.data.leakage import find_leaks
 from bifocal.data.loading import iter_rows, load_source
 from bifocal.data.near_duplicates import (
-    Signatures,
     band_shape,
     first_of_groups,
     missing_probability,
     near_duplicate_images,
-    sign_image,
-    sign_texts,
     similar_images,
     similar_texts,
 )
 from bifocal.data.row_names import row_name
+from bifocal.data.signatures import Signatures, character_ngrams, sign_image, sign_texts
 from bifocal.data.skips import RowError, SkipLog
 from bifocal.data.source import Source
 from tests.bifocal.commands import error_of, invoke
@@ -86,8 +85,9 @@ def test_colour_tells_images_apart_and_plain_ones_are_not_compared():
     assert not len(similar_images(images_of(plain), 16))
 
 
-@pytest.mark.parametrize("most", [0, 3, 8, 16])
-def test_pairs_of_hashes_equal_brute_force(most):
+@pytest.mark.parametrize(("most", "parts"), [(0, 2), (0, 4), (3, 2), (3, 3), (8, 2), (8, 3), (8, 7), (16, 4), (16, 5)])
+def test_pairs_of_hashes_equal_brute_force(most, parts, monkeypatch):
+    monkeypatch.setattr(near_duplicates, "_hash_parts", lambda *_: parts)
     draws = np.random.default_rng(0)
     hashes = draws.integers(0, 256, (300, 8), dtype=np.uint8)
     for number in range(150):  # neighbours at every distance
@@ -104,6 +104,10 @@ def test_pairs_of_hashes_equal_brute_force(most):
     assert {tuple(pair) for pair in similar_images(signatures, most, other).tolist()} == expected
 
 
+def test_more_hashes_are_looked_up_by_longer_substrings():
+    assert [near_duplicates._hash_parts(hashes, 8) for hashes in (10, 10**5, 10**9)] == [5, 3, 2]
+
+
 def edited(text: str, number: int) -> str:
     words = text.split()
     place = number % (len(words) - 1)
@@ -115,8 +119,8 @@ def test_pairs_of_texts_against_all_pairs():
     words = " ".join(SENTENCES).lower().split()
     texts = [" ".join(draws.choice(words, 14)) for _ in range(150)]
     texts += [edited(text, number) for number, text in enumerate(texts)]
-    compared = [near_duplicates.comparable_text(text) for text in texts]
-    grams = [near_duplicates._ngrams(text) for text in compared]
+    compared = [comparable_text(text) for text in texts]
+    grams = [character_ngrams(text) for text in compared]
     jaccard = np.array([[len(a & b) / len(a | b) for b in grams] for a in grams])
     pairs = {tuple(pair) for pair in similar_texts(Signatures([], texts={"text": sign_texts(compared)}), 0.8).tolist()}
     sure = {(i, j) for i in range(300) for j in range(i) if jaccard[i, j] >= 0.9}
