@@ -9,8 +9,9 @@ It knows nothing of training or evaluation.
   `tar`, `beir`, `nli`.
 - From raw rows to rows of a kind: `columns`, `labels`, `normalize`; `row_names` for messages.
 - Many rows: `shards` (streams that resume), `splits` (the files of a source as sources), `tables` (cached data sets),
-  `skips` (skipped rows), `consistency`, `signatures` (what is compared of images and texts), `similar_pairs`
-  of them, `near_duplicates`, `leakage` (training rows in an evaluation set).
+  `skips` (skipped rows), `consistency`, `vector_cache` (files of vectors, with which a killed run resumes),
+  `signatures` (what is compared of images and texts), `similar_pairs` of them, `near_duplicates`, `leakage` (training
+  rows in an evaluation set).
 - Images: `images` (from a cell to pixel values), `image_errors` (why one cannot be read), `image_files` (in folders),
   `image_decoding` (views of data sets).
 - `parallel` runs tasks in this process, in several (`worker_processes`), or on a Ray cluster (`ray_actors`).

@@ -19,7 +19,7 @@ class EmbedSettings:
 
     Args:
         role: "query" or "document": which of the model's ways of embedding texts is used.
-        prompt: text that goes before each text.
+        prompt: text that goes before each text; None for the model's own prompt of this role.
         batch_size: texts or images per forward pass.
         num_workers: threads that decode and resize images ahead of the model; see `BifocalModel.encode_image`.
         fast_decoding: whether large JPEGs are decoded at reduced scale; see `BifocalModel.encode_image`.
@@ -29,7 +29,7 @@ class EmbedSettings:
     """
 
     role: str = "document"
-    prompt: str = ""
+    prompt: str | None = ""
     batch_size: int = 32
     num_workers: int | None = None
     fast_decoding: bool = False

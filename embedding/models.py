@@ -31,7 +31,7 @@ class EmbeddingModel:
 
     def __init__(self, name: str, model: Any, dtype: str = "model") -> None:
         self.name, self.model, self.dtype = name, model, dtype
-        self.is_joint = isinstance(model, BifocalModel)
+        self.is_joint = hasattr(model, "encode_image")  # also if it is wrapped, by adapters for example
         self.embeds_images: bool = self.is_joint or "image" in model.modalities
         prompts = model.config.prompts if self.is_joint else model.prompts
         self.prompts = search_prompts(prompts)
@@ -41,27 +41,29 @@ class EmbeddingModel:
         """Length of the vectors."""
         return self.model.config.projection_dim if self.is_joint else len(self.encode_text(["a"], "document", "")[0])
 
-    def encode_text(self, texts: Sequence[str], role: str, prompt: str, batch_size: int = 32) -> np.ndarray:
-        """Return the vectors (texts, dimensions) of texts.
+    def encode_text(self, texts: Sequence[str], role: str, prompt: str | None, batch_size: int = 32) -> np.ndarray:
+        """Return the unit vectors (texts, dimensions) of texts.
 
         Args:
             texts: the texts.
-            role: "query" or "document".
-            prompt: text that goes before each text.
+            role: "query" or "document"; "" for texts that are not part of a search.
+            prompt: text that goes before each text; None for the model's own prompt of this role.
             batch_size: texts per forward pass.
         """
-        encode = self.model.encode_query if role == "query" else self.model.encode_document
-        return encode(list(texts), prompt=prompt, batch_size=batch_size, show_progress_bar=False)
+        plain = self.model.encode_text if self.is_joint else self.model.encode
+        encode = getattr(self.model, f"encode_{role}") if role else plain
+        options = {"batch_size": batch_size, "normalize_embeddings": True, "show_progress_bar": False}
+        return encode(list(texts), prompt=prompt, **options)
 
     def encode_image(self, images: Sequence[Any], batch_size: int = 32) -> np.ndarray:
-        """Return the vectors (images, dimensions) of images that are decoded, or prepared by `image_preparer`.
+        """Return the unit vectors (images, dimensions) of images that are decoded, or prepared by `image_preparer`.
 
         Raises:
             ModelError: if the model embeds no images.
         """
         self.require_images()
         encode = self.model.encode_image if self.is_joint else self.model.encode
-        return encode(list(images), batch_size=batch_size, show_progress_bar=False)
+        return encode(list(images), batch_size=batch_size, normalize_embeddings=True, show_progress_bar=False)
 
     def image_preparer(self, fast_decoding: bool = False) -> ImagePreparer:
         """Return what decodes images and, for a dual encoder, resizes them.
@@ -150,6 +152,13 @@ def model_path(name: str | Path) -> str:
     if Path(path).exists() or "/" in path:
         return path
     return f"sentence-transformers/{name}"
+
+
+def model_files_state(name: str) -> list[list[Any]]:
+    """Return path, bytes and modification time of each file of a local model; nothing for a Hub id."""
+    folder = Path(name).expanduser()
+    files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+    return [[str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
 def weights_hash(model: str | Path) -> str:

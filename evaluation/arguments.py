@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from bifocal.data.vector_cache import require_cache_folder
 from bifocal.errors import EvaluationError, looks_like_path
 from bifocal.evaluation.suites import EvaluationSuite, load_suite
 from bifocal.files import require_overwritable
@@ -11,8 +12,9 @@ EVALUATION = "evaluation"  # kind of the files `report.html` and `results.json`
 
 
 def check_evaluation(
-    models: Sequence[str], out: Path, suite: str | None = None, mteb: Sequence[str] = (), only: Sequence[str] = ()
-) -> EvaluationSuite | None:
+    models: Sequence[str], out: Path, suite: str | None = None, mteb: Sequence[str] = (), only: Sequence[str] = (),
+    cache: Path | None = None,
+) -> EvaluationSuite | None:  # fmt: skip
     """Check the arguments of `run_evaluation`, as far as they are local; return its suite, None for tasks of mteb only.
 
     Raises:
@@ -24,6 +26,8 @@ def check_evaluation(
     require_folder(out)
     for name in ("results.json", "report.html"):
         require_overwritable(out / name, EVALUATION)
+    if cache is not None:
+        require_cache_folder(cache)
     for model in models:
         is_local_model(model)
     return loaded

@@ -1,7 +1,7 @@
 """Any model behind one interface: joint models, sentence-transformers, and other dual encoders of transformers."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,17 +11,21 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import AutoModel, AutoProcessor
+from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
-from bifocal.embedding.models import load_model
+from bifocal.data.vector_cache import BATCHES_AT_ONCE, VectorCache, slices
+from bifocal.embedding.fingerprint import model_fingerprint
+from bifocal.embedding.models import EmbeddingModel, load_model
 from bifocal.errors import EvaluationError, ModelError, first_line
 from bifocal.evaluation.arguments import is_local_model
 from bifocal.modeling import BifocalModel, load_image
 from bifocal.modeling.dtype_bifocal import default_device, dtype_name, loading_options, resolve_dtype
-from bifocal.modeling.image_batches_bifocal import EmbeddedImages, ImagePreparer, embed_ahead
+from bifocal.modeling.image_batches_bifocal import EmbeddedImages, ImagePreparer, ImageWorkers, embed_ahead
 from bifocal.modeling.loading_bifocal import UnsupportedFamilyError, load_complete, require_vocabulary
-from bifocal.modeling.towers_bifocal import longest_text, padded_length, search_prompts
+from bifocal.modeling.towers_bifocal import longest_text, padded_length
 
+logger = logging.get_logger(__name__)
 Encode = Callable[[list[Any]], np.ndarray]
 
 
@@ -44,6 +48,10 @@ class Encoder:
         num_workers: threads that decode and resize images ahead of the model; see `BifocalModel.encode_image`.
         fast_decoding: whether large JPEGs are decoded at reduced scale; see `BifocalModel.encode_image`.
         preparer: returns from `fast_decoding` what prepares images, for a model that resizes in the threads, too.
+        cache: keeps the vectors of collections that are larger than what is written at once, so that a killed run
+            resumes; None for no cache.
+        fingerprint: returns a hash of all that decides the vectors besides their inputs, see `model_fingerprint`. None
+            if that is not known: then the cache is not used.
     """
 
     name: str
@@ -60,6 +68,9 @@ class Encoder:
     num_workers: int | None = None
     fast_decoding: bool = False
     preparer: Callable[[bool], ImagePreparer] | None = None
+    cache: VectorCache | None = None
+    fingerprint: Callable[[], str] | None = None
+    _model: str = field(default="", init=False)  # the fingerprint, once it is known
 
     def speed(self) -> dict[str, float]:
         """Return the texts and images embedded per second since the last call."""
@@ -76,9 +87,23 @@ class Encoder:
 
         Raises:
             EvaluationError: if the model embeds no texts, or some embeddings are not finite.
+            DataError: as `VectorCache.vectors`.
         """
-        encode = {"query": self.query, "document": self.document}.get(prompt_name or "") or self.text
-        return self._embed("texts", encode, texts)
+        of_search = {"query": self.query, "document": self.document}.get(prompt_name or "")
+        encode = of_search or self.text
+        items = _as_list("texts", texts)
+        if len(items) <= self._rows_at_once:
+            return self._embed("texts", encode, items)
+
+        def embed(rows: slice) -> np.ndarray:
+            return self._embed("texts", encode, items[rows], rows.start)
+
+        if not self._caches(len(items)):  # in the same batches as with a cache, and so to the bit the same vectors
+            return np.concatenate([embed(rows) for rows in slices(len(items), self._rows_at_once)])
+        identity = [prompt_name or "" if of_search is not None else "", *items]
+        return np.array(
+            self._cached("texts", identity, len(items), lambda rows: dict(enumerate(embed(rows), rows.start)))
+        )
 
     def images(self, images: Sequence[Any]) -> np.ndarray:
         """Return (number, dimensions) unit vectors of images.
@@ -89,7 +114,7 @@ class Encoder:
         Raises:
             EvaluationError: if the model embeds no images, or some embeddings are not finite.
         """
-        return self._embed("images", self.image, images)
+        return self._embed("images", self.image, _as_list("images", images))
 
     @property
     def decodes_fast(self) -> bool:
@@ -110,7 +135,7 @@ class Encoder:
         Raises:
             EvaluationError: if the model embeds no images, or some embeddings are not finite.
         """
-        preparer = ImagePreparer() if self.preparer is None else self.preparer(self.fast_decoding)
+        preparer = self._image_preparer()
         _, seconds = self.work.get("images", (0, 0.0))
         started = time.monotonic()
         ahead = embed_ahead(sources, partial(read, preparer), self.images, preparer, self.batch_size, self.num_workers)
@@ -119,10 +144,56 @@ class Encoder:
         count, _ = self.work.get("images", (0, 0.0))
         self.work["images"] = (count, seconds + time.monotonic() - started)
 
-    def _embed(self, what: str, encode: Encode | None, inputs: Sequence[Any]) -> np.ndarray:
-        if isinstance(inputs, str | bytes):
-            raise EvaluationError(f"The {what} to embed are a single {type(inputs).__name__}; give a list.")
-        items = list(inputs)
+    def notes_ahead(
+        self, sources: Iterable[Any], read: Callable[[ImagePreparer, Any], Any]
+    ) -> Generator[Any, None, None]:
+        """Read images in threads, and yield what `read` returns for each, in order. Nothing is embedded."""
+        preparer = self._image_preparer()
+        with ImageWorkers(self.num_workers) as workers:
+            yield from workers.map(partial(read, preparer), sources, preparer.images_ahead(self.batch_size))
+
+    def cached_images(
+        self, contents: Iterable[str | None], count: int, embed: Callable[[slice], Mapping[int, np.ndarray]]
+    ) -> np.ndarray | None:
+        """Return the vectors of images from the cache, as `VectorCache.vectors`; None if they are not cached.
+
+        Args:
+            contents: a hash of each image's content; None for an image whose content is not known before it is read.
+            count: number of images.
+            embed: returns the vectors of some images by number.
+        """
+        if not self._caches(count):
+            return None
+        known = [content for content in contents if content is not None]
+        if len(known) < count:
+            logger.warning_once(
+                f"The vectors of {count:,} images are not cached: {count - len(known):,} of them are neither bytes nor "
+                "local files."
+            )
+            return None
+        return self._cached("images", ["fast" if self.decodes_fast else "", *known], count, embed)
+
+    @property
+    def _rows_at_once(self) -> int:
+        return BATCHES_AT_ONCE * self.batch_size
+
+    def _caches(self, count: int) -> bool:
+        """Return whether a collection is cached: a smaller one would be embedded as a whole after it was killed."""
+        return self.cache is not None and self.fingerprint is not None and count > self._rows_at_once
+
+    def _cached(
+        self, what: str, identity: Sequence[str], count: int, embed: Callable[[slice], Mapping[int, np.ndarray]]
+    ) -> np.ndarray:
+        assert self.cache is not None
+        assert self.fingerprint is not None
+        if not self._model:
+            self._model = self.fingerprint()
+        return self.cache.vectors(what, [self._model, *identity], count, embed, self._rows_at_once)
+
+    def _image_preparer(self) -> ImagePreparer:
+        return ImagePreparer() if self.preparer is None else self.preparer(self.fast_decoding)
+
+    def _embed(self, what: str, encode: Encode | None, items: list[Any], first: int = 0) -> np.ndarray:
         if encode is None:
             raise EvaluationError(f"'{self.name}' embeds no {what}; evaluate it on other tasks.")
         started = time.monotonic()
@@ -133,9 +204,15 @@ class Encoder:
         if not finite.all():
             raise EvaluationError(
                 f"'{self.name}' gives embeddings that are not finite for {(~finite).sum()} of {len(items)} {what}, "
-                f"first number {int(np.argmin(finite))}; check its weights and the dtype it is loaded in."
+                f"first number {first + int(np.argmin(finite))}; check its weights and the dtype it is loaded in."
             )
         return vectors
+
+
+def _as_list(what: str, inputs: Sequence[Any]) -> list[Any]:
+    if isinstance(inputs, str | bytes):
+        raise EvaluationError(f"The {what} to embed are a single {type(inputs).__name__}; give a list.")
+    return list(inputs)
 
 
 def require_model(path: str) -> None:
@@ -173,13 +250,11 @@ def load_encoder(path: str, batch_size: int = 64, device: str | None = None, dty
     require_model(path)
     path = str(Path(path).expanduser()) if path.startswith("~") else path
     try:
-        model = load_model(path, dtype, device).model
+        return _encoder(load_model(path, dtype, device), _name(path), batch_size)
     except UnsupportedFamilyError:
         return _other_dual_encoder(path, batch_size, device or default_device(), dtype)
     except ModelError as error:
         raise EvaluationError(str(error)) from error
-    build = bifocal_encoder if isinstance(model, BifocalModel) else _sentence_transformer
-    return build(model, _name(path), batch_size)
 
 
 def bifocal_encoder(model: BifocalModel, name: str, batch_size: int = 64) -> Encoder:
@@ -190,36 +265,36 @@ def bifocal_encoder(model: BifocalModel, name: str, batch_size: int = 64) -> Enc
         name: name of the model, for tables.
         batch_size: texts or images per forward pass.
     """
+    return _encoder(EmbeddingModel(name, model), name, batch_size)
 
-    def by(encode: Callable[..., Any]) -> Encode:
-        return lambda inputs: np.asarray(encode(inputs, batch_size=batch_size, show_progress=False))
 
-    encoder = Encoder(name, "Bifocal", by(model.encode_text), by(model.encode_image), _parameters(model), batch_size)
-    encoder.preparer = model.image_preparer
-    encoder.prompts, encoder.dtype = search_prompts(getattr(model.config, "prompts", {})), dtype_name(model)
-    if encoder.prompts:
-        encoder.query, encoder.document = by(model.encode_query), by(model.encode_document)
+def _encoder(embedding: EmbeddingModel, name: str, batch_size: int) -> Encoder:
+    """Return an encoder of a joint model, or of one of sentence-transformers."""
+    model = embedding.model
+
+    def texts(role: str) -> Encode:
+        return lambda inputs: embedding.encode_text(inputs, role, None, batch_size)
+
+    def images(inputs: list[Any]) -> np.ndarray:
+        return embedding.encode_image(inputs if embedding.is_joint else list(map(load_image, inputs)), batch_size)
+
+    family = "Bifocal" if embedding.is_joint else "sentence-transformers"
+    encoder = Encoder(
+        name, family, texts(""), images if embedding.embeds_images else None, _parameters(model), batch_size,
+        prompts=embedding.prompts, dtype=dtype_name(model), fingerprint=partial(model_fingerprint, model),
+    )  # fmt: skip
+    if embedding.is_joint:
+        encoder.preparer = embedding.image_preparer
+    if encoder.prompts or (not embedding.is_joint and _searches_differ(model)):
+        encoder.query, encoder.document = texts("query"), texts("document")
     return encoder
 
 
-def _sentence_transformer(model: Any, name: str, batch_size: int) -> Encoder:
+def _searches_differ(model: Any) -> bool:
+    """Return whether a `SentenceTransformer` without prompts embeds the texts of a search in another way."""
     from sentence_transformers.base.modules import Router
 
-    def by(encode: Callable[..., Any]) -> Encode:
-        return lambda inputs: encode(
-            inputs, batch_size=batch_size, normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=False
-        )
-
-    image = by(lambda images, **options: model.encode([load_image(value) for value in images], **options))
-    embeds_images = "image" in model.modalities
-    encoder = Encoder(
-        name, "sentence-transformers", by(model.encode), image if embeds_images else None, _parameters(model),
-        batch_size, prompts=search_prompts(model.prompts), dtype=dtype_name(model),
-    )  # fmt: skip
-    has_routes = any(isinstance(module, Router) for module in model)
-    if encoder.prompts or has_routes or model.default_prompt_name:
-        encoder.query, encoder.document = by(model.encode_query), by(model.encode_document)
-    return encoder
+    return model.default_prompt_name is not None or any(isinstance(module, Router) for module in model)
 
 
 def _other_dual_encoder(path: str, batch_size: int, device: str, dtype: str | None) -> Encoder:
@@ -283,8 +358,9 @@ def encoder_of(model: Any, processor: Any, name: str, batch_size: int = 64) -> E
         return encode
 
     return Encoder(
-        name, "transformers", batched(text), batched(image), _parameters(model), batch_size, dtype=dtype_name(model)
-    )
+        name, "transformers", batched(text), batched(image), _parameters(model), batch_size, dtype=dtype_name(model),
+        fingerprint=partial(model_fingerprint, model, processor),
+    )  # fmt: skip
 
 
 def _longest(config: Any, tokenizer: Any) -> int:

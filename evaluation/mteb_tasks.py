@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from bifocal.data.vector_cache import VectorCache
 from bifocal.errors import EvaluationError, closest_name, first_line
 from bifocal.evaluation.encoders import Encoder, load_encoder
 from bifocal.evaluation.protocols import Result
@@ -42,7 +43,7 @@ def find_tasks(names: Sequence[str]) -> list[Any]:
 
 def run_mteb(
     model: str | Encoder, tasks: Sequence[Any], cache: Path, batch_size: int = 64, revision: str | None = None,
-    dtype: str = "model",
+    dtype: str = "model", vectors: VectorCache | None = None,
 ) -> list[Result]:  # fmt: skip
     """Run tasks of mteb. Results are cached, so that an interrupted run resumes with the missing tasks.
 
@@ -53,13 +54,18 @@ def run_mteb(
         batch_size: texts or images per forward pass.
         revision: revision of the model that results are cached under; for a local folder a hash of its weights if None.
         dtype: dtype that a model is loaded in: "model", that of its weights, or the name of a dtype.
+        vectors: cache of the vectors of texts, for a model that is loaded here; see `Encoder`.
 
     Raises:
         EvaluationError: if the model cannot embed what a task needs, or a task's data cannot be loaded.
     """
     import mteb
 
-    encoder = load_encoder(model, batch_size, dtype=dtype) if isinstance(model, str) else model
+    if isinstance(model, str):
+        encoder = load_encoder(model, batch_size, dtype=dtype)
+        encoder.cache = vectors
+    else:
+        encoder = model
     for task in tasks:
         lacking = [m for m in task.metadata.modalities if (encoder.text if m == "text" else encoder.image) is None]
         if lacking:
@@ -103,14 +109,17 @@ def _wrap(encoder: Encoder, revision: str) -> Any:
 
         def encode(self, inputs: Any, *, prompt_type: Any = None, **kwargs: Any) -> np.ndarray:
             prompt_name = None if prompt_type is None else prompt_type.value
-            parts = []
+            parts, texts = [], []
             for batch in inputs:
-                vectors: Any = 0.0
+                if "image" not in batch:
+                    texts += batch["text"]
+                    continue
+                vectors: Any = encoder.images(list(batch["image"]))
                 if "text" in batch:
                     vectors = vectors + encoder.texts(list(batch["text"]), prompt_name)
-                if "image" in batch:
-                    vectors = vectors + encoder.images(list(batch["image"]))
                 parts.append(vectors)
+            if texts:  # all at once, so that they are one collection in the cache
+                return encoder.texts(texts, prompt_name)
             joined = np.concatenate(parts)
             return joined / np.linalg.norm(joined, axis=1, keepdims=True)
 

@@ -1,9 +1,11 @@
 """Rows of an evaluation. Those that cannot be used are skipped, counted and named, as when files are read."""
 
 import hashlib
+import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,12 +15,15 @@ from transformers.utils import logging
 from bifocal.data.image_errors import image_row_error
 from bifocal.data.normalize import RowNormaliser, as_list
 from bifocal.data.skips import RowError, SkippedRow, summary
+from bifocal.embedding.items import Item, ItemError
 from bifocal.errors import EvaluationError
 from bifocal.evaluation.encoders import Encoder
 from bifocal.modeling.image_batches_bifocal import ImagePreparer
+from bifocal.modeling.image_bifocal import DecodedImage
 
 logger = logging.get_logger(__name__)
 _NAMED = 3  # skipped rows that a warning names
+_LONGEST_SCHEME = 16  # characters of a URL's beginning
 
 
 def as_sequence(task: str, what: str, values: Any) -> Any:
@@ -146,16 +151,37 @@ class Rows:
             The unit vector of each row by its number, and a digest that images of equal pixels share.
         """
         images = self.columns["images"]
-        vectors: dict[int, np.ndarray] = {}
-        digests: dict[int, str] = {}
         good = self.good
-        with closing(encoder.images_ahead((_stored(images, number) for number in good), _read)) as embedded:
-            for number, (note, vector) in zip(good, embedded, strict=True):
-                if isinstance(note, RowError):
-                    self.skipped[number] = note
-                else:
-                    digests[number], vectors[number] = note, vector
-        return vectors, digests
+        notes: dict[int, str | RowError] = {}  # by the position in `good`, as vectors
+
+        def stored(positions: Iterable[int]) -> Iterator[Any]:
+            return (_stored(images, good[position]) for position in positions)
+
+        def embed(part: slice) -> dict[int, np.ndarray]:
+            vectors = {}
+            positions = range(part.start, part.stop)
+            with closing(encoder.images_ahead(stored(positions), _read)) as embedded:
+                for position, (note, vector) in zip(positions, embedded, strict=True):
+                    notes[position] = note
+                    if vector is not None:
+                        vectors[position] = vector
+            return vectors
+
+        everything = range(len(good))
+        cached = encoder.cached_images(map(_content, stored(everything)), len(good), embed)
+        vectors = embed(slice(0, len(good))) if cached is None else _finite(cached)
+        rest = [position for position in everything if position not in notes]
+        with closing(encoder.notes_ahead(stored(rest), _digest)) as read:
+            notes |= zip(rest, read, strict=True)
+        digests: dict[int, str] = {}
+        for position, note in sorted(notes.items()):
+            if isinstance(note, RowError):
+                self.skipped[good[position]] = note
+                continue
+            digests[good[position]] = note
+            if position not in vectors:  # it could not be read when the others were cached
+                vectors |= embed(slice(position, position + 1))
+        return {good[position]: vector for position, vector in vectors.items() if good[position] in digests}, digests
 
     def require_some(self) -> None:
         """Log a warning about skipped rows with their number and some names.
@@ -187,13 +213,46 @@ def _stored(images: Any, number: int) -> Any:
 
 def _read(preparer: ImagePreparer, value: Any) -> tuple[str | RowError, Any]:
     """Return an image's digest and what is embedded of it; an error and None if it cannot be read."""
+    decoded = _decode(preparer, value)
+    if isinstance(decoded, RowError):
+        return decoded, None
+    return image_digest(decoded.image), preparer.prepare(decoded)
+
+
+def _digest(preparer: ImagePreparer, value: Any) -> str | RowError:
+    """Return an image's digest; an error if it cannot be read."""
+    decoded = _decode(preparer, value)
+    return decoded if isinstance(decoded, RowError) else image_digest(decoded.image)
+
+
+def _decode(preparer: ImagePreparer, value: Any) -> DecodedImage | RowError:
     try:
         if isinstance(value, Exception):
             raise value
-        decoded = preparer.decode(image_source(value))
+        return preparer.decode(image_source(value))
     except Exception as error:
-        return error if isinstance(error, RowError) else image_row_error(error), None
-    return image_digest(decoded.image), preparer.prepare(decoded)
+        return error if isinstance(error, RowError) else image_row_error(error)
+
+
+def _content(value: Any) -> str | None:
+    """Return a hash of an image's bytes, or what is wrong with it; None if its bytes are elsewhere."""
+    try:
+        source = image_source(value)
+        if isinstance(source, str | Path):
+            path = os.path.expanduser(source)
+            if not os.path.isfile(path):
+                return None if "://" in str(source)[:_LONGEST_SCHEME] else f"text {source}"  # base64, or no such file
+            source = path
+        if isinstance(source, str | bytes):
+            return Item("", image=source).key()
+    except (RowError, ItemError) as error:
+        return f"error {error}"
+    return f"error {source}" if isinstance(source, Exception) else None
+
+
+def _finite(vectors: np.ndarray) -> dict[int, np.ndarray]:
+    """Return the vectors of rows that have one, by row."""
+    return {row: np.array(vector) for row, vector in enumerate(vectors) if len(vector) and np.isfinite(vector).all()}
 
 
 def image_digest(image: Image.Image) -> str:

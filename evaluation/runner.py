@@ -14,6 +14,8 @@ import numpy as np
 
 from bifocal.data.evaluation_protocols import PROTOCOLS
 from bifocal.data.skips import SkipLog, SkippedRow, start_log
+from bifocal.data.vector_cache import VectorCache
+from bifocal.embedding.models import model_files_state
 from bifocal.evaluation.arguments import EVALUATION, check_evaluation, require_folder
 from bifocal.evaluation.encoders import Encoder, load_encoder, require_model
 from bifocal.evaluation.mteb_tasks import find_tasks, run_mteb
@@ -51,6 +53,7 @@ class Evaluation:
 def run_evaluation(
     models: Sequence[str], out: Path, suite: str | None = None, mteb: Sequence[str] = (), only: Sequence[str] = (),
     dtype: str | None = None, num_workers: int | None = None, fast_decoding: bool = False,
+    cache: VectorCache | None = None,
 ) -> Evaluation:  # fmt: skip
     """Measure models on a suite, on tasks of mteb or on both, and write `results.json` and `report.html` into `out`.
 
@@ -61,14 +64,14 @@ def run_evaluation(
         mteb: names of mteb's tasks, or of suites of them.
         only: names of the suite's tasks; all if empty.
         dtype: see `evaluate`.
-        num_workers, fast_decoding: see `Encoder`.
+        num_workers, fast_decoding, cache: see `Encoder`.
 
     Raises:
         NotOursError: if `out` holds a `results.json` or `report.html` that Bifocal did not write.
         EvaluationError, RecipeError, BadRowsError, OSError: see `evaluate`.
     """
     loaded = check_evaluation(models, out, suite, mteb, only)
-    results = evaluate(models, loaded, out, only, mteb, dtype, num_workers, fast_decoding)
+    results = evaluate(models, loaded, out, only, mteb, dtype, num_workers, fast_decoding, cache)
     numbers = results_as_numbers(results)
     with overwrite(out / "results.json", EVALUATION) as scratch:
         scratch.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
@@ -87,6 +90,7 @@ def evaluate(
     dtype: str | None = None,
     num_workers: int | None = None,
     fast_decoding: bool = False,
+    cache: VectorCache | None = None,
 ) -> dict[str, list[Result]]:
     """Measure every model on the same rows of every task. Finished results in `out` are reused.
 
@@ -100,7 +104,8 @@ def evaluate(
         only: names of the suite's tasks; all if empty.
         mteb: names of mteb's tasks, or of suites of them.
         dtype: dtype of the models, one of `DTYPE_CHOICES`; "model", the dtype of their weights, when None.
-        num_workers, fast_decoding: see `Encoder`. The images of mteb's tasks come decoded: both do not apply to them.
+        num_workers, fast_decoding, cache: see `Encoder`. The images of mteb's tasks come decoded: these do not apply to
+            them.
 
     Returns:
         The results of each model. A result has no metrics if the task needs images and the model embeds none.
@@ -108,6 +113,7 @@ def evaluate(
     Raises:
         EvaluationError, RecipeError: if there is no such task or model, or nothing to evaluate on.
         BadRowsError: if more rows are bad than a source's `max_bad_fraction` allows.
+        DataError: if another run is writing the same vectors into the cache, or they are damaged.
         OSError: if the folder cannot be written.
     """
     models, only, mteb = ([value] if isinstance(value, str) else list(value) for value in (models, only, mteb))
@@ -130,10 +136,11 @@ def evaluate(
                     if encoder is None:
                         encoder = load_encoder(model, batch_size, dtype=dtype)
                         encoder.num_workers, encoder.fast_decoding = num_workers, fast_decoding
+                        encoder.cache = cache
                     run.measure(model, encoder)
                 results[model].append(run.results[model])
             if mteb_tasks:
-                results[model].extend(run_mteb(model, mteb_tasks, out / "mteb", batch_size, dtype=dtype))
+                results[model].extend(run_mteb(model, mteb_tasks, out / "mteb", batch_size, dtype=dtype, vectors=cache))
     return results
 
 
@@ -192,13 +199,10 @@ class _TaskRun:
 
 def _cache_key(model: str, task: EvaluationTask, dtype: str, fast_decoding: bool) -> str:
     """Return a file name that changes with the model's files and dtype, the task's settings and the decoding."""
-    folder = Path(model).expanduser()
-    files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
-    stamps = [[str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
     chosen = [] if dtype == "model" else [dtype]
     if fast_decoding and PROTOCOLS[task.kind].needs_images:
         chosen.append("fast decoding")
-    facts = json.dumps([_VERSION, model, stamps, task.model_dump(mode="json"), *chosen], default=str)
+    facts = json.dumps([_VERSION, model, model_files_state(model), task.model_dump(mode="json"), *chosen], default=str)
     digest = hashlib.blake2b(facts.encode(), digest_size=6).hexdigest()
     name = "".join(sign if sign.isalnum() or sign in "-_." else "-" for sign in f"{model}--{task.name}")[-80:]
     return f"{name}--{digest}"

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from bifocal.data.vector_cache import require_cache_folder
 from bifocal.errors import ModelError, RecipeError, require_local_model
 from bifocal.files import require_overwritable
 from bifocal.training.mining_settings import DIRECTIONS, MINED, MiningError, MiningSettings
@@ -27,6 +28,9 @@ def mine_source(
     from bifocal.data.source import Source
 
     require_overwritable(out, MINED)  # now, and not after hours of mining
+    cache = cache or (out.with_suffix(".cache") if direction in DIRECTIONS[1:] else None)
+    if cache is not None:
+        require_cache_folder(cache)
     renamed = {}
     for column in columns:
         theirs, equals, ours = column.partition("=")
@@ -49,7 +53,7 @@ def mine_source(
     if direction == "text-to-text":
         mined = mining.mine_texts(data, _load_model(model, dtype), chosen, cache)
     else:
-        cache = cache or out.with_suffix(".cache")
+        assert cache is not None
         loaded = _load_model(model, dtype)
         if not hasattr(loaded, "encode_image"):
             raise ModelError(

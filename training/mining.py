@@ -1,7 +1,6 @@
 """Hard negatives: texts for texts with any model that embeds texts, and across modalities with a dual encoder."""
 
 import hashlib
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,15 +11,16 @@ import numpy as np
 from transformers.utils import logging
 
 from bifocal.data.image_decoding import disable_image_decoding
+from bifocal.data.vector_cache import VectorCache, slices
 from bifocal.embedding.embed import EmbedSettings
+from bifocal.embedding.fingerprint import model_fingerprint
 from bifocal.embedding.items import Item
 from bifocal.embedding.models import EmbeddingModel
 from bifocal.files import overwrite
 from bifocal.modeling import BifocalModel
-from bifocal.modeling.dtype_bifocal import dtype_name
-from bifocal.modeling.towers_bifocal import pooling_settings, search_prompts
+from bifocal.modeling.towers_bifocal import search_prompts
 from bifocal.training.mining_settings import DIRECTIONS, MINED, MiningError, MiningSettings
-from bifocal.training.mining_vectors import embedded_rows, first_image, image_item, slices
+from bifocal.training.mining_vectors import embedded_rows, first_image, image_item
 from bifocal.training.task_dataset import is_missing
 
 logger = logging.get_logger(__name__)
@@ -73,11 +73,16 @@ def mine_texts(pairs: Any, model: Any, settings: MiningSettings = MiningSettings
         batch_size=settings.batch_size,
         output_format="labeled-list",
         output_scores=True,
-        # sentence-transformers names what it keeps by texts and base model only.
-        cache_folder=None if cache is None else str(cache / _weights_key(model, *_prompts(model).values())),
+        cache_folder=None if cache is None else _folder_of_model(cache, model),
         verbose=False,
     )
     return _as_triplets(mined, settings)
+
+
+def _folder_of_model(cache: Path, model: Any) -> str:
+    """Return the folder of a model's vectors: sentence-transformers names them by texts and base model only."""
+    VectorCache(cache).create_folder()
+    return str(cache.expanduser() / model_fingerprint(model))
 
 
 class _TextModel:
@@ -154,22 +159,23 @@ def mine_across(
     first_captions = [text[0] if isinstance(text, list) and text else text for text in pairs["caption"]]
     captions = [text if _is_text(text) else "" for text in first_captions]
     contents = _image_ids(pairs)
-    weights = _weights_key(model)
+    weights = model_fingerprint(model)
     role = "query" if direction == "text-to-image" else "document"
     prompt = _prompts(model).get(role)
-    decoding = ["fast decoding"] if settings.fast_decoding else []
+    decoding = "fast decoding" if settings.fast_decoding else ""
     embedding_model = EmbeddingModel(type(model).__name__, model)
     embed = EmbedSettings(
         role, prompt or "", settings.batch_size, settings.num_workers, settings.fast_decoding, thumbnails=False,
         smallest_side=0, max_pixels=None,
     )  # fmt: skip
+    vectors = VectorCache(cache)
     texts = embedded_rows(
-        len(pairs), lambda rows: [Item("", text) if text else None for text in captions[rows]], embedding_model, embed,
-        cache / f"captions-{_digest(weights, *filter(None, [prompt]), *captions)}",
+        "texts", [weights, prompt or "", *captions], len(pairs),
+        lambda rows: [Item("", text) if text else None for text in captions[rows]], embedding_model, embed, vectors,
     )  # fmt: skip
     images = embedded_rows(
-        len(pairs), lambda rows: list(map(image_item, pairs[rows]["image"])), embedding_model, embed,
-        cache / f"images-{_digest(weights, *decoding, *contents)}",
+        "images", [weights, decoding, *contents], len(pairs),
+        lambda rows: list(map(image_item, pairs[rows]["image"])), embedding_model, embed, vectors,
     )  # fmt: skip
     usable = np.isfinite(texts[:, 0]) & np.isfinite(images[:, 0])
     _warn_of_skipped(np.flatnonzero(~usable).tolist(), len(pairs))
@@ -260,31 +266,6 @@ def _image_ids(pairs: Any) -> list[str]:
             content = content if isinstance(content, bytes) else np.asarray(content).tobytes()
             digests.append(hashlib.blake2b(content, digest_size=16).hexdigest())
     return digests
-
-
-def _digest(*parts: str) -> str:
-    joined = hashlib.blake2b(digest_size=8)
-    for part in parts:
-        joined.update(part.encode("utf-8", "surrogatepass") + b"\0")
-    return joined.hexdigest()
-
-
-def _weights_key(model: Any, *prompts: str) -> str:
-    """Return a digest of what decides a model's vectors, so that one's cached embeddings are not used for another.
-
-    In other dtypes, the same weights give other vectors.
-    """
-    joined = hashlib.blake2b(dtype_name(model).encode(), digest_size=8)
-    for name, value in sorted(model.state_dict().items()):
-        joined.update(name.encode() + value.detach().cpu().float().contiguous().numpy().tobytes())
-    if isinstance(model, BifocalModel):
-        images = model.processor.image_processor.to_dict()
-        settings = json.dumps([pooling_settings(model.config), images], sort_keys=True, default=str)
-    else:
-        settings = repr(model)  # of sentence-transformers: its modules with their settings
-    for part in (settings, *prompts):
-        joined.update(part.encode() + b"\0")
-    return joined.hexdigest()
 
 
 def _numbers(values: list[str]) -> np.ndarray:

@@ -60,6 +60,8 @@ def alternating_conditions(data: ClaimData) -> list[Condition]:
         condition(SAME_UPDATES, _STEPS),
         condition(SAME_TIME, 2 * _STEPS),
         condition(SAME_SAMPLES, _STEPS, 2 * _BATCH),
+        # Added after the outcome, to explain it; not judged.
+        condition("both in every step, half the batch, twice the updates", 2 * _STEPS, _BATCH // 2, MultiTaskTrainer),
     ]
 
 

@@ -28,7 +28,7 @@ JOINT = "joint"
 TRAINED = ("en", "de", "fr", "it", "nl", "pl", "ru", "tr", "ar", "hi", "zh", "ko", "id", "fi")
 TRAINED_R5, OTHER_R5, ENGLISH_R5 = "R@5, trained languages", "R@5, other languages", "R@5, English"
 NAMES, AMONG, ACROSS = "names only", "and text pairs among the trained", "and text pairs of all languages"
-_STEPS, _BATCH, _SIDE, _LENGTH = 800, 128, 32, 32
+_STEPS, _BATCH, _SIDE, _LENGTH = 500, 128, 32, 32
 _TOWER = {"hidden_size": 128, "num_attention_heads": 4, "initializer_range": 0.05}
 _TEXT = _TOWER | {"num_hidden_layers": 2, "intermediate_size": 256, "max_position_embeddings": _LENGTH,
                   "hidden_dropout_prob": 0.0}  # fmt: skip

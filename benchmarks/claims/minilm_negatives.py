@@ -17,6 +17,7 @@ from bifocal.training.tasks import Task
 PHASE = "negatives"
 STEPS, BATCH = 24, 32
 COUNTS = (0, 1, 3, 7)
+_OPTIONS = {"text_learning_rate": 5e-5, "freeze_text_layers": 3}  # the upper half is trained, which saves a third
 UNFILTERED = "7 negatives, wrong positives left in"
 _MINER_STEPS = 400
 # With the margin: other captions of the same scene are hardly ever this far below the caption of the photo itself.
@@ -30,7 +31,7 @@ def negative_conditions(data: ClaimData) -> list[Condition]:
             kind: Any = "text-triplet" if count else "text-pair"
             return [Task("captions", kind, triplets(data, count, filtered), BATCH)]
 
-        phase = Phase(PHASE, tasks, STEPS, 1e-3, LENGTH, {"text_learning_rate": 5e-5})
+        phase = Phase(PHASE, tasks, STEPS, 1e-3, LENGTH, _OPTIONS)
         return Condition(name, [phase], _measure, new_model=minilm_with_images)
 
     return [*(condition(f"{count} negatives", count) for count in COUNTS), condition(UNFILTERED, 7, filtered=False)]

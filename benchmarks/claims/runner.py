@@ -1,7 +1,6 @@
 """Running claims: every condition with every seed, then the verdicts, `results.json` and the page."""
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -16,6 +15,7 @@ from benchmarks.claims.page import ClaimResult, write_claims_page
 from benchmarks.claims.rules import summary
 from benchmarks.claims.seed import Job, run_job, start_job
 from benchmarks.claims.sources import fetch
+from bifocal.data.worker_processes import available_cores
 from bifocal.errors import first_line
 from bifocal.files import write_json
 from bifocal.training.runner import versions
@@ -86,11 +86,6 @@ def run_claims(
     write_json(out / "results.json", {"data": data.described, "claims": numbers})
     write_claims_page(results, data.described, versions(), out / "claims.html")
     return results
-
-
-def available_cores() -> int:
-    """Return the number of cores that this process may use, which a container or taskset may limit."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _open_data(out: Path, data_folder: Path | None, say: Callable[[str], None]) -> tuple[Path | None, Path]:

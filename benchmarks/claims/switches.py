@@ -16,7 +16,7 @@ from bifocal.training.tasks import Task
 from bifocal.training.trainer import MultiTaskTrainer
 
 JOINT = "joint"
-_STEPS, _BATCH = 160, 128
+_STEPS, _BATCH = 120, 128
 DEFAULT, COLD, LEARNED = "defaults (0.05, sum)", "text temperature 0.02", "text temperature learned with images'"
 MEAN, MATRYOSHKA = "mean of the directions", "Matryoshka (16, 32, 64, 128)"
 _DIMENSIONS = (16, 32, 64, 128)

@@ -25,6 +25,9 @@ def evaluate(
     out: Annotated[
         Path, typer.Option(help="Folder for results and report. Finished results are cached and reused.")
     ] = Path("runs/evaluation"),
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder for vectors, with which a killed run resumes and a later one is quick.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
     card: Annotated[bool, typer.Option("--card", help="Write the results into each model's card.")] = False,
     dtype: Dtype = "model",
@@ -36,13 +39,17 @@ def evaluate(
     from bifocal.evaluation.arguments import check_evaluation
 
     writes_into(out, "free space and run the command again to resume, or choose another --out")
-    check_evaluation(models, out, suite, mteb or (), only or ())
+    check_evaluation(models, out, suite, mteb or (), only or (), cache)
 
+    from bifocal.data.vector_cache import VectorCache
     from bifocal.evaluation.report import summary_lines
     from bifocal.evaluation.runner import run_evaluation
     from bifocal.hub.card_results import add_results
 
-    evaluation = run_evaluation(models, out, suite, mteb or (), only or (), dtype, num_workers, fast_decoding)
+    vectors = VectorCache(cache) if cache is not None else None
+    evaluation = run_evaluation(models, out, suite, mteb or (), only or (), dtype, num_workers, fast_decoding, vectors)
+    if vectors is not None and vectors.reused + vectors.embedded:
+        typer.echo(f"{cache}: {vectors.reused:,} vectors reused, {vectors.embedded:,} embedded.", err=True)
     if card:
         for model in evaluation.results:
             add_results(Path(model), evaluation.card_rows(model), evaluation.hub_datasets)

@@ -82,6 +82,7 @@ mine pairs.jsonl out.parquet --model empty               | 'empty' holds no mode
 mine pairs.jsonl out.parquet --model file.txt            | 'file.txt' is a file
 mine ./nope out.parquet --model model                    | There is nothing at './nope'
 mine pairs.jsonl notes/a.txt --model model               | notes/a.txt
+mine pairs.jsonl out.parquet --model model --cache notes | 'notes' holds other files
 mine pairs.jsonl out.parquet --model model --direction x | direction must be one of
 mine pairs.jsonl o.parquet --model model --range-max 3   | range_max
 evaluate ./nope                                          | There is no model at './nope'
@@ -89,6 +90,8 @@ evaluate empty                                           | 'empty' holds no mode
 evaluate model --suite nope                              | There is no evaluation suite 'nope'
 evaluate model --only nope                               | There is no task 'nope'
 evaluate model --out file.txt                            | 'file.txt' is a file
+evaluate model --cache file.txt                          | 'file.txt' is a file
+evaluate model --cache notes                             | 'notes' holds other files
 convert                                                  | OUT is missing
 convert ./nope out                                       | './nope' does not exist
 convert empty out                                        | 'empty' holds no weights

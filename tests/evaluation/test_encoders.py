@@ -73,9 +73,8 @@ def test_evaluate_gives_a_saved_joint_model_the_numbers_of_its_source(folders, t
     np.testing.assert_allclose(own.arrays["texts"], ours.arrays["texts"], atol=TOLERANCE)
 
 
-@torch.no_grad()
-def test_a_family_that_cannot_be_joined_is_evaluated_all_the_same(tmp_path):
-    """SigLIP 2 with patches of any number (NaFlex)."""
+def save_naflex(folder):
+    """Save a SigLIP 2 with patches of any number, a family that cannot be joined, and return it."""
     sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
     torch.manual_seed(0)
     source = transformers.Siglip2Model(
@@ -84,9 +83,15 @@ def test_a_family_that_cannot_be_joined_is_evaluated_all_the_same(tmp_path):
             vision_config=dict(sizes, patch_size=16, num_patches=16),
         )
     ).eval()
-    source.save_pretrained(tmp_path)
+    source.save_pretrained(folder)
     pixels = Siglip2ImageProcessorPil()
-    transformers.Siglip2Processor(pixels, families.tokenizer("siglip")).save_pretrained(tmp_path)
+    transformers.Siglip2Processor(pixels, families.tokenizer("siglip")).save_pretrained(folder)
+    return source
+
+
+@torch.no_grad()
+def test_a_family_that_cannot_be_joined_is_evaluated_all_the_same(tmp_path):
+    source = save_naflex(tmp_path)
     with pytest.raises(ValueError, match="NaFlex"):
         BifocalModel.from_pretrained(tmp_path)
     encoder = load_encoder(str(tmp_path), batch_size=2)

@@ -9,6 +9,7 @@ from PIL import Image
 from scipy.stats import spearmanr
 
 from bifocal.data.symbols import SymbolsConfig, build_symbols
+from bifocal.data.vector_cache import VectorCache
 from bifocal.errors import EvaluationError
 from bifocal.evaluation.encoders import bifocal_encoder, load_encoder
 from bifocal.evaluation.protocols import zero_shot
@@ -166,3 +167,27 @@ def test_names_of_tasks():
         assert [task.metadata.name for task in find_tasks(names)] == names
     with pytest.raises(EvaluationError, match=r"mteb has no task 'STSBenchmrk'; did you mean 'STSBenchmark'\?"):
         find_tasks(["STSBenchmrk"])
+
+
+class Passages(AbsTaskRetrieval):
+    metadata = about("Passages", "Retrieval", "ndcg_at_10", "t2t", ["text"])
+
+    def load_data(self, **kwargs):
+        texts = {"text": [f"star {n}" for n in range(40)]}
+        ids = [str(n) for n in range(40)]
+        self.dataset = {"default": {"test": {
+            "queries": Dataset.from_dict({"id": ["q"], "text": ["star 3"]}),
+            "corpus": Dataset.from_dict({"id": ids, "title": [""] * 40, **texts}),
+            "relevant_docs": {"q": {"3": 1}}, "top_ranked": None,
+        }}}  # fmt: skip
+        self.data_loaded = True
+
+
+def test_vectors_of_a_corpus_are_cached(model, tmp_path):
+    folder = str(export_model(model, tmp_path / "ours"))
+    (plain,) = run_mteb(folder, [Passages()], tmp_path / "plain", batch_size=2)
+    for number in range(2):
+        vectors = VectorCache(tmp_path / "vectors")
+        (result,) = run_mteb(folder, [Passages()], tmp_path / str(number), batch_size=2, vectors=vectors)
+        assert (vectors.embedded, vectors.reused) == ((40, 0) if number == 0 else (0, 40))
+        assert result.metrics["ndcg_at_10"] == pytest.approx(plain.metrics["ndcg_at_10"], abs=1e-6)

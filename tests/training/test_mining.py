@@ -13,18 +13,13 @@ from datasets import Dataset, Features, Image, Value
 from bifocal.data.consistency import filter_consistent
 from bifocal.data.filters import Consistency
 from bifocal.data.skips import SkipLog
+from bifocal.embedding.fingerprint import model_fingerprint
 from bifocal.errors import ModelError
 from bifocal.files import NotOursError
 from bifocal.modeling import BifocalModel
 from bifocal.training.mine_source import mine_source
-from bifocal.training.mining import (
-    MiningError,
-    MiningSettings,
-    _weights_key,
-    mine_across,
-    mine_texts,
-    write_parquet,
-)
+from bifocal.training.mining import mine_across, mine_texts, write_parquet
+from bifocal.training.mining_settings import DIRECTIONS, MiningError, MiningSettings
 from bifocal.training.tasks import Task
 from tests import families
 from tests.conftest import SHARED, TEXTS
@@ -202,7 +197,7 @@ def test_kept_embeddings_are_of_the_same_decoding(model, tmp_path):
         wanted = np.einsum("nd,nd->n", texts, expected[fast])
         np.testing.assert_allclose(mined["positive_score"], wanted, atol=1e-6)
     assert len(list(tmp_path.glob("images-*.npy"))) == 2
-    assert len(list(tmp_path.glob("captions-*.npy"))) == 1
+    assert len(list(tmp_path.glob("texts-*.npy"))) == 1
 
 
 def test_texts_kept_for_another_model_are_not_used(minilm, tmp_path):
@@ -218,30 +213,29 @@ def test_texts_kept_for_another_model_are_not_used(minilm, tmp_path):
 
 
 def test_vectors_kept_for_another_pooling_are_not_used(model):
-    from bifocal.training.mining import _weights_key
-
-    keys = [_weights_key(model)]
+    keys = [model_fingerprint(model)]
     pooling = model.config.text_pooling
     try:
         model.config.text_pooling = "class_token"
-        keys.append(_weights_key(model))
+        keys.append(model_fingerprint(model))
     finally:
         model.config.text_pooling = pooling
     assert keys[0] != keys[1]
-    assert _weights_key(model) == keys[0]
+    assert model_fingerprint(model) == keys[0]
 
 
 def test_files_of_the_users_are_left_alone(model, tmp_path):
     settings = MiningSettings(num_negatives=2, range_max=10)
     mined = mine_across(image_dataset(), model, "text-to-image", tmp_path / "new", settings)
-    kept = next((tmp_path / "new").glob("captions-*.json"))
-    for name, content in ((kept.name, '{"images": []}'), (kept.name, "words"), (f"{kept.stem}.npy", "words")):
-        cache = tmp_path / f"{name}{len(content)}"
-        cache.mkdir()
-        (cache / name).write_text(content)
-        with pytest.raises(MiningError, match=f"{name}' is not a file of a mining run.* Choose another cache folder"):
-            mine_across(image_dataset(), model, "text-to-image", cache, settings)
-        assert [(path.name, path.read_text()) for path in cache.iterdir()] == [(name, content)]
+    cache = tmp_path / "mine"
+    cache.mkdir()
+    (cache / "words.npy").write_text("words")
+    for direction in DIRECTIONS:
+        with pytest.raises(NotOursError, match=r"mine' holds other files. Choose a new or empty folder for the cache"):
+            mine_source("no such source", tmp_path / "new.parquet", "no such model", direction, [], cache, {})
+    with pytest.raises(NotOursError, match="holds other files"):
+        mine_across(image_dataset(), model, "text-to-image", cache, settings)
+    assert [(path.name, path.read_text()) for path in cache.iterdir()] == [("words.npy", "words")]
     write_parquet(mined, tmp_path / "mined.parquet")
     write_parquet(mined, tmp_path / "mined.parquet")
     (tmp_path / "mine.parquet").write_text("words")
@@ -336,7 +330,51 @@ def test_the_consistency_filter_by_a_dual_encoder(dual_encoder):
     assert kept["query"][:] == [query for query, rank in zip(rows["query"], ranks, strict=True) if rank < top_k]
 
 
+@pytest.mark.parametrize("document", ["document", "passage"])
+def test_the_consistency_filter_has_the_prompts_that_sentence_transformers_chooses(tmp_path, document):
+    families.save("BERT", tmp_path / "bert")
+    prompts = {"query": "red square ", document: "rain ", "other": "far far "}
+    model = sentence_model(tmp_path / "bert", tmp_path / "model", prompts=prompts, default_prompt_name="other")
+    rows = {"query": [f"cat {n}" for n in range(8)], "positive": [f"{TEXTS[n % 5]} {n}" for n in range(8)]}
+    queries, documents = model.encode_query(rows["query"]), model.encode_document(rows["positive"])
+    ranks = (scores_of(queries, documents) > np.diag(scores_of(queries, documents))[:, None]).sum(1)
+    top_k = int(np.median(ranks)) + 1
+    kept = filter_consistent(
+        Dataset.from_dict(rows), Consistency(model=str(tmp_path / "model"), top_k=top_k), SkipLog(), "t"
+    )
+    assert kept["query"][:] == [query for query, rank in zip(rows["query"], ranks, strict=True) if rank < top_k]
+
+
+def scores_of(queries, documents):
+    unit = [vectors / np.linalg.norm(vectors, axis=1, keepdims=True) for vectors in (queries, documents)]
+    return unit[0] @ unit[1].T
+
+
+def test_ranks_of_the_consistency_filter_are_those_of_the_weights(dual_encoder, tmp_path):
+    """Other weights at the same path are ranked again, and weights that are not numbers pass nothing."""
+    rows = {"query": [f"cat {n}" for n in range(8)], "positive": [f"{TEXTS[n % 5]} {n}" for n in range(8)]}
+    Dataset.from_dict(rows).save_to_disk(tmp_path / "rows")
+    settings = Consistency(model=str(dual_encoder), top_k=3)
+    for files, factor in ((1, 1.0), (2, 5.0)):
+        model = BifocalModel.from_pretrained(dual_encoder)
+        with torch.no_grad():
+            for parameter in model.text_model.parameters():
+                parameter.mul_(factor)
+        model.save_pretrained(dual_encoder)
+        model.processor.save_pretrained(dual_encoder)
+        for _ in ("ranked", "from the cache"):
+            kept = filter_consistent(Dataset.load_from_disk(str(tmp_path / "rows")), settings, SkipLog(), "t")
+            expected = filter_consistent(Dataset.from_dict(rows), settings, SkipLog(), "t")
+            assert kept["query"][:] == expected["query"][:]
+        assert len(list((tmp_path / "rows").glob("ranks-*.npy"))) == files
+    with torch.no_grad():
+        next(iter(model.text_model.parameters())).fill_(float("nan"))
+    model.save_pretrained(dual_encoder)
+    with pytest.raises(ModelError, match="embeddings that are not finite for 8 of 8 texts"):
+        filter_consistent(Dataset.from_dict(rows), settings, SkipLog(), "t")
+
+
 def test_cached_embeddings_are_those_of_a_dtype(model):
     """In bfloat16, and not after: both hold the same numbers then."""
     half = deepcopy(model).to(torch.bfloat16)
-    assert _weights_key(half) != _weights_key(half.float())
+    assert model_fingerprint(half) != model_fingerprint(half.float())
