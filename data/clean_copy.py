@@ -238,7 +238,7 @@ def _require_rows(parts: Sequence[Part | ReducedPart], title: str, skipped: Skip
     """
     rows = sum(part.rows for part in parts)
     if not rows:
-        raise DataError(f"'{title}' has no usable row{skipped.example(title)}.")
+        raise skipped.no_rows(title, title)
     return rows
 
 
@@ -276,9 +276,16 @@ def _write_plan(
 
 
 def _read_plan(out: Path) -> dict[str, Any] | None:
-    """Return the plan of a run that was stopped while it moved its files; None if there is none."""
+    """Return the plan of a run that was stopped while it moved its files; None if there is none.
+
+    Raises:
+        DataError: if it is damaged.
+    """
     path = out / _UNFINISHED / _PLAN
-    return json.loads(path.read_text()) if path.exists() else None
+    try:
+        return json.loads(path.read_text()) if path.exists() else None
+    except ValueError as error:
+        raise DataError(f"'{path}', written by a stopped run, is damaged. Choose another folder.") from error
 
 
 def _publish(plan: dict[str, Any], out: Path) -> None:

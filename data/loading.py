@@ -90,7 +90,7 @@ def _without_leaks(dataset: Any, source: Source, skipped: SkipLog, name: str) ->
     if source.clean is not None and source.clean.exclude_rows_of:
         dataset = filter_leaks(dataset, source.clean, excluded_contents(source.clean), skipped, name)
     if not len(dataset):
-        raise DataError(f"'{source.title}' has no usable row{skipped.example(name)}.")
+        raise skipped.no_rows(source.title, name)
     return dataset
 
 

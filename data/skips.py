@@ -160,6 +160,12 @@ class SkipLog:
         first = self.first.get((task, causes[0][0])) if causes else None  # not known after resuming
         return f", such as {first.row}: {first.detail[:300]}" if first is not None and first.detail else ""
 
+    def no_rows(self, source: str, task: str) -> DataError:
+        """Return the error for a source of which every row is skipped, with the causes."""
+        counts = self.bad.get(task, Counter()) + self.filtered.get(task, Counter())
+        causes = f" ({summary(counts)})" if counts else ""
+        return DataError(f"'{source}' has no usable row{causes}{self.example(task)}. Correct its rows or its filters.")
+
     def state(self) -> dict[str, Any]:
         """Return the counts and the length of the log, in plain types."""
         size = self.log.stat().st_size if self.log is not None and self.log.exists() else 0

@@ -106,7 +106,7 @@ def _good_rows(dataset: Any, source: Source, skipped: SkipLog, name: str, shards
     row_errors = dataset.select_columns([ERROR_COLUMN])[ERROR_COLUMN]
     kept = [row for row, row_error in enumerate(row_errors) if row_error is None] if skips else range(len(dataset))
     if not kept:
-        raise DataError(f"'{source.title}' has no usable row{skipped.example(name)}.")
+        raise skipped.no_rows(source.title, name)
     good = dataset.remove_columns([ERROR_COLUMN, ROW])
     return with_row_names(good.select(kept) if skips else good, RowNames(dataset.select_columns([ROW]), kept))
 

@@ -155,10 +155,10 @@ def test_a_part_that_fails_does_not_stop_the_others(tmp_path, written, monkeypat
     source, out = pairs(tmp_path), tmp_path / "out"
     tables = clean_parts._tables
 
-    def fail_at_second(part, skipped):
+    def fail_at_second(part, *args):
         if part.name.endswith("1.jsonl"):
             raise OSError(28, "No space left on device")
-        return tables(part, skipped)
+        return tables(part, *args)
 
     with monkeypatch.context() as patch:
         patch.setattr(clean_parts, "_tables", fail_at_second)

@@ -136,7 +136,7 @@ def test_a_limit_counts_good_rows_wherever_rows_are_read(tmp_path):
 def test_no_row_passes_the_filters(tmp_path):
     path = lines(tmp_path / "a.jsonl", [{"text": "a"}] * 2)
     source = Source(path=str(path), clean={"exclude_rows_of": str(path)})
-    with pytest.raises(DataError, match=r"a\.jsonl' has no usable row"):
+    with pytest.raises(DataError, match=r"a\.jsonl' has no usable row \(2 text of an excluded source\)\. Correct"):
         load_source(source, "text-only")
 
 

@@ -308,6 +308,14 @@ def test_a_run_that_waited_while_another_ended(folder, monkeypatch):
     assert len(copied(out)) == 5
 
 
+def test_a_damaged_plan_is_named(folder):
+    lines(folder / "out.jsonl", [{"text": "a"}])
+    (folder / "out" / ".unfinished").mkdir(parents=True)
+    (folder / "out" / ".unfinished" / "plan.json").write_text("{")
+    error = error_of(folder, "data", "clean", "out.jsonl", "out")
+    assert error == "Error: 'out/.unfinished/plan.json', written by a stopped run, is damaged. Choose another folder."
+
+
 def test_signatures_that_do_not_fit_on_the_disk(folder, monkeypatch):
     monkeypatch.setattr(Path, "open", lambda self, *a, open=Path.open, **k: open(
         Path("/dev/full") if self.name == "signatures.bin" else self, *a, **k))  # fmt: skip
