@@ -89,7 +89,7 @@ def _without_leaks(dataset: Any, source: Source, skipped: SkipLog, name: str) ->
     """
     if source.clean is not None and source.clean.exclude_rows_of:
         dataset = filter_leaks(dataset, source.clean, excluded_contents(source.clean), skipped, name)
-    if not len(dataset):
+    if not source.streaming and not len(dataset):
         raise skipped.no_rows(source.title, name)
     return dataset
 
