@@ -36,7 +36,7 @@ def model_fingerprint(model: Any, processor: Any = None) -> str:
     for name, value in sorted(model.state_dict().items()):
         if isinstance(value, torch.Tensor):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         else:
             digest.update(f"{name} {value!r}".encode())
     digest.update(json.dumps(_settings(model), sort_keys=True, default=_as_json).encode())
