@@ -64,12 +64,12 @@ def test_weights_that_are_stored_in_a_dtype_and_those_that_are_loaded_in_it(here
 
 @pytest.mark.parametrize("change", ["scale", "disabled"])
 def test_adapters_with_equal_weights(here, change):
-    from peft import LoraConfig, inject_adapter_in_model
+    peft = pytest.importorskip("peft")
 
     model = load_model(str(here / "sentences")).model
     torch.manual_seed(0)
-    adapters = LoraConfig(target_modules=["query", "value"], r=2, lora_alpha=4, init_lora_weights=False)
-    inject_adapter_in_model(adapters, model[0].model)
+    adapters = peft.LoraConfig(target_modules=["query", "value"], r=2, lora_alpha=4, init_lora_weights=False)
+    peft.inject_adapter_in_model(adapters, model[0].model)
     other = deepcopy(model)
     for module in other.modules():
         if change == "scale" and isinstance(getattr(module, "scaling", None), dict):
