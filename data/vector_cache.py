@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,19 +17,26 @@ from bifocal.files import NotOursError, write_json
 BATCHES_AT_ONCE = 16  # batches that are written at once: a killed run loses at most as many
 _MARKER = ".bifocal-vectors"  # a file of this name marks the folder as ours
 _LONGEST_READ = 1.0  # seconds that a run holds the lock of a file to which it adds nothing
+_EARLIER = re.compile(r"(captions|images)-[0-9a-f]{16}\.(npy|json)|[0-9a-f]{16}")  # files before there was a marker
 
 
 def require_cache_folder(folder: str | Path) -> Path:
     """Return the path of a folder for vectors, which is ours, empty or not there.
 
     Raises:
-        NotOursError: if it holds other files, or is a file.
+        NotOursError: if it holds other files, those of an earlier version included, or is a file.
     """
     path = Path(folder).expanduser()
     if path.exists() and not path.is_dir():
-        raise NotOursError(f"'{folder}' is a file. Choose a new or empty folder for the cache.")
-    if path.is_dir() and not (path / _MARKER).is_file() and any(path.iterdir()):
-        raise NotOursError(f"'{folder}' holds other files. Choose a new or empty folder for the cache.")
+        raise NotOursError(f"'{folder}' is a file. Choose a new or empty folder for the cache (--cache).")
+    names = [] if not path.is_dir() or (path / _MARKER).is_file() else [inner.name for inner in path.iterdir()]
+    if names and all(map(_EARLIER.fullmatch, names)):
+        raise NotOursError(
+            f"'{folder}' holds vectors of an earlier version of `bifocal mine`, which cannot be reused. Delete it, or "
+            "choose another folder for the cache (--cache)."
+        )
+    if names:
+        raise NotOursError(f"'{folder}' holds other files. Choose a new or empty folder for the cache (--cache).")
     return path
 
 
@@ -61,9 +69,10 @@ class VectorCache:
             DataError: if it cannot be written.
         """
         require_cache_folder(self.folder)
-        with _writing(self.folder):
+        with _file_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / _MARKER).touch()
+            if not (self.folder / _MARKER).is_file():
+                (self.folder / _MARKER).touch()
 
     def vectors(
         self, name: str, identity: Iterable[str], count: int, embed: Callable[[slice], Mapping[int, np.ndarray]],
@@ -88,16 +97,24 @@ class VectorCache:
 
         path = self.folder / f"{name}-{_hash(identity)}.npy"
         self.create_folder()
+        lock = FileLock(path.with_suffix(".lock"))
+        with _file_errors(self.folder):
+            try:
+                lock.acquire(timeout=_LONGEST_READ)
+            except Timeout:
+                raise DataError(
+                    f"Another run is writing '{path}'. Wait for its end, or choose another cache."
+                ) from None
         try:
-            with FileLock(path.with_suffix(".lock"), timeout=_LONGEST_READ):
-                return self._completed(path, count, embed, rows_at_once)
-        except Timeout:
-            raise DataError(f"Another run is writing '{path}'. Wait for its end, or choose another cache.") from None
+            return self._completed(path, count, embed, rows_at_once)
+        finally:
+            lock.release()
 
     def _completed(
         self, path: Path, count: int, embed: Callable[[slice], Mapping[int, np.ndarray]], rows_at_once: int
     ) -> np.ndarray:
-        start, dimensions = _written(path, count)
+        with _file_errors(self.folder):
+            start, dimensions = _written(path, count)
         self.reused += start
         for part in slices(count, rows_at_once, start):
             new = embed(part)
@@ -109,10 +126,11 @@ class VectorCache:
             block = np.full((part.stop - start, dimensions), np.nan, np.float32)
             for row, vector in new.items():
                 block[row - start] = vector
-            with _writing(self.folder):
+            with _file_errors(self.folder):
                 _write(path, block, start, count)
             start = part.stop
-        return np.load(path, mmap_mode="r") if dimensions else np.empty((count, 0), np.float32)
+        with _file_errors(self.folder):
+            return np.load(path, mmap_mode="r") if dimensions else np.empty((count, 0), np.float32)
 
 
 def slices(count: int, size: int, start: int = 0) -> Iterator[slice]:
@@ -122,14 +140,14 @@ def slices(count: int, size: int, start: int = 0) -> Iterator[slice]:
 
 
 @contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Name the folder in an error of writing into it: it may be on another disk than a command's results."""
+def _file_errors(folder: Path) -> Iterator[None]:
+    """Name the folder in an error of its files: it may be on another disk than a command's results."""
     try:
         yield
     except OSError as error:
         raise DataError(
-            f"Cannot write to the cache '{folder}' ({error.strerror}). Free space or choose another folder, and run "
-            "the command again."
+            f"The cache '{folder}' cannot be read or written ({error.strerror or error}). Free space or choose another "
+            "folder, and run the command again."
         ) from error
 
 
@@ -193,4 +211,4 @@ def _header(file: BinaryIO) -> tuple[tuple[int, int], np.dtype]:
 
 
 def _progress(path: Path) -> Path:
-    return path.with_suffix(".json")
+    return path.with_suffix(".rows")  # no suffix of data: the folder may be inside one that is read as a source

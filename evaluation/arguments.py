@@ -26,11 +26,26 @@ def check_evaluation(
     require_folder(out)
     for name in ("results.json", "report.html"):
         require_overwritable(out / name, EVALUATION)
-    if cache is not None:
-        require_cache_folder(cache)
     for model in models:
         is_local_model(model)
+    if cache is not None:
+        _require_own_folder(require_cache_folder(cache), out, models)
     return loaded
+
+
+def _require_own_folder(cache: Path, out: Path, models: Sequence[str]) -> None:
+    """Check that a cache is not the folder of the results, nor inside a model: its results would be measured again.
+
+    Raises:
+        EvaluationError: if it is.
+    """
+    folder = cache.resolve()
+    if folder == out.resolve():
+        raise EvaluationError(f"'{cache}' is the folder of the results, too. Choose another with --cache.")
+    for model in models:
+        model_folder = Path(model).expanduser()
+        if model_folder.is_dir() and folder.is_relative_to(model_folder.resolve()):
+            raise EvaluationError(f"'{cache}' is inside the model '{model}'. Choose another folder with --cache.")
 
 
 def require_folder(out: Path) -> None:

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +50,9 @@ class Encoder:
         preparer: returns from `fast_decoding` what prepares images, for a model that resizes in the threads, too.
         cache: keeps the vectors of collections that are larger than what is written at once, so that a killed run
             resumes; None for no cache.
-        fingerprint: returns a hash of all that decides the vectors besides their inputs, see `model_fingerprint`. None
-            if that is not known: then the cache is not used.
+        fingerprint: returns a hash of all that decides the vectors besides their inputs, see `model_fingerprint`. It is
+            called for each collection, as a model may be trained meanwhile. None if that is not known: then the cache
+            is not used.
     """
 
     name: str
@@ -70,7 +71,6 @@ class Encoder:
     preparer: Callable[[bool], ImagePreparer] | None = None
     cache: VectorCache | None = None
     fingerprint: Callable[[], str] | None = None
-    _model: str = field(default="", init=False)  # the fingerprint, once it is known
 
     def speed(self) -> dict[str, float]:
         """Return the texts and images embedded per second since the last call."""
@@ -186,9 +186,7 @@ class Encoder:
     ) -> np.ndarray:
         assert self.cache is not None
         assert self.fingerprint is not None
-        if not self._model:
-            self._model = self.fingerprint()
-        return self.cache.vectors(what, [self._model, *identity], count, embed, self._rows_at_once)
+        return self.cache.vectors(what, [self.fingerprint(), *identity], count, embed, self._rows_at_once)
 
     def _image_preparer(self) -> ImagePreparer:
         return ImagePreparer() if self.preparer is None else self.preparer(self.fast_decoding)
@@ -250,11 +248,14 @@ def load_encoder(path: str, batch_size: int = 64, device: str | None = None, dty
     require_model(path)
     path = str(Path(path).expanduser()) if path.startswith("~") else path
     try:
-        return _encoder(load_model(path, dtype, device), _name(path), batch_size)
+        encoder = _encoder(load_model(path, dtype, device), _name(path), batch_size)
     except UnsupportedFamilyError:
-        return _other_dual_encoder(path, batch_size, device or default_device(), dtype)
+        encoder = _other_dual_encoder(path, batch_size, device or default_device(), dtype)
     except ModelError as error:
         raise EvaluationError(str(error)) from error
+    assert encoder.fingerprint is not None
+    encoder.fingerprint = cache(encoder.fingerprint)  # nothing else has this model, so it does not change
+    return encoder
 
 
 def bifocal_encoder(model: BifocalModel, name: str, batch_size: int = 64) -> Encoder:

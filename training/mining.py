@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +17,7 @@ from bifocal.embedding.fingerprint import model_fingerprint
 from bifocal.embedding.items import Item
 from bifocal.embedding.models import EmbeddingModel
 from bifocal.files import overwrite
-from bifocal.modeling import BifocalModel
+from bifocal.modeling import BifocalModel, load_image
 from bifocal.modeling.towers_bifocal import search_prompts
 from bifocal.training.mining_settings import DIRECTIONS, MINED, MiningError, MiningSettings
 from bifocal.training.mining_vectors import embedded_rows, first_image, image_item
@@ -158,7 +158,7 @@ def mine_across(
     pairs = disable_image_decoding(pairs)
     first_captions = [text[0] if isinstance(text, list) and text else text for text in pairs["caption"]]
     captions = [text if _is_text(text) else "" for text in first_captions]
-    contents = _image_ids(pairs)
+    contents = image_ids(value for batch in slices(len(pairs), 256) for value in pairs[batch]["image"])
     weights = model_fingerprint(model)
     role = "query" if direction == "text-to-image" else "document"
     prompt = _prompts(model).get(role)
@@ -170,7 +170,7 @@ def mine_across(
     )  # fmt: skip
     vectors = VectorCache(cache)
     texts = embedded_rows(
-        "texts", [weights, prompt or "", *captions], len(pairs),
+        "captions", [weights, prompt or "", *captions], len(pairs),
         lambda rows: [Item("", text) if text else None for text in captions[rows]], embedding_model, embed, vectors,
     )  # fmt: skip
     images = embedded_rows(
@@ -253,19 +253,25 @@ def _warn_of_skipped(rows: Sequence[int], total: int) -> None:
         )
 
 
-def _image_ids(pairs: Any) -> list[str]:
-    """Return a digest of each image's bytes."""
-    digests = []
-    for batch in slices(len(pairs), 256):
-        for value in pairs[batch]["image"]:
-            image = first_image(value)
-            try:
-                content = Path(image).read_bytes() if isinstance(image, str) else image
-            except OSError:
-                content = str(image).encode()  # unreadable; skipped later
-            content = content if isinstance(content, bytes) else np.asarray(content).tobytes()
-            digests.append(hashlib.blake2b(content, digest_size=16).hexdigest())
-    return digests
+def image_ids(images: Iterable[Any]) -> list[str]:
+    """Return a digest of each image's bytes, or of its pixels if it is decoded.
+
+    Args:
+        images: cells of a column: images, undecoded or not, or lists of them.
+    """
+    return [hashlib.blake2b(_content(first_image(value)), digest_size=16).hexdigest() for value in images]
+
+
+def _content(image: Any) -> bytes:
+    if isinstance(image, bytes):
+        return image
+    try:
+        if isinstance(image, str):
+            return Path(image).read_bytes()
+        decoded = load_image(image)
+    except (OSError, ValueError):
+        return str(image).encode("utf-8", "surrogatepass")  # such a row is skipped later
+    return f"{decoded.mode} {decoded.size}".encode() + decoded.tobytes()
 
 
 def _numbers(values: list[str]) -> np.ndarray:

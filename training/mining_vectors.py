@@ -39,7 +39,7 @@ def embedded_rows(
     """Return the vectors (rows, dimensions) of rows, NaN where there is none; those in the cache are reused.
 
     Args:
-        name: "texts" or "images".
+        name: "captions" or "images".
         identity: all that decides the vectors; see `VectorCache.vectors`.
         count: number of rows.
         items_of: returns the items of some rows; None for a row without one.

@@ -92,6 +92,8 @@ evaluate model --only nope                               | There is no task 'nop
 evaluate model --out file.txt                            | 'file.txt' is a file
 evaluate model --cache file.txt                          | 'file.txt' is a file
 evaluate model --cache notes                             | 'notes' holds other files
+evaluate model --cache new --out ./new                   | 'new' is the folder of the results, too
+evaluate model --cache model/new                         | 'model/new' is inside the model 'model'
 convert                                                  | OUT is missing
 convert ./nope out                                       | './nope' does not exist
 convert empty out                                        | 'empty' holds no weights

@@ -2,7 +2,10 @@
 
 import numpy as np
 import pytest
+from filelock import Timeout
 
+from bifocal.data.loading import load_source
+from bifocal.data.source import Source
 from bifocal.data.vector_cache import VectorCache
 from bifocal.errors import DataError
 from bifocal.files import NotOursError
@@ -65,7 +68,7 @@ def test_a_damaged_file_is_named(tmp_path, damage):
     elif damage == "words":
         path.write_text("words")
     else:
-        path.with_suffix(".json").write_text('{"rows": 11}')
+        path.with_suffix(".rows").write_text('{"rows": 11}')
     with pytest.raises(DataError, match=rf"'{path}' is damaged. Delete it and run the command again.$"):
         VectorCache(tmp_path).vectors("texts", ["a"], 10, embed(), 5)
     path.unlink()
@@ -98,13 +101,53 @@ def test_a_folder_with_other_files_stays_as_it_is(tmp_path):
     assert {path.name for path in tmp_path.rglob("*")} == {"mine.txt", "new"}
 
 
+def test_a_folder_of_an_earlier_version_is_refused_by_that_name(tmp_path):
+    names = ["captions-0123456789abcdef.npy", "images-0123456789abcdef.json", "fedcba9876543210"]
+    for name in names:
+        (tmp_path / name).write_text("vectors")
+    with pytest.raises(NotOursError, match=r"holds vectors of an earlier version of `bifocal mine`.* Delete it, or"):
+        VectorCache(tmp_path)
+    (tmp_path / "mine.txt").write_text("words")
+    with pytest.raises(NotOursError, match="holds other files"):  # and no advice to delete it
+        VectorCache(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_file_that_cannot_be_opened_names_the_cache(tmp_path):
+    VectorCache(tmp_path).vectors("texts", ["a"], 10, embed(), 5)
+    (path,) = tmp_path.glob("*.npy")
+    for suffix in (".rows", ".lock"):
+        path.with_suffix(suffix).unlink()
+        path.with_suffix(suffix).mkdir()
+        with pytest.raises(DataError, match=r"The cache '.*' cannot be read or written .Is a directory"):
+            VectorCache(tmp_path).vectors("texts", ["a"], 10, embed(), 5)
+
+
+def test_a_timeout_of_the_model_is_not_another_run(tmp_path):
+    """A download that waits for a lock, for example."""
+
+    def waiting(rows: slice):
+        raise Timeout("model.lock")
+
+    with pytest.raises(Timeout, match=r"model.lock"):
+        VectorCache(tmp_path).vectors("texts", ["a"], 10, waiting, 5)
+
+
+def test_a_cache_inside_a_source_is_not_read_as_data(tmp_path):
+    (tmp_path / "pairs.csv").write_text("query,positive\nred,square\nfar,star\n")
+    for identity in ("a", "b", "c"):
+        VectorCache(tmp_path / "vectors").vectors("texts", [identity], 10, embed(), 5)
+    rows = load_source(Source(path=str(tmp_path)), "text-pair")
+    assert rows["query"][:] == ["red", "far"]
+
+
 def test_a_full_disk_is_said_and_the_rows_before_stay(small_disk):
     """It would be a signal that ends the process if the file were written through memory."""
 
     def big(rows: slice):
         return {row: np.full(20_000, row, np.float32) for row in range(rows.start, rows.stop)}
 
-    with pytest.raises(DataError, match=r"Cannot write to the cache '.*cache' .No space left on device.. Free space"):
+    with pytest.raises(DataError, match=r"The cache '.*cache' cannot be read or written .No space left on device"):
         VectorCache(small_disk / "cache").vectors("texts", ["a"], 5, big, 1)
     cache = VectorCache(small_disk / "cache")
     with pytest.raises(DataError, match="No space left"):

@@ -119,11 +119,11 @@ def test_a_killed_evaluation_embeds_only_the_rest(here, tmp_path, embedded):
     )
     command = ("evaluate", str(here / "joint"), "--suite", "suite.yaml", "--json")
     process = Process("-m", "bifocal", *command, "--cache", "vectors", cwd=tmp_path, OMP_NUM_THREADS="1")
-    while process.running and not list((tmp_path / "vectors").glob("texts-*.json")):
+    while process.running and not list((tmp_path / "vectors").glob("texts-*.rows")):
         time.sleep(0.01)
     process.kill()
     assert process.finish().returncode == -signal.SIGKILL
-    (progress,) = (tmp_path / "vectors").glob("texts-*.json")
+    (progress,) = (tmp_path / "vectors").glob("texts-*.rows")
     written = json.loads(progress.read_text())["rows"]
     assert 32 <= written < 1500
     resumed = invoke(tmp_path, *command, "--cache", "vectors")
@@ -175,6 +175,18 @@ def test_texts_of_a_model_that_was_changed_are_embedded_again(here, tmp_path, ch
         vectors.append(expected)
         CHANGES[change](folder)
     assert np.abs(vectors[0] - vectors[1]).max() > 1e-4, "or this test shows nothing"
+
+
+def test_a_model_that_is_trained_meanwhile_is_embedded_again(here, tmp_path):
+    model = BifocalModel.from_pretrained(here / "joint")
+    encoder = encoders.bifocal_encoder(model, "m", batch_size=1)
+    encoder.cache = VectorCache(tmp_path)
+    texts = [text(n) for n in range(20)]
+    before = encoder.texts(texts)
+    with torch.no_grad():
+        next(iter(model.text_model.parameters())).mul_(1.5)
+    assert np.abs(encoder.texts(texts) - before).max() > 1e-4
+    assert encoder.cache.embedded == 40
 
 
 def test_other_texts_roles_and_dtypes_have_vectors_of_their_own(here, tmp_path):

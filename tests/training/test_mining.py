@@ -1,11 +1,13 @@
 """Hard negatives: never a positive or its duplicate, with the real MiniLM on real captions, and across modalities."""
 
+import hashlib
 import json
 import shutil
 from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
@@ -18,7 +20,7 @@ from bifocal.errors import ModelError
 from bifocal.files import NotOursError
 from bifocal.modeling import BifocalModel
 from bifocal.training.mine_source import mine_source
-from bifocal.training.mining import mine_across, mine_texts, write_parquet
+from bifocal.training.mining import image_ids, mine_across, mine_texts, write_parquet
 from bifocal.training.mining_settings import DIRECTIONS, MiningError, MiningSettings
 from bifocal.training.tasks import Task
 from tests import families
@@ -197,7 +199,7 @@ def test_kept_embeddings_are_of_the_same_decoding(model, tmp_path):
         wanted = np.einsum("nd,nd->n", texts, expected[fast])
         np.testing.assert_allclose(mined["positive_score"], wanted, atol=1e-6)
     assert len(list(tmp_path.glob("images-*.npy"))) == 2
-    assert len(list(tmp_path.glob("texts-*.npy"))) == 1
+    assert len(list(tmp_path.glob("captions-*.npy"))) == 1
 
 
 def test_texts_kept_for_another_model_are_not_used(minilm, tmp_path):
@@ -222,6 +224,19 @@ def test_vectors_kept_for_another_pooling_are_not_used(model):
         model.config.text_pooling = pooling
     assert keys[0] != keys[1]
     assert model_fingerprint(model) == keys[0]
+
+
+def test_decoded_images_are_known_by_their_pixels(tmp_path):
+    """And not by where a missing one is in memory, or by bytes that images of other shapes or palettes share."""
+    grey = [PIL.Image.new("L", size, 7) for size in ((4, 16), (16, 4))]
+    palettes = [PIL.Image.new("P", (8, 8)) for _ in range(2)]
+    palettes[1].putpalette([200, 0, 0])
+    saved = PIL.Image.new("L", (4, 16), 7)
+    rows = [*grey, *palettes, None, saved, str(tmp_path / "missing.png")]
+    ids = image_ids(rows)
+    assert len(set(ids)) == 6
+    assert ids[0] == ids[5]
+    assert ids[4] == hashlib.blake2b(b"None", digest_size=16).hexdigest()
 
 
 def test_files_of_the_users_are_left_alone(model, tmp_path):
