@@ -66,6 +66,8 @@ def run_claims(
             chosen.remove(name)
     cores = max(1, available_cores() // workers)
     jobs = [Job(name, seed, budget / FULL, out, data.folder, cores) for name in chosen for seed in seeds]
+    # Those of a claim on another's conditions come last: they would wait for the other's.
+    jobs.sort(key=lambda job: CLAIMS[job.claim].folder != job.claim)
     if workers == 1:
         for job in jobs:
             run_job(job, data, say)
