@@ -81,5 +81,7 @@ def _bars(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> Any:
                  hatch="" if number < len(COLOURS) else "//", error_kw={"linewidth": 1})  # fmt: skip
     axes.set_xticks(range(len(metrics)), [fill(metric, 72 // len(metrics)) for metric in metrics], fontsize=8)
     axes.axhline(0, color="black", linewidth=0.8)  # correlations may be negative
-    figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside lower center", ncols=2)
+    handles, labels = axes.get_legend_handles_labels()
+    columns = 2 if max(map(len, labels)) <= 40 else 1  # longer labels would be cut off at the edges
+    figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside lower center", ncols=columns)
     return figure
