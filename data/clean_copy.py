@@ -8,6 +8,7 @@ kept in a hidden folder until they are complete, so that a killed run resumes.
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -16,10 +17,11 @@ from typing import Any
 
 from bifocal.data.clean_parts import (
     PART_NAME,
+    ROW_FILE,
     MakeWriter,
     Part,
     ReducedPart,
-    foreign_files,
+    is_foreign,
     remove_part,
     row_files,
 )
@@ -39,10 +41,14 @@ from bifocal.errors import DataError
 
 _PART_BYTES = 64 * 2**20  # small files of a source are cleaned together
 _UNFINISHED = ".unfinished"
+_MARKER = ".bifocal-clean"  # a file of this name marks the folder as ours
 _LOCK = ".lock"
 _NEW_PLAN = "new-plan"
 _LIBRARIES = ("bifocal", "pillow", "ImageHash", "datasketch")  # on whose versions rows and signatures may depend
 _PLAN = "plan.json"  # what an interrupted move of complete parts still has to move
+_OURS = (_MARKER, _LOCK, _PLAN, _NEW_PLAN)
+_PUBLISHED = re.compile(r"\d{5}-of-\d{5}\.parquet")
+_FILE_OF_PART = re.compile(f"{PART_NAME.pattern}/{ROW_FILE}")
 
 
 def write_clean(source: Source, kind: str, out: Path, skipped: SkipLog, execution: Execution | None = None) -> int:
@@ -73,6 +79,7 @@ def write_clean(source: Source, kind: str, out: Path, skipped: SkipLog, executio
     parts, evaluations = _parts(source, kind, unfinished, out)
     key = _key(source, kind, parts)
     unfinished.mkdir(parents=True, exist_ok=True)
+    (unfinished / _MARKER).touch()
     try:
         with FileLock(unfinished / _LOCK, timeout=0):
             _require_free(out)  # another run may have ended since
@@ -99,7 +106,7 @@ def write_clean(source: Source, kind: str, out: Path, skipped: SkipLog, executio
             _publish(plan, out)
             for folder in filter(Path.is_dir, list(unfinished.iterdir())):  # the plan stays until no part does
                 remove_part(folder)
-            for name in (_PLAN, _LOCK):
+            for name in (_PLAN, _LOCK, _MARKER):
                 (unfinished / name).unlink(missing_ok=True)
     except Timeout:
         raise DataError(f"Another run is writing to '{out}'. Wait for it or choose another folder.") from None
@@ -115,15 +122,27 @@ def _require_free(out: Path) -> None:
         DataError: if it holds anything else.
     """
     names = [path.name for path in sorted(out.iterdir())] if out.exists() else []
-    plan = _read_plan(out) or {"files": {}}
-    moved = {name for name, path in plan["files"].items() if not (out / _UNFINISHED / path).exists()}
-    others = [name for name in names if name not in ("skipped.jsonl", _UNFINISHED, *moved)]
-    if _UNFINISHED in names:
-        inside = [path for path in sorted((out / _UNFINISHED).iterdir()) if path.name not in (_LOCK, _PLAN, _NEW_PLAN)]
-        others += [str(path.relative_to(out)) for path in inside if not PART_NAME.fullmatch(path.name)]
-        others += [str(file.relative_to(out)) for part in inside if part.is_dir() for file in foreign_files(part)]
+    others = _foreign_entries(out / _UNFINISHED) if _UNFINISHED in names else []
+    if not others:  # the plan is ours
+        plan = _read_plan(out) or {"files": {}}
+        moved = {name for name, path in plan["files"].items() if not (out / _UNFINISHED / path).exists()}
+        others = [out / name for name in names if name not in ("skipped.jsonl", _UNFINISHED, *moved)]
     if others:
-        raise DataError(f"'{out}' is not empty (it has {others[0]}). Choose another folder or empty this one.")
+        raise DataError(
+            f"'{out}' is not empty (it has {others[0].relative_to(out)}). Choose another folder or empty this one."
+        )
+
+
+def _foreign_entries(unfinished: Path) -> list[Path]:
+    """Return what no run wrote in the folder of the parts: everything if the folder is not marked as ours."""
+    if unfinished.is_symlink() or not unfinished.is_dir():
+        return [unfinished]
+    inside = sorted(unfinished.iterdir())
+    if not (unfinished / _MARKER).is_file():
+        return inside
+    parts = [path for path in inside if PART_NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink()]
+    foreign = [path for path in inside if path.name not in _OURS and path not in parts]
+    return foreign + [path for part in parts for path in sorted(part.iterdir()) if is_foreign(path)]
 
 
 def _parts(source: Source, kind: str, unfinished: Path, shown: Path) -> tuple[list[Part], Evaluations]:
@@ -193,7 +212,7 @@ def _write_parts(
     from tqdm import tqdm
 
     for path in unfinished.glob("*.*"):
-        if path.name not in (_LOCK, _PLAN):
+        if path.name not in _OURS:
             remove_part(path)  # begun by a process that was killed
     parts_to_write = [part for part in parts if not part.is_current]
     for part in parts_to_write:
@@ -283,9 +302,21 @@ def _read_plan(out: Path) -> dict[str, Any] | None:
     """
     path = out / _UNFINISHED / _PLAN
     try:
-        return json.loads(path.read_text()) if path.exists() else None
+        plan = json.loads(path.read_text()) if path.exists() else None
+        if plan is not None and not _is_plan(plan):
+            raise ValueError
+        return plan
     except ValueError as error:
         raise DataError(f"'{path}', written by a stopped run, is damaged. Choose another folder.") from error
+
+
+def _is_plan(plan: Any) -> bool:
+    """Return whether a plan has the form of ours, and moves nothing but rows of parts."""
+    return (
+        isinstance(plan, dict)
+        and plan.keys() == {"key", "rows", "skipped", "files"}
+        and all(_PUBLISHED.fullmatch(name) and _FILE_OF_PART.fullmatch(path) for name, path in plan["files"].items())
+    )
 
 
 def _publish(plan: dict[str, Any], out: Path) -> None:

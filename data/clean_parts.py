@@ -5,10 +5,9 @@ import json
 import os
 import re
 import secrets
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,10 +29,9 @@ from bifocal.errors import DataError, first_line
 _ROWS = 10_000  # rows per file
 _GROUP = 256  # rows held in memory, images included
 _COUNTS, _SKIPS, _IMAGES = "counts.json", "skips.jsonl", "images.jsonl"
+ROW_FILE = r"\d{5}\.parquet"
 PART_NAME = re.compile(r"\d{5}-(whole|[0-9a-f]{16})(\.\w{8})?")  # with a suffix while it is written
-_PART_FILE = re.compile(
-    r"\d{5}\.parquet|" + "|".join(map(re.escape, (_COUNTS, _SKIPS, _IMAGES, NAMES, SIGNATURES, LEAKS)))
-)
+_PART_FILE = re.compile(ROW_FILE + "|" + "|".join(map(re.escape, (_COUNTS, _SKIPS, _IMAGES, NAMES, SIGNATURES, LEAKS))))
 
 
 @dataclass(frozen=True)
@@ -192,13 +190,14 @@ def _write(part: Part | ReducedPart, evaluations: Evaluations) -> None:
     except OSError as error:
         raise DataError(f"Cannot write to {part.shown} ({first_line(error)}); free space or choose another.") from error
     finally:
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
+        if scratch is not None and scratch.exists():
+            with suppress(OSError, DataError):  # it stays if others put a file there
+                remove_part(scratch)
 
 
-def foreign_files(folder: Path) -> list[Path]:
-    """Return what lies in the folder of a part and was not written by a run."""
-    return [path for path in sorted(folder.iterdir()) if path.is_symlink() or not _PART_FILE.fullmatch(path.name)]
+def is_foreign(path: Path) -> bool:
+    """Return whether something in the folder of a part was not written by a run."""
+    return not _PART_FILE.fullmatch(path.name) or path.is_symlink() or not path.is_file()
 
 
 def remove_part(folder: Path) -> None:
@@ -207,13 +206,14 @@ def remove_part(folder: Path) -> None:
     Raises:
         DataError: if it holds anything that a run does not write.
     """
-    foreign = foreign_files(folder)
+    files = sorted(folder.iterdir())
+    foreign = [path for path in files if is_foreign(path)]
     if folder.is_symlink() or not PART_NAME.fullmatch(folder.name) or foreign:
         other = foreign[0] if foreign else folder
         raise DataError(f"'{other}' was not written by Bifocal. Move it away and run the command again.")
     (folder / _COUNTS).unlink(missing_ok=True)  # first: without it, the part counts as not written
-    for path in folder.iterdir():
-        path.unlink()
+    for path in files:  # those that were looked at: a file that came since keeps the folder
+        path.unlink(missing_ok=True)
     folder.rmdir()
 
 

@@ -38,8 +38,7 @@ class InTurn:
         self._joint, self.shares = schedule, schedule.shares
 
     def at(self, step: int) -> list[tuple[int, int]]:
-        parts = self._joint.at(step // 2)
-        return [parts[step % 2]] if len(parts) == 2 else self._joint.at(step)
+        return [self._joint.at(step // 2)[step % 2]]
 
 
 class InTurnTrainer(MultiTaskTrainer):

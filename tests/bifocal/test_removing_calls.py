@@ -37,7 +37,7 @@ REVIEWED = {
         _publish=1,  # under a name that no file has
     ),
     "data/clean_parts.py": Counter(
-        _write=2,  # a folder that is being made
+        _write=1,  # a folder that is being made gets its name
         remove_part=3,  # files of a part by their names, and the folder if it is empty then
     ),
 }  # fmt: skip

@@ -215,23 +215,73 @@ def test_rows_of_a_limit_are_one_part(tmp_path, written):
     assert written == ["*.jsonl"]
 
 
-def test_what_others_have_written_is_left_alone(tmp_path):
-    source, out = pairs(tmp_path), tmp_path / "out"
-    (out / ".unfinished").mkdir(parents=True)
-    (out / ".unfinished" / "mine.txt").write_text("mine")
-    with pytest.raises(DataError, match=r"is not empty \(it has \.unfinished/mine\.txt\)"):
-        write(source, out)
-    assert (out / ".unfinished" / "mine.txt").read_text() == "mine"
-    (out / ".unfinished" / "mine.txt").unlink()
-    for part in ("00001-photos", "00001-0123456789abcdef", "00001-0123456789abcdef.abcd_123", "00000-plan"):
-        mine = out / ".unfinished" / part / "thesis.tex"
-        mine.parent.mkdir()
-        mine.write_text("mine")
-        with pytest.raises(DataError, match=rf"is not empty \(it has \.unfinished/{re.escape(part)}"):
-            write(pairs(tmp_path), out)
-        assert mine.read_text() == "mine"
-        mine.unlink()
-        mine.parent.rmdir()
+@pytest.mark.parametrize("marked", [False, True])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mine.txt", "00001-photos/thesis.tex", "00001-0123456789abcdef/thesis.tex", "00000-plan/thesis.tex",
+        "00001-0123456789abcdef.abcd_123/thesis.tex", "00000-whole", "00000-whole/counts.json/mine.txt",
+    ],
+)  # fmt: skip
+def test_what_others_have_written_is_left_alone(tmp_path, name, marked):
+    mine = tmp_path / "out" / ".unfinished" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    if marked:
+        (tmp_path / "out" / ".unfinished" / ".bifocal-clean").touch()
+    with pytest.raises(DataError, match=rf"is not empty \(it has \.unfinished/{re.escape(name.split('/')[0])}"):
+        write(pairs(tmp_path), tmp_path / "out")
+    assert mine.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "name", [".lock", "plan.json", "new-plan", "00000-whole/00000.parquet", "00000-whole/counts.json"]
+)
+def test_files_with_our_names_in_a_folder_that_is_not_ours_are_left_alone(tmp_path, name):
+    mine = tmp_path / "out" / ".unfinished" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    with pytest.raises(DataError, match=r"is not empty \(it has \.unfinished/"):
+        write(pairs(tmp_path), tmp_path / "out")
+    assert mine.read_text() == "mine"
+
+
+def test_a_link_to_another_folder_is_not_followed(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".unfinished").symlink_to(tmp_path / "photos")
+    with pytest.raises(DataError, match=r"is not empty \(it has \.unfinished\)"):
+        write(pairs(tmp_path), tmp_path / "out")
+    assert list((tmp_path / "photos").iterdir()) == []
+
+
+@pytest.mark.parametrize("moved", ["../../photos/a.parquet", "00000-whole/../../../photos/a.parquet", "/a.parquet"])
+def test_a_plan_moves_nothing_but_rows_of_parts(tmp_path, moved):
+    unfinished = tmp_path / "out" / ".unfinished"
+    unfinished.mkdir(parents=True)
+    (unfinished / ".bifocal-clean").touch()
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.parquet").write_text("mine")
+    plan = {"key": "", "rows": 1, "skipped": {}, "files": {"00000-of-00001.parquet": moved}}
+    for content in (plan, {"a": 1}, []):
+        (unfinished / "plan.json").write_text(json.dumps(content))
+        with pytest.raises(DataError, match=r"plan\.json', written by a stopped run, is damaged"):
+            write(pairs(tmp_path), tmp_path / "out")
+    assert (tmp_path / "photos" / "a.parquet").read_text() == "mine"
+
+
+def test_a_file_put_into_a_part_that_fails_stays(tmp_path, monkeypatch):
+    """The folder of a part is removed file by file, not with all that is in it."""
+
+    def fails(self, folder, evaluations):
+        (folder / "00000.parquet").write_text("ours")
+        (folder / "thesis.tex").write_text("mine")
+        raise OSError("no space")
+
+    monkeypatch.setattr(clean_parts.Part, "write", fails)
+    with pytest.raises(DataError, match="no space"):
+        write(pairs(tmp_path), tmp_path / "out")
+    assert {path.read_text() for path in tmp_path.rglob("thesis.tex")} == {"mine"}
 
 
 @pytest.mark.parametrize("name", ["00000-of-00003.parquet", ".unfinished/{part}/thesis.tex"])
@@ -273,6 +323,7 @@ def test_two_runs_do_not_write_into_one_folder(tmp_path):
 
     source, out = pairs(tmp_path), tmp_path / "out"
     (out / ".unfinished").mkdir(parents=True)
+    (out / ".unfinished" / ".bifocal-clean").touch()
     with FileLock(out / ".unfinished" / ".lock"), pytest.raises(DataError, match="Another run is writing to"):
         write(source, out)
     assert write(source, out)[0] == 27

@@ -311,6 +311,7 @@ def test_a_run_that_waited_while_another_ended(folder, monkeypatch):
 def test_a_damaged_plan_is_named(folder):
     lines(folder / "out.jsonl", [{"text": "a"}])
     (folder / "out" / ".unfinished").mkdir(parents=True)
+    (folder / "out" / ".unfinished" / ".bifocal-clean").touch()
     (folder / "out" / ".unfinished" / "plan.json").write_text("{")
     error = error_of(folder, "data", "clean", "out.jsonl", "out")
     assert error == "Error: 'out/.unfinished/plan.json', written by a stopped run, is damaged. Choose another folder."
