@@ -1,10 +1,10 @@
-"""What a command imports until it has said its help, its version or what is wrong with its arguments, in new processes.
+"""What a command imports until it has said its help, its version or what is wrong with its arguments.
 
-Here `sys.executable` is run, since `tests.processes` has the heavy packages imported before anything else.
+`tests.processes` has the heavy packages imported before anything else. Here help and version come from new processes;
+wrong arguments meet forks of one process, which has imported modules that those commands share.
 """
 
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -14,6 +14,7 @@ import pytest
 
 from bifocal.training.argument_names import argument_names
 from tests.bifocal.commands import invoke, write_files
+from tests.interpreter import interpreter
 
 HEAVY = {
     "accelerate", "datasets", "faiss", "gradio", "lancedb", "matplotlib", "mteb", "onnx", "onnxruntime", "pandas",
@@ -45,13 +46,9 @@ def folder(saved, tmp_path_factory):
     return root
 
 
-def run(folder, command: str, code: str = COMMAND) -> tuple[subprocess.CompletedProcess, set[str]]:
-    """Run a command; return what it did, and the packages that it imported."""
-    done = subprocess.run(
-        [sys.executable, "-c", code, *shlex.split(command)], cwd=folder, capture_output=True, text=True, check=False,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"}, timeout=300,
-    )  # fmt: skip
-    return done, set(json.loads(done.stdout.splitlines()[-1]))
+def imported(done: subprocess.CompletedProcess) -> set[str]:
+    """The packages that a command imported."""
+    return set(json.loads(done.stdout.splitlines()[-1]))
 
 
 LIGHT = ["", "--help", "--version", "version", "recipes list", "recipes show stage1"]
@@ -62,10 +59,23 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("command", [*LIGHT, *(f"{name} --help" for name in COMMANDS)])
-def test_help_and_version_import_nothing_heavy(command, folder):
-    done, packages = run(folder, command)
+def test_help_and_version_import_nothing_heavy(command):
+    call = [sys.executable, "-c", COMMAND, *command.split()]
+    done = subprocess.run(call, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == (0 if command else 2)
-    assert not packages & (HEAVY | {"numpy", "yaml"})
+    assert not imported(done) & (HEAVY | {"numpy", "yaml"})
+
+
+@pytest.fixture(scope="module")
+def run(folder):
+    """Runs a command in the folder; returns what it did, and the packages that were imported in its process."""
+    with interpreter("bifocal.cli", "bifocal.training.recipe", "bifocal.hub.search.index", "pydantic") as execute:
+
+        def run_command(command: str, code: str = COMMAND) -> tuple[subprocess.CompletedProcess, set[str]]:
+            done = execute(code, *shlex.split(command), cwd=folder)
+            return done, imported(done)
+
+        yield run_command
 
 
 WRONG = r"""
@@ -175,10 +185,10 @@ demo --out notes                                         | 'notes' holds other f
 
 
 @pytest.mark.parametrize("line", WRONG.strip().splitlines(), ids=lambda line: line.partition("|")[0].strip())
-def test_wrong_arguments_import_nothing_heavy(line, folder):
+def test_wrong_arguments_import_nothing_heavy(line, folder, run):
     before = sorted(folder.rglob("*"))
     command, _, message = (part.strip() for part in line.partition("|"))
-    done, packages = run(folder, command)
+    done, packages = run(command)
     last = done.stderr.strip().splitlines()[-1]
     assert (done.returncode, last[:7]) == (1, "Error: "), done.stderr
     assert message in last
@@ -187,8 +197,8 @@ def test_wrong_arguments_import_nothing_heavy(line, folder):
 
 
 @pytest.mark.parametrize("command", ["nonsense", "train", "search index --hits 0", "index --nope", "data nonsense"])
-def test_wrong_use_imports_nothing_heavy(command, folder):
-    done, packages = run(folder, command)
+def test_wrong_use_imports_nothing_heavy(command, run):
+    done, packages = run(command)
     assert done.returncode == 2
     assert not packages & HEAVY
 
@@ -197,9 +207,9 @@ def test_wrong_use_imports_nothing_heavy(command, folder):
     "command",
     ["train good.yaml", "evaluate model", "index pairs.jsonl index", "serve index", "data inspect pairs.jsonl"],
 )
-def test_a_missing_extra_imports_nothing_heavy(command, folder):
+def test_a_missing_extra_imports_nothing_heavy(command, run):
     missing = "import bifocal.cli.console\nbifocal.cli.console.find_spec = lambda name: None\n"
-    done, packages = run(folder, command, missing + COMMAND)
+    done, packages = run(command, missing + COMMAND)
     assert done.returncode == 1
     assert "Run pip install 'bifocal[all]'." in done.stderr
     assert not packages & HEAVY
