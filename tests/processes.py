@@ -55,7 +55,8 @@ def skip_if_quick() -> None:
 
 
 @cache
-def _server() -> multiprocessing.context.ForkServerContext:
+def server() -> multiprocessing.context.ForkServerContext:
+    """Start the fork server; return the context of its processes."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(HEAVY))
     address = f"http://{HUB_ADDRESS[0]}:{HUB_ADDRESS[1]}"
@@ -90,7 +91,7 @@ class Process:
         variables = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
         variables |= {"HF_HUB_OFFLINE": "0" if hub else "1"} | environment
         arguments = (self.command, str(cwd or Path.cwd()), variables, str(self.folder))
-        self.process = _server().Process(target=_python, args=arguments)
+        self.process = server().Process(target=_python, args=arguments)
         self.process.start()
 
     @property

@@ -2,8 +2,6 @@
 
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +11,7 @@ from huggingface_hub import ModelCard
 
 from bifocal.hub.export import export_model
 from bifocal.modeling import BifocalModel
+from tests import processes
 from tests.conftest import EMPTY, LONG, small_config
 from tests.docs.pages import README, ROOT, blocks
 
@@ -39,7 +38,7 @@ def test_it_is_short_and_shows_the_three_ways():
 
 def run_alone(code: str, folder: Path) -> str:
     """Run code in a process that has not imported Bifocal, and return what it prints."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, check=False)
+    done = processes.run("-c", code, cwd=folder)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

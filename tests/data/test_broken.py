@@ -197,7 +197,7 @@ def test_a_connection_that_is_cut(tmp_path, monkeypatch, cuts, rows):
     content = shard(tmp_path / "a.tar", 0, 5).read_bytes()
     handler = type("Handler", (_Cut,), {"content": content, "cuts": cuts})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         found = stream(f"http://127.0.0.1:{server.server_address[1]}/a.tar")
         assert len(good(found)) == rows
         assert list(row_errors(found).values()) == ([] if rows else ["file breaks off"])

@@ -58,7 +58,7 @@ def test_what_cannot_be_reduced_is_the_processors_to_rounding(clip, size, form):
     assert share_of_range(clip, fast, whole) < 1e-3
 
 
-@pytest.mark.parametrize("size", [(4000, 3000), (3000, 4000), (1000, 750), (2000, 460), (640, 480)])
+@pytest.mark.parametrize("size", [(2400, 1800), (1800, 2400), (1000, 750), (2000, 460), (640, 480)])
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_what_is_reduced_differs_by_less_than_a_hundredth(clip, size, mode):
     fast, whole = both(clip, photo(*size, mode=mode, quality=90))

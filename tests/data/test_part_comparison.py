@@ -3,11 +3,12 @@
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from bifocal.data import clean_copy, near_duplicates, part_comparison
+from bifocal.data import clean_copy, near_duplicates, part_comparison, worker_processes
 from bifocal.data.clean_copy import write_clean
 from bifocal.data.clean_parts import Part, ReducedPart
 from bifocal.data.filters import read_image_bytes
@@ -20,7 +21,7 @@ from bifocal.errors import DataError
 from tests.bifocal.commands import error_of
 from tests.data.files import image_bytes, lines, shard, shards
 from tests.data.test_near_duplicates import SENTENCES, altered
-from tests.processes import run, skip_if_quick
+from tests.processes import run, server, skip_if_quick
 
 IMAGES = {
     "photo 0": image_bytes((160, 120), seed=0),
@@ -149,8 +150,10 @@ def test_images_in_tar_shards(tmp_path):
     require_rows_of_whole(cleaned, "image-text", tmp_path, 9)
 
 
-def test_two_processes_write_what_one_writes(folder):
+def test_two_processes_write_what_one_writes(folder, monkeypatch):
     skip_if_quick()
+    # The worker processes have the imports done.
+    monkeypatch.setattr(worker_processes, "multiprocessing", SimpleNamespace(get_context=lambda _: server()))
     outs = [folder / f"out-{workers}" for workers in (1, 2)]
     logs = [write(source(folder, **ALL), out, Execution(workers))[1] for workers, out in enumerate(outs, 1)]
     assert logs[0].state() == logs[1].state()

@@ -67,7 +67,7 @@ def test_shards_behind_an_address(tmp_path):
     shards(tmp_path / "laion", [3, 2])
     handler = lambda *args: _Folder(*args, directory=str(tmp_path / "laion"))  # noqa: E731
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         address = f"http://127.0.0.1:{server.server_address[1]}/{{00000..00002}}.tar"
         found = stream(address, "image-text", streaming=True)
         assert [row["caption"] for row in found] == [f"caption {n}" for n in range(5)]

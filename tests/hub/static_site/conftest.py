@@ -103,7 +103,7 @@ def host(site) -> Iterator[Host]:
     host = Host("")
     handler = functools.partial(_Handler, host, directory=str(site.folder.parents[1]))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     host.address = f"http://127.0.0.1:{server.server_port}/sub/site/"
     yield host
     server.shutdown()

@@ -33,7 +33,7 @@ def registry(monkeypatch, tmp_path):
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     monkeypatch.setenv("npm_config_registry", f"http://127.0.0.1:{server.server_port}/")
     monkeypatch.setenv("BIFOCAL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(npm, "PACKAGES", (PACKAGE,))
