@@ -126,7 +126,7 @@ def test_onnx_files_of_16_bit_weights_are_in_float32(models, tmp_path):
     np.testing.assert_allclose(encoder.encode_image(images()), model.encode_image(images()), atol=TOLERANCE)
 
 
-def test_a_release_of_a_plain_siglip_passes_its_own_check(models, tmp_path):
+def test_a_release_of_a_plain_siglip_passes_its_own_check(models, tmp_path, quick_check):
     """With its ONNX files, whose tokenizer gives no mask by default; texts are padded to full length in them."""
     folder = export_run(models.source("SigLIP"), tmp_path / "release")
     result = check_folder(folder)

@@ -42,10 +42,16 @@ STAGE = TrainedStage(
 RECIPE = {"name": "first", "output_dir": "/home/someone/runs/first", "tasks": [{"data": {"path": "/home/x/a.tar"}}]}
 
 
+def one_layer_model(seed: int) -> BifocalModel:
+    """A model whose export to ONNX is quick, as that takes long for each layer."""
+    torch.manual_seed(seed)
+    one_layer = {"num_hidden_layers": 1}
+    return BifocalModel(small_config(text_config=one_layer, vision_config=one_layer)).eval()
+
+
 @pytest.fixture(scope="module")
 def model(processor) -> BifocalModel:
-    torch.manual_seed(0)
-    built = BifocalModel(small_config()).eval()
+    built = one_layer_model(0)
     built.processor = processor
     return built
 
@@ -132,8 +138,7 @@ def test_the_onnx_files_in_eight_threads(folder, model):
 
 
 def test_another_models_onnx_is_refused(folder, processor):
-    torch.manual_seed(1)
-    other = BifocalModel(small_config())
+    other = one_layer_model(1)
     other.processor = processor
     with pytest.raises(OnnxError, match=r"'text_model\.onnx' differs from torch by .*\. Do not use it"):
         compare_with_torch(other, folder / "onnx", TEXTS, [photo(20, 20)] * len(TEXTS), "photos")
@@ -210,8 +215,7 @@ def test_the_check_compares_all_ways_of_loading(folder):
 def test_the_check_sees_other_weights_a_local_path_and_a_lost_limit(quick_check, folder, processor, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
-    torch.manual_seed(5)
-    BifocalModel(small_config()).save_pretrained(copy)
+    one_layer_model(5).save_pretrained(copy)
     (copy / "notes.md").write_text("Trained on /home/someone/images (private).")
     (copy / "processing_bifocal.py").unlink()
     problems = check_folder(copy).problems
@@ -276,7 +280,9 @@ def test_a_tokenizer_that_pads_at_the_start_and_has_no_last_token(tmp_path, quic
     tokenizer = TOKENIZERS["Gemma"]()
     tokenizer.pad_token = "<unk>"
     result = check_folder(
-        write_release(model_with(tokenizer), tmp_path / "out", Card("o/m", "For tests."), ReleaseContents())
+        write_release(
+            model_with(tokenizer, num_hidden_layers=1), tmp_path / "out", Card("o/m", "For tests."), ReleaseContents()
+        )
     )
     assert not result.problems
     assert len(result.differences) == 4

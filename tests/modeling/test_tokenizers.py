@@ -145,10 +145,10 @@ def processor_with(tokenizer: Any) -> BifocalProcessor:
     return BifocalProcessor(image_processor_of_size(32), tokenizer)
 
 
-def model_with(tokenizer: Any) -> BifocalModel:
+def model_with(tokenizer: Any, **text_config: Any) -> BifocalModel:
     torch.manual_seed(0)
     words = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "max_position_embeddings": LENGTH}
-    model = BifocalModel(small_config(text_config=words)).eval()
+    model = BifocalModel(small_config(text_config=words | text_config)).eval()
     model.processor = processor_with(tokenizer)
     return model
 

@@ -28,14 +28,14 @@ class Server:
         self.address = f"http://127.0.0.1:{port}"
 
     def __enter__(self) -> "Server":
-        for _ in range(1200):
+        for _ in range(6000):
             try:
                 urllib.request.urlopen(self.address + self.path, timeout=5).close()
                 return self
             except OSError:
                 if not self.process.running:
                     break
-                time.sleep(0.1)
+                time.sleep(0.02)
         raise AssertionError(f"The server did not start: {self.process.stderr[-2000:]}")
 
     def __exit__(self, *_: object) -> None:
