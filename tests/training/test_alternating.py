@@ -6,10 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from datasets import Dataset
 from torch.nn import functional as F
 from transformers import TrainerCallback
+from typer.testing import CliRunner
 
+from bifocal.cli import app
 from bifocal.errors import TrainingError
 from bifocal.modeling import BifocalModel, load_image
 from bifocal.training.arguments import BifocalTrainingArguments
@@ -322,3 +325,45 @@ def test_what_cannot_leave_weights_alone_is_refused(state, options, message, tmp
         return require_partial_gradients(args, accelerator)
     with pytest.raises(TrainingError, match=f"alternate_modalities .*{message}"):
         require_partial_gradients(args, accelerator)
+
+
+# Recipes
+
+
+def test_a_recipe_plans_trains_and_says_it(tmp_path, processor, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    processor.save_pretrained(tmp_path / "processor")
+    (tmp_path / "images").mkdir()
+    for number in range(12):
+        (tmp_path / "images" / f"{number}.png").write_bytes(png(photo(32 + number, 32)))
+    rows = [{"file_name": f"{number}.png", "caption": f"{TEXTS[number % 5]} {number}"} for number in range(12)]
+    texts = [{"query": f"{text} {number}", "positive": text} for number in range(4) for text in TEXTS]
+    for file, lines in (("images/metadata.jsonl", rows), ("pairs.jsonl", texts)):
+        (tmp_path / file).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    tasks = [
+        {"name": "images", "kind": "image-text", "data": {"path": "images"}, "batch_size": 4},
+        {"name": "pairs", "kind": "text-pair", "data": {"path": "pairs.jsonl"}, "batch_size": 4},
+    ]
+    recipe = {
+        "name": "mine", "processor": "processor", "device": "cpu", "max_length": 32, "tasks": tasks,
+        "model": {"text_config": size, "vision_config": {**size, "image_size": 32, "patch_size": 8}, "projection_dim": 32},
+        "training": {"max_steps": 5, "logging_steps": 1, "disable_tqdm": True},
+    }  # fmt: skip
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe))
+    command = ["train", "mine.yaml", "training.alternate_modalities=true"]
+    planned = CliRunner().invoke(app, [*command, "--dry-run"])
+    assert planned.exit_code == 0, planned.output
+    assert "each batch holds one modality, images first, in turn (alternate_modalities)" in planned.stdout
+    assert "12 rows, 4 a batch, 100% of the image batches, 1.00 passes" in planned.stdout
+    assert "20 rows, 4 a batch, 100% of the text batches, 0.40 passes" in planned.stdout
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    record = json.loads((tmp_path / "runs" / "mine" / "stage.json").read_text())
+    assert [step for step, _ in record["curves"]["images"]] == [1, 3, 5]
+    card = (tmp_path / "runs" / "mine" / "model" / "README.md").read_text()
+    assert "learning rate 5e-05, one modality in each batch, in turn." in card
+    assert "(arXiv 2405.20204, section 3), except where they alternate." in card
+    other = CliRunner().invoke(app, [*command[:2], "--dry-run"])
+    assert "in turn" not in other.stdout
+    assert "1.67 passes" in other.stdout
