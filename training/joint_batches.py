@@ -184,13 +184,14 @@ class JointBatchStream(Batches, IterableDataset):
     def __iter__(self) -> Iterator[Any]:
         info = torch.utils.data.get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
-        modalities, part, parts = MODALITIES, worker, workers
+        modalities: Sequence[str] = MODALITIES
+        share, shares = worker, workers  # of a stream: which one this worker reads, of how many in this process
         if self.schedule.alternates and workers % 2 == 0:
             # All batches of a worker are of one modality; its streams are shared out to half of the workers.
-            modalities, part, parts = MODALITIES[worker % 2 :][:1], worker // 2, workers // 2
+            modalities, share, shares = [MODALITIES[worker % 2]], worker // 2, workers // 2
         readers = {
             number: BlockReader(
-                task, self.seed + number, self.world.rank * parts + part, self.world.size * parts, self.decode
+                task, self.seed + number, self.world.rank * shares + share, self.world.size * shares, self.decode
             )
             for number, task in enumerate(self.tasks)
             if task.streams and task.modality in modalities

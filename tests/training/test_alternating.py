@@ -347,7 +347,8 @@ def test_a_recipe_plans_trains_and_says_it(tmp_path, processor, monkeypatch):
     ]
     recipe = {
         "name": "mine", "processor": "processor", "device": "cpu", "max_length": 32, "tasks": tasks,
-        "model": {"text_config": size, "vision_config": {**size, "image_size": 32, "patch_size": 8}, "projection_dim": 32},
+        "model": {"text_config": size, "vision_config": {**size, "image_size": 32, "patch_size": 8},
+                  "projection_dim": 32},
         "training": {"max_steps": 5, "logging_steps": 1, "disable_tqdm": True},
     }  # fmt: skip
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe))

@@ -125,7 +125,7 @@ def require_partial_gradients(args: Any, accelerator: Any) -> None:
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     names = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
-    checkpointing = next((value for value in (getattr(args, name, None) for name in names) if value), {})
+    reentrant = any((getattr(args, name, None) or {}).get("use_reentrant") for name in names)
     problem = None
     if getattr(accelerator.state, "deepspeed_plugin", None) is not None:
         # Its optimisers step over flat weights, and take a missing gradient for zero.
@@ -137,7 +137,7 @@ def require_partial_gradients(args: Any, accelerator: Any) -> None:
             problem = "needs ddp_find_unused_parameters; remove it, or set it to true"
         elif args.ddp_static_graph:
             problem = "does not work with ddp_static_graph; remove that"
-        elif checkpointing.get("use_reentrant"):
+        elif reentrant:
             problem = "with several processes needs use_reentrant=False"
     if problem is not None:
         raise TrainingError(f"alternate_modalities {problem}.")
