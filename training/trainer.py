@@ -29,11 +29,19 @@ from bifocal.training.engine.joint_forward import (
     joint_forward,
     require_dual_encoder,
     temperature_of,
+    touch_scalars,
 )
 from bifocal.training.eval_loss import evaluate_tasks, require_rows_by_number, task_list
 from bifocal.training.joint_batches import JointBatchDataset, JointBatchStream
 from bifocal.training.losses.multi_task_loss import MultiTaskLoss, TaskResult, with_default_loss
-from bifocal.training.param_groups import decaying, freeze, not_trained, parameter_groups, without_gradient
+from bifocal.training.param_groups import (
+    decaying,
+    freeze,
+    not_trained,
+    parameter_groups,
+    require_trained_by_texts,
+    without_gradient,
+)
 from bifocal.training.precision import DTYPES, set_master_dtype
 from bifocal.training.resuming import ResumableTrainer
 from bifocal.training.setting_warnings import warn_of_settings
@@ -173,6 +181,7 @@ class MultiTaskTrainer(ResumableTrainer):
             raise TrainingError("ema_decay does not work with FSDP or DeepSpeed; use DDP, or remove it.")
         if alternates:
             require_partial_gradients(self.args, self.accelerator)
+            require_trained_by_texts(model)
         if self.world.is_main:
             warn_of_settings(self.args, self.model, tasks, before)
 
@@ -277,7 +286,7 @@ class MultiTaskTrainer(ResumableTrainer):
                 loss, task_results = self.joint_loss(self.tasks, self.world)(embeddings, batch)
             self.require_finite(loss, task_results, batch)
             results.update(task_results)
-            touched = _touch_scalars(embeddings) if batch["images"] else 0.0  # texts alone do not move the temperature
+            touched = touch_scalars(embeddings) if batch["images"] else 0.0  # texts alone do not move the temperature
             return (loss + touched) / self.current_gradient_accumulation_steps
 
         if self._fits_in_one_pass(batch):
@@ -401,9 +410,3 @@ class MultiTaskTrainer(ResumableTrainer):
             seen = self.training_metrics.total_seen(self.args.device)
             logs["train_samples_per_second"] = round(seen / max(logs["train_runtime"], 1e-4), 3)
         super().log(logs, *args, **kwargs)
-
-
-def _touch_scalars(embeddings: dict[str, torch.Tensor]) -> torch.Tensor | float:
-    """Return a zero with a graph to `scale` and `bias`: DDP waits for their gradients even if no task uses them."""
-    scalars = [embeddings[name] for name in ("scale", "bias") if name in embeddings]
-    return sum((0.0 * scalar for scalar in scalars if scalar.requires_grad), 0.0)

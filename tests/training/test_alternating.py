@@ -306,6 +306,17 @@ def test_no_effect_is_said(tmp_path, processor, caplog):
     assert "alternate_modalities has no effect: all tasks are of one modality (text)." in caplog.text
 
 
+def test_steps_of_texts_must_train_something(tmp_path, processor):
+    it = alternating(tmp_path, processor, freeze_text_tower=True)
+    before = {name: p.detach().clone() for name, p in it.model.named_parameters()}
+    it.train()
+    moved = {name for name, p in it.model.named_parameters() if not torch.equal(p, before[name])}
+    assert {name for name in moved if tower_of(name) == "text"} == {"text_projection.weight", "text_projection.bias"}
+    without = BifocalModel(small_config(text_projection=False, projection_dim=48))
+    with pytest.raises(TrainingError, match="makes steps of texts, but all that texts reach is frozen"):
+        alternating(tmp_path, processor, model=without, freeze_text_tower=True)
+
+
 @pytest.mark.parametrize(
     ("state", "options", "message"),
     [
