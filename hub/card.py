@@ -28,6 +28,7 @@ class TrainedStage:
         processes: number of processes.
         device: name of the device of each process.
         mixed_precision: "bf16" or "fp16" if the passes were computed in 16 bits, else "no".
+        alternate_modalities: whether each batch held one modality, in turn, instead of both.
         energy_kwh, co2_kg: as measured by CodeCarbon; None without it.
         versions: versions of the packages.
     """
@@ -44,6 +45,7 @@ class TrainedStage:
     processes: int = 1
     device: str = ""
     mixed_precision: str = "no"
+    alternate_modalities: bool = False
     energy_kwh: float | None = None
     co2_kg: float | None = None
     versions: dict[str, str] = field(default_factory=dict)

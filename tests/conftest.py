@@ -66,6 +66,16 @@ def processor() -> BifocalProcessor:
     return BifocalProcessor(images, tokenizer)
 
 
+@pytest.fixture(autouse=True)
+def same_tokenizer(request):
+    """Leave the shared tokenizer as it was: it keeps the truncation and padding of its last call, and saves them."""
+    yield
+    if "processor" in request.fixturenames:
+        backend = request.getfixturevalue("processor").tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+
+
 @pytest.fixture
 def cpu_with(monkeypatch) -> Callable[..., None]:
     """Sets the capabilities of the CPU by name, by which bfloat16 is chosen; no machine decides what a test sees."""

@@ -43,9 +43,13 @@ class BifocalTrainingArguments(TrainingArguments):
 
     Batch sizes are the tasks' own; arguments of transformers that have no effect here are refused, with the one to use.
     `num_train_epochs` counts epochs as `steps_per_epoch` defines them: as many batches as the rows of the image-text
-    tasks fill, or those of the text tasks, whichever are more.
+    tasks fill, or those of the text tasks, whichever are more; twice as many with `alternate_modalities`.
 
     Args:
+        alternate_modalities: each batch holds one modality only, images first, in turn; by default it holds both. The
+            rows are those of the joint batches, each of which makes two. Weights that a batch does not reach, such as
+            the image tower in a batch of texts, do not move in its step. Tasks of one modality are not affected.
+            Refused with DeepSpeed.
         text_chunk_size, image_chunk_size: rows embedded at once through the gradient cache; None embeds all at once.
         auto_find_chunk_size: before training, set both to the largest sizes whose activations fit into memory.
         graph_memory: GiB of activations that each process may keep between the two passes of the gradient cache, so
@@ -73,6 +77,7 @@ class BifocalTrainingArguments(TrainingArguments):
         ValueError: if a value is out of its range, or `report_to` names something that is not installed.
     """
 
+    alternate_modalities: bool = field(default=False)
     text_chunk_size: int | None = field(default=None)
     image_chunk_size: int | None = field(default=None)
     auto_find_chunk_size: bool = field(default=False)

@@ -41,8 +41,11 @@ def _origin(source: Source) -> str:
 
 def _rows_drawn(recipe: Recipe, task: TaskRecipe) -> int | None:
     """Return how many rows a stage draws of a task; None where that depends on the rows of other tasks."""
-    others: list[Any] = [other for other in recipe.tasks if (other.kind == "image-text") == (task.kind == "image-text")]
+    is_image = task.kind == "image-text"
+    others: list[Any] = [other for other in recipe.tasks if (other.kind == "image-text") == is_image]
     if len(others) > 1 or not recipe.training.get("max_steps"):
         return None
-    steps = recipe.training["max_steps"] * recipe.training.get("gradient_accumulation_steps", 1)
-    return int(steps) * int(task.batch_size)
+    steps = int(recipe.training["max_steps"] * recipe.training.get("gradient_accumulation_steps", 1))
+    if recipe.training.get("alternate_modalities") and len(others) < len(recipe.tasks):
+        steps = (steps + is_image) // 2  # images first
+    return steps * int(task.batch_size)

@@ -1,4 +1,4 @@
-"""Joint batches: the rows of each step are a function of the seed and the step, so that a run resumes exactly."""
+"""Joint or alternating batches: their rows are a function of the seed and the step, so that a run resumes exactly."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -23,12 +23,21 @@ class Schedule:
         tasks: the tasks of the stage.
         steps: number of batches.
         seed: seed of the draws.
+        alternate: each batch holds one modality, images first, in turn: batch `step` is part `step % 2` of the joint
+            batch `step // 2`. Tasks of one modality are not affected.
+
+    Attributes:
+        alternates: whether batches alternate: `alternate`, with tasks of both modalities.
+        shares: by task, its share of the batches of its modality.
 
     Raises:
         TrainingError: if one of several tasks of one modality streams and has no `num_rows`.
     """
 
-    def __init__(self, tasks: Sequence[Task], steps: int, seed: int) -> None:
+    def __init__(self, tasks: Sequence[Task], steps: int, seed: int, alternate: bool = False) -> None:
+        self.steps = steps
+        self.alternates = alternate and {task.modality for task in tasks} == set(MODALITIES)
+        draws = -(-steps // 2) if self.alternates else steps
         self.numbers: dict[str, np.ndarray] = {}
         self.uses: dict[str, np.ndarray] = {}
         self.shares: dict[str, float] = {}
@@ -47,9 +56,9 @@ class Schedule:
                 raise TrainingError("One sampling_weight of each modality must be above 0, and none may be negative.")
             share = weights / weights.sum()
             self.shares |= {tasks[number].name: float(part) for number, part in zip(members, share, strict=True)}
-            drawn = np.array(members)[np.random.default_rng([seed, order]).choice(len(members), steps, p=share)]
+            drawn = np.array(members)[np.random.default_rng([seed, order]).choice(len(members), draws, p=share)]
             self.numbers[modality] = drawn
-            uses = np.zeros(steps, dtype=np.int64)
+            uses = np.zeros(draws, dtype=np.int64)
             for number in members:
                 mine = drawn == number
                 uses[mine] = np.arange(mine.sum())
@@ -57,7 +66,15 @@ class Schedule:
 
     def at(self, step: int) -> list[tuple[int, int]]:
         """Return (number of a task, how often it was drawn before this step), images first."""
-        return [(int(self.numbers[modality][step]), int(self.uses[modality][step])) for modality in self.numbers]
+        draw, part = divmod(step, 2) if self.alternates else (step, 0)
+        drawn = [(int(self.numbers[modality][draw]), int(self.uses[modality][draw])) for modality in self.numbers]
+        return drawn[part : part + 1] if self.alternates else drawn
+
+    def num_batches(self, modality: str) -> int:
+        """Return how many batches hold a modality that the tasks have."""
+        if not self.alternates:
+            return self.steps
+        return self.steps // 2 if modality == "text" else -(-self.steps // 2)
 
 
 class Batches:
@@ -71,6 +88,7 @@ class Batches:
         steps: number of batches, the length of the data set.
         seed: seed of all random orders.
         world: a process takes its part of the joint batch.
+        alternate: batches of one modality, in turn (see `Schedule`).
 
     Attributes:
         decode: reads the images of streams, so that rows with a broken one are skipped before a batch is made.
@@ -79,13 +97,18 @@ class Batches:
     decode: Callable[[Any], Any] | None = None
 
     def __init__(
-        self, tasks: Sequence[Task], steps: int, seed: int, world: ProcessGroupInfo = ProcessGroupInfo()
+        self,
+        tasks: Sequence[Task],
+        steps: int,
+        seed: int,
+        world: ProcessGroupInfo = ProcessGroupInfo(),
+        alternate: bool = False,
     ) -> None:
         self.tasks = tasks
         self.steps = steps
         self.seed = seed
         self.world = world
-        self.schedule = Schedule(tasks, steps, seed)
+        self.schedule = Schedule(tasks, steps, seed, alternate)
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
         for task in tasks:
             if not task.streams and len(task.dataset) < task.batch_size * world.size:
@@ -119,7 +142,7 @@ class Batches:
 
 
 class JointBatchDataset(Batches, Dataset):
-    """A map-style data set whose item `step` is one batch of each modality of task."""
+    """A map-style data set whose item `step` is one batch of each modality of task, or of one of them in turn."""
 
     def __len__(self) -> int:
         return self.steps
@@ -132,8 +155,9 @@ class JointBatchDataset(Batches, Dataset):
 class JointBatchStream(Batches, IterableDataset):
     """A stream of the same items in order, for stages in which a task streams.
 
-    Worker w of W makes the steps w, w + W, ...; each reads its own part of every stream. Every item says where its
-    worker's readers stand after it, so that a checkpoint knows exactly what was used and what was only prefetched.
+    Worker w of W makes the steps w, w + W, ...; each reads its own part of every stream that it needs. Every item
+    says where its worker's readers stand after it, so that a checkpoint knows exactly what was used and what was only
+    prefetched.
 
     Args:
         positions: where the readers of each worker stood at a checkpoint, and `start`, the first step after it. Steps
@@ -144,9 +168,14 @@ class JointBatchStream(Batches, IterableDataset):
     positions: dict[int, dict[str, Any]]
 
     def __init__(
-        self, tasks: Sequence[Task], steps: int, seed: int, world: ProcessGroupInfo = ProcessGroupInfo()
+        self,
+        tasks: Sequence[Task],
+        steps: int,
+        seed: int,
+        world: ProcessGroupInfo = ProcessGroupInfo(),
+        alternate: bool = False,
     ) -> None:
-        super().__init__(tasks, steps, seed, world)
+        super().__init__(tasks, steps, seed, world, alternate)
         self.positions = {}
 
     def __len__(self) -> int:
@@ -155,12 +184,17 @@ class JointBatchStream(Batches, IterableDataset):
     def __iter__(self) -> Iterator[Any]:
         info = torch.utils.data.get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
+        modalities: Sequence[str] = MODALITIES
+        share, shares = worker, workers  # of a stream: which one this worker reads, of how many in this process
+        if self.schedule.alternates and workers % 2 == 0:
+            # All batches of a worker are of one modality; its streams are shared out to half of the workers.
+            modalities, share, shares = [MODALITIES[worker % 2]], worker // 2, workers // 2
         readers = {
             number: BlockReader(
-                task, self.seed + number, self.world.rank * workers + worker, self.world.size * workers, self.decode
+                task, self.seed + number, self.world.rank * shares + share, self.world.size * shares, self.decode
             )
             for number, task in enumerate(self.tasks)
-            if task.streams
+            if task.streams and task.modality in modalities
         }
         for number, reader in readers.items():
             state = self.positions.get(worker, {}).get(self.tasks[number].name)

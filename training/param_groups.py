@@ -74,6 +74,21 @@ def _reached(model: Any, parameters: dict[str, nn.Parameter], texts: list[Any], 
     return {name for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
 
 
+def require_trained_by_texts(model: nn.Module) -> None:
+    """Check that a step of texts alone can train something.
+
+    Raises:
+        TrainingError: if all that texts reach is frozen.
+    """
+    scalars = ("logit_scale", "logit_bias")
+    trained = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    if not any(tower_of(name) != "image" and name.rpartition(".")[2] not in scalars for name in trained):
+        raise TrainingError(
+            "alternate_modalities makes steps of texts, but all that texts reach is frozen. Remove it, or the tasks of "
+            "texts."
+        )
+
+
 @contextmanager
 def not_trained(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
     """Switch the gradients of these parameters off within, and back on afterwards where they were on."""

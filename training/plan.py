@@ -34,12 +34,15 @@ def plan(recipe: Recipe) -> str:
     for task in prepared.tasks:
         share = schedule.shares[task.name]
         size = task.size
-        passes = "" if not size else f", {args.max_steps * share * task.batch_size * args.world_size / size:.2f} passes"
+        drawn = schedule.num_batches(task.modality) * share * task.batch_size * args.world_size
+        passes = f", {drawn / size:.2f} passes" if size else ""
         many = "streamed" if size is None else f"{size:,} rows"
         lines.append(
             f"  {task.name}: {task.kind} ({', '.join(COLUMNS[task.kind])}), {many}, {task.batch_size} a batch, "
             f"{share:.0%} of the {task.modality} batches{passes}, {task.loss} times {task.loss_weight:g}"
         )
+    if schedule.alternates:
+        lines.append("  each batch holds one modality, images first, in turn (alternate_modalities)")
     lines += [
         "",
         f"steps    {args.max_steps:,}, warm-up {args.get_warmup_steps(args.max_steps):,}, "

@@ -101,7 +101,8 @@ class ResumableTrainer(Trainer):
 
     def _signature(self) -> dict[str, Any]:
         tasks, accumulation = list(self.tasks.values()), self.args.gradient_accumulation_steps
-        return run_signature(tasks, self.data_seed, accumulation, self.world.size, self.args.dataloader_num_workers)
+        workers, alternates = self.args.dataloader_num_workers, self.joint_batches.schedule.alternates
+        return run_signature(tasks, self.data_seed, accumulation, self.world.size, workers, alternates)
 
     def require_finite(self, loss: torch.Tensor, results: dict[str, Any], batch: JointBatch) -> None:
         """Stop before a step that would spoil the weights, and write a checkpoint of those from before it.

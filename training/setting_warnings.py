@@ -17,7 +17,7 @@ logger = logging.get_logger(__name__)
 def warn_of_settings(
     args: BifocalTrainingArguments, model: Any, tasks: Sequence[Task], loaded_dtypes: set[torch.dtype]
 ) -> None:
-    """Warn about weights of another dtype, parts that are not trained as set, and accumulated gradients.
+    """Warn about weights of another dtype, parts that are not trained as set, batches and accumulated gradients.
 
     Args:
         args: arguments of the trainer.
@@ -46,6 +46,14 @@ def warn_of_settings(
                     f"activation_checkpointing has no effect on the {tower.name} tower: a "
                     f"{type(tower.module).__name__} does not support it."
                 )
+    modalities = {task.modality for task in tasks}
+    if args.alternate_modalities and len(modalities) == 1:
+        logger.warning(f"alternate_modalities has no effect: all tasks are of one modality ({modalities.pop()}).")
+    elif args.alternate_modalities and args.gradient_accumulation_steps % 2 == 0:
+        logger.warning(
+            f"With gradient_accumulation_steps={args.gradient_accumulation_steps}, each step adds up both modalities, "
+            "as without alternate_modalities. Set it to 1 for steps of one modality."
+        )
     if args.gradient_accumulation_steps > 1:
         logger.warning(
             f"gradient_accumulation_steps={args.gradient_accumulation_steps} adds up losses whose negatives come "

@@ -8,15 +8,19 @@ from typing import Any
 from bifocal.training.tasks import Task
 
 _SAMPLED = 64  # rows of a data set whose texts are compared
+_EARLIER = {"alternate_modalities": False}  # entries that checkpoints of earlier versions do not have
 
 
-def run_signature(tasks: Sequence[Task], seed: int, accumulation: int, processes: int, workers: int) -> dict[str, Any]:
+def run_signature(
+    tasks: Sequence[Task], seed: int, accumulation: int, processes: int, workers: int, alternates: bool = False
+) -> dict[str, Any]:
     """Return what must stay the same for a run to resume, in plain types as a checkpoint keeps it.
 
     Args:
         seed: seed of the order of the rows.
         accumulation: batches of an optimiser step.
         workers: data workers of each process; only streams depend on them.
+        alternates: whether batches of the two modalities alternate.
     """
     described = []
     for task in tasks:
@@ -32,6 +36,7 @@ def run_signature(tasks: Sequence[Task], seed: int, accumulation: int, processes
             entry["num_rows"] = len(task.dataset)
         described.append(entry | {"content": content_digest(task)})
     signature = {"seed": seed, "gradient_accumulation_steps": accumulation, "processes": processes}
+    signature["alternate_modalities"] = alternates
     if any(task.streams for task in tasks):
         signature["dataloader_num_workers"] = workers
     # As it comes back from a file.
@@ -84,6 +89,7 @@ def _digest(value: Any) -> str:
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Return what changed from one signature to another, each as "NAME was OLD and is now NEW"."""
+    before = _EARLIER | before
     old, new = ([task["name"] for task in signature["tasks"]] for signature in (before, now))
     if old != new:
         return [f"the tasks were {', '.join(old)} and are now {', '.join(new)}"]

@@ -55,7 +55,8 @@ def stage_facts(prepared: Any, seconds: float, versions: dict[str, str]) -> dict
         "max_length": trainer.max_length, "learning_rate": args.learning_rate, "tasks": tasks, "losses": losses,
         "curves": curves,
         "seconds": seconds, "processes": world, "device": device_name(args.device),
-        "mixed_precision": args.mixed_precision, **_energy(recipe.folder),
+        "mixed_precision": args.mixed_precision,
+        "alternate_modalities": trainer.joint_batches.schedule.alternates, **_energy(recipe.folder),
         "versions": versions,
     }  # fmt: skip
 

@@ -18,8 +18,9 @@ TEXT_TEMPERATURE = 0.05  # of text-text losses (arXiv 2405.20204, section 3.2)
 class Task:
     """A data set and how it enters the joint loss.
 
-    Each step sees one image-text batch and one text batch. Where several tasks are of one of these two sorts, one of
-    them is drawn for each step, in proportion to its rows times its `sampling_weight`: a batch comes from one data set.
+    Each step sees one image-text batch and one text batch (or one of them: `alternate_modalities`). Where several tasks
+    are of one of these two sorts, one of them is drawn for each step, in proportion to its rows times its
+    `sampling_weight`: a batch comes from one data set.
 
     Args:
         name: how the task is called in logs and errors.
@@ -116,7 +117,7 @@ class Task:
 
     @property
     def modality(self) -> str:
-        """Return "image" or "text"; each step has one task of each."""
+        """Return "image" or "text"; each step has one task of each (or of one: `alternate_modalities`)."""
         return "image" if self.kind == "image-text" else "text"
 
     @property

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from bifocal.errors import TrainingError
-from bifocal.modeling import BifocalModel, BifocalProcessor
+from bifocal.modeling import BifocalProcessor
 from bifocal.modeling.towers_bifocal import longest_text, padded_length
 from bifocal.training.arguments import BifocalTrainingArguments, given_arguments, unsupported
 from bifocal.training.callbacks.bookkeeping import Bookkeeping, in_order
@@ -21,7 +21,7 @@ from bifocal.training.callbacks.epochs import EpochEnds, set_steps, steps_per_ep
 from bifocal.training.callbacks.training_metrics import TrainingMetrics, norms_by_tower
 from bifocal.training.collator import Augmentation, JointBatch, MultiTaskCollator, column_prompts
 from bifocal.training.engine.chunk_size import find_chunk_sizes
-from bifocal.training.engine.distributed import ProcessGroupInfo
+from bifocal.training.engine.distributed import ProcessGroupInfo, require_partial_gradients, set_find_unused
 from bifocal.training.engine.gradient_cache import cached_step, into_chunks
 from bifocal.training.engine.graph_memory import GraphMemory
 from bifocal.training.engine.joint_forward import (
@@ -29,11 +29,19 @@ from bifocal.training.engine.joint_forward import (
     joint_forward,
     require_dual_encoder,
     temperature_of,
+    touch_scalars,
 )
 from bifocal.training.eval_loss import evaluate_tasks, require_rows_by_number, task_list
 from bifocal.training.joint_batches import JointBatchDataset, JointBatchStream
 from bifocal.training.losses.multi_task_loss import MultiTaskLoss, TaskResult, with_default_loss
-from bifocal.training.param_groups import decaying, freeze, not_trained, parameter_groups, without_gradient
+from bifocal.training.param_groups import (
+    decaying,
+    freeze,
+    not_trained,
+    parameter_groups,
+    require_trained_by_texts,
+    without_gradient,
+)
 from bifocal.training.precision import DTYPES, set_master_dtype
 from bifocal.training.resuming import ResumableTrainer
 from bifocal.training.setting_warnings import warn_of_settings
@@ -45,10 +53,11 @@ logger = logging.get_logger(__name__)
 class MultiTaskTrainer(ResumableTrainer):
     """Trains a dual encoder on several tasks together (arXiv 2405.20204, section 3).
 
-    Each step takes one image-text batch and one text batch and the weighted sum of their losses; a batch comes from one
-    task (see `Task`). With chunk sizes in the arguments, batches of any size fit (gradient cache). The order of the
-    batches is a function of `args.data_seed` (or `seed`) and the step, and where streams stand is part of a checkpoint,
-    so `train(resume_from_checkpoint=...)` continues with the rows that follow, and refuses if they would be others.
+    Each step takes one image-text batch and one text batch and the weighted sum of their losses, or one of the two in
+    turn (`alternate_modalities`); a batch comes from one task (see `Task`). With chunk sizes in the arguments, batches
+    of any size fit (gradient cache). The order of the batches is a function of `args.data_seed` (or `seed`) and the
+    step, and where streams stand is part of a checkpoint, so `train(resume_from_checkpoint=...)` continues with the
+    rows that follow, and refuses if they would be others.
 
     Every callback, checkpoint and reporting feature of the Trainer works; arguments that would have no effect are
     refused. `gradient_accumulation_steps` adds up the losses of that many batches, each with its own negatives only;
@@ -114,15 +123,13 @@ class MultiTaskTrainer(ResumableTrainer):
         limit = limit or longest_text(getattr(model.config, "text_config", model.config))
         max_length = min(max_length or limit, limit)
         self.world = ProcessGroupInfo.current() if args.world_size > 1 else ProcessGroupInfo()
-        self.steps_per_epoch = steps_per_epoch(tasks, self.world.size, args.gradient_accumulation_steps)
+        accumulation, alternate = args.gradient_accumulation_steps, args.alternate_modalities
+        self.steps_per_epoch = steps_per_epoch(tasks, self.world.size, accumulation, alternate)
         args = copy.copy(args)  # changes below are for these tasks only
         set_steps(args, self.steps_per_epoch, tasks)
         if args.n_gpu > 1:  # otherwise the Trainer wraps the model in DataParallel, which splits a batch's negatives
             logger.warning(f"Training uses one of {args.n_gpu} GPUs; start it with torchrun or accelerate to use all.")
             args._n_gpu = 1
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        if args.ddp_find_unused_parameters is None and isinstance(base, BifocalModel):
-            args.ddp_find_unused_parameters = False  # `without_gradient` knows them; DDP would look in every step
         self.tasks = {task.name: task for task in tasks}
         self.eval_tasks = {task.name: task for task in eval_tasks}
         self.max_length = max_length
@@ -130,10 +137,12 @@ class MultiTaskTrainer(ResumableTrainer):
             model, args.freeze_text_layers, args.freeze_image_layers, args.freeze_text_tower, args.freeze_image_tower
         )
         before = set_master_dtype(model, DTYPES[args.master_dtype])
-        batches = args.max_steps * args.gradient_accumulation_steps
-        stream = any(task.streams for task in tasks)
+        batches, stream = args.max_steps * accumulation, any(task.streams for task in tasks)
         self.data_seed = seed = args.seed if args.data_seed is None else args.data_seed
-        self.joint_batches: Any = (JointBatchStream if stream else JointBatchDataset)(tasks, batches, seed, self.world)
+        batches_of = JointBatchStream if stream else JointBatchDataset
+        self.joint_batches: Any = batches_of(tasks, batches, seed, self.world, alternate)
+        alternates = self.joint_batches.schedule.alternates
+        set_find_unused(args, model, alternates)
         log = f"skipped-{self.world.rank}.jsonl" if self.world.rank else "skipped.jsonl"
         self.training_metrics = TrainingMetrics(self.world, self.tasks, Path(str(args.output_dir)) / log)
         self._positions, self._pending = {}, {}
@@ -170,6 +179,9 @@ class MultiTaskTrainer(ResumableTrainer):
         self.data_collator.bucketed = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
         if args.ema_decay is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise TrainingError("ema_decay does not work with FSDP or DeepSpeed; use DDP, or remove it.")
+        if alternates:
+            require_partial_gradients(self.args, self.accelerator)
+            require_trained_by_texts(model)
         if self.world.is_main:
             warn_of_settings(self.args, self.model, tasks, before)
 
@@ -256,7 +268,7 @@ class MultiTaskTrainer(ResumableTrainer):
             logger.warning(f"auto_find_chunk_size embeds {texts} texts and {images} images at once.")
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """Add the gradients of a joint batch: one image-text batch, one text batch, the sum of their losses.
+        """Add the gradients of a joint batch: one image-text batch, one text batch, the sum of their losses; or of one.
 
         Raises:
             FloatingPointError: if the loss is not finite; with the step, the task and its rows.
@@ -274,7 +286,8 @@ class MultiTaskTrainer(ResumableTrainer):
                 loss, task_results = self.joint_loss(self.tasks, self.world)(embeddings, batch)
             self.require_finite(loss, task_results, batch)
             results.update(task_results)
-            return (loss + _touch_scalars(embeddings)) / self.current_gradient_accumulation_steps
+            touched = touch_scalars(embeddings) if batch["images"] else 0.0  # texts alone do not move the temperature
+            return (loss + touched) / self.current_gradient_accumulation_steps
 
         if self._fits_in_one_pass(batch):
             with self.compute_loss_context_manager():
@@ -324,8 +337,10 @@ class MultiTaskTrainer(ResumableTrainer):
         return (loss, {"loss": loss, **embeddings, "results": results}) if return_outputs else loss
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        if (self.state.global_step + 1) % max(1, int(self.state.logging_steps or 1)) == 0:
-            self.training_metrics.norms = norms_by_tower(self.model)
+        until_log = -(self.state.global_step + 1) % max(1, int(self.state.logging_steps or 1))
+        # Where batches alternate, the norm of a tower that the logged step does not reach is that of the step before.
+        if until_log <= self.joint_batches.schedule.alternates:
+            self.training_metrics.norms |= norms_by_tower(self.model)
         return super()._clip_grad_norm(model)
 
     def floating_point_ops(self, inputs: Any) -> int:
@@ -395,9 +410,3 @@ class MultiTaskTrainer(ResumableTrainer):
             seen = self.training_metrics.total_seen(self.args.device)
             logs["train_samples_per_second"] = round(seen / max(logs["train_runtime"], 1e-4), 3)
         super().log(logs, *args, **kwargs)
-
-
-def _touch_scalars(embeddings: dict[str, torch.Tensor]) -> torch.Tensor | float:
-    """Return a zero with a graph to `scale` and `bias`: DDP waits for their gradients even if no task uses them."""
-    scalars = [embeddings[name] for name in ("scale", "bias") if name in embeddings]
-    return sum((0.0 * scalar for scalar in scalars if scalar.requires_grad), 0.0)

@@ -19,7 +19,6 @@ from benchmarks.claims.runner import _load_result, run_claims
 from bifocal.files import write_json
 from bifocal.training.collator import JointBatch, TaskBatch
 from bifocal.training.engine.distributed import ProcessGroupInfo
-from bifocal.training.joint_batches import JointBatchDataset
 from bifocal.training.tasks import Task
 from tests.benchmarks.test_claims import data, png, with_emoji  # noqa: F401
 
@@ -32,16 +31,10 @@ def emoji(data, tmp_path_factory):  # noqa: F811
 # Alternating
 
 
-def test_in_turn_sees_the_same_rows_one_task_at_a_time():
-    images = Dataset.from_dict({"image": [png(n) for n in range(8)], "caption": [f"{n}" for n in range(8)]})
-    texts = Dataset.from_dict({"query": [f"q{n}" for n in range(10)], "positive": [f"p{n}" for n in range(10)]})
-    tasks = [Task("images", "image-text", images, 2), Task("texts", "text-pair", texts, 2)]
-    joint, in_turn = (JointBatchDataset(tasks, steps, seed=3) for steps in (6, 12))
-    in_turn.schedule = batching.InTurn(in_turn.schedule)
-    together = [[(task.name, rows) for task, rows, _ in joint[step]["tasks"]] for step in range(6)]
-    apart = [[(task.name, rows) for task, rows, _ in in_turn[step]["tasks"]] for step in range(12)]
-    assert [len(parts) for parts in apart] == [1] * 12
-    assert [part for parts in apart for part in parts] == [part for parts in together for part in parts]
+def test_all_conditions_in_turn_alternate(data, tmp_path):  # noqa: F811
+    conditions = batching.alternating_conditions(ClaimData(data, tmp_path))
+    alternate = {one.name for one in conditions if one.phases[0].options["alternate_modalities"]}
+    assert alternate == {batching.SAME_UPDATES, batching.SAME_TIME, batching.SAME_SAMPLES}
 
 
 # Masks

@@ -54,6 +54,12 @@ def test_show_prints_the_data_of_a_recipe(here):
     assert "corpus:gooaq, licence: none stated" in shown
     assert [line.split()[4] for line in shown.splitlines() if "  text-pair  " in line] == ["75.00%", "25.00%"]
     assert "passes" not in shown, "how often is not known beside a task with rows of its own"
+    (here / "turns.yaml").write_text(
+        "name: turns\ntasks:\n- {name: a, kind: image-text, batch_size: 8, data: {path: images}}\n"
+        "- {name: b, kind: text-pair, batch_size: 8, mixture: {weights: {squad: 3, all-nli: 1}, limit: 100}}\n"
+        "training: {max_steps: 5, alternate_modalities: true}\n"
+    )
+    assert "16 rows are drawn" in run("show", "turns.yaml").stdout, "two batches of texts and three of images"
     assert "9 corpora" in run("show", "text-triplets").stdout
     assert run("show", "text-pair").stderr == (
         "Error: There is no corpus, mixture or recipe 'text-pair'; did you mean 'text-pairs'?\n"

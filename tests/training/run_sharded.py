@@ -1,4 +1,6 @@
-"""Gradients of one cached step of a model sharded by FSDP 2 over CPU processes (accelerate itself shards on GPUs only).
+"""Gradients of cached steps, a joint one and two that alternate, of a model sharded by FSDP 2 over CPU processes.
+
+Accelerate itself shards on GPUs only.
 
 Called in each process, see `run_stages`.
 """
@@ -21,7 +23,7 @@ from tests.conftest import small_config
 from tests.training.run_in_processes import tasks
 
 
-def step(out: Path) -> None:
+def steps(out: Path) -> None:
     processor = BifocalProcessor.from_pretrained(out / "processor")
     torch.manual_seed(0)
     model = BifocalModel(small_config())
@@ -34,7 +36,8 @@ def step(out: Path) -> None:
     parts = tasks(8 // world.size, "text-triplet")
     collate = MultiTaskCollator(processor, 32, 0, rank=world.rank)
     collate.bucketed = False
-    inputs = collate([JointBatchDataset(parts, 1, 0, world)[0]])
+    items = [JointBatchDataset(parts, 1, 0, world)[0]]
+    items += [JointBatchDataset(parts, 2, 0, world, alternate=True)[step] for step in range(2)]
     objective = MultiTaskLoss({task.name: task for task in parts}, world)
 
     @contextmanager
@@ -45,18 +48,20 @@ def step(out: Path) -> None:
         if world.size > 1:
             model.set_requires_gradient_sync(True)
 
-    with joint_forward(model):
-        loss = cached_step(
-            into_chunks(inputs["texts"], inputs["images"], 6, 2, True),
-            lambda texts, images: model(step_texts=texts, step_images=images),
-            lambda embedded: objective(embedded, inputs)[0],
-            lambda scalar: scalar.backward(),
-            no_sync,
-        )
-    grads = {}
-    for name, parameter in model.named_parameters():
-        gradient = parameter.grad
-        grads[name] = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
-    mean = world.mean([loss.item()], torch.device("cpu"))[0]
+    results = []
+    for item in items:
+        inputs = collate([item])
+        model.zero_grad()
+        with joint_forward(model):
+            loss = cached_step(
+                into_chunks(inputs["texts"], inputs["images"], 6, 2, True),
+                lambda texts, images: model(step_texts=texts, step_images=images),
+                lambda embedded, batch=inputs: objective(embedded, batch)[0],
+                lambda scalar: scalar.backward(),
+                no_sync,
+            )
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+        whole = {n: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for n, grad in gradients.items()}
+        results.append({"loss": world.mean([loss.item()], torch.device("cpu"))[0], "gradients": whole})
     if world.rank == 0:
-        torch.save({"loss": mean, "gradients": grads}, out / f"sharded-{world.size}.pt")
+        torch.save(results, out / f"sharded-{world.size}.pt")

@@ -18,6 +18,7 @@ from tests.conftest import TEXTS, small_config
 from tests.modeling.test_images import photo
 from tests.training import run_in_processes, run_sharded
 
+ALTERNATING = "alternating"
 IMAGES = [photo(32 + n, 32) for n in range(8)]
 
 
@@ -35,6 +36,9 @@ def texts(batch: int) -> Task:
 def stages(batch: int) -> dict[str, tuple[list[Task], dict]]:
     """Tasks and arguments of each."""
     checkpointed = dict(activation_checkpointing=True)
+    both = [images("learned", batch), texts(batch)]
+    # Zeros in place of missing gradients would let Adam's momentum and the decay move the other tower.
+    alternate = dict(alternate_modalities=True, optim="adamw_torch", adam_epsilon=1e-3, weight_decay=0.1)
     mixed = [images("learned", batch), images("fixed", batch, temperature=0.1)]
     return {
         "texts": ([texts(batch)], checkpointed),
@@ -55,6 +59,10 @@ def stages(batch: int) -> dict[str, tuple[list[Task], dict]]:
         "half": (
             [images("learned", batch), texts(batch)], dict(auto_find_chunk_size=True, gradient_accumulation_steps=2)
         ),
+        ALTERNATING: (both, alternate),
+        "alternating, cached": (both, {**alternate, **checkpointed, "text_chunk_size": 2, "image_chunk_size": 1}),
+        "alternating, accumulated": (both, {**alternate, "text_chunk_size": 3, "gradient_accumulation_steps": 3}),
+        "alternating, lora": (both, alternate),
     }  # fmt: skip
 
 
@@ -69,7 +77,7 @@ def run(name: str, out: Path, batch: int, processor: BifocalProcessor) -> MultiT
             Dinov2Config(image_size=32, patch_size=8, mlp_ratio=2, **size), projection_dim=32,
         )  # fmt: skip
     model = BifocalModel(config).to(torch.bfloat16 if name == "half" else torch.float32)
-    if name == "lora":
+    if "lora" in name:
         from peft import LoraConfig, get_peft_model
 
         model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
@@ -90,6 +98,8 @@ def main() -> None:
         run_in_processes.train(folder, case, 2)
     results = {}
     for name in stages(2):
+        if name == ALTERNATING:
+            print(ALTERNATING, file=sys.stderr, flush=True)
         trainer = run(name, folder, 2, processor)
         if trainer.is_world_process_zero():
             results[name] = dict(trainer.accelerator.unwrap_model(trainer.model).state_dict())
@@ -101,7 +111,7 @@ def main() -> None:
             results["rows"] = rate * seconds
     if trainer.is_world_process_zero():
         torch.save(results, folder / "stages.pt")
-    run_sharded.step(folder)
+    run_sharded.steps(folder)
     torch.distributed.destroy_process_group()
 
 

@@ -10,12 +10,19 @@ from bifocal.errors import TrainingError
 from bifocal.training.tasks import Task
 
 
-def steps_per_epoch(tasks: Sequence[Task], processes: int, accumulation: int) -> int | None:
+def steps_per_epoch(tasks: Sequence[Task], processes: int, accumulation: int, alternate: bool = False) -> int | None:
     """Return the optimiser steps of an epoch; None if a task streams without `num_rows`.
 
     An epoch has as many batches as the rows of the image-text tasks fill, or those of the text tasks, whichever are
-    more. So a task that is the only one of its modality is passed through once (or more often, if the other has more
-    rows); sampling weights change which task's rows are drawn more often than others', not the length.
+    more; twice as many where batches of the two modalities alternate. So a task that is the only one of its modality is
+    passed through once (or more often, if the other has more rows); sampling weights change which task's rows are drawn
+    more often than others', not the length.
+
+    Args:
+        tasks: tasks that are trained on.
+        processes: number of processes.
+        accumulation: batches of an optimiser step.
+        alternate: batches hold one modality in turn (`alternate_modalities`).
     """
     batches = {"image": 0, "text": 0}
     for task in tasks:
@@ -24,7 +31,8 @@ def steps_per_epoch(tasks: Sequence[Task], processes: int, accumulation: int) ->
             return None
         if task.sampling_weight > 0:
             batches[task.modality] += max(1, rows // (task.batch_size * processes))
-    return -(-max(batches.values()) // accumulation)
+    longest = max(batches.values()) * (2 if alternate and all(batches.values()) else 1)
+    return -(-longest // accumulation)
 
 
 def set_steps(args: Any, steps: int | None, tasks: Sequence[Task]) -> None:

@@ -97,10 +97,11 @@ class TrainingMetrics:
 
     def state(self) -> dict[str, Any]:
         sums = {"losses": self.losses, "accuracies": self.accuracies, "totals": self.totals}
-        return {**sums, "skipped": self.skipped.state()}
+        return {**sums, "norms": self.norms, "skipped": self.skipped.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.losses, self.accuracies, self.totals = state["losses"], state["accuracies"], state["totals"]
+        self.norms = state.get("norms", {})  # not in checkpoints of earlier versions
         self.skipped.load_state(state["skipped"])
 
 

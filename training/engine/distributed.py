@@ -7,7 +7,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from bifocal.errors import BifocalError
+from bifocal.errors import BifocalError, TrainingError
+from bifocal.modeling import BifocalModel
 
 
 class _GatherRows(torch.autograd.Function):
@@ -96,6 +97,50 @@ def on_main_process(action: Callable[[], Any]) -> Any:
     if isinstance(result[0], BifocalError):
         raise result[0]
     return result[0]
+
+
+def set_find_unused(args: Any, model: Any, alternates: bool) -> None:
+    """Set whether DDP looks for parameters without a gradient in every step, unless the user has.
+
+    Args:
+        args: training arguments, changed in place.
+        model: model that is trained.
+        alternates: whether batches hold one modality in turn.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if args.ddp_find_unused_parameters is None and (alternates or isinstance(base, BifocalModel)):
+        # What no task reaches is known (`without_gradient`); what a batch does not reach, DDP must find.
+        args.ddp_find_unused_parameters = alternates
+
+
+def require_partial_gradients(args: Any, accelerator: Any) -> None:
+    """Check that processes can train with steps that reach only some of the parameters, and leave the others alone.
+
+    Args:
+        args: training arguments.
+        accelerator: accelerate's `Accelerator`.
+
+    Raises:
+        TrainingError: if one of the arguments, or the way in which the weights are spread, does not allow it.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    names = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
+    reentrant = any((getattr(args, name, None) or {}).get("use_reentrant") for name in names)
+    problem = None
+    if getattr(accelerator.state, "deepspeed_plugin", None) is not None:
+        # Its optimisers step over flat weights, and take a missing gradient for zero.
+        problem = "does not work with DeepSpeed, which also moves weights without a gradient; use DDP or FSDP 2"
+    elif plugin is not None and plugin.fsdp_version == 1:
+        problem = "does not work with FSDP 1, which also moves weights without a gradient; set fsdp_version to 2"
+    elif accelerator.num_processes > 1 and plugin is None:
+        if args.ddp_find_unused_parameters is False:
+            problem = "needs ddp_find_unused_parameters; remove it, or set it to true"
+        elif args.ddp_static_graph:
+            problem = "does not work with ddp_static_graph; remove that"
+        elif reentrant:
+            problem = "with several processes needs use_reentrant=False"
+    if problem is not None:
+        raise TrainingError(f"alternate_modalities {problem}.")
 
 
 def leave_process_group() -> None:

@@ -75,6 +75,12 @@ def temperature_of(model: Any) -> dict[str, torch.Tensor]:
     return scalars
 
 
+def touch_scalars(embeddings: dict[str, torch.Tensor]) -> torch.Tensor | float:
+    """Return a zero with a graph to `scale` and `bias`: DDP waits for their gradients even if no task uses them."""
+    scalars = [embeddings[name] for name in ("scale", "bias") if name in embeddings]
+    return sum((0.0 * scalar for scalar in scalars if scalar.requires_grad), 0.0)
+
+
 def _unit_vectors(outputs: Sequence[Any]) -> torch.Tensor:
     pooled = [output if isinstance(output, torch.Tensor) else output.pooler_output for output in outputs]
     return F.normalize(torch.cat(pooled).float(), dim=-1)
