@@ -286,7 +286,8 @@ class MultiTaskTrainer(ResumableTrainer):
                 loss, task_results = self.joint_loss(self.tasks, self.world)(embeddings, batch)
             self.require_finite(loss, task_results, batch)
             results.update(task_results)
-            touched = touch_scalars(embeddings) if batch["images"] else 0.0  # texts alone do not move the temperature
+            alone = self.joint_batches.schedule.alternates and not batch["images"]
+            touched = 0.0 if alone else touch_scalars(embeddings)  # momentum would move the temperature
             return (loss + touched) / self.current_gradient_accumulation_steps
 
         if self._fits_in_one_pass(batch):
