@@ -33,6 +33,7 @@ TEXTS = [
 # Well over the 64 tokens of `small_config`; what comes after them would change the vector if it were read.
 LONG = " ".join([*TEXTS * 4, *(word.upper() for word in reversed(TEXTS * 4))])
 EMPTY = ""
+SHARED_TOKENIZERS: list = []
 
 
 def small_config(**changes) -> BifocalConfig:
@@ -62,18 +63,18 @@ def processor() -> BifocalProcessor:
     from bifocal.modeling.processing_bifocal import image_processor_of_size
 
     tokenizer = train_wordpiece(TEXTS * 10, 300, max_length=64)
+    SHARED_TOKENIZERS.append(tokenizer)
     images = image_processor_of_size(32)
     return BifocalProcessor(images, tokenizer)
 
 
 @pytest.fixture(autouse=True)
-def same_tokenizer(request):
+def same_tokenizer():
     """Leave the shared tokenizer as it was: it keeps the truncation and padding of its last call, and saves them."""
     yield
-    if "processor" in request.fixturenames:
-        backend = request.getfixturevalue("processor").tokenizer.backend_tokenizer
-        backend.no_truncation()
-        backend.no_padding()
+    for tokenizer in SHARED_TOKENIZERS:
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
 
 
 @pytest.fixture

@@ -55,14 +55,14 @@ class MakeSquarer:
 
     def square(self, task: Square) -> Squared:
         before = self.lines("begun.txt").count(str(task.number))
-        self.append("begun.txt", task.number)
-        if task.trouble == "raise":
-            raise BifocalError(f"{task.number} is unlucky.")
-        if task.trouble == "bug":
-            raise KeyError(task.number)
-        if task.trouble == "kill" or (task.trouble == "kill once" and not before):
-            os.kill(os.getpid(), signal.SIGKILL)
-        try:
+        try:  # from before it is known to have begun
+            self.append("begun.txt", task.number)
+            if task.trouble == "raise":
+                raise BifocalError(f"{task.number} is unlucky.")
+            if task.trouble == "bug":
+                raise KeyError(task.number)
+            if task.trouble == "kill" or (task.trouble == "kill once" and not before):
+                os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(task.seconds)
         except KeyboardInterrupt:
             self.append("removed.txt", task.number)
