@@ -208,8 +208,8 @@ def assert_same(found: list[Hit], expected: list[Hit]) -> None:
 class Counted:
     """Counts the forward passes of a searcher's model and the rows of each.
 
-    The first one waits until its rows and the calls that wait are `calls`. How many calls it holds depends on when its
-    thread woke up.
+    The first batch, or two at once, wait until all calls are in them or wait for the next. How many calls they hold
+    depends on when their threads woke up.
     """
 
     def __init__(self, searcher: Searcher, monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
@@ -217,19 +217,29 @@ class Counted:
         self.images: list[int] = []
         batchers = (searcher.encoder.short, searcher.encoder.long)
         model = searcher.model.model
+        begun: list[int] = []
+
+        def hold(batcher: Batcher) -> None:
+            original = batcher.run
+
+            def run(items: Any) -> Any:
+                begun.append(len(items))
+                wait_until(lambda: sum(begun) + sum(len(other._waiting) for other in batchers) >= calls)
+                return original(items)
+
+            monkeypatch.setattr(batcher, "run", run)
 
         def count(name: str, rows: list[int]) -> None:
             original = getattr(model, name)
 
             def counted(*inputs: Any, **options: Any) -> Any:
-                rows_of_pass = len(inputs[0])
-                if not self.texts + self.images:
-                    wait_until(lambda: rows_of_pass + sum(len(batcher._waiting) for batcher in batchers) >= calls)
-                rows.append(rows_of_pass)
+                rows.append(len(inputs[0]))
                 return original(*inputs, **options)
 
             monkeypatch.setattr(model, name, counted)
 
+        for batcher in batchers:
+            hold(batcher)
         count("get_text_features", self.texts)
         count("get_image_features", self.images)
 
@@ -246,7 +256,7 @@ def test_fifty_threads_get_what_one_gets(varied, monkeypatch):
     expected = [varied.search(**query) for query in mixed]
     vectors = [varied.vector(**{key: query[key] for key in ("text", "image", "weight") if key in query})
                for query in mixed]  # fmt: skip
-    counted = Counted(varied, monkeypatch, 36)
+    counted = Counted(varied, monkeypatch, 50)
     with ThreadPoolExecutor(50) as pool:
         found = list(pool.map(lambda query: varied.search(**query), mixed))
     for got, right in zip(found, expected, strict=True):
@@ -276,10 +286,9 @@ def test_fifty_texts_need_two_forward_passes(searcher, monkeypatch):
         assert_same(got, right)
     alone = Searcher(searcher.index, searcher.model, batch_size=1)
     counted.texts.clear()
-    counted.texts.append(0)  # waits for nobody
     with ThreadPoolExecutor(50) as pool:
         list(pool.map(alone.search, texts))
-    assert counted.texts == [0] + [1] * 50
+    assert counted.texts == [1] * 50
 
 
 def test_a_broken_image_among_twenty(searcher):
