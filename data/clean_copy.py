@@ -79,6 +79,7 @@ def write_clean(source: Source, kind: str, out: Path, skipped: SkipLog, executio
     parts, evaluations = _parts(source, kind, unfinished, out)
     key = _key(source, kind, parts)
     unfinished.mkdir(parents=True, exist_ok=True)
+    _require_free(out)  # listing the source takes long: others may have made this folder, and the marker makes it ours
     (unfinished / _MARKER).touch()
     try:
         with FileLock(unfinished / _LOCK, timeout=0):

@@ -1,6 +1,7 @@
 """Joint or alternating batches: their rows are a function of the seed and the step, so that a run resumes exactly."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -165,18 +166,7 @@ class JointBatchStream(Batches, IterableDataset):
     """
 
     start = 0
-    positions: dict[int, dict[str, Any]]
-
-    def __init__(
-        self,
-        tasks: Sequence[Task],
-        steps: int,
-        seed: int,
-        world: ProcessGroupInfo = ProcessGroupInfo(),
-        alternate: bool = False,
-    ) -> None:
-        super().__init__(tasks, steps, seed, world, alternate)
-        self.positions = {}
+    positions: Mapping[int, Mapping[str, Any]] = MappingProxyType({})
 
     def __len__(self) -> int:
         return self.steps

@@ -246,6 +246,26 @@ def test_files_with_our_names_in_a_folder_that_is_not_ours_are_left_alone(tmp_pa
     assert mine.read_text() == "mine"
 
 
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_folder_that_others_make_while_the_source_is_listed_does_not_become_ours(tmp_path, monkeypatch, linked):
+    out, list_parts = tmp_path / "out", clean_copy._parts
+    mine = (tmp_path / "photos" if linked else out / ".unfinished") / "00000-whole" / "00000.parquet"
+
+    def while_listing(*args):
+        mine.parent.mkdir(parents=True)
+        mine.write_text("mine")
+        if linked:
+            out.mkdir()
+            (out / ".unfinished").symlink_to(tmp_path / "photos")
+        return list_parts(*args)
+
+    monkeypatch.setattr(clean_copy, "_parts", while_listing)
+    with pytest.raises(DataError, match=r"is not empty \(it has \.unfinished"):
+        write(pairs(tmp_path), out)
+    assert mine.read_text() == "mine"
+    assert list(mine.parents[1].iterdir()) == [mine.parent]
+
+
 def test_a_link_to_another_folder_is_not_followed(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "out").mkdir()
